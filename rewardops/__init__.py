@@ -1,0 +1,29 @@
+"""rewardops: fused token-level reward ops for reinforcement learning of language models."""
+
+from .advantages import group_advantages
+from .dispatch import BackendUnavailable, show_config, use_backend
+from .entropy import gtpo_rewards
+from .kl import token_kl
+from .layout import debug
+from .logits import TokenStats, token_stats
+from .prefix_tree import PrefixValues, prefix_values, tempo_advantages
+from .returns import min_returns, softmin_rewards
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "PrefixValues",
+    "TokenStats",
+    "debug",
+    "group_advantages",
+    "gtpo_rewards",
+    "min_returns",
+    "prefix_values",
+    "show_config",
+    "softmin_rewards",
+    "tempo_advantages",
+    "token_kl",
+    "token_stats",
+    "use_backend",
+]

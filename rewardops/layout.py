@@ -1,0 +1,256 @@
+"""Layouts: padded ``[B, T]`` and packed ``[N]`` rows behind one description, and the argument checks.
+
+Every public op turns its arguments into a :class:`Layout` before anything else happens, so that a bad
+argument is named, with what came and what was wanted, before a kernel runs.
+
+Padded rows are ``[B, T]`` with an optional mask. Packed rows are ``[N]``, the rows one after another, with
+``cu_seqlens`` (``[B + 1]``, row ``b`` is ``cu_seqlens[b]:cu_seqlens[b + 1]``) and an optional ``[N]`` mask.
+A mask may have holes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+_debug = os.environ.get("REWARDOPS_DEBUG", "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Check the values of arguments too, on any device, at the price of a host synchronisation.
+
+    Token ids in range, ``cu_seqlens`` non-decreasing and ending at the number of tokens, step ids
+    non-decreasing. Process-wide while the context is open; ``REWARDOPS_DEBUG=1`` turns it on from the start.
+    """
+    global _debug
+    before, _debug = _debug, enabled
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: free on the CPU, asked for elsewhere, never while tracing."""
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    return _debug or tensor.device.type == "cpu"
+
+
+def debugging() -> bool:
+    """Whether the expensive value checks are on."""
+    return _debug and not torch.compiler.is_compiling()
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def show(shape: Sequence[object]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+    return value
+
+
+def check_float(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, want float32, bfloat16, float16 or float64")
+
+
+def check_integer(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, want an integer dtype")
+
+
+def check_shape(name: str, value: Tensor, want: Sequence[int], meaning: str) -> None:
+    if tuple(value.shape) != tuple(want):
+        raise ValueError(f"{name}: got shape {show(value.shape)}, want {show(want)} ({meaning})")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, want {device} (that of {other})")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(repr(c) for c in choices)}")
+
+
+def check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number above 0")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, want a finite number above 0")
+
+
+def check_non_negative(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number of at least 0")
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name}: got {value}, want a finite number of at least 0")
+
+
+def check_token_ids(tokens: Tensor, vocab: int, mask: Tensor | None) -> None:
+    """Under :func:`debug` only: every unmasked token id is a column of the logits."""
+    bad = (tokens < 0) | (tokens >= vocab)
+    if mask is not None:
+        bad &= mask
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(f"tokens: got {int(tokens[tuple(where)])} at {where}, want ids in [0, {vocab})")
+
+
+def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str) -> Tensor | None:
+    """A bool mask of the given shape; integer and float masks of 0 and 1 are accepted."""
+    if mask is None:
+        return None
+    mask = check_tensor("mask", mask)
+    if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+        raise TypeError(f"mask: got dtype {mask.dtype}, want bool, integer or float")
+    check_shape("mask", mask, like, f"one entry per token of {other}")
+    check_device("mask", mask, device, other)
+    return mask.detach() if mask.dtype is torch.bool else mask.detach() != 0
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the precision that the ops compute in: float64 if any of them is, else float32."""
+    wide = any(t.dtype is torch.float64 for t in tensors)
+    return tuple(t.to(torch.float64 if wide else torch.float32) for t in tensors)
+
+
+# ---- the description ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens belong to which row, and which of them count."""
+
+    batch: int
+    shape: tuple[int, ...]
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Per-row values ``[B]`` on every token, padded or packed (masked tokens too)."""
+        if self.cu_seqlens is None:
+            return rows[:, None].expand(self.shape)
+        if self.batch == 0:
+            return rows.new_zeros(self.shape)
+        position = torch.arange(self.shape[0], device=rows.device, dtype=self.cu_seqlens.dtype)
+        row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
+        return rows[row.clamp(max=self.batch - 1)]
+
+
+def check_cu_seqlens(cu_seqlens: object, device: torch.device, other: str, tokens: int | None) -> Tensor:
+    cu = check_tensor("cu_seqlens", cu_seqlens)
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: got dtype {cu.dtype}, want int32 or int64")
+    if cu.dim() != 1 or cu.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: got shape {show(cu.shape)}, want [B + 1]")
+    check_device("cu_seqlens", cu, device, other)
+    if may_read(cu):
+        values = cu.tolist()
+        if values[0] != 0:
+            raise ValueError(f"cu_seqlens: got first entry {values[0]}, want 0")
+        for row, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+            if b < a:
+                raise ValueError(f"cu_seqlens: got {a} then {b} at row {row}, want a non-decreasing sequence")
+        if tokens is not None and values[-1] != tokens:
+            raise ValueError(f"cu_seqlens: got last entry {values[-1]}, want {tokens} (the tokens of {other})")
+    return cu.detach()
+
+
+def token_layout(name: str, values: Tensor, mask: object, cu_seqlens: object) -> Layout:
+    """The layout of a per-token tensor: ``[B, T]``, or ``[N]`` with ``cu_seqlens``."""
+    if cu_seqlens is None:
+        if values.dim() != 2:
+            raise ValueError(
+                f"{name}: got shape {show(values.shape)}, want [B, T] (or [N] together with cu_seqlens)"
+            )
+        batch, cu = values.shape[0], None
+    else:
+        if values.dim() != 1:
+            raise ValueError(f"{name}: got shape {show(values.shape)}, want [N] (cu_seqlens was given)")
+        cu = check_cu_seqlens(cu_seqlens, values.device, name, values.shape[0])
+        batch = cu.shape[0] - 1
+    shape = tuple(values.shape)
+    return Layout(batch, shape, as_mask(mask, shape, values.device, name), cu)
+
+
+def row_layout(rewards: Tensor, mask: object, cu_seqlens: object, num_tokens: int | None) -> Layout | None:
+    """The layout that per-row values are to be spread over; None where neither mask nor cu_seqlens came."""
+    batch, device = rewards.shape[0], rewards.device
+    if cu_seqlens is None:
+        if num_tokens is not None:
+            raise ValueError(f"num_tokens: got {num_tokens} without cu_seqlens, want None")
+        if mask is None:
+            return None
+        mask = check_tensor("mask", mask)
+        if mask.dim() != 2 or mask.shape[0] != batch:
+            raise ValueError(f"mask: got shape {show(mask.shape)}, want [{batch}, T] (a row per reward)")
+        return Layout(batch, tuple(mask.shape), as_mask(mask, mask.shape, device, "rewards"), None)
+    cu = check_cu_seqlens(cu_seqlens, device, "rewards", num_tokens)
+    if cu.shape[0] != batch + 1:
+        raise ValueError(f"cu_seqlens: got shape {show(cu.shape)}, want [{batch + 1}] (a row per reward)")
+    if mask is not None:
+        mask = check_tensor("mask", mask)
+        if mask.dim() != 1 or num_tokens not in (None, mask.shape[0]):
+            want = "N" if num_tokens is None else num_tokens
+            raise ValueError(f"mask: got shape {show(mask.shape)}, want [{want}] (cu_seqlens was given)")
+        num_tokens = mask.shape[0]
+        check_cu_seqlens(cu, device, "rewards", num_tokens)
+    if num_tokens is None:
+        # The size of the output: on a device, reading it would be a synchronisation.
+        if not may_read(cu):
+            raise ValueError("num_tokens: got None, want the number of packed tokens (or a packed mask)")
+        num_tokens = int(cu[-1])
+    shape = (num_tokens,)
+    return Layout(batch, shape, as_mask(mask, shape, device, "rewards"), cu)
+
+
+def group_ids(groups: object, group_size: int | None, batch: int, device: torch.device, other: str) -> Tensor:
+    """Group labels ``[B]`` as int64, from labels or from the size of contiguous groups."""
+    if groups is None and group_size is None:
+        raise ValueError("groups: got None and no group_size, want one of the two")
+    if groups is not None and group_size is not None:
+        raise ValueError("group_size: got a value beside groups, want one of the two")
+    if groups is None:
+        if isinstance(group_size, bool) or not isinstance(group_size, int):
+            raise TypeError(f"group_size: got {type(group_size).__name__}, want int")
+        if group_size < 1 or batch % group_size:
+            raise ValueError(f"group_size: got {group_size}, want a divisor of the {batch} rows of {other}")
+        return torch.arange(batch, device=device) // group_size
+    groups = check_tensor("groups", groups)
+    check_integer("groups", groups)
+    check_shape("groups", groups, (batch,), f"one label per row of {other}")
+    check_device("groups", groups, device, other)
+    return groups.detach().to(torch.int64)
+
+
+def step_markers(steps: object, values: Tensor, layout: Layout, name: str) -> Tensor | None:
+    """Step-end flags (bool) or step ids (integer, non-decreasing along a row), the shape of the tokens."""
+    if steps is None:
+        return None
+    steps = check_tensor("steps", steps)
+    if steps.dtype is not torch.bool:
+        if steps.dtype not in INTEGERS:
+            raise TypeError(f"steps: got dtype {steps.dtype}, want bool (step ends) or integer (step ids)")
+        steps = steps.to(torch.int64)
+    check_shape("steps", steps, values.shape, f"one entry per token of {name}")
+    check_device("steps", steps, values.device, name)
+    return steps.detach()

@@ -1,0 +1,45 @@
+"""Packed rows as padded ones and back, so that every specification is written once, over ``[B, T]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _packed_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    cu = cu_seqlens.to(torch.int64)
+    lengths = cu[1:] - cu[:-1]
+    width = int(lengths.max()) if lengths.numel() else 0
+    position = torch.arange(width, device=cu.device)
+    return cu[:-1, None] + position, position < lengths[:, None]
+
+
+def to_rows(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values and validity as ``[B, T]``; what is not valid reads as 0, whatever it held."""
+    if cu_seqlens is None:
+        valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    else:
+        index, valid = _packed_index(cu_seqlens)
+        index = index.clamp(max=max(values.shape[0] - 1, 0))
+        if values.shape[0] == 0:
+            values = values.new_zeros(index.shape)
+        else:
+            values, mask = values[index], None if mask is None else mask[index]
+            valid = valid if mask is None else valid & mask
+    return torch.where(valid, values, torch.zeros_like(values)), valid
+
+
+def from_rows(rows: Tensor, like: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> Tensor:
+    """The inverse of :func:`to_rows`: ``[B, T]`` back to the layout of the caller."""
+    if cu_seqlens is None:
+        return rows
+    index, inside = _packed_index(cu_seqlens)
+    out = rows.new_zeros(like)
+    out[index[inside]] = rows[inside]
+    return out
+
+
+def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:
+    """``[B, B]``: whether two rows are of one group (and both live)."""
+    same = groups[:, None] == groups[None, :]
+    return same if live is None else same & live[:, None] & live[None, :]
