@@ -1,0 +1,247 @@
+// The Python module: addresses and sizes in, nothing out. Arguments were checked, and outputs allocated, by
+// the callers in rewardops/cpp; the interpreter lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/advantages.h"
+#include "cpu/entropy.h"
+#include "cpu/parallel.h"
+#include "cpu/prefix_tree.h"
+#include "rewardops/cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace rewardops::cpu;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A per-token array comes as (address, row stride); address 0 for one that is not given.
+template <typename T>
+Tokens<T> tokens(const py::tuple& strided) {
+  return {at<T>(strided[0].cast<Address>()), strided[1].cast<int64_t>()};
+}
+
+// (batch, width, address of cu_seqlens or 0, number of packed tokens)
+Rows rows(const py::tuple& r) {
+  return {r[0].cast<int64_t>(), r[1].cast<int64_t>(), at<const int64_t>(r[2].cast<Address>()),
+          r[3].cast<int64_t>()};
+}
+
+LogitsArgs logits_args(Address logits, int dtype, const py::tuple& shape, Address tokens, Address mask,
+                       double temperature) {
+  return {at<const void>(logits),     static_cast<DType>(dtype),  shape[0].cast<int64_t>(),
+          shape[1].cast<int64_t>(),   shape[2].cast<int64_t>(),   shape[3].cast<int64_t>(),
+          at<const int64_t>(tokens), at<const uint8_t>(mask), temperature};
+}
+
+// Rows per range such that a range is worth a thread's waking.
+int64_t row_grain(int64_t row_bytes) {
+  constexpr int64_t kWorth = 32768;
+  return row_bytes >= kWorth ? 1 : kWorth / (row_bytes + 1) + 1;
+}
+
+int64_t token_rows_grain(const Rows& r) {
+  const int64_t n = r.cu ? r.total / (r.batch > 0 ? r.batch : 1) : r.width;
+  return row_grain(n * 8);
+}
+
+void token_stats(Address logits, int dtype, const py::tuple& shape, int64_t count, Address tokens, Address mask,
+                 double temperature, Address logprob, Address entropy, Address shift, Address log_sum,
+                 int threads) {
+  const TokenStatsArgs a{logits_args(logits, dtype, shape, tokens, mask, temperature), at<void>(logprob),
+                         at<void>(entropy), at<void>(shift), at<void>(log_sum)};
+  const py::gil_scoped_release release;
+  parallel_for(count, row_grain(a.in.vocab * 4), threads,
+               [&](int64_t begin, int64_t end) { kernels().token_stats(a, begin, end); });
+}
+
+void token_stats_backward(Address grad_logprob, Address grad_entropy, Address grad_log_sum, Address logits,
+                          int dtype, const py::tuple& shape, int64_t count, Address tokens, Address mask,
+                          Address entropy, Address shift, Address log_sum, double temperature, Address out,
+                          int threads) {
+  const TokenStatsBackwardArgs a{logits_args(logits, dtype, shape, tokens, mask, temperature),
+                                 at<const void>(grad_logprob),
+                                 at<const void>(grad_entropy),
+                                 at<const void>(grad_log_sum),
+                                 at<const void>(entropy),
+                                 at<const void>(shift),
+                                 at<const void>(log_sum),
+                                 at<void>(out)};
+  const py::gil_scoped_release release;
+  parallel_for(count, row_grain(a.in.vocab * 4), threads,
+               [&](int64_t begin, int64_t end) { kernels().token_stats_backward(a, begin, end); });
+}
+
+template <typename T>
+void token_kl(Address grad, Address logprob, Address ref_logprob, Address mask, int estimator, Address out,
+              int64_t count, int threads) {
+  const TokenKlArgs<T> a{at<const T>(grad),       at<const T>(logprob),
+                         at<const T>(ref_logprob), at<const uint8_t>(mask),
+                         static_cast<KlEstimator>(estimator), at<T>(out)};
+  const TypedKernels<T>& k = kernels().of<T>();
+  const auto kernel = grad ? k.token_kl_backward : k.token_kl;
+  const py::gil_scoped_release release;
+  parallel_for(count, 8192, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+template <typename T>
+void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
+                      Address groups, int baseline, int scale, double eps, int ddof, Address advantages,
+                      Address inv_scale, const py::tuple& spread, int threads) {
+  AdvantagesArgs<T> a{};
+  a.rows = rows(shape);
+  a.tokens_given = tokens_given;
+  a.mask = tokens<const uint8_t>(mask);
+  a.rewards = at<const T>(rewards);
+  a.groups = at<const int64_t>(groups);
+  a.baseline = static_cast<Baseline>(baseline);
+  a.scale = static_cast<Scale>(scale);
+  a.eps = eps;
+  a.ddof = ddof;
+  a.advantages = at<T>(advantages);
+  a.inv_scale = at<T>(inv_scale);
+  const SpreadArgs<T> s{a.rows, a.mask, a.advantages, tokens<T>(spread)};
+  const py::gil_scoped_release release;
+  group_advantages(a, threads);
+  if (tokens_given)
+    parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
+                 [&](int64_t begin, int64_t end) { kernels().of<T>().spread(s, begin, end); });
+}
+
+template <typename T>
+void group_advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask,
+                               const py::tuple& grad, Address grad_inv_scale, Address rewards, Address groups,
+                               int baseline, int scale, double eps, int ddof, Address out, int threads) {
+  AdvantagesArgs<T> a{};
+  a.rows = rows(shape);
+  a.tokens_given = tokens_given;
+  a.mask = tokens<const uint8_t>(mask);
+  a.rewards = at<const T>(rewards);
+  a.groups = at<const int64_t>(groups);
+  a.baseline = static_cast<Baseline>(baseline);
+  a.scale = static_cast<Scale>(scale);
+  a.eps = eps;
+  a.ddof = ddof;
+  a.grad = tokens<const T>(grad);
+  a.grad_inv_scale = at<const T>(grad_inv_scale);
+  a.grad_rewards = at<T>(out);
+  const py::gil_scoped_release release;
+  group_advantages_backward(a, threads);
+}
+
+template <typename T>
+void returns(const py::tuple& shape, const py::tuple& mask, const py::tuple& rewards, int kind,
+             const py::tuple& steps, const py::tuple& grad, const py::tuple& where, double temperature,
+             bool through_weights, const py::tuple& out, const py::tuple& argmin, const std::string& which,
+             int threads) {
+  ReturnsArgs<T> a{};
+  a.rows = rows(shape);
+  a.mask = tokens<const uint8_t>(mask);
+  a.rewards = tokens<const T>(rewards);
+  a.kind = static_cast<Steps>(kind);
+  if (a.kind == Steps::flags) a.flags = tokens<const uint8_t>(steps);
+  if (a.kind == Steps::ids) a.ids = tokens<const int64_t>(steps);
+  a.grad = tokens<const T>(grad);
+  a.where = tokens<const int32_t>(where);
+  a.temperature = temperature;
+  a.through_weights = through_weights;
+  a.out = tokens<T>(out);
+  a.argmin = tokens<int32_t>(argmin);
+  const TypedKernels<T>& k = kernels().of<T>();
+  const auto kernel = which == "min"            ? k.min_returns
+                      : which == "min_backward" ? k.min_returns_backward
+                      : which == "softmin"      ? k.softmin
+                                                : k.softmin_backward;
+  const py::gil_scoped_release release;
+  parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
+               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+template <typename Token, typename T>
+void prefix_values(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
+                   Address rewards, const py::tuple& before, const py::tuple& after, const py::tuple& count,
+                   int threads) {
+  PrefixArgs<Token, T> a{};
+  a.rows = rows(shape);
+  a.mask = tokens<const uint8_t>(mask);
+  a.tokens = tokens<const Token>(ids);
+  a.groups = at<const int64_t>(groups);
+  a.rewards = at<const T>(rewards);
+  a.before = tokens<T>(before);
+  a.after = tokens<T>(after);
+  a.count = tokens<int32_t>(count);
+  const py::gil_scoped_release release;
+  rewardops::cpu::prefix_values(a, threads);
+}
+
+template <typename Token, typename T>
+void prefix_values_backward(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
+                            const py::tuple& grad_before, const py::tuple& grad_after, Address out,
+                            int threads) {
+  PrefixArgs<Token, T> a{};
+  a.rows = rows(shape);
+  a.mask = tokens<const uint8_t>(mask);
+  a.tokens = tokens<const Token>(ids);
+  a.groups = at<const int64_t>(groups);
+  a.grad_before = tokens<const T>(grad_before);
+  a.grad_after = tokens<const T>(grad_after);
+  a.grad_rewards = at<T>(out);
+  const py::gil_scoped_release release;
+  rewardops::cpu::prefix_values_backward(a, threads);
+}
+
+// Backward where grad is given.
+template <typename T>
+void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
+                  Address groups, double alpha1, double alpha2, double threshold, double floor,
+                  const py::tuple& grad, Address grad_rewards, const py::tuple& out, int64_t longest,
+                  int threads) {
+  GtpoArgs<T> a{};
+  a.rows = rows(shape);
+  a.mask = tokens<const uint8_t>(mask);
+  a.rewards = at<const T>(rewards);
+  a.entropy = tokens<const T>(entropy);
+  a.alpha1 = alpha1;
+  a.alpha2 = alpha2;
+  a.threshold = threshold;
+  a.floor = floor;
+  a.grad = tokens<const T>(grad);
+  a.grad_rewards = at<T>(grad_rewards);
+  a.out = tokens<T>(out);
+  const int64_t* labels = at<const int64_t>(groups);
+  const py::gil_scoped_release release;
+  rewardops::cpu::launch_gtpo(a, labels, longest, threads);
+}
+
+template <typename T>
+void define_typed(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* base) { return std::string(base) + suffix; };
+  m.def(name("token_kl").c_str(), token_kl<T>);
+  m.def(name("group_advantages").c_str(), group_advantages<T>);
+  m.def(name("group_advantages_backward").c_str(), group_advantages_backward<T>);
+  m.def(name("gtpo_rewards").c_str(), gtpo_rewards<T>);
+  m.def(name("returns").c_str(), returns<T>);
+  m.def((name("prefix_values") + "_i32").c_str(), prefix_values<int32_t, T>);
+  m.def((name("prefix_values") + "_i64").c_str(), prefix_values<int64_t, T>);
+  m.def((name("prefix_values_backward") + "_i32").c_str(), prefix_values_backward<int32_t, T>);
+  m.def((name("prefix_values_backward") + "_i64").c_str(), prefix_values_backward<int64_t, T>);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of rewardops; called by rewardops.cpp";
+  m.def("isa", [] { return kernels().name; });
+  m.def("token_stats", token_stats);
+  m.def("token_stats_backward", token_stats_backward);
+  define_typed<float>(m, "_f32");
+  define_typed<double>(m, "_f64");
+}

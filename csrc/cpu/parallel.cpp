@@ -1,0 +1,118 @@
+// A small pool of our own rather than OpenMP: torch brings an OpenMP runtime of its own, and a second one in
+// the process oversubscribes the cores and does not survive fork().
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace rewardops::cpu {
+namespace {
+
+struct Job {
+  const std::function<void(int64_t, int64_t)>* body;
+  int64_t items, chunk;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_lock;
+
+  void run() {
+    for (;;) {
+      const int64_t begin = next.fetch_add(chunk);
+      if (begin >= items) return;
+      try {
+        (*body)(begin, begin + chunk < items ? begin + chunk : items);
+      } catch (...) {
+        const std::lock_guard<std::mutex> hold(error_lock);
+        if (!error) error = std::current_exception();
+        next = items;
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  // One job at a time; a caller that finds the pool busy works alone.
+  bool run(Job& job, int helpers) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) return false;
+    {
+      const std::lock_guard<std::mutex> hold(lock_);
+      while (static_cast<int>(workers_.size()) < helpers) {
+        const int index = static_cast<int>(workers_.size());
+        workers_.emplace_back([this, index, seen = round_] { work(index, seen); });
+      }
+      job_ = &job;
+      wanted_ = running_ = helpers;
+      ++round_;
+    }
+    wake_.notify_all();
+    job.run();
+    std::unique_lock<std::mutex> hold(lock_);
+    done_.wait(hold, [this] { return running_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  void work(int index, uint64_t seen) {
+    std::unique_lock<std::mutex> hold(lock_);
+    for (;;) {
+      wake_.wait(hold, [&] { return round_ != seen; });
+      seen = round_;
+      if (index >= wanted_) continue;
+      Job* job = job_;
+      hold.unlock();
+      job->run();
+      hold.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex turn_, lock_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  int wanted_ = 0, running_ = 0;
+  uint64_t round_ = 0;
+};
+
+// Never destroyed: its threads sleep until the process ends. A forked child has none of the threads, so it
+// gets a pool of its own.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  });
+  return *pool;
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int64_t grain, int threads,
+                  const std::function<void(int64_t, int64_t)>& body) {
+  if (items <= 0) return;
+  const int64_t most = (items + grain - 1) / grain;
+  const int64_t used = most < threads ? most : threads;
+  if (used <= 1) return body(0, items);
+  Job job;
+  job.body = &body;
+  job.items = items;
+  // A few ranges per thread even out rows of different length.
+  const int64_t even = items / (used * 4);
+  job.chunk = even > grain ? even : grain;
+  if (!the_pool().run(job, static_cast<int>(used) - 1)) return body(0, items);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace rewardops::cpu

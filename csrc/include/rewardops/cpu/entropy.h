@@ -1,0 +1,123 @@
+// GTPO's token rewards: sums over the rows of a group at one position, a block of positions at a time.
+#pragma once
+
+#include "rewardops/cpu/kernels.h"
+
+namespace rewardops::cpu {
+namespace REWARDOPS_ISA {
+namespace {
+
+template <typename T>
+struct GtpoBlock {
+  double count[2][kGtpoBlock];    // rows of the class still running: [wrong, right]
+  double total[2][kGtpoBlock];    // their weights
+  double through[2][kGtpoBlock];  // upstream gradient times weight
+};
+
+// Right rows weigh by the entropy, wrong ones by its inverse.
+template <typename T>
+inline T gtpo_weight(T entropy, T floor, bool right) {
+  const T h = entropy < floor ? floor : entropy;
+  return right ? h : 1 / h;
+}
+
+template <bool kBackward, typename T>
+void gtpo_sums(const GtpoArgs<T>& a, int64_t group, int64_t from, GtpoBlock<T>& block) {
+  for (int c = 0; c < 2; ++c)
+    for (int64_t k = 0; k < kGtpoBlock; ++k) block.count[c][k] = block.total[c][k] = block.through[c][k] = 0;
+  const T floor = static_cast<T>(a.floor);
+  for (int64_t m = a.groups.offsets[group]; m < a.groups.offsets[group + 1]; ++m) {
+    const int64_t b = a.groups.members[m];
+    const int64_t left = a.rows.size(b) - from;
+    const int64_t n = left < kGtpoBlock ? left : kGtpoBlock;
+    if (n <= 0) continue;
+    const bool right = static_cast<double>(a.rewards[b]) > a.threshold;
+    const T* entropy = a.entropy.row(a.rows, b) + from;
+    const T* grad = kBackward ? a.grad.row(a.rows, b) + from : nullptr;
+    const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : nullptr;
+    double* count = block.count[right];
+    double* total = block.total[right];
+    double* through = block.through[right];
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const bool valid = !mask || mask[k];
+      const double weight = valid ? static_cast<double>(gtpo_weight(entropy[k], floor, right)) : 0.0;
+      count[k] += valid ? 1.0 : 0.0;
+      total[k] += weight;
+      if (kBackward) through[k] += valid ? weight * static_cast<double>(grad[k]) : 0.0;
+    }
+  }
+}
+
+template <bool kBackward, typename T>
+void gtpo_blocks(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t end) {
+  GtpoBlock<T> block;
+  const T floor = static_cast<T>(a.floor);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / blocks, from = item % blocks * kGtpoBlock;
+    bool any = false;
+    for (int64_t m = a.groups.offsets[group]; m < a.groups.offsets[group + 1]; ++m)
+      any = any || a.rows.size(a.groups.members[m]) > from;
+    if (!any) continue;
+    gtpo_sums<kBackward>(a, group, from, block);
+    for (int64_t m = a.groups.offsets[group]; m < a.groups.offsets[group + 1]; ++m) {
+      const int64_t b = a.groups.members[m];
+      const int64_t left = a.rows.size(b) - from;
+      const int64_t n = left < kGtpoBlock ? left : kGtpoBlock;
+      if (n <= 0) continue;
+      const bool right = static_cast<double>(a.rewards[b]) > a.threshold;
+      const T* entropy = a.entropy.row(a.rows, b) + from;
+      const T* grad = kBackward ? a.grad.row(a.rows, b) + from : nullptr;
+      const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : nullptr;
+      T* out = a.out.row(a.rows, b) + from;
+      const double* count = block.count[right];
+      const double* total = block.total[right];
+      const double* through = block.through[right];
+      const double base = right ? a.alpha1 * static_cast<double>(a.rewards[b]) : -a.alpha1;
+      const double gain = right ? a.alpha2 : -a.alpha2;
+#pragma omp simd
+      for (int64_t k = 0; k < n; ++k) {
+        const bool valid = !mask || mask[k];
+        const double weight = gtpo_weight(entropy[k], floor, right);
+        double v;
+        if (kBackward) {
+          const double d_weight = a.alpha2 * count[k] / total[k] * (grad[k] - through[k] / total[k]);
+          // d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
+          v = entropy[k] > floor ? (right ? d_weight : d_weight * weight * weight) : 0.0;
+        } else {
+          v = base + gain * count[k] * weight / total[k];
+        }
+        out[k] = static_cast<T>(valid ? v : 0.0);
+      }
+    }
+  }
+}
+
+template <typename T>
+void gtpo(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t end) {
+  gtpo_blocks<false>(a, blocks, begin, end);
+}
+
+template <typename T>
+void gtpo_backward(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t end) {
+  gtpo_blocks<true>(a, blocks, begin, end);
+}
+
+template <typename T>
+void gtpo_backward_rows(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t n = a.rows.size(b);
+    const uint8_t* mask = a.mask.row(a.rows, b);
+    const T* grad = a.grad.row(a.rows, b);
+    double sum = 0;
+    if (static_cast<double>(a.rewards[b]) > a.threshold) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t t = 0; t < n; ++t) sum += !mask || mask[t] ? static_cast<double>(grad[t]) : 0.0;
+    }
+    a.grad_rewards[b] = static_cast<T>(a.alpha1 * sum);
+  }
+}
+
+}  // namespace
+}  // namespace REWARDOPS_ISA
+}  // namespace rewardops::cpu

@@ -1,0 +1,133 @@
+// The kernels that exist once per instruction set: their arguments, and the table that holds them.
+//
+// Raw pointers and sizes only. A kernel works on the items [begin, end) of its outermost loop and keeps no
+// state, so that the launcher may split the items over threads and the result does not depend on how.
+#pragma once
+
+#include <cstdint>
+
+#include "rewardops/cpu/rows.h"
+
+namespace rewardops::cpu {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+struct LogitsArgs {
+  const void* logits;
+  DType dtype;
+  int64_t inner;                       // row n is (n / inner, n % inner)
+  int64_t stride_outer, stride_inner;  // in elements
+  int64_t vocab;
+  const int64_t* tokens;
+  const uint8_t* mask;                 // may be null
+  double temperature;
+};
+
+// Per-row arrays are float, or double for double logits.
+struct TokenStatsArgs {
+  LogitsArgs in;
+  void *logprob, *entropy, *shift, *log_sum;  // entropy may be null
+};
+
+struct TokenStatsBackwardArgs {
+  LogitsArgs in;
+  const void *grad_logprob, *grad_entropy, *grad_log_sum;  // each may be null
+  const void *entropy, *shift, *log_sum;
+  void* grad_logits;  // contiguous, in the dtype of the logits
+};
+
+enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2 };
+
+template <typename T>
+struct TokenKlArgs {
+  const T *grad, *logprob, *ref_logprob;  // grad: backward only
+  const uint8_t* mask;
+  KlEstimator estimator;
+  T* out;
+};
+
+// Rows grouped: members[offsets[g]:offsets[g + 1]] are the rows of group g, ascending.
+struct Groups {
+  int64_t count;
+  const int64_t *members, *offsets;
+};
+
+template <typename T>
+struct SpreadArgs {
+  Rows rows;
+  Tokens<const uint8_t> mask;
+  const T* values;  // [B]
+  Tokens<T> out;
+};
+
+template <typename T>
+struct GtpoArgs {
+  Rows rows;
+  Groups groups;
+  Tokens<const uint8_t> mask;
+  const T* rewards;  // [B]
+  Tokens<const T> entropy;
+  double alpha1, alpha2, threshold, floor;
+  Tokens<const T> grad;  // backward only
+  T* grad_rewards;       // backward only, [B]
+  Tokens<T> out;         // the shaped rewards, or the gradient in entropy
+};
+
+enum class Steps : int { every_token = 0, flags = 1, ids = 2 };
+
+template <typename T>
+struct ReturnsArgs {
+  Rows rows;
+  Tokens<const uint8_t> mask;
+  Tokens<const T> rewards;
+  Steps kind;
+  Tokens<const uint8_t> flags;
+  Tokens<const int64_t> ids;
+  Tokens<const T> grad;           // backward only
+  Tokens<const int32_t> where;    // min backward only
+  double temperature;             // soft-min only
+  bool through_weights;           // soft-min only
+  Tokens<T> out;
+  Tokens<int32_t> argmin;         // min forward only
+};
+
+template <typename T>
+struct TypedKernels {
+  void (*token_kl)(const TokenKlArgs<T>&, int64_t begin, int64_t end);           // items: tokens
+  void (*token_kl_backward)(const TokenKlArgs<T>&, int64_t begin, int64_t end);  // items: tokens
+  void (*spread)(const SpreadArgs<T>&, int64_t begin, int64_t end);              // items: rows
+  // Items: groups x blocks of kGtpoBlock positions.
+  void (*gtpo)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
+  void (*gtpo_backward)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
+  void (*gtpo_backward_rows)(const GtpoArgs<T>&, int64_t begin, int64_t end);    // items: rows
+  void (*min_returns)(const ReturnsArgs<T>&, int64_t begin, int64_t end);        // items: rows
+  void (*min_returns_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
+  void (*softmin)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
+  void (*softmin_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kGtpoBlock = 512;
+
+struct Kernels {
+  const char* name;
+  void (*token_stats)(const TokenStatsArgs&, int64_t begin, int64_t end);                   // items: rows
+  void (*token_stats_backward)(const TokenStatsBackwardArgs&, int64_t begin, int64_t end);  // items: rows
+  // Equal leading tokens of two rows of n tokens of 4 or 8 bytes.
+  int64_t (*common_prefix4)(const int32_t* a, const int32_t* b, int64_t n);
+  int64_t (*common_prefix8)(const int64_t* a, const int64_t* b, int64_t n);
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+
+  template <typename T>
+  const TypedKernels<T>& of() const;
+};
+
+template <>
+inline const TypedKernels<float>& Kernels::of<float>() const { return f32; }
+template <>
+inline const TypedKernels<double>& Kernels::of<double>() const { return f64; }
+
+// The table of the best instruction set of this machine; REWARDOPS_ISA names a lesser one.
+const Kernels& kernels();
+
+}  // namespace rewardops::cpu

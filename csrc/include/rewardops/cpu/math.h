@@ -1,0 +1,118 @@
+// Scalar functions written without branches, so that loops over them become SIMD code.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace rewardops::cpu {
+namespace REWARDOPS_ISA {
+namespace {
+
+template <typename To, typename From>
+inline To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <typename T>
+constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
+
+// ---- storage types ------------------------------------------------------------------------------------------
+
+struct bfloat16 { uint16_t raw; };
+struct float16 { uint16_t raw; };
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) { return bits<float>(static_cast<uint32_t>(x.raw) << 16); }
+inline float widen(float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.raw & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.raw & 0x7fffu) << 13;
+  // The multiplication rebiases the exponent and normalises subnormals; infinities and NaN keep theirs.
+  const uint32_t finite = bits<uint32_t>(bits<float>(magnitude) * 5.192296858534828e33f);  // 2^112
+  const uint32_t special = magnitude | 0x7f800000u;
+  return bits<float>(sign | ((x.raw & 0x7c00u) == 0x7c00u ? special : finite));
+}
+
+template <typename T>
+inline T narrow(float x);
+template <>
+inline float narrow<float>(float x) { return x; }
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+template <>
+inline float16 narrow<float16>(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t a = u & 0x7fffffffu;
+  const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Adding 0.5 aligns the last place of a float with that of a subnormal half, and rounds.
+  const uint32_t subnormal = bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000u;
+  uint32_t h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x477ff000u ? 0x7c00u : h;  // rounds to infinity
+  h = a > 0x7f800000u ? 0x7e00u : h;   // NaN
+  return {static_cast<uint16_t>(sign | h)};
+}
+
+// ---- exponentials -------------------------------------------------------------------------------------------
+
+// The smallest x whose exponential is a normal float; below it exp_flushed is 0.
+constexpr float kFlush = -87.33654f;
+
+// e^r on |r| <= ln 2 / 2 (Cephes), within one ulp.
+inline float exp_reduced(float r) {
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  return y * r * r + r + 1.0f;
+}
+
+inline float round_to_integer(float x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return (x + kMagic) - kMagic;
+}
+
+inline float reduce(float x, float n) {
+  return (x - n * 0.693359375f) - n * -2.12194440e-4f;
+}
+
+inline float power_of_two(int32_t n) { return bits<float>((n + 127) << 23); }
+
+// e^x for x <= 0; results under the smallest normal float are 0, which keeps subnormals out of hot loops.
+inline float exp_flushed(float x) {
+  const float c = x < kFlush ? kFlush : x;  // NaN passes
+  const float n = round_to_integer(c * 1.44269504f);
+  const float y = exp_reduced(reduce(c, n)) * power_of_two(static_cast<int32_t>(n));
+  return x < kFlush ? 0.0f : y;
+}
+inline double exp_flushed(double x) { return std::exp(x); }
+
+// e^x for any x: subnormal and infinite results included.
+inline float exp_any(float x) {
+  float c = x < -104.0f ? -104.0f : x;
+  c = c > 89.0f ? 89.0f : c;
+  const float n = round_to_integer(c * 1.44269504f);
+  const int32_t k = static_cast<int32_t>(n);
+  const int32_t half = k >> 1;
+  return exp_reduced(reduce(c, n)) * power_of_two(half) * power_of_two(k - half);
+}
+inline double exp_any(double x) { return std::exp(x); }
+
+// ln of the smallest value that exp_flushed tells from 0.
+inline float flush_limit(float) { return kFlush; }
+inline double flush_limit(double) { return -745.2; }
+
+}  // namespace
+}  // namespace REWARDOPS_ISA
+}  // namespace rewardops::cpu

@@ -1,0 +1,1 @@
+"""The CPU backend: allocates outputs and hands addresses to the compiled module, one file per family."""

@@ -1,0 +1,50 @@
+"""Build: the compiled module by CMake, and ``triton_kernels/`` as ``rewardops.triton_kernels``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """CMakeLists.txt is the one build description; this only calls it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DREWARDOPS_MODULE_DIR={target.parent}",
+        ]
+        if "REWARDOPS_CUDA" in os.environ:
+            configure.append(f"-DREWARDOPS_CUDA={os.environ['REWARDOPS_CUDA']}")
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+
+
+# Never a top-level triton_kernels: Triton ships a package of that name, and others import it.
+setup(
+    packages=[*find_packages(include=["rewardops", "rewardops.*"]), "rewardops.triton_kernels"],
+    package_dir={"rewardops.triton_kernels": "triton_kernels"},
+    package_data={"rewardops": ["py.typed"]},
+    ext_modules=[Extension("rewardops._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
