@@ -147,7 +147,7 @@ def define(
 
 def config() -> dict[str, str]:
     """What is installed and what serves each device, as text."""
-    lines = {"torch": torch.__version__}
+    lines: dict[str, str] = {"torch": str(torch.__version__)}
     module = compiled_module()
     lines["cpp"] = (
         f"built, running the {module.isa()} kernels"

@@ -11,6 +11,7 @@ A mask may have holes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,11 +168,13 @@ def check_cu_seqlens(cu_seqlens: object, device: torch.device, other: str, token
         values = cu.tolist()
         if values[0] != 0:
             raise ValueError(f"cu_seqlens: got first entry {values[0]}, want 0")
-        for row, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+        for row, (a, b) in enumerate(itertools.pairwise(values)):
             if b < a:
                 raise ValueError(f"cu_seqlens: got {a} then {b} at row {row}, want a non-decreasing sequence")
         if tokens is not None and values[-1] != tokens:
-            raise ValueError(f"cu_seqlens: got last entry {values[-1]}, want {tokens} (the tokens of {other})")
+            raise ValueError(
+                f"cu_seqlens: got last entry {values[-1]}, want {tokens} (the tokens of {other})"
+            )
     return cu.detach()
 
 

@@ -19,7 +19,7 @@ class PrefixValues(NamedTuple):
 
     before: Tensor
     after: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     """int32: the rows of the group that share the prefix up to and including the token."""
 
 
@@ -140,9 +140,7 @@ def tempo_advantages(
             unknown scale.
     """
     advantages.check_scale(scale, eps, ddof)
-    values = prefix_values(
-        tokens, rewards, groups, group_size=group_size, mask=mask, cu_seqlens=cu_seqlens
-    )
+    values = prefix_values(tokens, rewards, groups, group_size=group_size, mask=mask, cu_seqlens=cu_seqlens)
     rows = layout.token_layout("tokens", tokens, mask, cu_seqlens)
     ids = layout.group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
     (rewards,) = layout.promote(rewards)

@@ -13,7 +13,7 @@ from .layout import from_rows, same_group, to_rows
 class _Groups(NamedTuple):
     same: Tensor  # [B, B]: of one group, both rows live
     live: Tensor  # [B]
-    count: Tensor  # [B], in the dtype of the rewards
+    count: Tensor  # type: ignore[assignment]  # [B], in the dtype of the rewards
     centred: Tensor  # reward - mean of the group; exactly 0 where the group's rewards are equal
     numerator: Tensor  # reward - baseline
     gain: Tensor  # d numerator / d centred; 0 for the baseline "none"
@@ -37,12 +37,9 @@ def _statistics(
     zero = torch.zeros_like(rewards)
     r = torch.where(live, rewards, zero)
     count = same.sum(1).to(r.dtype)
-    if r.numel():
-        # Centred on the group's smallest reward first: rewards near 1000 keep their differences, and equal
-        # rewards, which have a std of rounding size, come out as exactly 0.
-        low = torch.where(same, r[None, :], torch.inf).amin(1)
-    else:
-        low = zero
+    # Centred on the group's smallest reward first: rewards near 1000 keep their differences, and equal
+    # rewards, which have a std of rounding size, come out as exactly 0.
+    low = torch.where(same, r[None, :], torch.inf).amin(1) if r.numel() else zero
     differs = (same & (r[None, :] != low[:, None])).any(1)
     above = torch.where(same, r[None, :] - low[:, None], 0)
     mean_above = above.sum(1) / count.clamp(min=1)

@@ -15,7 +15,7 @@ class _Shares(NamedTuple):
     positive: Tensor  # [B]
     same: Tensor  # [B, B]: rows of one group and one class, in the dtype of the rewards
     weight: Tensor  # [B, T]: H for right rows, 1 / H for wrong ones; 0 where not valid
-    count: Tensor  # [B, T]: rows of the class still running at the position
+    count: Tensor  # type: ignore[assignment]  # [B, T]: rows of the class still running at the position
     total: Tensor  # [B, T]: the sum of their weights
     floored: Tensor  # [B, T]
 

@@ -1,7 +1,7 @@
 // Token statistics: one read of a row forward, one read and one write backward.
 //
 // A block of the row stays in the L1 cache between the pass that finds its maximum and the pass that sums,
-// so memory is read once; sums run in float within a block and in double over blocks.
+// so memory is read once; sums run in float over a few hundred terms and in double beyond.
 #pragma once
 
 #include "rewardops/cpu/kernels.h"
@@ -12,6 +12,7 @@ namespace REWARDOPS_ISA {
 namespace {
 
 constexpr int64_t kLogitsBlock = 2048;
+constexpr int64_t kSumBlock = 256;  // as many terms as are summed in float before they go into a double
 
 template <typename T> struct AccOf { using type = float; };
 template <> struct AccOf<double> { using type = double; };
@@ -42,6 +43,22 @@ inline const Acc* load_block(const T* x, int64_t n, Acc* buffer, Acc* largest) {
   }
 }
 
+// Division by the temperature as a product with its reciprocal in two parts: one part alone is off by half a
+// unit in the last place, which a distance of -20 turns into 20 units of the probability.
+template <typename Acc>
+struct Inverse {
+  Acc high, low;
+  explicit Inverse(double temperature)
+      : high(static_cast<Acc>(1.0 / temperature)),
+        low(static_cast<Acc>(1.0 / temperature - static_cast<double>(high))) {}
+  // Of a logit to the row's largest; -inf becomes a distance that is as good, and makes no inf - inf.
+  Acc distance(Acc x, Acc shift) const {
+    const Acc y = x - shift;
+    const Acc c = y < Acc(-1e30) ? Acc(-1e30) : y;
+    return c * high + c * low;
+  }
+};
+
 struct Partial {
   double shift = -infinity<double>();  // the largest logit so far
   double sum = 0;                      // of e^d, d = (x - shift) / temperature
@@ -52,7 +69,7 @@ template <bool kEntropy, typename T>
 inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
   using Acc = typename AccOf<T>::type;
   alignas(64) Acc buffer[kLogitsBlock];
-  const Acc inverse = static_cast<Acc>(1.0 / temperature);
+  const Inverse<Acc> inverse(temperature);
   Partial p;
   for (int64_t start = 0; start < vocab; start += kLogitsBlock) {
     const int64_t n = vocab - start < kLogitsBlock ? vocab - start : kLogitsBlock;
@@ -74,16 +91,19 @@ inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
     }
     const Acc shift = static_cast<Acc>(p.shift);
     const Acc limit = flush_limit(Acc{});
-    Acc sum = 0, weighted = 0;
+    for (int64_t from = 0; from < n; from += kSumBlock) {
+      const int64_t to = from + kSumBlock < n ? from + kSumBlock : n;
+      Acc sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t k = 0; k < n; ++k) {
-      const Acc d = (x[k] - shift) * inverse;
-      const Acc e = exp_flushed(d);
-      sum += e;
-      if (kEntropy) weighted += e * (d < limit ? limit : d);  // 0 * -inf has the limit 0
+      for (int64_t k = from; k < to; ++k) {
+        const Acc d = inverse.distance(x[k], shift);
+        const Acc e = exp_flushed(d);
+        sum += e;
+        if (kEntropy) weighted += e * (d < limit ? limit : d);  // 0 * -inf has the limit 0
+      }
+      p.sum += sum;
+      p.weighted += weighted;
     }
-    p.sum += sum;
-    p.weighted += weighted;
   }
   return p;
 }
@@ -131,7 +151,7 @@ void token_stats_backward_rows(const TokenStatsBackwardArgs& a, int64_t begin, i
   const auto* entropy = static_cast<const Acc*>(a.entropy);
   const auto* shifts = static_cast<const Acc*>(a.shift);
   const auto* log_sums = static_cast<const Acc*>(a.log_sum);
-  const Acc inverse = static_cast<Acc>(1.0 / a.in.temperature);
+  const Inverse<Acc> inverse(a.in.temperature);
   const Acc limit = flush_limit(Acc{});
   const int64_t vocab = a.in.vocab;
   for (int64_t n = begin; n < end; ++n) {
@@ -147,23 +167,23 @@ void token_stats_backward_rows(const TokenStatsBackwardArgs& a, int64_t begin, i
     const Acc h = up_entropy ? entropy[n] : Acc{0};
     const Acc shift = shifts[n], log_sum = log_sums[n];
     const auto gradient = [=](Acc x) {
-      const Acc logp = (x - shift) * inverse - log_sum;
+      const Acc logp = inverse.distance(x, shift) - log_sum;
       const Acc p = exp_flushed(logp);
       return (on_p - on_entropy * ((logp < limit ? limit : logp) + h)) * p;
     };
     if (up_entropy) {
 #pragma omp simd
-      for (int64_t k = 0; k < vocab; ++k) out[k] = narrow_acc<T>(gradient(widen(row[k])) * inverse);
+      for (int64_t k = 0; k < vocab; ++k) out[k] = narrow_acc<T>(gradient(widen(row[k])) * inverse.high);
     } else {
 #pragma omp simd
       for (int64_t k = 0; k < vocab; ++k) {
-        const Acc p = exp_flushed((widen(row[k]) - shift) * inverse - log_sum);
-        out[k] = narrow_acc<T>(on_p * p * inverse);
+        const Acc p = exp_flushed(inverse.distance(widen(row[k]), shift) - log_sum);
+        out[k] = narrow_acc<T>(on_p * p * inverse.high);
       }
     }
     const int64_t token = a.in.tokens[n];
     if (token >= 0 && token < vocab) {
-      out[token] = narrow_acc<T>((on_token + gradient(widen(row[token]))) * inverse);
+      out[token] = narrow_acc<T>((on_token + gradient(widen(row[token]))) * inverse.high);
     } else {
       out[0] = narrow_acc<T>(std::numeric_limits<Acc>::quiet_NaN());  // its logprob is NaN as well
     }
