@@ -1,0 +1,41 @@
+# One command for each thing; CONTRIBUTING.md lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+ARGS ?=
+
+.PHONY: venv demo test lint bench gpu gpu-dry clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	touch $@
+
+demo: venv
+	$(BIN)/python -m rewardops.demo $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+bench: venv
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Needs python3 with torch, Triton, pybind11 and pytest, cmake, ninja and a GPU; no network, no virtual environment.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# The same script on tiny shapes, without a GPU.
+gpu-dry: venv
+	$(BIN)/python -m benchmarks.gpu --dry $(ARGS)
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info rewardops/_C.*.so

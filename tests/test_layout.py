@@ -1,0 +1,144 @@
+"""Bad arguments are named, with what came and what was wanted, before any kernel runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import rewardops as R
+from rewardops import dispatch, layout
+
+T = torch.tensor
+F = torch.zeros
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype, device="meta")
+
+
+CASES = {
+    # ---- token_stats
+    "logits type": (lambda: R.token_stats([1.0], T([0])), TypeError, "logits: got list"),
+    "logits dtype": (lambda: R.token_stats(F(2, 3).long(), F(2).long()), TypeError, "logits: got dtype torch.int64"),
+    "logits rank": (lambda: R.token_stats(F(3), F(3).long()), ValueError, "logits: got shape [3], want [N, V]"),
+    "no vocabulary": (lambda: R.token_stats(F(2, 0), F(2).long()), ValueError, "vocabulary of at least 1"),
+    "tokens shape": (lambda: R.token_stats(F(2, 3), F(4).long()), ValueError, "tokens: got shape [4], want [2]"),
+    "tokens dtype": (lambda: R.token_stats(F(2, 3), F(2)), TypeError, "tokens: got dtype torch.float32"),
+    "tokens device": (lambda: R.token_stats(F(2, 3), meta(2, dtype=torch.int64)), ValueError, "tokens: got device meta, want cpu"),
+    "stats mask shape": (lambda: R.token_stats(F(2, 3), F(2).long(), mask=F(2, 3)), ValueError, "mask: got shape [2, 3], want [2]"),
+    "mask dtype": (lambda: R.token_stats(F(2, 3), F(2).long(), mask=F(2).cfloat()), TypeError, "mask: got dtype torch.complex64"),
+    "temperature zero": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature=0.0), ValueError, "temperature: got 0.0"),
+    "temperature nan": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature=float("nan")), ValueError, "temperature: got nan"),
+    "temperature type": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature="1"), TypeError, "temperature: got str"),
+    "unknown output": (lambda: R.token_stats(F(2, 3), F(2).long(), outputs=("kl2",)), ValueError, "outputs: got 'kl2', want one of 'logprob', 'entropy', 'logsumexp'"),
+    "outputs a string": (lambda: R.token_stats(F(2, 3), F(2).long(), outputs="logprob"), ValueError, "outputs: got 'logprob'"),
+    # ---- token_kl
+    "kl shape": (lambda: R.token_kl(F(2, 3), F(3, 2)), ValueError, "ref_logprob: got shape [3, 2], want [2, 3]"),
+    "kl dtype": (lambda: R.token_kl(F(2), F(2).long()), TypeError, "ref_logprob: got dtype torch.int64"),
+    "kl estimator": (lambda: R.token_kl(F(2), F(2), estimator="k4"), ValueError, "estimator: got 'k4', want one of 'k1', 'k2', 'k3'"),
+    "kl mask": (lambda: R.token_kl(F(2), F(2), mask=F(3).bool()), ValueError, "mask: got shape [3], want [2]"),
+    "kl device": (lambda: R.token_kl(F(2), meta(2)), ValueError, "ref_logprob: got device meta"),
+    # ---- group_advantages
+    "rewards rank": (lambda: R.group_advantages(F(2, 3), group_size=1), ValueError, "rewards: got shape [2, 3], want [B]"),
+    "rewards dtype": (lambda: R.group_advantages(F(2).int(), group_size=1), TypeError, "rewards: got dtype torch.int32"),
+    "no groups": (lambda: R.group_advantages(F(4)), ValueError, "groups: got None"),
+    "both groups": (lambda: R.group_advantages(F(4), F(4).long(), group_size=2), ValueError, "group_size: got a value beside groups"),
+    "groups length": (lambda: R.group_advantages(F(4), F(3).long()), ValueError, "groups: got shape [3], want [4]"),
+    "groups dtype": (lambda: R.group_advantages(F(4), F(4)), TypeError, "groups: got dtype torch.float32"),
+    "group size": (lambda: R.group_advantages(F(4), group_size=3), ValueError, "group_size: got 3, want a divisor of the 4 rows"),
+    "group size zero": (lambda: R.group_advantages(F(4), group_size=0), ValueError, "group_size: got 0"),
+    "group size type": (lambda: R.group_advantages(F(4), group_size=2.0), TypeError, "group_size: got float"),
+    "baseline": (lambda: R.group_advantages(F(4), group_size=2, baseline="media"), ValueError, "baseline: got 'media'"),
+    "scale": (lambda: R.group_advantages(F(4), group_size=2, scale="var"), ValueError, "scale: got 'var'"),
+    "eps": (lambda: R.group_advantages(F(4), group_size=2, eps=-1.0), ValueError, "eps: got -1.0"),
+    "ddof": (lambda: R.group_advantages(F(4), group_size=2, ddof=2), ValueError, "ddof: got 2, want 0 or 1"),
+    "row mask": (lambda: R.group_advantages(F(4), group_size=2, mask=F(3, 5)), ValueError, "mask: got shape [3, 5], want [4, T]"),
+    "row cu": (lambda: R.group_advantages(F(4), group_size=2, cu_seqlens=T([0, 3])), ValueError, "cu_seqlens: got shape [2], want [5]"),
+    "packed mask rank": (lambda: R.group_advantages(F(1), group_size=1, cu_seqlens=T([0, 3]), mask=F(1, 3)), ValueError, "mask: got shape [1, 3], want [N]"),
+    "num_tokens alone": (lambda: R.group_advantages(F(1), group_size=1, num_tokens=3), ValueError, "num_tokens: got 3 without cu_seqlens"),
+    "num_tokens wrong": (lambda: R.group_advantages(F(1), group_size=1, cu_seqlens=T([0, 3]), num_tokens=4), ValueError, "cu_seqlens: got last entry 3, want 4"),
+    # ---- per-token ops and layouts
+    "decreasing cu": (lambda: R.min_returns(F(5), cu_seqlens=T([0, 4, 2, 5])), ValueError, "cu_seqlens: got 4 then 2 at row 1"),
+    "cu start": (lambda: R.min_returns(F(5), cu_seqlens=T([1, 5])), ValueError, "cu_seqlens: got first entry 1, want 0"),
+    "cu end": (lambda: R.min_returns(F(5), cu_seqlens=T([0, 4])), ValueError, "cu_seqlens: got last entry 4, want 5"),
+    "cu dtype": (lambda: R.min_returns(F(5), cu_seqlens=T([0.0, 5.0])), TypeError, "cu_seqlens: got dtype torch.float32"),
+    "cu rank": (lambda: R.min_returns(F(5), cu_seqlens=T([[0, 5]])), ValueError, "cu_seqlens: got shape [1, 2], want [B + 1]"),
+    "cu type": (lambda: R.min_returns(F(5), cu_seqlens=[0, 5]), TypeError, "cu_seqlens: got list"),
+    "padded rank": (lambda: R.min_returns(F(5)), ValueError, "rewards: got shape [5], want [B, T] (or [N] together with cu_seqlens)"),
+    "packed rank": (lambda: R.min_returns(F(5, 1), cu_seqlens=T([0, 5])), ValueError, "rewards: got shape [5, 1], want [N]"),
+    "mask of another shape": (lambda: R.min_returns(F(2, 5), mask=F(2, 4)), ValueError, "mask: got shape [2, 4], want [2, 5]"),
+    "steps shape": (lambda: R.min_returns(F(2, 5), steps=F(2, 4).bool()), ValueError, "steps: got shape [2, 4], want [2, 5]"),
+    "steps dtype": (lambda: R.min_returns(F(2, 5), steps=F(2, 5)), TypeError, "steps: got dtype torch.float32"),
+    "softmin temperature": (lambda: R.softmin_rewards(F(2, 5), temperature=-1.0), ValueError, "temperature: got -1.0"),
+    "gtpo rows": (lambda: R.gtpo_rewards(F(3), F(2, 5), F(2).long()), ValueError, "rewards: got shape [3], want [2]"),
+    "gtpo entropy": (lambda: R.gtpo_rewards(F(2), F(2, 5).long(), F(2).long()), TypeError, "entropy: got dtype torch.int64"),
+    "gtpo floor": (lambda: R.gtpo_rewards(F(2), F(2, 5), F(2).long(), entropy_floor=0.0), ValueError, "entropy_floor: got 0.0"),
+    "prefix tokens": (lambda: R.prefix_values(F(2, 5), F(2), F(2).long()), TypeError, "tokens: got dtype torch.float32"),
+    "prefix rows": (lambda: R.prefix_values(F(2, 5).long(), F(3), F(2).long()), ValueError, "rewards: got shape [3], want [2]"),
+    "prefix device": (lambda: R.prefix_values(F(2, 5).long(), meta(2), F(2).long()), ValueError, "rewards: got device meta"),
+    "tempo scale": (lambda: R.tempo_advantages(F(2, 5).long(), F(2), F(2).long(), scale="max"), ValueError, "scale: got 'max'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_named(name, monkeypatch):
+    def no_kernel(*_):
+        raise AssertionError("a kernel ran")
+
+    monkeypatch.setattr(dispatch, "_implementation", lambda *_: no_kernel)
+    call, error, message = CASES[name]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_num_tokens_must_be_told_where_it_cannot_be_read():
+    fn = torch.compile(
+        lambda r, cu: R.group_advantages(r, group_size=2, cu_seqlens=cu), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="num_tokens: got None"):
+        fn(F(2), T([0, 3, 5]))
+    told = torch.compile(
+        lambda r, cu: R.group_advantages(r, group_size=2, cu_seqlens=cu, num_tokens=5),
+        fullgraph=True,
+        backend="eager",
+    )
+    assert told(T([0.0, 1.0]), T([0, 3, 5])).shape == (5,)
+
+
+def test_bad_offsets_never_become_a_read_out_of_bounds(target):
+    """Where their values cannot be checked, as in a compiled graph, they are clamped."""
+    if target.backend == "reference":
+        pytest.skip("the specification indexes, and torch checks the index")
+    for offsets in ([0, 900, 5], [-7, 3, 5], [4, 1, 3], [2**31 - 1, -(2**31), 99]):
+        cu = T(offsets, dtype=torch.int32, device=target.device)
+        x = torch.rand(5, device=target.device)
+        groups = F(2, dtype=torch.int64, device=target.device)
+        torch.ops.rewardops.min_returns(x, None, cu, None)
+        torch.ops.rewardops.softmin_rewards(x, None, cu, None, 0.1, True)
+        torch.ops.rewardops.gtpo_rewards(x[:2], x, groups, None, cu, 1.0, 0.1, 0.0, 1e-2)
+        torch.ops.rewardops.prefix_values((x * 3).long(), x[:2], groups, None, cu, 2)
+        torch.ops.rewardops.group_advantages(x[:2], groups, None, cu, 5, "mean", "std", 1e-6, 1)
+    if target.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def test_debug_opens_and_closes(monkeypatch):
+    monkeypatch.setattr(layout, "_debug", False)
+    with R.debug():
+        assert layout.debugging()
+        with R.debug(False):
+            assert not layout.debugging()
+        assert layout.debugging()
+    assert not layout.debugging()
+
+
+def test_expand_spreads_rows_over_both_layouts():
+    rows = T([5.0, 6.0, 7.0])
+    padded = layout.Layout(3, (3, 2), None, None)
+    assert padded.expand(rows).tolist() == [[5.0, 5.0], [6.0, 6.0], [7.0, 7.0]]
+    packed = layout.Layout(3, (4,), None, T([0, 2, 2, 4]))
+    assert packed.expand(rows).tolist() == [5.0, 5.0, 7.0, 7.0]
+    empty = layout.Layout(0, (0,), None, T([0]))
+    assert empty.expand(rows[:0]).shape == (0,)
