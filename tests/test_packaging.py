@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(
-    bool(os.environ.get("REWARDOPS_OFFLINE")), reason="REWARDOPS_OFFLINE: an isolated build downloads its tools"
+    bool(os.environ.get("REWARDOPS_OFFLINE")),
+    reason="REWARDOPS_OFFLINE: an isolated build downloads its tools",
 )
 
 
@@ -28,7 +29,7 @@ def run(*command, cwd, **env):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """By way of the sdist, so that the sdist is known to be complete; torch is not in the build's environment."""
+    """Built from the sdist, so that that is known to be complete, in an environment without torch."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out)
     (found,) = out.glob("*.whl")

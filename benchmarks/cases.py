@@ -1,0 +1,224 @@
+"""What is timed: a case is an op with its data, and the computation as people write it without the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rewardops
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """N tokens over a vocabulary of V; B rows of T tokens in groups of K."""
+
+    tokens: int
+    vocab: int
+    rows: int
+    length: int
+    group: int = 8
+
+
+FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192)
+QUICK = Sizes(tokens=64, vocab=32000, rows=64, length=512)
+TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``ours(*inputs)`` and ``plain(*inputs)`` return the same tensors.
+
+    ``bytes_moved`` is what must cross memory at least: every input once, every output once.
+    """
+
+    name: str
+    ours: Function
+    plain: Function
+    inputs: tuple[Tensor, ...]
+    bytes_moved: int
+    differentiable: int = 0  # the first so many inputs get a gradient; 0 for forward only
+
+
+def size_of(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- the plain formulas ------------------------------------------------------------------------------------
+
+
+def plain_token_stats(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    logp = logits.float().log_softmax(-1)
+    return logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def plain_token_kl(logprob: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+    d = ref - logprob
+    return (d.exp() - d - 1) * mask
+
+
+def plain_group_advantages(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    grouped = rewards.view(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    return (centred / (grouped.std(1, keepdim=True) + 1e-6)).view(-1, 1) * mask
+
+
+def plain_gtpo(rewards: Tensor, entropy: Tensor, mask: Tensor, group: int) -> Tensor:
+    shape = (-1, group, entropy.shape[1])
+    right = (rewards > 0).view(-1, group, 1)
+    h = entropy.clamp(min=1e-2).view(shape)
+    live = mask.view(shape)
+    weight = torch.where(right, h, 1 / h)
+    out = []
+    for chosen in (right, ~right):
+        member = live & chosen
+        total = (weight * member).sum(1, keepdim=True)
+        out.append(member.sum(1, keepdim=True) * weight / total)
+    shaped = torch.where(right, rewards.view(-1, group, 1) + 0.1 * out[0], -1 - 0.1 * out[1])
+    return torch.where(live, shaped, 0).view(entropy.shape)
+
+
+def plain_min_returns(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
+    x = torch.where(steps & mask, rewards, torch.inf)
+    low = x.flip(1).cummin(1).values.flip(1)
+    return torch.where(mask & low.isfinite(), low, 0)
+
+
+def plain_softmin_rewards(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
+    ends = steps & mask
+    weight = torch.where(ends, -rewards / 0.1, -torch.inf).softmax(1)
+    return torch.where(ends, weight * rewards, 0)
+
+
+def plain_prefix_values(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    before, after = [], []
+    for start in range(0, len(tokens), group):
+        x, m, r = (t[start : start + group] for t in (tokens, mask, rewards))
+        same = ((x[:, None] == x[None]) & m[:, None] & m[None]).to(torch.int8).cumprod(2).float()
+        value = (same * r[None, :, None]).sum(1) / same.sum(1).clamp(min=1)
+        root = r.mean().expand(group, 1)
+        before.append(torch.cat([root, value[:, :-1]], 1) * m)
+        after.append(value * m)
+    return torch.cat(before), torch.cat(after)
+
+
+def plain_tempo(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    before, after = plain_prefix_values(tokens, rewards, mask, group)
+    grouped = rewards.view(-1, group)
+    centred = (grouped - grouped.mean(1, keepdim=True)).view(-1, 1)
+    scale = (grouped.std(1, keepdim=True) + 1e-6).expand(-1, group).reshape(-1, 1)
+    return (centred + after - before) / scale * mask
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------
+
+NAMES = (
+    "token_stats",
+    "token_stats_backward",
+    "token_kl",
+    "token_kl_backward",
+    "group_advantages",
+    "gtpo_rewards",
+    "min_returns",
+    "softmin_rewards",
+    "prefix_values",
+    "tempo_advantages",
+)
+
+
+def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """A case with its data; ``dtype`` is that of the logits."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=g, device=device)
+
+    def ids(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=g, device=device)
+
+    if name.startswith("token_stats"):
+        logits = torch.randn(sizes.tokens, sizes.vocab, generator=g, device=device, dtype=dtype) * 3
+        tokens = ids(sizes.vocab, sizes.tokens)
+        backward = name.endswith("backward")
+        moved = size_of(logits) * (3 if backward else 1) + size_of(tokens) + 8 * sizes.tokens
+
+        def ours(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            stats = rewardops.token_stats(logits, tokens)
+            assert stats.logprob is not None
+            assert stats.entropy is not None
+            return stats.logprob, stats.entropy
+
+        return Case(name, ours, plain_token_stats, (logits, tokens), moved, int(backward))
+
+    b, t, k = sizes.rows, sizes.length, sizes.group
+    lengths = ids(t, b, 1) + 1
+    mask = torch.arange(t, device=device) < lengths
+    rewards = (rand(b) > 0.5).float()
+    if name.startswith("token_kl"):
+        logprob, ref = -rand(b, t) * 3, -rand(b, t) * 3
+        backward = name.endswith("backward")
+        moved = size_of(logprob, ref, mask) + size_of(logprob)
+        # Backward: both inputs, the mask and the upstream gradient again; two gradients.
+        moved += size_of(logprob) * 5 + size_of(mask) if backward else 0
+        return Case(
+            name,
+            lambda a, r, m: rewardops.token_kl(a, r, mask=m),
+            plain_token_kl,
+            (logprob, ref, mask),
+            moved,
+            2 if backward else 0,
+        )
+    if name == "group_advantages":
+        return Case(
+            name,
+            lambda r, m: rewardops.group_advantages(r, group_size=k, mask=m),
+            lambda r, m: plain_group_advantages(r, m, k),
+            (rewards, mask),
+            size_of(mask) * 5,
+        )
+    if name == "gtpo_rewards":
+        entropy = rand(b, t) * 2
+        return Case(
+            name,
+            lambda r, h, m: rewardops.gtpo_rewards(r, h, group_size=k, mask=m),
+            lambda r, h, m: plain_gtpo(r, h, m, k),
+            (rewards, entropy, mask),
+            size_of(entropy) * 2 + size_of(mask),
+        )
+    if name in ("min_returns", "softmin_rewards"):
+        step_rewards, steps = rand(b, t), rand(b, t) > 0.9
+        op = getattr(rewardops, name)
+        plain = plain_min_returns if name == "min_returns" else plain_softmin_rewards
+        return Case(
+            name,
+            lambda r, m, s: op(r, mask=m, steps=s),
+            plain,
+            (step_rewards, mask, steps),
+            size_of(step_rewards) * 2 + size_of(mask, steps),
+        )
+    # A group's rows branch off their first row at random depths.
+    tokens = ids(sizes.vocab, b, t)
+    first = tokens[torch.arange(b, device=device) // k * k]
+    tokens = torch.where(torch.arange(t, device=device) < ids(max(t // 2, 1), b, 1), first, tokens)
+    moved = size_of(tokens, mask)
+    if name == "prefix_values":
+        return Case(
+            name,
+            lambda x, r, m: rewardops.prefix_values(x, r, group_size=k, mask=m)[:2],
+            lambda x, r, m: plain_prefix_values(x, r, m, k),
+            (tokens, rewards, mask),
+            moved + 12 * b * t,
+        )
+    assert name == "tempo_advantages", name
+    return Case(
+        name,
+        lambda x, r, m: rewardops.tempo_advantages(x, r, group_size=k, mask=m),
+        lambda x, r, m: plain_tempo(x, r, m, k),
+        (tokens, rewards, mask),
+        moved + 4 * b * t,
+    )
