@@ -1,11 +1,11 @@
 """``python -m benchmarks.gpu``: build, test and time on a GPU, with what a bare GPU machine has.
 
-Needs a checkout, a python3 with torch, Triton, pybind11, setuptools, pytest and hypothesis, and cmake and ninja;
+Needs a checkout, a python3 with torch, Triton, pybind11, setuptools, pytest and hypothesis, cmake, ninja;
 no network. Nothing is installed into the environment: the package is built into ``build/gpu``.
 Writes ``<gpu>-<date>.json`` and ``.md`` to ``--out``, ``$OUT`` or ``benchmarks/results``.
 
-``--dry`` walks the same steps on the CPU, on tiny shapes and with interpreted kernels; its figures mean nothing
-and are written to ``build/gpu`` alone.
+``--dry`` walks the same steps on the CPU, on tiny shapes and with interpreted kernels; its figures mean
+nothing and are written to ``build/gpu`` alone.
 """
 
 from __future__ import annotations

@@ -65,6 +65,30 @@ struct Partial {
   double weighted = 0;                 // of e^d d
 };
 
+template <bool kEntropy, bool kHasLargest, typename Acc>
+inline void add_block(const Acc* x, int64_t n, Acc shift, const Inverse<Acc>& inverse, Partial& p) {
+  const Acc limit = flush_limit(Acc{});
+  for (int64_t from = 0; from < n; from += kSumBlock) {
+    const int64_t to = from + kSumBlock < n ? from + kSumBlock : n;
+    Acc sum = 0, weighted = 0, ones = 0;
+#pragma omp simd reduction(+ : sum, weighted, ones)
+    for (int64_t k = from; k < to; ++k) {
+      const Acc d = inverse.distance(x[k], shift);
+      const Acc e = exp_flushed(d);
+      if (kEntropy) weighted += e * (d < limit ? limit : d);  // 0 * -inf has the limit 0
+      if (kHasLargest) {
+        sum += x[k] == shift ? Acc{0} : e;
+        ones += x[k] == shift ? Acc{1} : Acc{0};
+      } else {
+        sum += e;
+      }
+    }
+    p.sum += ones;
+    p.sum += sum;
+    p.weighted += weighted;
+  }
+}
+
 template <bool kEntropy, typename T>
 inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
   using Acc = typename AccOf<T>::type;
@@ -90,19 +114,12 @@ inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
       continue;
     }
     const Acc shift = static_cast<Acc>(p.shift);
-    const Acc limit = flush_limit(Acc{});
-    for (int64_t from = 0; from < n; from += kSumBlock) {
-      const int64_t to = from + kSumBlock < n ? from + kSumBlock : n;
-      Acc sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
-      for (int64_t k = from; k < to; ++k) {
-        const Acc d = inverse.distance(x[k], shift);
-        const Acc e = exp_flushed(d);
-        sum += e;
-        if (kEntropy) weighted += e * (d < limit ? limit : d);  // 0 * -inf has the limit 0
-      }
-      p.sum += sum;
-      p.weighted += weighted;
+    if (static_cast<double>(largest) == p.shift) {
+      // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the
+      // digits of a peaked row's tail, which are all that its entropy is made of.
+      add_block<kEntropy, true>(x, n, shift, inverse, p);
+    } else {
+      add_block<kEntropy, false>(x, n, shift, inverse, p);
     }
   }
   return p;

@@ -1,0 +1,70 @@
+"""Rows of tokens as the kernels see them: padded rows with a stride, or packed rows with offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The shape of per-token tensors, with a pointer for the offsets in either layout."""
+
+    batch: int
+    width: int  # of a padded row; an upper bound for packed ones
+    total: int
+    packed: bool
+    cu: Tensor
+
+    @staticmethod
+    def of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, other: Tensor) -> Rows:
+        if cu_seqlens is None:
+            return Rows(shape[0], shape[1], shape[0] * shape[1], False, other)
+        return Rows(cu_seqlens.shape[0] - 1, shape[0], shape[0], True, cu_seqlens.contiguous())
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Unit stride along the row; padded rows may lie anywhere."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def stride(tensor: Tensor | None) -> int:
+    """Between padded rows; 0 for packed ones, whose offsets say it all."""
+    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else dense(mask).view(torch.uint8)
+
+
+def output(like: Tensor, shape: torch.Size | tuple[int, ...], packed: bool, dtype=None) -> Tensor:
+    """Where offsets leave gaps between packed rows, the gaps are 0."""
+    return (like.new_zeros if packed else like.new_empty)(shape, dtype=dtype or like.dtype)
+
+
+@triton.jit
+def row_bounds(cu, row, width, total, PACKED: tl.constexpr):
+    """Offset and length of a row. Clamped, so that bad offsets never become an access out of bounds."""
+    if PACKED:
+        begin = tl.load(cu + row).to(tl.int64)
+        end = tl.load(cu + row + 1).to(tl.int64)
+        begin = tl.minimum(tl.maximum(begin, 0), total)
+        end = tl.minimum(end, total)
+        length = tl.maximum(end - begin, 0)
+    else:
+        begin = tl.zeros([], tl.int64)
+        length = begin + width
+    return begin, length
+
+
+@triton.jit
+def load_valid(mask, offset, inside, HAS_MASK: tl.constexpr):
+    """Which of the tokens at these offsets count."""
+    valid = inside
+    if HAS_MASK:
+        valid = inside & (tl.load(mask + offset, mask=inside, other=0) != 0)
+    return valid
