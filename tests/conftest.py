@@ -30,6 +30,11 @@ class Target(NamedTuple):
     backend: str
     device: torch.device
 
+    @property
+    def interpreted(self) -> bool:
+        """Triton on the CPU: small inputs will do, its blocks are small as well."""
+        return self.backend == "triton" and self.device.type == "cpu"
+
 
 def _targets() -> list:
     cases = [

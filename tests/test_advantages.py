@@ -125,11 +125,12 @@ def test_a_masked_row_does_not_count_even_with_a_nan_reward(target, generator):
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exactly_zero(target, value, baseline, scale):
-    groups = torch.arange(1020) % 3
+    rows = 150 if target.interpreted else 1020
+    groups = torch.arange(rows) % 3
     groups[-20:] = 9
     ours = evaluate(
         advantages(groups, baseline=baseline, scale=scale, eps=0.0),
-        [torch.full((1020,), value)],
+        [torch.full((rows,), value)],
         backend=target.backend,
         device=target.device,
     )
@@ -163,8 +164,9 @@ def test_a_nan_reward_stays_in_its_group(target):
 
 def test_many_rows(target, generator):
     """More rows than a block of the equality join."""
-    groups = torch.randint(0, 300, (2500,), generator=generator)
-    rewards = torch.randn(2500, generator=generator)
+    rows = 300 if target.interpreted else 2500
+    groups = torch.randint(0, 40, (rows,), generator=generator)
+    rewards = torch.randn(rows, generator=generator)
     check_op(advantages(groups), [rewards], backend=target.backend, device=target.device)
 
 

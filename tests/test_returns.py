@@ -133,8 +133,8 @@ def test_packed_equals_padded(target, generator, kind, masked):
         ours = check_op(
             make(packed_mask, cu, packed_steps), [packed], backend=target.backend, device=target.device
         )
-        # The specification sums over the width of the tensor, the kernels over the row.
-        ulps = 4 if target.backend == "reference" else 0
+        # The specification sums over the width of the tensor; Triton's blocks are counted from its end.
+        ulps = 0 if target.backend == "cpp" else 4
         assert_within_budget(ours.outputs[0], pack(padded.outputs[0].cpu(), lengths)[0], ulps=ulps)
 
 

@@ -1,0 +1,219 @@
+"""Triton kernels compile for every target without a GPU, do not spill, and load 16 bytes at a time.
+
+The launches to compile are recorded from the real callers: kernels are replaced by recorders, the ops are called on
+CPU tensors, and every distinct launch is compiled ahead of time as the just-in-time compiler would specialise it.
+That happens in processes of their own, because in this one the kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+
+
+# ---- in the processes that compile -------------------------------------------------------------------------
+
+
+def record() -> list:
+    """Every distinct launch that the callers make: (kernel, arguments, keywords)."""
+    import torch
+    from rewardops.triton_kernels import advantages, entropy, kl, logits, prefix_tree, returns
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
+
+    for module in (advantages, entropy, kl, logits, prefix_tree, returns):
+        for name, value in vars(module).copy().items():
+            if isinstance(value, JITFunction) and ("kernel" in name or "combine" in name):
+                setattr(module, name, Recorder(value))
+
+    vocab, batch, width = 151936, 8, 4096
+    ids = torch.zeros(40, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.empty(40, vocab, dtype=dtype)
+        for rows, mask in ((40, None), (40, torch.ones(40).bool()), (2, None)):
+            out = logits.token_stats(x[:rows], ids[:rows], mask, 0.7, True)
+            logits.token_stats(x[:rows], ids[:rows], mask, 1.0, False)
+            up = out[0]
+            for ups in ((up, up, up), (up, None, None)):
+                logits.token_stats_backward(*ups, x[:rows], ids[:rows], mask, up, out[2], out[3], 0.7)
+
+    mask = torch.ones(batch, width).bool()
+    cu = torch.arange(0, batch * width + 1, width, dtype=torch.int32)
+    groups, rewards = torch.arange(batch) // 4, torch.zeros(batch)
+    for values, m, offsets in (
+        (torch.zeros(batch, width), mask, None),
+        (torch.zeros(batch * width), None, cu),
+    ):
+        for estimator in ("k1", "k2", "k3"):
+            kl.token_kl(values, values, m, estimator)
+            kl.token_kl_backward(values, values, values, m, estimator)
+        n = values.numel() if m is None else -1
+        for baseline, scale in (("mean", "std"), ("leave_one_out", "none"), ("none", "std")):
+            options = (baseline, scale, 1e-6, 1)
+            advantages.group_advantages(rewards, groups, m, offsets, n, *options)
+            advantages.group_advantages(rewards, groups, None, None, -1, *options)
+            advantages.group_advantages_backward(values, rewards, rewards, groups, m, offsets, *options)
+            advantages.group_advantages_backward(rewards, None, rewards, groups, None, None, *options)
+        shaping = (1.0, 0.1, 0.0, 1e-2)
+        entropy.gtpo_rewards(rewards, values, groups, m, offsets, *shaping)
+        entropy.gtpo_rewards_backward(values, rewards, values, groups, m, offsets, *shaping)
+        for steps in (None, values > 0, values.long()):
+            _, where = returns.min_returns(values, m, offsets, steps)
+            returns.min_returns_backward(values, where, offsets)
+            returns.softmin_rewards(values, m, offsets, steps, 0.1, True)
+            returns.softmin_rewards_backward(values, values, m, offsets, steps, 0.1, True)
+        prefix_tree.prefix_values(values.long(), rewards, groups, m, offsets, 4)
+        prefix_tree.prefix_values_backward(values, values, values.int(), rewards, groups, m, offsets, 4)
+
+    distinct = {}
+    for kernel, args, kwargs in launches:
+        distinct.setdefault(repr(specialise(kernel, args, kwargs)), (kernel, args, kwargs))
+    return list(distinct.values())
+
+
+def specialise(kernel, args, kwargs):
+    """(name, signature, constexprs, attributes, options) as the just-in-time compiler would have them."""
+    import torch
+
+    names = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
+             torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1"}  # fmt: skip
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+    values.update({k: v for k, v in kwargs.items() if k in kernel.arg_names})
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + names[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if not parameter.do_not_specialize:
+                if value == 1:
+                    signature[parameter.name], constants[(index,)] = "constexpr", 1
+                elif value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+    return kernel.__name__, signature, constants, attributes, options
+
+
+def resources(kernel, target: str) -> dict[str, int]:
+    """Registers and spilled or stacked bytes, from the machine code."""
+    if target == "gfx942":
+        text = kernel.asm["amdgcn"]
+
+        def found(key):
+            return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
+
+        # Spilled scalar registers stay on chip, in lanes of vector registers; these two are memory.
+        spilled = found("vgpr_spill_count") + found("private_segment_fixed_size")
+        return {"registers": found("vgpr_count"), "spill": spilled}
+    import tempfile
+
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": use["REG"], "spill": use["STACK"] + use["LOCAL"]}
+
+
+def compile_all(target: str, part: int, parts: int) -> list[dict]:
+    """Compile every ``parts``-th launch for a target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = []
+    for kernel, args, kwargs in record()[part::parts]:
+        name, signature, constants, attributes, options = specialise(kernel, args, kwargs)
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options or None)
+        row = {"kernel": name, "target": target, **resources(compiled, target)}
+        row["types"] = [t for t in signature.values() if t.startswith("*")]
+        if "ptx" in compiled.asm:
+            ptx = compiled.asm["ptx"]
+            row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
+            row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
+            row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
+        found.append(row)
+    return found
+
+
+# ---- in the test process -----------------------------------------------------------------------------------
+
+PARTS = 2
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    pytest.importorskip("triton")
+    cache = tmp_path_factory.mktemp("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+
+    def work(job):
+        target, part = job
+        done = subprocess.run(
+            [sys.executable, __file__, target, str(part), str(PARTS)], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    jobs = [(target, part) for target in TARGETS for part in range(PARTS)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return [row for rows in pool.map(work, jobs) for row in rows]
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    kernels = {row["kernel"] for row in compiled}
+    assert len(kernels) == 16, sorted(kernels)
+    for target in TARGETS:
+        assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
+
+
+def test_no_kernel_spills(compiled):
+    assert not [row for row in compiled if row["spill"]]
+
+
+def test_no_kernel_uses_atomics(compiled):
+    assert not [row for row in compiled if row.get("atomics")]
+
+
+@pytest.mark.parametrize("kernel", ["token_stats_kernel", "token_stats_backward_kernel"])
+def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
+    rows = [r for r in compiled if r["kernel"] == kernel and r["target"] in ("sm_80", "sm_90", "sm_100")]
+    assert {t for r in rows for t in r["types"]} >= {"*fp32", "*bf16", "*fp16"}
+    for row in rows:
+        assert ".v4.b32" in row["loads"], row
+        if "backward" in kernel:
+            assert ".v4.b32" in row["stores"], row
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

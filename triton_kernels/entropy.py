@@ -1,0 +1,176 @@
+"""Entropy weighting on the GPU: sums over the rows of a group at each position.
+
+Moved: the entropies twice (the second time from the cache), masks, one write per token. The first row of a group
+leads: its programs walk the members for a block of positions, once to sum and once to write; the programs of
+the other rows return at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .advantages import row_sums_kernel
+from .groups import LABELS, next_member
+from .launch import INTERPRETED, cdiv, pair, pointer, splits
+from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+
+BLOCK = 256 if INTERPRETED else 1024
+
+
+@triton.jit
+def weight_of(entropy, floor, right):
+    """Right rows weigh by their entropy, wrong ones by its inverse."""
+    h = tl.where(entropy < floor, floor, entropy)
+    return tl.where(right, h, 1.0 / h)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch", "width", "total", "entropy_stride", "mask_stride", "grad_stride", "out_stride", "splits",
+    ]
+)  # fmt: skip
+def gtpo_kernel(
+    rewards, entropy, groups, mask, cu, grad, out, batch, width, total,
+    entropy_stride, mask_stride, grad_stride, out_stride, splits,
+    alpha1_high, alpha1_low, alpha2_high, alpha2_low, threshold_high, threshold_low, floor_high, floor_low,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BACKWARD: tl.constexpr, LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (b, k), b the first row of its group: the blocks k, k + splits, ... of positions."""
+    ACC: tl.constexpr = out.dtype.element_ty
+    b = tl.program_id(0)
+    label = tl.load(groups + b)
+    first = next_member(groups, label, b * 0 - 1, batch, LABELS)
+    if first == b:
+        alpha1 = tl.full([], alpha1_high, ACC) + tl.full([], alpha1_low, ACC)
+        alpha2 = tl.full([], alpha2_high, ACC) + tl.full([], alpha2_low, ACC)
+        threshold = tl.full([], threshold_high, ACC) + tl.full([], threshold_low, ACC)
+        floor = tl.full([], floor_high, ACC) + tl.full([], floor_low, ACC)
+        longest = tl.zeros([], tl.int64)
+        j = b
+        while j < batch:
+            _, length = row_bounds(cu, j, width, total, PACKED)
+            longest = tl.maximum(longest, length)
+            j = next_member(groups, label, j, batch, LABELS)
+        for start in range(tl.program_id(1) * BLOCK, longest, splits * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            right_count = tl.zeros([BLOCK], ACC)
+            right_total = tl.zeros([BLOCK], ACC)
+            right_through = tl.zeros([BLOCK], ACC)
+            wrong_count = tl.zeros([BLOCK], ACC)
+            wrong_total = tl.zeros([BLOCK], ACC)
+            wrong_through = tl.zeros([BLOCK], ACC)
+            j = b
+            while j < batch:
+                base, length = row_bounds(cu, j, width, total, PACKED)
+                row = j.to(tl.int64)
+                valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+                h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
+                right = tl.load(rewards + j) > threshold
+                weight = tl.where(valid, weight_of(h, floor, right), 0.0)
+                one = valid.to(ACC)
+                right_count += tl.where(right, one, 0.0)
+                wrong_count += tl.where(right, 0.0, one)
+                right_total += tl.where(right, weight, 0.0)
+                wrong_total += tl.where(right, 0.0, weight)
+                if BACKWARD:
+                    up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
+                    right_through += tl.where(right, up * weight, 0.0)
+                    wrong_through += tl.where(right, 0.0, up * weight)
+                j = next_member(groups, label, j, batch, LABELS)
+            j = b
+            while j < batch:
+                base, length = row_bounds(cu, j, width, total, PACKED)
+                row = j.to(tl.int64)
+                inside = at < length
+                valid = load_valid(mask, base + row * mask_stride + at, inside, HAS_MASK)
+                h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
+                reward = tl.load(rewards + j)
+                right = reward > threshold
+                weight = weight_of(h, floor, right)
+                count = tl.where(right, right_count, wrong_count)
+                mass = tl.where(valid, tl.where(right, right_total, wrong_total), 1.0)
+                if BACKWARD:
+                    up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
+                    through = tl.where(right, right_through, wrong_through)
+                    value = alpha2 * count / mass * (up - through / mass)
+                    # d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
+                    value = tl.where(h > floor, value * tl.where(right, 1.0, weight * weight), 0.0)
+                else:
+                    share = alpha2 * count * weight / mass
+                    value = tl.where(right, alpha1 * reward + share, -alpha1 - share)
+                tl.store(
+                    out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside
+                )  # fmt: skip
+                j = next_member(groups, label, j, batch, LABELS)
+
+
+# ---- launch ------------------------------------------------------------------------------------------------
+
+
+def _run(
+    grad: Tensor | None,
+    rewards: Tensor,
+    entropy: Tensor,
+    groups: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: tuple[float, float, float, float],
+) -> Tensor:
+    rows = Rows.of(entropy.shape, cu_seqlens, rewards)
+    entropy, mask = dense(entropy), as_bytes(mask)
+    out = output(entropy, entropy.shape, rows.packed)
+    if out.numel() == 0 or rows.batch == 0:
+        return out
+    parts = splits(entropy, max(1, rows.batch // 8), max(1, cdiv(rows.width, BLOCK)))
+    scalars = [part for option in options for part in pair(option)]
+    gtpo_kernel[(rows.batch, parts)](
+        rewards, entropy, groups, pointer(mask, rewards), rows.cu, pointer(grad, entropy), out,
+        rows.batch, rows.width, rows.total, stride(entropy), stride(mask), stride(grad), stride(out), parts,
+        *scalars, PACKED=rows.packed, HAS_MASK=mask is not None, BACKWARD=grad is not None, LABELS=LABELS,
+        BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def gtpo_rewards(
+    rewards: Tensor,
+    entropy: Tensor,
+    groups: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    alpha1: float,
+    alpha2: float,
+    threshold: float,
+    floor: float,
+) -> Tensor:
+    options = (alpha1, alpha2, threshold, floor)
+    return _run(None, rewards.contiguous(), entropy, groups.contiguous(), mask, cu_seqlens, options)
+
+
+def gtpo_rewards_backward(
+    grad: Tensor,
+    rewards: Tensor,
+    entropy: Tensor,
+    groups: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    alpha1: float,
+    alpha2: float,
+    threshold: float,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    options = (alpha1, alpha2, threshold, floor)
+    grad, rewards = dense(grad), rewards.contiguous()
+    grad_entropy = _run(grad, rewards, entropy, groups.contiguous(), mask, cu_seqlens, options)
+    rows = Rows.of(entropy.shape, cu_seqlens, rewards)
+    sums = rewards.new_empty(rewards.shape)
+    if rows.batch:
+        valid = as_bytes(mask)
+        row_sums_kernel[(rows.batch,)](
+            grad, pointer(valid, rewards), rows.cu, sums, stride(grad), stride(valid), rows.width, rows.total,
+            PACKED=rows.packed, HAS_MASK=valid is not None, BLOCK=BLOCK,
+        )  # fmt: skip
+    return (sums * alpha1).masked_fill(~(rewards > threshold), 0.0), grad_entropy
