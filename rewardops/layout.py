@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .reference.layout import to_rows
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -114,6 +116,19 @@ def check_token_ids(tokens: Tensor, vocab: int, mask: Tensor | None) -> None:
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
         raise ValueError(f"tokens: got {int(tokens[tuple(where)])} at {where}, want ids in [0, {vocab})")
+
+
+def check_step_ids(steps: Tensor, layout: Layout) -> None:
+    """Under :func:`debug` only: step ids never fall along a row (negative ids, of no step, aside)."""
+    ids, inside = to_rows(steps, None, layout.cu_seqlens)
+    valid = inside if layout.mask is None else to_rows(layout.mask, layout.mask, layout.cu_seqlens)[1]
+    counted = valid & (ids >= 0)
+    if ids.numel() == 0:
+        return
+    bad = counted & (torch.where(counted, ids, -1).cummax(1).values > ids)
+    if bool(bad.any()):
+        row, t = bad.nonzero()[0].tolist()
+        raise ValueError(f"steps: got id {int(ids[row, t])} after a larger one, at token {t} of row {row}")
 
 
 def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str) -> Tensor | None:
@@ -256,4 +271,6 @@ def step_markers(steps: object, values: Tensor, layout: Layout, name: str) -> Te
         steps = steps.to(torch.int64)
     check_shape("steps", steps, values.shape, f"one entry per token of {name}")
     check_device("steps", steps, values.device, name)
+    if debugging() and steps.dtype is not torch.bool:
+        check_step_ids(steps, layout)
     return steps.detach()

@@ -134,6 +134,16 @@ def test_debug_opens_and_closes(monkeypatch):
     assert not layout.debugging()
 
 
+def test_debug_checks_step_ids():
+    ids, cu = T([0, 0, 1, 3, -1, 2, 2]), T([0, 3, 7])
+    R.min_returns(F(7), cu_seqlens=cu, steps=ids)  # off by default: the check costs a synchronisation
+    with R.debug():
+        with pytest.raises(ValueError, match="steps: got id 2 after a larger one, at token 2 of row 1"):
+            R.min_returns(F(7), cu_seqlens=cu, steps=ids)
+        R.min_returns(F(7), cu_seqlens=cu, steps=ids, mask=T([1, 1, 1, 0, 1, 1, 1]))
+        R.min_returns(F(1, 7), steps=ids.clone().index_fill_(0, T([3]), 1)[None])
+
+
 def test_expand_spreads_rows_over_both_layouts():
     rows = T([5.0, 6.0, 7.0])
     padded = layout.Layout(3, (3, 2), None, None)

@@ -31,15 +31,15 @@ svg .title { fill: var(--ink); font-size: 13px; } svg .grid { stroke: var(--line
 .panel { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .9rem 1rem;
          overflow-x: auto; }
 .row { display: flex; gap: .6rem; align-items: baseline; margin: .35rem 0; }
-.who { flex: 0 0 5.2rem; font-size: 12px; color: var(--soft); text-align: right; font-variant-numeric: tabular-nums; }
+.who { flex: 0 0 7.2rem; font-size: 12px; color: var(--soft); text-align: right; font-variant-numeric: tabular-nums; }
 .text { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .t { padding: 1px 1px; border-radius: 2px; } .t:hover { outline: 2px solid var(--ink); }
 .branch { border-left: 3px solid var(--ink); margin-left: 3px; padding-left: 2px; }
-.good::after { content: "\\2713"; color: #009e73; font-size: 11px; }
-.bad::after { content: "\\2717"; color: #d55e00; font-size: 11px; }
+.good.end::after, .good.line::before { content: "\\2713"; font-weight: bold; font-size: 11px; }
+.bad.end::after, .bad.line::before { content: "\\2717"; font-weight: bold; font-size: 11px; }
 .scale { display: inline-block; width: 16rem; height: .8rem; border-radius: 3px; vertical-align: middle;
          border: 1px solid var(--line);
-         background: linear-gradient(90deg, rgba(213,94,0,.85), rgba(213,94,0,0), rgba(0,114,178,0), rgba(0,114,178,.85)); }
+         background: linear-gradient(90deg, rgba(213,94,0,.7), rgba(213,94,0,0), rgba(0,114,178,0), rgba(0,114,178,.7)); }
 .key { font-size: 13px; color: var(--soft); }
 """
 
@@ -61,7 +61,7 @@ class Group:
 
 def chart(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], top: float | None = None) -> str:
     """A line chart as SVG: a line a recipe."""
-    width, height, left, bottom = 430, 250, 48, 34
+    width, height, left, bottom = 400, 250, 48, 34
     points = [p for curve in curves.values() for p in curve]
     if not points:
         return ""
@@ -120,7 +120,7 @@ def panel(group: Group, recipe: str, peak: float) -> str:
             if not r.mask[b, t]:
                 continue
             a, count = float(group.advantages[recipe][b, t]), int(values.count[b, t])
-            strength = min(abs(a) / peak, 1.0) * 0.85
+            strength = min(abs(a) / peak, 1.0) * 0.7
             colour = f"rgba(0,114,178,{strength:.2f})" if a > 0 else f"rgba(213,94,0,{strength:.2f})"
             marks = ["t"]
             tip = [f"{piece!r}", f"advantage {a:+.3f}"]
@@ -135,6 +135,8 @@ def panel(group: Group, recipe: str, peak: float) -> str:
                 tip.append(f"BRANCH: {sharing} rows become {count}")
             sharing = count
             if r.step_ends is not None and r.step_rewards is not None and bool(r.step_ends[b, t]):
+                # A mark behind a line break would stand on the next line.
+                marks.append("line" if piece.endswith("\n") else "end")
                 marks.append("good" if float(r.step_rewards[b, t]) > 0 else "bad")
             parts.append(
                 f'<span class="{" ".join(marks)}" style="background:{colour}" title="{escape(" | ".join(tip))}">'
