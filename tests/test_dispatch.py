@@ -164,7 +164,8 @@ def leaves(tensors):
 @pytest.mark.parametrize("calls", [padded_calls, packed_calls], ids=["padded", "packed"])
 def test_gradcheck(target, calls):
     for name, fn, xs in calls(inputs(target.device)):
-        assert torch.autograd.gradcheck(fn, leaves(xs), atol=1e-7), name
+        # By random projections where kernels are interpreted: an entry at a time takes minutes there.
+        assert torch.autograd.gradcheck(fn, leaves(xs), atol=1e-7, fast_mode=target.interpreted), name
 
 
 @pytest.mark.parametrize("calls", [padded_calls, packed_calls], ids=["padded", "packed"])
