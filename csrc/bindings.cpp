@@ -240,6 +240,7 @@ void define_typed(py::module_& m, const char* suffix) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rewardops; called by rewardops.cpp";
   m.def("isa", [] { return kernels().name; });
+  m.def("use_team", [](Address team) { use_team(reinterpret_cast<Team>(team)); });
   m.def("token_stats", token_stats);
   m.def("token_stats_backward", token_stats_backward);
   define_typed<float>(m, "_f32");

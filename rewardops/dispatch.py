@@ -9,6 +9,7 @@ Backward passes are ops too. Backends are looked up when an op runs, so a compil
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -63,13 +64,30 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+def _torch_openmp() -> int:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch brings; 0 where there is none."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    try:
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+        for path in loaded:
+            if os.path.dirname(path) in (folder, folder.replace("/torch/lib", "/torch.libs")):
+                library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+                return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        pass
+    return 0
+
+
 @functools.cache
 def compiled_module() -> types.ModuleType | None:
-    """The C++ module, or None where it was not built."""
+    """The C++ module, or None where it was not built. Its loops run on torch's threads."""
     try:
-        return importlib.import_module("rewardops._C")
+        module = importlib.import_module("rewardops._C")
     except ImportError:
         return None
+    module.use_team(_torch_openmp())
+    return module
 
 
 @functools.cache

@@ -1,5 +1,6 @@
-// A small pool of our own rather than OpenMP: torch brings an OpenMP runtime of its own, and a second one in
-// the process oversubscribes the cores and does not survive fork().
+// Loops run on the threads of torch's OpenMP runtime where that was found, and on a small pool of our own
+// elsewhere and in forked children, in which an OpenMP runtime that was used before the fork hangs. The module
+// does not link OpenMP: that would bring a second runtime into the process.
 #include "parallel.h"
 
 #include <pthread.h>
@@ -84,6 +85,8 @@ class Pool {
   uint64_t round_ = 0;
 };
 
+std::atomic<Team> openmp{nullptr};
+
 // Never destroyed: its threads sleep until the process ends. A forked child has none of the threads, so it
 // gets a pool of its own.
 std::atomic<Pool*> pool{nullptr};
@@ -92,12 +95,17 @@ Pool& the_pool() {
   static std::once_flag once;
   std::call_once(once, [] {
     pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] {
+      pool = new Pool;
+      openmp = nullptr;
+    });
   });
   return *pool;
 }
 
 }  // namespace
+
+void use_team(Team team) { openmp = team; }
 
 void parallel_for(int64_t items, int64_t grain, int threads,
                   const std::function<void(int64_t, int64_t)>& body) {
@@ -111,7 +119,12 @@ void parallel_for(int64_t items, int64_t grain, int threads,
   // A few ranges per thread even out rows of different length.
   const int64_t even = items / (used * 4);
   job.chunk = even > grain ? even : grain;
-  if (!the_pool().run(job, static_cast<int>(used) - 1)) return body(0, items);
+  Pool& pool = the_pool();
+  if (const Team team = openmp) {
+    team([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(used), 0);
+  } else if (!pool.run(job, static_cast<int>(used) - 1)) {
+    return body(0, items);
+  }
   if (job.error) std::rethrow_exception(job.error);
 }
 
