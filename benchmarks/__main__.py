@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     report = run.run_all(
         options.case or cases.NAMES,
-        cases.FULL if options.full else cases.QUICK,
+        cases.FULL if options.full else cases.CPU,
         torch.device(options.device),
         compiled=not options.no_compile,
     )

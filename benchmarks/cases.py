@@ -26,7 +26,7 @@ class Sizes:
 
 
 FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192)
-QUICK = Sizes(tokens=64, vocab=32000, rows=64, length=512)
+CPU = Sizes(tokens=256, vocab=151936, rows=1024, length=4096)
 TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4)
 
 
@@ -96,15 +96,13 @@ def plain_softmin_rewards(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tenso
 
 
 def plain_prefix_values(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    before, after = [], []
-    for start in range(0, len(tokens), group):
-        x, m, r = (t[start : start + group] for t in (tokens, mask, rewards))
-        same = ((x[:, None] == x[None]) & m[:, None] & m[None]).to(torch.int8).cumprod(2).float()
-        value = (same * r[None, :, None]).sum(1) / same.sum(1).clamp(min=1)
-        root = r.mean().expand(group, 1)
-        before.append(torch.cat([root, value[:, :-1]], 1) * m)
-        after.append(value * m)
-    return torch.cat(before), torch.cat(after)
+    x, m = tokens.view(-1, group, tokens.shape[1]), mask.view(-1, group, mask.shape[1])
+    r = rewards.view(-1, group)
+    same = ((x[:, :, None] == x[:, None]) & m[:, :, None] & m[:, None]).cumprod(3, dtype=torch.int8).float()
+    value = (same * r[:, None, :, None]).sum(2) / same.sum(2).clamp(min=1)
+    root = r.mean(1)[:, None, None].expand(-1, group, 1)
+    before = torch.cat([root, value[..., :-1]], 2)
+    return (before * m).view(tokens.shape), (value * m).view(tokens.shape)
 
 
 def plain_tempo(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Tensor:

@@ -11,6 +11,7 @@ nothing and are written to ``build/gpu`` alone.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -64,8 +65,11 @@ def test(dry: bool) -> int:
     files = [str(ROOT / "tests" / f"test_{f}.py") for f in families]
     if not dry:
         files += [str(ROOT / "tests" / f"test_{f}.py") for f in ("dispatch", "layout")]
+    # Compiling kernels takes longer than running them: several processes, where pytest-xdist is there.
+    workers = [] if dry or importlib.util.find_spec("xdist") is None else ["-n", "8"]
     where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", *where, *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
+    command += [*workers, *where, *files]
     return run(command, dry, 200)
 
 

@@ -197,6 +197,19 @@ def test_opcheck(target, calls):
             torch.library.opcheck(func, tuple(detached))
 
 
+@pytest.mark.parametrize("calls", [padded_calls, packed_calls], ids=["padded", "packed"])
+def test_same_bits_every_time(target, calls):
+    for name, fn, xs in calls(inputs(target.device, torch.float32)):
+        runs = []
+        for _ in range(2):
+            outputs = fn(*(xs := leaves(xs)))
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            grads = torch.autograd.grad(outputs, xs, [o.detach() for o in outputs])
+            runs.append([*outputs, *grads])
+        for a, b in zip(*runs, strict=True):
+            assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("name", names(padded_calls))
 def test_compile_padded(name):
     check_compiled(name, padded_calls(inputs(dtype=torch.float32)))

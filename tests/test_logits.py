@@ -144,6 +144,21 @@ def test_ids_out_of_range_are_nan_and_never_read(target, generator):
         stats(tokens)(logits.to(target.device))
 
 
+def test_offsets_beyond_2_to_the_31(target, generator):
+    """Rows 2^31 elements apart; what lies between is never touched, so it takes address space and no memory."""
+    if target.interpreted:
+        pytest.skip("the interpreter copies its arguments")
+    apart, vocab = 2**31 + 16, 300
+    logits, tokens = draw((2,), vocab, generator, dtype=torch.bfloat16)
+    far = torch.empty(apart + vocab, dtype=torch.bfloat16, device=target.device)
+    far = far.as_strided((2, vocab), (apart, 1))
+    far.copy_(logits)
+    ours = stats(tokens)(far)
+    near = stats(tokens)(logits.to(target.device))
+    assert torch.equal(ours.logprob, near.logprob)
+    assert torch.equal(ours.entropy, near.entropy)
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
 def test_empty(target, shape):
     logits = torch.zeros(*shape, 5)
