@@ -59,6 +59,45 @@ struct Inverse {
   }
 };
 
+// e^((x - shift) / temperature) and its exponent, for the sums: float works in powers of two. What lies further
+// below the largest logit than the smallest normal number reaches, -inf too, weighs exactly 0.
+template <typename Acc>
+struct Weight;
+
+template <>
+struct Weight<float> {
+  static constexpr double kUnit = 0.6931471805599453;  // of the exponent, in nats
+  float high, low, furthest;
+  explicit Weight(double temperature) {
+    const double scale = 1.4426950408889634 / temperature;
+    high = static_cast<float>(scale);
+    low = static_cast<float>(scale - static_cast<double>(high));
+    furthest = static_cast<float>(-124.9 / scale);
+  }
+  float exponent(float x, float shift) const {
+    const float y = x - shift;
+    const float c = y < furthest ? furthest : y;  // NaN passes
+    return c * high + c * low;
+  }
+  float value(float x, float shift, float exponent) const {
+    return x - shift < furthest ? 0.0f : exp2_clamped(exponent);
+  }
+};
+
+template <>
+struct Weight<double> {
+  static constexpr double kUnit = 1.0;
+  double inverse;
+  explicit Weight(double temperature) : inverse(1.0 / temperature) {}
+  double exponent(double x, double shift) const {
+    const double d = (x - shift) * inverse;
+    return d < -740.0 ? -740.0 : d;
+  }
+  double value(double x, double shift, double exponent) const {
+    return (x - shift) * inverse < -740.0 ? 0.0 : std::exp(exponent);
+  }
+};
+
 struct Partial {
   double shift = -infinity<double>();  // the largest logit so far
   double sum = 0;                      // of e^d, d = (x - shift) / temperature
@@ -66,16 +105,15 @@ struct Partial {
 };
 
 template <bool kEntropy, bool kHasLargest, typename Acc>
-inline void add_block(const Acc* x, int64_t n, Acc shift, const Inverse<Acc>& inverse, Partial& p) {
-  const Acc limit = flush_limit(Acc{});
+inline void add_block(const Acc* x, int64_t n, Acc shift, const Weight<Acc>& weight, Partial& p) {
   for (int64_t from = 0; from < n; from += kSumBlock) {
     const int64_t to = from + kSumBlock < n ? from + kSumBlock : n;
     Acc sum = 0, weighted = 0, ones = 0;
 #pragma omp simd reduction(+ : sum, weighted, ones)
     for (int64_t k = from; k < to; ++k) {
-      const Acc d = inverse.distance(x[k], shift);
-      const Acc e = exp_flushed(d);
-      if (kEntropy) weighted += e * (d < limit ? limit : d);  // 0 * -inf has the limit 0
+      const Acc d = weight.exponent(x[k], shift);
+      const Acc e = weight.value(x[k], shift, d);
+      if (kEntropy) weighted += e * d;
       if (kHasLargest) {
         sum += x[k] == shift ? Acc{0} : e;
         ones += x[k] == shift ? Acc{1} : Acc{0};
@@ -85,7 +123,7 @@ inline void add_block(const Acc* x, int64_t n, Acc shift, const Inverse<Acc>& in
     }
     p.sum += ones;
     p.sum += sum;
-    p.weighted += weighted;
+    p.weighted += Weight<Acc>::kUnit * weighted;
   }
 }
 
@@ -93,7 +131,7 @@ template <bool kEntropy, typename T>
 inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
   using Acc = typename AccOf<T>::type;
   alignas(64) Acc buffer[kLogitsBlock];
-  const Inverse<Acc> inverse(temperature);
+  const Weight<Acc> weight(temperature);
   Partial p;
   for (int64_t start = 0; start < vocab; start += kLogitsBlock) {
     const int64_t n = vocab - start < kLogitsBlock ? vocab - start : kLogitsBlock;
@@ -117,9 +155,9 @@ inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
     if (static_cast<double>(largest) == p.shift) {
       // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the
       // digits of a peaked row's tail, which are all that its entropy is made of.
-      add_block<kEntropy, true>(x, n, shift, inverse, p);
+      add_block<kEntropy, true>(x, n, shift, weight, p);
     } else {
-      add_block<kEntropy, false>(x, n, shift, inverse, p);
+      add_block<kEntropy, false>(x, n, shift, weight, p);
     }
   }
   return p;

@@ -98,6 +98,21 @@ inline float exp_flushed(float x) {
 }
 inline double exp_flushed(double x) { return std::exp(x); }
 
+// 2^x for -125 <= x <= 0. The magic number leaves the rounded x in the low bits of its sum, from where one shift
+// takes it to the exponent.
+inline float exp2_clamped(float x) {
+  const float t = x + 12582912.0f;
+  const float f = x - (t - 12582912.0f);
+  float y = 1.535336188319500e-4f;
+  y = y * f + 1.339887440266574e-3f;
+  y = y * f + 9.618437357674640e-3f;
+  y = y * f + 5.550332471162809e-2f;
+  y = y * f + 2.402264791363012e-1f;
+  y = y * f + 6.931472028550421e-1f;
+  y = y * f + 1.0f;
+  return bits<float>(bits<uint32_t>(y) + (bits<uint32_t>(t) << 23));
+}
+
 // e^x for any x: subnormal and infinite results included.
 inline float exp_any(float x) {
   float c = x < -104.0f ? -104.0f : x;
