@@ -16,7 +16,7 @@ from .groups import LABELS, next_member
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
-BLOCK = 256 if INTERPRETED else 1024
+BLOCK = 256 if INTERPRETED else 512
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _run(
         rewards, entropy, groups, pointer(mask, rewards), rows.cu, pointer(grad, entropy), out,
         rows.batch, rows.width, rows.total, stride(entropy), stride(mask), stride(grad), stride(out), parts,
         *scalars, PACKED=rows.packed, HAS_MASK=mask is not None, BACKWARD=grad is not None, LABELS=LABELS,
-        BLOCK=BLOCK, num_warps=8,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
 

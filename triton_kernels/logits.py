@@ -13,10 +13,13 @@ from torch import Tensor
 
 from .launch import INTERPRETED, cdiv, multiprocessors, pair, pointer, splits
 
-# Elements a program reads at once, and its warps: 16 bytes a thread and load, several loads in flight.
-BLOCK = 1024 if INTERPRETED else 4096
 WARPS = 8
 MOST_SPLITS = 64
+
+
+def _block(logits: Tensor) -> int:
+    """Elements a program reads at once: 32 bytes a thread, two loads of the widest kind in flight."""
+    return 1024 if INTERPRETED else 32 * 32 * WARPS // logits.element_size()
 
 
 @triton.jit
@@ -258,7 +261,8 @@ def token_stats(
     n, vocab = tokens.numel(), logits.shape[-1]
     if n == 0:
         return logprob, entropy, shift, log_sum
-    blocks = cdiv(vocab, BLOCK)
+    block = _block(logits)
+    blocks = cdiv(vocab, block)
     # A row a program; where rows are fewer than two to a multiprocessor, several programs a row.
     few = n < 2 * multiprocessors(logits)
     parts = min(MOST_SPLITS, splits(logits, n, blocks, 2)) if few else 1
@@ -272,7 +276,7 @@ def token_stats(
     inverse = pair(1.0 / temperature)
     flags = {"HAS_MASK": mask is not None, "ENTROPY": with_entropy}
     token_stats_kernel[(n, parts)](
-        *arguments, per_part, parts, *inverse, **flags, SPLIT=parts > 1, BLOCK=BLOCK, num_warps=WARPS
+        *arguments, per_part, parts, *inverse, **flags, SPLIT=parts > 1, BLOCK=block, num_warps=WARPS
     )
     if parts > 1:
         token_stats_combine[(n,)](*arguments, parts, *inverse, **flags, MOST=MOST_SPLITS, num_warps=1)
@@ -298,7 +302,8 @@ def token_stats_backward(
     n, vocab = tokens.numel(), logits.shape[-1]
     if n == 0:
         return out
-    blocks = cdiv(vocab, BLOCK)
+    block = _block(logits)
+    blocks = cdiv(vocab, block)
     parts = splits(logits, n, blocks)
     per_part = cdiv(blocks, parts)
     token_stats_backward_kernel[(n, cdiv(blocks, per_part))](
@@ -306,6 +311,6 @@ def token_stats_backward(
         pointer(entropy.contiguous() if entropy.numel() else None, shift), shift, log_sum, out,
         inner, outer_stride, inner_stride, vocab, vocab, per_part, *pair(1.0 / temperature),
         HAS_MASK=mask is not None, HAS_LOGPROB=ups[0] is not None, HAS_ENTROPY=ups[1] is not None,
-        HAS_LOG_SUM=ups[2] is not None, BLOCK=BLOCK, num_warps=WARPS,
+        HAS_LOG_SUM=ups[2] is not None, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
     return out
