@@ -146,15 +146,19 @@ def define(
 ) -> Callable[..., Any]:
     """Define ``rewardops::<op>`` with its fake and, where it is differentiable, its gradient; return it."""
     op = schema.partition("(")[0]
-    # needs_exact_strides is what torch.compile would otherwise ask of an op that reads strided rows.
+    # Exact strides: a compiled graph must hand over rows as they lie, and not as copies in another layout.
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-    for key in ("CPU", "CUDA"):
-        device_type = key.lower()
 
-        def run(*args: Any, _device_type: str = device_type) -> Any:
-            return _implementation(backend_for(_device_type), family, op)(*args)
+    def on_cpu(*args: Any) -> Any:
+        return _implementation(backend_for("cpu"), family, op)(*args)
 
-        _library.impl(op, run, key)
+    def on_cuda(*args: Any) -> Any:
+        # Kernels are launched on the current device, which need not be the tensors'.
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+            return _implementation(backend_for("cuda"), family, op)(*args)
+
+    _library.impl(op, on_cpu, "CPU")
+    _library.impl(op, on_cuda, "CUDA")
     torch.library.register_fake(f"rewardops::{op}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
