@@ -14,11 +14,11 @@ from torch import Tensor
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
-JOIN = 128 if INTERPRETED else 1024  # rows joined at once; fewer where their masks have to be looked into
+# Rows joined at once; fewer where their masks have to be looked into, and of a mask so many tokens at a look: one
+# look decides for nearly every row.
+JOIN = 128 if INTERPRETED else 1024
 JOIN_MASKED = 128
-LOOK = (
-    16 if INTERPRETED else 32
-)  # tokens of their masks looked at at once: one look decides for nearly every row
+LOOK = 16 if INTERPRETED else 32
 BLOCK = 256 if INTERPRETED else 1024
 _BASELINES = {"none": 0, "mean": 1, "leave_one_out": 2}
 _SCALES = {"none": 0, "std": 1}
