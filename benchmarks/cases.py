@@ -161,15 +161,15 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
         logprob, ref = -rand(b, t) * 3, -rand(b, t) * 3
         backward = name.endswith("backward")
         moved = size_of(logprob, ref, mask) + size_of(logprob)
-        # Backward: both inputs, the mask and the upstream gradient again; two gradients.
-        moved += size_of(logprob) * 5 + size_of(mask) if backward else 0
+        # Backward: both inputs, the mask and the upstream gradient; one gradient, as the reference has none.
+        moved += size_of(logprob) * 4 + size_of(mask) if backward else 0
         return Case(
             name,
             lambda a, r, m: rewardops.token_kl(a, r, mask=m),
             plain_token_kl,
             (logprob, ref, mask),
             moved,
-            2 if backward else 0,
+            1 if backward else 0,
         )
     if name == "group_advantages":
         return Case(
