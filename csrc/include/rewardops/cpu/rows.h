@@ -5,11 +5,6 @@
 
 namespace rewardops::cpu {
 
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 struct Rows {
   int64_t batch;
   int64_t width;         // padded: T
