@@ -32,8 +32,11 @@ def say(text: str) -> None:
 def environment(dry: bool) -> dict[str, str]:
     """The built package first, then the checkout for its benchmarks; never the checkout's own package."""
     paths = [str(SITE), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    # cmake and ninja may be this environment's, which need not have been activated.
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     found = {
         **os.environ,
+        "PATH": os.pathsep.join(programs),
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "PYTHONUNBUFFERED": "1",
         "REWARDOPS_OFFLINE": "1",
