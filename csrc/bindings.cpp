@@ -35,11 +35,25 @@ Rows rows(const py::tuple& r) {
           r[3].cast<int64_t>()};
 }
 
-LogitsArgs logits_args(Address logits, int dtype, const py::tuple& shape, Address tokens, Address mask,
-                       double temperature) {
-  return {at<const void>(logits),     static_cast<DType>(dtype),  shape[0].cast<int64_t>(),
-          shape[1].cast<int64_t>(),   shape[2].cast<int64_t>(),   shape[3].cast<int64_t>(),
-          at<const int64_t>(tokens), at<const uint8_t>(mask), temperature};
+// (address, dtype, inner, outer stride, inner stride); address 0 for rows that are not given.
+LogitsRows logits_rows(const py::handle& r) {
+  const auto t = r.cast<py::tuple>();
+  return {at<const void>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(), t[4].cast<int64_t>()};
+}
+
+// As rewardops.cpp.logits._problem makes it; the number of rows, which comes first, aside.
+LogitsArgs logits_args(const py::tuple& p) {
+  return {logits_rows(p[1]),
+          logits_rows(p[2]),
+          p[3].cast<int64_t>(),
+          p[4].cast<int64_t>(),
+          at<const int64_t>(p[5].cast<Address>()),
+          at<const uint8_t>(p[6].cast<Address>()),
+          p[7].cast<double>(),
+          at<const double>(p[8].cast<Address>()),
+          p[9].cast<double>(),
+          p[10].cast<double>()};
 }
 
 // Rows per range such that a range is worth a thread's waking.
@@ -53,30 +67,35 @@ int64_t token_rows_grain(const Rows& r) {
   return row_grain(n * 8);
 }
 
-void token_stats(Address logits, int dtype, const py::tuple& shape, int64_t count, Address tokens, Address mask,
-                 double temperature, Address logprob, Address entropy, Address shift, Address log_sum,
+void token_stats(const py::tuple& problem, const py::tuple& outputs, Address saved, Address record, int terms,
                  int threads) {
-  const TokenStatsArgs a{logits_args(logits, dtype, shape, tokens, mask, temperature), at<void>(logprob),
-                         at<void>(entropy), at<void>(shift), at<void>(log_sum)};
+  TokenStatsArgs a{};
+  a.in = logits_args(problem);
+  a.count = problem[0].cast<int64_t>();
+  for (size_t o = 0; o < outputs.size(); ++o) a.outputs[o] = at<void>(outputs[o].cast<Address>());
+  a.saved = at<void>(saved);
+  a.record = at<double>(record);
+  a.terms = terms;
   const py::gil_scoped_release release;
-  parallel_for(count, row_grain(a.in.vocab * 4), threads,
+  parallel_for(a.count, row_grain(a.in.vocab * 4), threads,
                [&](int64_t begin, int64_t end) { kernels().token_stats(a, begin, end); });
 }
 
-void token_stats_backward(Address grad_logprob, Address grad_entropy, Address grad_log_sum, Address logits,
-                          int dtype, const py::tuple& shape, int64_t count, Address tokens, Address mask,
-                          Address entropy, Address shift, Address log_sum, double temperature, Address out,
+void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Address saved, Address grad_record,
+                          Address record, int64_t width, const py::tuple& grad_logits, const py::tuple& grad_ref,
                           int threads) {
-  const TokenStatsBackwardArgs a{logits_args(logits, dtype, shape, tokens, mask, temperature),
-                                 at<const void>(grad_logprob),
-                                 at<const void>(grad_entropy),
-                                 at<const void>(grad_log_sum),
-                                 at<const void>(entropy),
-                                 at<const void>(shift),
-                                 at<const void>(log_sum),
-                                 at<void>(out)};
+  TokenStatsBackwardArgs a{};
+  a.in = logits_args(problem);
+  a.count = problem[0].cast<int64_t>();
+  for (size_t o = 0; o < grads.size(); ++o) a.grads[o] = at<const void>(grads[o].cast<Address>());
+  a.saved = at<const void>(saved);
+  a.grad_record = at<const double>(grad_record);
+  a.record = at<const double>(record);
+  a.width = width;
+  a.grad_logits = logits_rows(grad_logits);
+  a.grad_ref = logits_rows(grad_ref);
   const py::gil_scoped_release release;
-  parallel_for(count, row_grain(a.in.vocab * 4), threads,
+  parallel_for(a.count, row_grain(a.in.vocab * 4), threads,
                [&](int64_t begin, int64_t end) { kernels().token_stats_backward(a, begin, end); });
 }
 

@@ -5,7 +5,7 @@ from .dispatch import BackendUnavailable, show_config, use_backend
 from .entropy import gtpo_rewards
 from .kl import token_kl
 from .layout import debug
-from .logits import TokenStats, token_stats
+from .logits import TokenStats, merge_token_stats, token_stats, token_stats_partial
 from .prefix_tree import PrefixValues, prefix_values, tempo_advantages
 from .returns import min_returns, softmin_rewards
 
@@ -18,6 +18,7 @@ __all__ = [
     "debug",
     "group_advantages",
     "gtpo_rewards",
+    "merge_token_stats",
     "min_returns",
     "prefix_values",
     "show_config",
@@ -25,5 +26,6 @@ __all__ = [
     "tempo_advantages",
     "token_kl",
     "token_stats",
+    "token_stats_partial",
     "use_backend",
 ]

@@ -1,119 +1,163 @@
-"""Logits: token statistics from one pass over ``[N, V]``."""
+"""Logits: every statistic of a token's distribution from one pass over ``[N, V]``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import layout
 from .dispatch import define
+from .reference import logits as spec
 
-OUTPUTS = ("logprob", "entropy", "logsumexp")
+OUTPUTS = spec.OUTPUTS
+PARTIAL_OUTPUTS = OUTPUTS[:-1]
 
 
 class TokenStats(NamedTuple):
     """Statistics of each token's distribution, in nats; None for what was not asked for.
 
-    All have the shape of ``tokens`` and are float32 (float64 for float64 logits).
+    All have the shape of ``tokens`` and are float32 (float64 for float64 logits); ``is_top1`` is bool.
     """
 
     logprob: Tensor | None = None
     entropy: Tensor | None = None
     logsumexp: Tensor | None = None
+    sum_sq: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    jsd: Tensor | None = None
 
 
-def _acc(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype is torch.float64 else torch.float32
+# ---- the ops -----------------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor logits, Tensor tokens, Tensor? ref_logits, Tensor? mask, Tensor? temperatures"
+_SCALARS = "float temperature, float softcap"
 
 
-def _fake(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def out() -> Tensor:
-        return logits.new_empty(tokens.shape, dtype=_acc(logits))
-
-    entropy = out() if with_entropy else logits.new_empty(0, dtype=_acc(logits))
-    return out(), entropy, out(), out()
-
-
-def _fake_backward(grad_logprob, grad_entropy, grad_log_sum, logits, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.shape)
+def _fake(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta, outputs):  # type: ignore[no-untyped-def]
+    acc = spec.accumulator(logits)
+    saved = len(spec.SAVED) if ref_logits is not None else 4
+    made = [logits.new_empty((saved, *tokens.shape), dtype=acc)]
+    for name in outputs:
+        made.append(logits.new_empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc))
+    return made
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, tokens, mask, temperature, _ = inputs
-    _, entropy, shift, log_sum = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, tokens, mask, entropy, shift, log_sum)
-    ctx.temperature = temperature
+def _fake_gradients(logits, ref_logits, to_logits, to_ref):  # type: ignore[no-untyped-def]
+    grad = logits.new_empty(logits.shape if to_logits else 0)
+    like = logits if ref_logits is None else ref_logits
+    return grad, like.new_empty(like.shape if to_ref else 0)
 
 
-def _gradient(ctx, grad_logprob, grad_entropy, grad_shift, grad_log_sum):  # type: ignore[no-untyped-def]
-    logits, *saved = ctx.saved_tensors
-    grad = _backward(grad_logprob, grad_entropy, grad_log_sum, logits, *saved, ctx.temperature)
-    return grad, None, None, None, None
+def _fake_backward(grads, logits, tokens, ref_logits, *rest):  # type: ignore[no-untyped-def]
+    return _fake_gradients(logits, ref_logits, *rest[-2:])
 
+
+def _fake_backward_inplace(grads, logits, tokens, ref_logits, *rest):  # type: ignore[no-untyped-def]
+    return _fake_gradients(logits, ref_logits, False, rest[-1])[1]
+
+
+def _fake_partial(logits, tokens, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty((*tokens.shape, len(spec.RECORD)), dtype=torch.float64)
+
+
+def _fake_partial_backward(grad, record, logits, tokens, ref_logits, *rest):  # type: ignore[no-untyped-def]
+    return _fake_gradients(logits, ref_logits, *rest[-2:])
+
+
+_SAVED = f"Tensor saved, {_SCALARS}, SymInt vocab, float beta, str[] outputs, bool to_logits, bool to_ref"
 
 _backward = define(
     "logits",
-    "token_stats_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_log_sum, Tensor logits,"
-    " Tensor tokens, Tensor? mask, Tensor entropy, Tensor shift, Tensor log_sum, float temperature)"
-    " -> Tensor",
+    f"token_stats_backward(Tensor?[] grads, {_INPUTS}, {_SAVED}) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )
 
-# shift (the row's largest logit) and log_sum apart, and not their sum: with logits near 1e4 the sum has
-# lost the digits that the backward needs. log_sum carries the whole gradient of logsumexp.
+_backward_inplace = define(
+    "logits",
+    f"token_stats_backward_(Tensor?[] grads, {_INPUTS.replace('Tensor logits', 'Tensor(a!) logits')},"
+    f" {_SAVED}) -> Tensor",
+    fake=_fake_backward_inplace,
+)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, temperature, softcap, vocab, beta, outputs, inplace = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[0])
+    ctx.scalars = (temperature, softcap, vocab, beta, outputs)
+    ctx.inplace = inplace
+
+
+def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
+    logits, tokens, ref_logits, mask, temperatures, saved = ctx.saved_tensors
+    given = [g for g, name in zip(grads[1:], ctx.scalars[-1], strict=True)]
+    to_logits, to_ref = ctx.needs_input_grad[0], ref_logits is not None and ctx.needs_input_grad[2]
+    args = (tokens, ref_logits, mask, temperatures, saved, *ctx.scalars)
+    grad, ref = None, None
+    if all(g is None for g in given):
+        pass
+    elif ctx.inplace and to_logits:
+        grad = logits.detach()
+        ref = _backward_inplace(given, grad, *args, True, to_ref)
+        # The logits are gone: a second backward pass finds another version of them, and raises.
+        torch.autograd.graph.increment_version(logits)
+    else:
+        grad, ref = _backward(given, logits, *args, to_logits, to_ref)
+    return grad if to_logits else None, None, ref if to_ref else None, *[None] * 8
+
+
 _forward = define(
     "logits",
-    "token_stats(Tensor logits, Tensor tokens, Tensor? mask, float temperature, bool with_entropy)"
-    " -> (Tensor logprob, Tensor entropy, Tensor shift, Tensor log_sum)",
-    fake=_fake,
+    f"token_stats({_INPUTS}, {_SCALARS}, SymInt vocab, float beta, str[] outputs, bool inplace) -> Tensor[]",
+    fake=lambda *args: _fake(*args[:-1]),
     setup_context=_setup,
     backward=_gradient,
 )
 
+_SHARD = f"{_SCALARS}, SymInt first, SymInt vocab"
 
-def token_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    outputs: Sequence[str] = ("logprob", "entropy"),
-) -> TokenStats:
-    """Log-probability and entropy of every token, from one read of the logits.
+_partial_backward = define(
+    "logits",
+    f"token_stats_partial_backward(Tensor grad_record, Tensor record, {_INPUTS}, {_SHARD}, bool to_logits,"
+    " bool to_ref) -> (Tensor, Tensor)",
+    fake=_fake_partial_backward,
+)
 
-    With ``z = logits / temperature``, ``L = log sum exp z`` and ``p = exp(z - L)``:
 
-    - ``logprob = z[token] - L``, gradient ``onehot(token) - p``
-    - ``entropy = -sum p log p`` (nats), gradient ``-p (log p + entropy)``
-    - ``logsumexp = L``, gradient ``p``
+def _setup_partial(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, temperature, softcap, first, vocab, _ = inputs
+    ctx.save_for_backward(output, *tensors)
+    ctx.scalars = (temperature, softcap, first, vocab)
 
-    all as max-shifted sums, which keep their digits for logits of any offset. A logit of ``-inf`` has
-    probability 0 and contributes nothing; a token there has logprob ``-inf``.
 
-    Args:
-        logits: ``[N, V]`` or ``[B, T, V]``; float32, bfloat16, float16 or float64. Strided rows, such as
-            ``logits[:, :-1]``, are read in place. Accumulation is in float32 (float64 for float64).
-        tokens: ``[N]`` or ``[B, T]``, integer column ids. An id outside ``[0, V)`` gives NaN at that token
-            and is never read (under :func:`rewardops.debug` it raises).
-        temperature: the logits are divided by it first.
-        mask: the shape of ``tokens``; bool, integer or float 0/1. Masked rows are not read: their outputs
-            and their gradient are exactly 0, whatever the logits hold.
-        outputs: which of ``"logprob"``, ``"entropy"``, ``"logsumexp"`` to return.
+def _gradient_partial(ctx, grad):  # type: ignore[no-untyped-def]
+    record, logits, tokens, ref_logits, *rest = ctx.saved_tensors
+    to_logits, to_ref = ctx.needs_input_grad[0], ref_logits is not None and ctx.needs_input_grad[2]
+    args = (record, logits, tokens, ref_logits, *rest, *ctx.scalars)
+    found, ref = _partial_backward(grad, *args, to_logits, to_ref)
+    return found if to_logits else None, None, ref if to_ref else None, *[None] * 7
 
-    Returns:
-        :class:`TokenStats`, with the outputs asked for. Differentiable in ``logits`` once: all upstream
-        gradients are folded into one read and one write, in the dtype of the logits.
 
-    Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown output, a temperature that is not above 0.
-    """
+_partial = define(
+    "logits",
+    f"token_stats_partial({_INPUTS}, {_SHARD}, str[] outputs) -> Tensor",
+    fake=_fake_partial,
+    setup_context=_setup_partial,
+    backward=_gradient_partial,
+)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> None:
     layout.check_float("logits", logits)
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits: got shape {layout.show(logits.shape)}, want [N, V] or [B, T, V]")
@@ -122,20 +166,258 @@ def token_stats(
     layout.check_integer("tokens", tokens)
     layout.check_shape("tokens", tokens, logits.shape[:-1], "the shape of logits without the vocabulary")
     layout.check_device("tokens", tokens, logits.device, "logits")
-    layout.check_positive("temperature", temperature)
-    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
-    if isinstance(outputs, str) or not outputs:
-        raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {OUTPUTS}")
-    for name in outputs:
-        layout.check_choice("outputs", name, OUTPUTS)
-    if layout.debugging():
-        layout.check_token_ids(tokens, logits.shape[-1], mask)
+    if ref_logits is not None:
+        layout.check_float("ref_logits", ref_logits)
+        layout.check_shape("ref_logits", ref_logits, logits.shape, "the shape of logits")
+        layout.check_device("ref_logits", ref_logits, logits.device, "logits")
 
-    logprob, entropy, shift, log_sum = _forward(
-        logits, tokens.to(torch.int64), mask, float(temperature), "entropy" in outputs
+
+def _check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
+    if isinstance(outputs, str) or not outputs:
+        raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {tuple(choices)}")
+    for name in outputs:
+        layout.check_choice("outputs", name, choices)
+        if name in spec.REF_OUTPUTS and not has_ref:
+            raise ValueError(f"outputs: got {name!r} without ref_logits, want both or neither")
+    return [name for name in choices if name in outputs]
+
+
+def _temperatures(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor | None, float]:
+    """A temperature for each row in float64, or one for all."""
+    if not isinstance(temperature, Tensor):
+        layout.check_positive("temperature", temperature)
+        return None, float(temperature)
+    layout.check_float("temperature", temperature)
+    layout.check_device("temperature", temperature, tokens.device, "logits")
+    t = temperature.detach().to(torch.float64)
+    if t.dim() == 1 and tokens.dim() == 2 and t.shape[0] == tokens.shape[0]:
+        t = t[:, None]
+    elif t.dim() not in (0, tokens.dim()) or (t.dim() and t.shape[0] != tokens.shape[0]):
+        t = t.new_empty((0, 0, 0))  # no shape that fits
+    if t.dim() == tokens.dim() == 2 and t.shape[1] == 1:
+        t = t.expand(tokens.shape)
+    if t.dim() and t.shape != tokens.shape:
+        rows = f"[{tokens.shape[0]}] or {layout.show(tokens.shape)}" if tokens.dim() == 2 else None
+        raise ValueError(
+            f"temperature: got shape {layout.show(temperature.shape)}, want a scalar or"
+            f" {rows or layout.show(tokens.shape)} (one per row or per token)"
+        )
+    if layout.may_read(t) and not bool((t > 0).all()):
+        raise ValueError("temperature: got a value that is not above 0, want all above 0")
+    return t.expand(tokens.shape).contiguous(), 1.0
+
+
+def _softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    layout.check_positive("softcap", softcap)
+    return float(softcap)
+
+
+def _vocab(vocab_size: int | None, width: int) -> int:
+    if vocab_size is None:
+        return width
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, want int")
+    if not 0 < vocab_size <= width:
+        raise ValueError(f"vocab_size: got {vocab_size}, want 1 to {width} (the columns of logits)")
+    return vocab_size
+
+
+def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Half and single precision mix; float64 on one side makes both float64."""
+    if ref_logits is None or torch.float64 not in (logits.dtype, ref_logits.dtype):
+        return logits, ref_logits
+    return logits.to(torch.float64), ref_logits.to(torch.float64)
+
+
+def token_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ref_logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    outputs: Sequence[str] = ("logprob", "entropy"),
+    beta: float = 0.5,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Whatever a training step wants to know about each token's distribution, from one read of the logits.
+
+    With ``z = softcap * tanh(logits / softcap) / temperature`` (without a softcap ``logits / temperature``),
+    ``L = log sum exp z``, ``p = exp(z - L)``, and ``q`` the same of ``ref_logits``:
+
+    ===============  =====================================================  ===============================
+    output           value                                                  gradient in ``z``
+    ===============  =====================================================  ===============================
+    ``logprob``      ``z[token] - L``                                       ``onehot(token) - p``
+    ``entropy``      ``-sum p log p``                                       ``-p (log p + entropy)``
+    ``logsumexp``    ``L``                                                  ``p``
+    ``sum_sq``       ``sum p^2``; the Renyi-2 entropy is ``-log sum_sq``    ``2 p (p - sum_sq)``
+    ``mean_logit``   mean of ``z`` over the vocabulary; ``L - mean_logit    ``1 / V``
+                     - log V`` is KL(uniform || policy)
+    ``is_top1``      whether no logit is above the token's (bool)           none
+    ``ref_logprob``  ``log q[token]``                                       none in ``z``; as ``logprob``
+                                                                            in the reference's
+    ``kl``           KL(policy || ref), ``sum p (log p - log q)``           ``p (log p - log q - kl)``;
+                                                                            reference: ``q - p``
+    ``reverse_kl``   KL(ref || policy), ``sum q (log q - log p)``           ``p - q``; reference:
+                                                                            ``q (log q - log p - reverse_kl)``
+    ``jsd``          ``beta KL(q || m) + (1 - beta) KL(p || m)`` with       ``(1 - beta) p (log p - log m -
+                     ``m = beta q + (1 - beta) p``, the generalised         KL(p || m))``; reference: the
+                     Jensen-Shannon divergence (as in GKD, 2306.13649)      mirror image
+    ===============  =====================================================  ===============================
+
+    in nats, and all as sums relative to the row's largest logit, which keep their digits for logits of any
+    offset. A logit of ``-inf`` has probability 0 and contributes nothing (under a softcap it is ``-softcap``,
+    as the formula has it); a token there has logprob ``-inf``. A divergence is ``inf`` where one distribution
+    has mass in a column that is ``-inf`` in the other, and 0 times nothing where both are; its gradient is
+    then NaN. ``jsd`` costs a second pass; nothing else does.
+
+    Args:
+        logits: ``[N, V]`` or ``[B, T, V]``; float32, bfloat16, float16 or float64. Strided rows, such as
+            ``logits[:, :-1]``, are read in place. Accumulation is in float32 (float64 for float64).
+        tokens: ``[N]`` or ``[B, T]``, integer column ids. -100 counts as masked; any other id outside
+            ``[0, vocab_size)`` gives NaN at that token, and is never read (under :func:`rewardops.debug` it
+            raises).
+        temperature: a number, or a tensor with one per row (``[B]``) or per token; no gradient flows into it.
+        softcap: as of Gemma 2; None for none.
+        vocab_size: columns from here on are padding and do not exist; their gradient is 0.
+        ref_logits: the reference model's, the shape of ``logits``, in any of the dtypes; temperature, softcap
+            and vocab_size apply to it as well.
+        mask: the shape of ``tokens``; bool, integer or float 0/1. Masked rows are not read: their outputs
+            and their gradient are exactly 0, whatever the logits hold.
+        outputs: names of what to return; only that is computed.
+        beta: of ``jsd``, above 0 and below 1 (at both ends it is 0: ask for ``kl`` or ``reverse_kl``).
+        inplace_backward: write the gradient of the logits over them, which saves the memory of a second
+            ``[N, V]``. The logits are gone after the backward pass; a second backward pass raises. Without
+            effect under ``torch.compile``, which plans memory itself.
+
+    Returns:
+        :class:`TokenStats`, with the outputs asked for. Differentiable once, in ``logits`` and ``ref_logits``:
+        all upstream gradients are folded into one read and one write, in the dtype of the logits.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
+            unknown output, an output of two models without ``ref_logits``, a number out of its range.
+    """
+    _check_logits(logits, tokens, ref_logits)
+    names = _check_outputs(outputs, OUTPUTS, ref_logits is not None)
+    temperatures, scalar = _temperatures(temperature, tokens)
+    cap = _softcap(softcap)
+    vocab = _vocab(vocab_size, logits.shape[-1])
+    if "jsd" in names:
+        layout.check_positive("beta", beta)
+        if beta >= 1:
+            raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
+    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    tokens = tokens.to(torch.int64)
+    if layout.debugging():
+        layout.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
+    logits, ref_logits = _same_precision(logits, ref_logits)
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    _, *found = _forward(
+        logits, tokens, ref_logits, mask, temperatures, scalar, cap, vocab, float(beta), names, inplace
     )
-    return TokenStats(
-        logprob=logprob if "logprob" in outputs else None,
-        entropy=entropy if "entropy" in outputs else None,
-        logsumexp=shift.detach() / temperature + log_sum if "logsumexp" in outputs else None,
+    return TokenStats(**dict(zip(names, found, strict=True)))
+
+
+def token_stats_partial(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    vocab_start: int = 0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ref_logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    outputs: Sequence[str] = ("logprob", "entropy"),
+) -> Tensor:
+    """The statistics of a part of the vocabulary, as records for :func:`merge_token_stats`.
+
+    For vocabulary shards (tensor parallelism) and chunks: column ``k`` of ``logits`` is token
+    ``vocab_start + k``. Differentiable in ``logits`` and ``ref_logits``, through the records: gather the
+    other ranks' records without gradient, put one's own among them, merge, and each rank's loss gives its own
+    shard's exact gradient.
+
+    Args:
+        logits: ``[N, V_part]`` or ``[B, T, V_part]``, as in :func:`token_stats`.
+        tokens: ``[N]`` or ``[B, T]``, ids in the whole vocabulary; -100 counts as masked.
+        vocab_start: the id of the first column.
+        vocab_size: of the whole vocabulary: columns with ids from here on are padding.
+        temperature, softcap, ref_logits, mask: as in :func:`token_stats`, the same for every part.
+        outputs: what the records are to be merged into: of the outputs of :func:`token_stats` all but
+            ``jsd``, whose terms need the whole row's normalisers.
+
+    Returns:
+        ``[*tokens.shape, 13]``, float64: for each token sums relative to the part's largest logit
+        (``rewardops.reference.logits.RECORD`` names them). Sums that no output needs are NaN.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+    """
+    _check_logits(logits, tokens, ref_logits)
+    names = _check_outputs(outputs, PARTIAL_OUTPUTS, ref_logits is not None)
+    temperatures, scalar = _temperatures(temperature, tokens)
+    cap = _softcap(softcap)
+    width = logits.shape[-1]
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
+        raise TypeError(f"vocab_start: got {type(vocab_start).__name__}, want int")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start: got {vocab_start}, want at least 0")
+    if vocab_size is None:
+        vocab = width
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, want int")
+    else:
+        vocab = min(max(vocab_size - vocab_start, 0), width)
+    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    logits, ref_logits = _same_precision(logits, ref_logits)
+    record: Tensor = _partial(
+        logits,
+        tokens.to(torch.int64),
+        ref_logits,
+        mask,
+        temperatures,
+        scalar,
+        cap,
+        vocab_start,
+        vocab,
+        names,
     )
+    return record
+
+
+def merge_token_stats(
+    records: Tensor | Sequence[Tensor],
+    *,
+    outputs: Sequence[str] = ("logprob", "entropy"),
+    dtype: torch.dtype = torch.float32,
+) -> TokenStats:
+    """Token statistics of whole rows from the records of their parts, in any order.
+
+    A few operations per token, in float64 and plain PyTorch on every device, which ``torch.compile`` fuses.
+
+    Args:
+        records: ``[parts, *tokens.shape, 13]``, or a sequence of what :func:`token_stats_partial` returned.
+        outputs: as given to :func:`token_stats_partial`; what was not asked for there comes out as NaN.
+        dtype: of the statistics.
+
+    Returns:
+        :class:`TokenStats`; a token that no part holds has logprob NaN. Differentiable in the records.
+
+    Raises:
+        TypeError, ValueError: records or outputs that are not as above.
+    """
+    parts = records if isinstance(records, Tensor) else torch.stack(list(records))
+    if parts.dtype is not torch.float64:
+        raise TypeError(f"records: got dtype {parts.dtype}, want float64")
+    fields = len(spec.RECORD)
+    if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
+        raise ValueError(f"records: got shape {layout.show(parts.shape)}, want [parts, ..., {fields}]")
+    names = _check_outputs(outputs, PARTIAL_OUTPUTS, True)
+    found: dict[str, Any] = spec.finish(spec.merge(parts), names)
+    return TokenStats(**{k: v if k == "is_top1" else v.to(dtype) for k, v in found.items()})

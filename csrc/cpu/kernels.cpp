@@ -8,6 +8,7 @@
 #include "rewardops/cpu/entropy.h"
 #include "rewardops/cpu/kl.h"
 #include "rewardops/cpu/logits.h"
+#include "rewardops/cpu/logits_backward.h"
 #include "rewardops/cpu/prefix_tree.h"
 #include "rewardops/cpu/returns.h"
 

@@ -2,79 +2,219 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..dispatch import compiled_module
+from ..reference.logits import OUTPUTS, RECORD, SAVED, accumulator
 from .memory import address, dense, threads
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_ROWS = (0, 0, 1, 0, 0)
+_TERMS = {"entropy": 1, "sum_sq": 2, "mean_logit": 4, "kl": 8, "reverse_kl": 16}
+
+Rows = tuple[int, int, int, int, int]
 
 
-def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """The logits, and (inner rows, outer stride, inner stride, vocabulary) of their leading dimensions."""
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    *lead, vocab = logits.shape
+def _unit_stride(logits: Tensor | None) -> Tensor | None:
+    return logits if logits is None or logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _rows(logits: Tensor | None) -> Rows:
+    """Address, dtype, and the rows of the leading dimensions: inner rows, outer and inner stride."""
+    if logits is None:
+        return _NO_ROWS
+    *lead, _ = logits.shape
     outer, inner = (0, logits.stride(0)) if len(lead) == 1 else logits.stride()[:2]
-    return logits, (max(lead[-1], 1), outer, inner, vocab)
+    return logits.data_ptr(), _DTYPES[logits.dtype], max(lead[-1], 1), outer, inner
+
+
+class _Problem:
+    """What forward and backward have in common, as the compiled module takes it; keeps its tensors alive."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        ref_logits: Tensor | None,
+        mask: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        first: int,
+        vocab: int,
+        beta: float,
+    ) -> None:
+        self.logits, self.ref = _unit_stride(logits), _unit_stride(ref_logits)
+        self.kept = tokens.contiguous(), dense(mask), dense(temperatures)
+        ids, valid, per_row = (address(t) for t in self.kept)
+        self.tuple = (
+            tokens.numel(), _rows(self.logits), _rows(self.ref), vocab, first, ids, valid,
+            temperature, per_row, softcap, beta,
+        )  # fmt: skip
 
 
 def token_stats(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits, shape = _rows(logits)
-    tokens, mask = tokens.contiguous(), dense(mask)
-    acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    logprob, shift, log_sum = (torch.empty(tokens.shape, dtype=acc) for _ in range(3))
-    entropy = torch.empty(tokens.shape if with_entropy else 0, dtype=acc)
-    compiled_module().token_stats(  # type: ignore[union-attr]
-        address(logits),
-        _DTYPES[logits.dtype],
-        shape,
-        tokens.numel(),
-        address(tokens),
-        address(mask),
-        temperature,
-        address(logprob),
-        address(entropy) if with_entropy else 0,
-        address(shift),
-        address(log_sum),
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    inplace: bool,
+) -> list[Tensor]:
+    problem = _Problem(
+        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta
+    )  # fmt: skip
+    acc = accumulator(logits)
+    # Zeros: not every row of it is filled.
+    saved = torch.zeros((4 if ref_logits is None else len(SAVED), *tokens.shape), dtype=acc)
+    made = {
+        name: torch.empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc) for name in outputs
+    }
+    addresses = tuple(address(made.get(name)) for name in OUTPUTS)
+    compiled_module().token_stats(problem.tuple, addresses, address(saved), 0, 0, threads())  # type: ignore[union-attr]
+    return [saved, *made.values()]
+
+
+def token_stats_partial(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    outputs: Sequence[str],
+) -> Tensor:
+    problem = _Problem(
+        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
+    )  # fmt: skip
+    record = torch.empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
+    terms = sum(_TERMS.get(name, 0) for name in outputs)
+    nothing = (0,) * len(OUTPUTS)
+    compiled_module().token_stats(problem.tuple, nothing, 0, address(record), terms, threads())  # type: ignore[union-attr]
+    return record
+
+
+def _backward(
+    problem: _Problem,
+    grads: tuple[int, ...],
+    saved: Tensor | None,
+    grad_record: Tensor | None,
+    record: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_ref: Tensor | None,
+) -> None:
+    assert problem.logits is not None
+    compiled_module().token_stats_backward(  # type: ignore[union-attr]
+        problem.tuple,
+        grads,
+        address(saved),
+        address(grad_record),
+        address(record),
+        problem.logits.shape[-1],
+        _rows(grad_logits),
+        _rows(grad_ref),
         threads(),
     )
-    return logprob, entropy, shift, log_sum
+
+
+def _gradients(problem: _Problem, to_logits: bool, to_ref: bool) -> tuple[Tensor | None, Tensor | None]:
+    logits, ref = problem.logits, problem.ref
+    return (
+        torch.empty(logits.shape, dtype=logits.dtype) if to_logits and logits is not None else None,
+        torch.empty(ref.shape, dtype=ref.dtype) if to_ref and ref is not None else None,
+    )
+
+
+def _or_empty(grad: Tensor | None, like: Tensor | None, other: Tensor) -> Tensor:
+    return (other if like is None else like).new_empty(0) if grad is None else grad
 
 
 def token_stats_backward(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_log_sum: Tensor | None,
+    grads: Sequence[Tensor | None],
     logits: Tensor,
     tokens: Tensor,
+    ref_logits: Tensor | None,
     mask: Tensor | None,
-    entropy: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
+    temperatures: Tensor | None,
+    saved: Tensor,
     temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    to_logits: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    problem = _Problem(
+        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta
+    )  # fmt: skip
+    made = _gradients(problem, to_logits, to_ref)
+    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
+    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
+    _backward(problem, addresses, saved.contiguous(), None, None, *made)
+    return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
+
+
+def token_stats_backward_(
+    grads: Sequence[Tensor | None],
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    saved: Tensor,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    to_logits: bool,
+    to_ref: bool,
 ) -> Tensor:
-    logits, shape = _rows(logits)
-    tokens, mask = tokens.contiguous(), dense(mask)
-    ups = [dense(grad_logprob), dense(grad_entropy), dense(grad_log_sum)]
-    entropy, shift, log_sum = entropy.contiguous(), shift.contiguous(), log_sum.contiguous()
-    out = torch.empty(logits.shape, dtype=logits.dtype)
-    compiled_module().token_stats_backward(  # type: ignore[union-attr]
-        *(address(up) for up in ups),
-        address(logits),
-        _DTYPES[logits.dtype],
-        shape,
-        tokens.numel(),
-        address(tokens),
-        address(mask),
-        address(entropy),
-        address(shift),
-        address(log_sum),
-        temperature,
-        address(out),
-        threads(),
-    )
-    return out
+    """The gradient of the logits written over them; returns that of the reference."""
+    problem = _Problem(
+        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta
+    )  # fmt: skip
+    assert problem.logits is not None
+    _, ref = _gradients(problem, False, to_ref)
+    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
+    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
+    _backward(problem, addresses, saved.contiguous(), None, None, problem.logits, ref)
+    if problem.logits is not logits:
+        logits.copy_(problem.logits)  # columns that were no unit stride apart
+    return _or_empty(ref, ref_logits, logits)
+
+
+def token_stats_partial_backward(
+    grad_record: Tensor,
+    record: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    to_logits: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    problem = _Problem(
+        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
+    )  # fmt: skip
+    made = _gradients(problem, to_logits, to_ref)
+    nothing = (0,) * len(OUTPUTS)
+    _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), *made)
+    return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)

@@ -1,73 +1,419 @@
-"""Token statistics from logits, the specification (see :func:`rewardops.token_stats`)."""
+"""Token statistics from logits, the specification (see :func:`rewardops.token_stats`).
+
+A row's *record* holds sums over its columns, relative to its own largest logit. Records of parts of a row merge
+into the record of the whole, and every statistic is a function of that.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+OUTPUTS = (
+    "logprob", "entropy", "logsumexp", "sum_sq", "mean_logit", "is_top1", "ref_logprob", "kl", "reverse_kl", "jsd",
+)  # fmt: skip
+REF_OUTPUTS = OUTPUTS[6:]
 
-def _acc(logits: Tensor) -> torch.dtype:
+# With y = z - shift and u = x - ref_shift, z the scaled logits and x the reference's: total = sum e^y,
+# weighted = sum e^y y, squares = sum e^2y, distance = sum y, kl = sum e^y (y - u), reverse = sum e^u (u - y).
+RECORD = (
+    "shift", "total", "weighted", "squares", "distance", "columns", "token", "found",
+    "ref_shift", "ref_total", "ref_token", "kl", "reverse",
+)  # fmt: skip
+
+# What a backward pass needs of a row; the first four where there is no reference. Shifts are stored logits and
+# apart from log_sum = log total: with logits near 1e4 their sum has lost the digits that the backward needs.
+SAVED = (
+    "shift", "log_sum", "entropy", "sum_sq",
+    "ref_shift", "ref_log_sum", "kl", "reverse_kl", "mixed_kl", "ref_mixed_kl",
+)  # fmt: skip
+
+IGNORED = -100
+
+
+def accumulator(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype is torch.float64 else torch.float32
 
 
-def _shifted(logits: Tensor, shift: Tensor, temperature: float) -> Tensor:
-    # The difference first: exact near the maximum, where the weight is, whatever the common offset.
-    return (logits.to(shift.dtype) - shift[..., None]) / temperature
+def valid_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    valid = tokens != IGNORED
+    return valid if mask is None else valid & mask
+
+
+def row_temperatures(tokens: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
+    if temperatures is None:
+        return torch.full(tokens.shape, temperature, dtype=torch.float64, device=tokens.device)
+    return temperatures
+
+
+# ---- from logits to a record -------------------------------------------------------------------------------
+
+
+def capped(logits: Tensor, softcap: float, vocab: int, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """The columns that exist, the softcap applied; masked rows are 0."""
+    x = torch.where(valid[..., None], logits[..., :vocab].to(dtype), 0)
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def distances(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """``(x - max x) / temperature`` and ``max x``: the difference first, exact near the maximum."""
+    if not x.shape[-1]:
+        return x, x.new_full(x.shape[:-1], -torch.inf)
+    shift = x.amax(-1)
+    # Where every logit is -inf, -inf - 0 keeps them without mass.
+    return (x - torch.where(shift == -torch.inf, 0, shift)[..., None]) / temperature.to(x.dtype)[..., None], shift
+
+
+def at_column(x: Tensor, column: Tensor, found: Tensor) -> Tensor:
+    if not x.shape[-1]:
+        return x.new_zeros(column.shape)
+    return torch.where(found, x.gather(-1, torch.where(found, column, 0)[..., None])[..., 0], 0)
+
+
+def gap(y: Tensor, u: Tensor) -> Tensor:
+    """``y - u``, and 0 where both are -inf: a column without mass on either side is in nobody's divergence."""
+    return torch.where((y == -torch.inf) & (u == -torch.inf), 0, y - u)
+
+
+def product(weight: Tensor, value: Tensor) -> Tensor:
+    """``weight * value`` with the limit 0 where the weight of a -inf is 0."""
+    return torch.where((weight == 0) & value.isinf(), 0, weight * value)
+
+
+def divergence(y: Tensor, u: Tensor) -> Tensor:
+    """``sum e^y (y - u)``: infinite where the second has no mass and the first has, however little."""
+    broken = ((u == -torch.inf) & (y > -torch.inf)).any(-1)
+    return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1))
+
+
+def token_stats_partial(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    outputs: Sequence[str],
+) -> Tensor:
+    """Return records ``[..., len(RECORD)]`` in float64; sums that no output needs are NaN, masked rows are 0."""
+    acc = accumulator(logits)
+    valid = valid_rows(tokens, mask)
+    t = row_temperatures(tokens, temperatures, temperature)
+    column = tokens - first
+    found = (column >= 0) & (column < vocab)
+    none = t.new_full(t.shape, torch.nan)
+
+    x = capped(logits, softcap, vocab, valid, acc)
+    y, shift = distances(x, t)
+    weight = y.exp()
+    fields = {
+        "shift": shift / t,
+        "total": weight.sum(-1),
+        "weighted": product(weight, y).sum(-1) if "entropy" in outputs else none,
+        "squares": (weight * weight).sum(-1) if "sum_sq" in outputs else none,
+        "distance": y.sum(-1) if "mean_logit" in outputs else none,
+        "columns": torch.full_like(t, vocab),
+        "token": at_column(x, column, found) / t,
+        "found": found,
+    }
+    if ref_logits is not None:
+        x = capped(ref_logits, softcap, vocab, valid, acc)
+        u, shift = distances(x, t)
+        fields["ref_shift"] = shift / t
+        fields["ref_total"] = u.exp().sum(-1)
+        fields["ref_token"] = at_column(x, column, found) / t
+        fields["kl"] = divergence(y, u) if "kl" in outputs else none
+        fields["reverse"] = divergence(u, y) if "reverse_kl" in outputs else none
+    record = torch.stack([fields.get(name, torch.zeros_like(t)).double() for name in RECORD], -1)
+    return torch.where(valid[..., None], record, 0)
+
+
+# ---- from records to statistics ----------------------------------------------------------------------------
+
+
+def merge(records: Tensor) -> dict[str, Tensor]:
+    """The record of whole rows, by name, from those of their parts ``[parts, ..., len(RECORD)]``."""
+    r = dict(zip(RECORD, records.unbind(-1), strict=True))
+    shift, ref_shift = (r[name].detach().amax(0) for name in ("shift", "ref_shift"))
+
+    def move(part: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance of a part's shift to that of the whole, and the factor of its sums."""
+        apart = torch.where(part == -torch.inf, 0, part - torch.where(whole == -torch.inf, 0, whole))
+        return apart, torch.where(part == -torch.inf, 0, apart.exp())
+
+    apart, factor = move(r["shift"].detach(), shift)
+    ref_apart, ref_factor = move(r["ref_shift"].detach(), ref_shift)
+    has_mass, ref_has_mass = factor > 0, ref_factor > 0
+
+    def scaled(factor: Tensor, has: Tensor, value: Tensor) -> Tensor:
+        # An infinite divergence stays infinite under any factor.
+        return torch.where(value.isinf(), value, torch.where(has, factor * torch.where(has, value, 0), 0))
+
+    return {
+        "shift": shift,
+        "ref_shift": ref_shift,
+        "total": (factor * r["total"]).sum(0),
+        "ref_total": (ref_factor * r["ref_total"]).sum(0),
+        "weighted": scaled(factor, has_mass, r["weighted"] + apart * r["total"]).sum(0),
+        "squares": (factor * factor * r["squares"]).sum(0),
+        "distance": (r["distance"] + apart * r["columns"]).sum(0),
+        "columns": r["columns"].sum(0),
+        "token": r["token"].sum(0),
+        "found": r["found"].sum(0),
+        "ref_token": r["ref_token"].sum(0),
+        "kl": scaled(factor, has_mass, r["kl"] + (apart - ref_apart) * r["total"]).sum(0),
+        "reverse": scaled(ref_factor, ref_has_mass, r["reverse"] + (ref_apart - apart) * r["ref_total"]).sum(0),
+    }
+
+
+def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+    """The statistics, in the precision of the record; a row of no columns is masked, and 0."""
+    masked, found = r["columns"] == 0, r["found"] > 0
+    empty, ref_empty = (~masked & (r[name] == -torch.inf) for name in ("shift", "ref_shift"))
+
+    def log(total: Tensor, empty: Tensor) -> Tensor:
+        return torch.where(empty, torch.nan, torch.where(masked | empty, 1, total).log())
+
+    def divided(value: Tensor, total: Tensor, empty: Tensor) -> Tensor:
+        return torch.where(masked | empty, 0, value) / torch.where(masked | empty, 1, total)
+
+    log_sum = log(r["total"], empty)
+    ref_log_sum = log(r["ref_total"], ref_empty)
+    normalisers = ref_log_sum - log_sum
+    formulas = {
+        "log_sum": lambda: log_sum,
+        "ref_log_sum": lambda: ref_log_sum,
+        "logprob": lambda: torch.where(found, r["token"], torch.nan) - r["shift"] - log_sum,
+        "entropy": lambda: log_sum - divided(r["weighted"], r["total"], empty),
+        "logsumexp": lambda: torch.where(empty, 0, r["shift"]) + log_sum,
+        "sum_sq": lambda: torch.where(empty, torch.nan, divided(r["squares"], r["total"] ** 2, empty)),
+        "mean_logit": lambda: torch.where(
+            empty, -torch.inf, r["shift"] + divided(r["distance"], r["columns"], empty)
+        ),
+        "is_top1": lambda: found & ~empty & (r["total"] == r["total"]) & (r["token"] == r["shift"]),
+        "ref_logprob": lambda: torch.where(found, r["ref_token"], torch.nan) - r["ref_shift"] - ref_log_sum,
+        "kl": lambda: divided(r["kl"], r["total"], empty) + normalisers,
+        "reverse_kl": lambda: divided(r["reverse"], r["ref_total"], ref_empty) - normalisers,
+    }
+    return {
+        name: torch.where(masked, torch.zeros((), dtype=value.dtype, device=value.device), value)
+        for name, value in ((name, formulas[name]()) for name in outputs)
+    }
+
+
+def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """``log(beta q + (1 - beta) p)``; -inf where neither has mass."""
+    largest = torch.maximum(logp, logq)
+    shift = torch.where(largest == -torch.inf, 0, largest)
+    return shift + (beta * (logq - shift).exp() + (1 - beta) * (logp - shift).exp()).log()
 
 
 def token_stats(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return logprob, entropy, shift (the row's largest logit) and log_sum (log sum exp(z - shift))."""
-    acc = _acc(logits)
-    vocab = logits.shape[-1]
-    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    x = torch.where(valid[..., None], logits.to(acc), 0)
-    shift = x.amax(-1)
-    d = _shifted(x, shift, temperature)
-    weight = d.exp()
-    total = weight.sum(-1)
-    log_sum = total.log()
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    inplace: bool = False,
+) -> list[Tensor]:
+    """Return what is saved, ``[len(SAVED), ...]`` (4 rows without a reference), and the outputs asked for."""
+    acc = accumulator(logits)
+    args = (temperatures, temperature, softcap)
+    record = token_stats_partial(logits, tokens, ref_logits, mask, *args, 0, vocab, outputs)
+    whole = merge(record[None])
+    t = row_temperatures(tokens, temperatures, temperature)
+    names = [name for name in outputs if name != "jsd"]
+    needed = ["log_sum"] if ref_logits is None else ["log_sum", "ref_log_sum"]
+    found = finish(whole, [*needed, *names])
+    found["shift"], found["ref_shift"] = whole["shift"] * t, whole["ref_shift"] * t
+    if "jsd" in outputs:
+        assert ref_logits is not None
+        logp, logq = log_probabilities(
+            logits, ref_logits, tokens, mask, t, softcap, vocab, found["log_sum"], found["ref_log_sum"]
+        )
+        log_m = log_mixture(logp, logq, beta)
+        found["mixed_kl"] = product(logp.exp(), gap(logp, log_m)).sum(-1)
+        found["ref_mixed_kl"] = product(logq.exp(), gap(logq, log_m)).sum(-1)
+        found["jsd"] = beta * found["ref_mixed_kl"] + (1 - beta) * found["mixed_kl"]
+        valid = valid_rows(tokens, mask)
+        for name in ("mixed_kl", "ref_mixed_kl", "jsd"):
+            found[name] = torch.where(valid, found[name], 0)
+    rows = SAVED[:4] if ref_logits is None else SAVED
+    saved = torch.stack([found.get(name, torch.zeros_like(found["log_sum"])).to(acc) for name in rows])
+    return [saved, *(found[name] if name == "is_top1" else found[name].to(acc) for name in outputs)]
 
-    in_range = (tokens >= 0) & (tokens < vocab)
-    column = torch.where(in_range, tokens, 0).to(torch.int64)
-    logprob = d.gather(-1, column[..., None])[..., 0] - log_sum
-    logprob = torch.where(in_range, logprob, torch.nan)
 
-    entropy = logits.new_empty(0, dtype=acc)
-    if with_entropy:
-        # weight * d is 0 * -inf where a logit is -inf; its limit is 0.
-        entropy = log_sum - torch.where(weight == 0, 0, weight * d).sum(-1) / total
-        entropy = torch.where(valid, entropy, 0)
-    return torch.where(valid, logprob, 0), entropy, shift, torch.where(valid, log_sum, 0)
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
+def log_probabilities(logits, ref_logits, tokens, mask, t, softcap, vocab, log_sum, ref_log_sum):  # type: ignore[no-untyped-def]
+    acc = accumulator(logits)
+    valid = valid_rows(tokens, mask)
+    found = []
+    for x, normaliser in ((logits, log_sum), (ref_logits, ref_log_sum)):
+        y, _ = distances(capped(x, softcap, vocab, valid, acc), t)
+        found.append(y - normaliser.to(acc)[..., None])
+    return found
+
+
+def times(grad: Tensor, value: Tensor) -> Tensor:
+    """Of a divergence that came out infinite there is no gradient; one that nobody asked about is 0."""
+    return torch.where(grad == 0, 0, torch.where(value.isinf(), torch.nan, grad * value))
+
+
+def side_gradient(
+    logits: Tensor,
+    logp: Tensor,
+    logq: Tensor | None,
+    log_m: Tensor | None,
+    on: dict[str, Tensor],
+    column: Tensor,
+    found: Tensor,
+    valid: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    vocab: int,
+) -> Tensor:
+    """The gradient of one side's logits from the coefficients of its terms.
+
+    ``p (on_p + on_log log p + on_gap (log p - log q) + on_mixed (log p - log m)) + on_square p^2 + on_q q
+    + on_one + [column = token] on_token``, times the slope of the softcap over the temperature.
+    """
+    on = {name: value.to(logp.dtype)[..., None] for name, value in on.items()}
+    p = logp.exp()
+    g = on["p"] * p + on["log"] * product(p, logp) + on["square"] * p * p + on["one"]
+    if logq is not None:
+        g = g + on["gap"] * product(p, gap(logp, logq)) + on["q"] * logq.exp()
+    if log_m is not None:
+        g = g + on["mixed"] * product(p, gap(logp, log_m))
+    if vocab:
+        at = torch.where(found, column, 0)[..., None]
+        g = g.scatter_add(-1, at, torch.where(found[..., None], on["token"], 0))
+    g = g / temperature.to(g.dtype)[..., None]
+    if softcap:
+        g = g * (1 - torch.tanh(logits[..., :vocab].to(g.dtype) / softcap) ** 2)
+    g = torch.where(valid[..., None], g, 0).to(logits.dtype)
+    return torch.nn.functional.pad(g, (0, logits.shape[-1] - vocab))
 
 
 def token_stats_backward(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_log_sum: Tensor | None,
+    grads: Sequence[Tensor | None],
     logits: Tensor,
     tokens: Tensor,
+    ref_logits: Tensor | None,
     mask: Tensor | None,
-    entropy: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
+    temperatures: Tensor | None,
+    saved: Tensor,
     temperature: float,
-) -> Tensor:
-    """All upstream gradients folded into one gradient of the logits."""
-    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    zero = torch.zeros_like(shift)
-    up_logprob = zero if grad_logprob is None else torch.where(valid, grad_logprob, 0)
-    up_log_sum = zero if grad_log_sum is None else torch.where(valid, grad_log_sum, 0)
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    to_logits: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    """All upstream gradients folded into one gradient of the logits, and one of the reference's."""
+    valid = valid_rows(tokens, mask)
+    known = dict(zip(SAVED, saved, strict=False))
+    t = row_temperatures(tokens, temperatures, temperature)
+    found = (tokens >= 0) & (tokens < vocab)
+    zero = torch.zeros_like(known["shift"])
+    given = {name: g for name, g in zip(outputs, grads, strict=True) if g is not None}
+    up = {name: torch.where(valid, given.get(name, zero), 0) for name in OUTPUTS}
+    for name in ("logprob", "ref_logprob"):
+        if name in given:  # where its value is NaN, so is its gradient
+            up[name] = torch.where(found, up[name], torch.nan)
 
-    x = torch.where(valid[..., None], logits.to(shift.dtype), 0)
-    logp = _shifted(x, shift, temperature) - log_sum[..., None]
-    p = logp.exp()
-    grad = (up_log_sum - up_logprob)[..., None] * p
-    if grad_entropy is not None:
-        up_entropy = torch.where(valid, grad_entropy, 0)[..., None]
-        grad = grad - torch.where(p == 0, 0, up_entropy * p * (logp + entropy[..., None]))
-    in_range = (tokens >= 0) & (tokens < logits.shape[-1])
-    column = torch.where(in_range, tokens, 0).to(torch.int64)
-    grad = grad.scatter_add(-1, column[..., None], torch.where(in_range, up_logprob, torch.nan)[..., None])
-    return torch.where(valid[..., None], grad / temperature, 0).to(logits.dtype)
+    policy = {
+        "p": up["logsumexp"] - up["logprob"]
+        - times(up["entropy"], known["entropy"]) - 2 * times(up["sum_sq"], known["sum_sq"]),
+        "log": -up["entropy"],
+        "square": 2 * up["sum_sq"],
+        "one": up["mean_logit"] / vocab,
+        "token": up["logprob"],
+    }  # fmt: skip
+    if ref_logits is None:
+        y, _ = distances(capped(logits, softcap, vocab, valid, saved.dtype), t)
+        logp = y - known["log_sum"][..., None]
+        grad = side_gradient(logits, logp, None, None, policy, tokens, found, valid, t, softcap, vocab)
+        return grad, logits.new_empty(0)
+
+    logp, logq = log_probabilities(
+        logits, ref_logits, tokens, mask, t, softcap, vocab, known["log_sum"], known["ref_log_sum"]
+    )
+    log_m = log_mixture(logp, logq, beta) if "jsd" in given else None
+    policy["p"] = (
+        policy["p"] + up["reverse_kl"] - times(up["kl"], known["kl"]) - (1 - beta) * up["jsd"] * known["mixed_kl"]
+    )
+    policy |= {"gap": up["kl"], "mixed": (1 - beta) * up["jsd"], "q": -up["reverse_kl"]}
+    ref = {
+        "p": up["kl"] - up["ref_logprob"]
+        - times(up["reverse_kl"], known["reverse_kl"]) - beta * up["jsd"] * known["ref_mixed_kl"],
+        "log": zero, "square": zero, "one": zero,
+        "token": up["ref_logprob"],
+        "gap": up["reverse_kl"], "mixed": beta * up["jsd"], "q": -up["kl"],
+    }  # fmt: skip
+    rest = (tokens, found, valid, t, softcap, vocab)
+    return (
+        side_gradient(logits, logp, logq, log_m, policy, *rest) if to_logits else logits.new_empty(0),
+        side_gradient(ref_logits, logq, logp, log_m, ref, *rest) if to_ref else ref_logits.new_empty(0),
+    )
+
+
+def token_stats_backward_(grads: Sequence[Tensor | None], logits: Tensor, *rest) -> Tensor:  # type: ignore[no-untyped-def]
+    """The same, the gradient of the logits written over them; returns that of the reference."""
+    grad, ref = token_stats_backward(grads, logits, *rest)
+    logits.copy_(grad)
+    return ref
+
+
+def token_stats_partial_backward(
+    grad_record: Tensor,
+    record: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    to_logits: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the logits from that of their record: the same terms, of sums that are not normalised."""
+    acc = accumulator(logits)
+    valid = valid_rows(tokens, mask)
+    t = row_temperatures(tokens, temperatures, temperature)
+    column = tokens - first
+    found = (column >= 0) & (column < vocab)
+    g = dict(zip(RECORD, torch.where(valid[..., None], grad_record, 0).unbind(-1), strict=True))
+    y, _ = distances(capped(logits, softcap, vocab, valid, acc), t)
+    zero = torch.zeros_like(g["total"])
+    policy = {
+        "p": g["total"] + g["weighted"] + g["kl"], "log": g["weighted"], "square": 2 * g["squares"],
+        "one": g["distance"], "token": g["token"], "gap": g["kl"], "q": -g["reverse"],
+    }  # fmt: skip
+    rest = (column, found, valid, t, softcap, vocab)
+    if ref_logits is None:
+        return side_gradient(logits, y, None, None, policy, *rest), logits.new_empty(0)
+    u, _ = distances(capped(ref_logits, softcap, vocab, valid, acc), t)
+    ref = {
+        "p": g["ref_total"] + g["reverse"], "log": zero, "square": zero, "one": zero, "token": g["ref_token"],
+        "gap": g["reverse"], "q": -g["kl"],
+    }  # fmt: skip
+    return (
+        side_gradient(logits, y, u, None, policy, *rest) if to_logits else logits.new_empty(0),
+        side_gradient(ref_logits, u, y, None, ref, *rest) if to_ref else ref_logits.new_empty(0),
+    )

@@ -12,28 +12,57 @@ namespace rewardops::cpu {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-struct LogitsArgs {
-  const void* logits;
+// Rows of logits: row n is (n / inner, n % inner), strides in elements.
+struct LogitsRows {
+  const void* data;  // null where not given
   DType dtype;
-  int64_t inner;                       // row n is (n / inner, n % inner)
-  int64_t stride_outer, stride_inner;  // in elements
-  int64_t vocab;
-  const int64_t* tokens;
-  const uint8_t* mask;                 // may be null
-  double temperature;
+  int64_t inner, stride_outer, stride_inner;
 };
 
-// Per-row arrays are float, or double for double logits.
+struct LogitsArgs {
+  LogitsRows logits, ref;
+  int64_t vocab;         // columns that exist; the tensor may have more
+  int64_t first;         // the id of column 0
+  const int64_t* tokens;
+  const uint8_t* mask;   // may be null
+  double temperature;
+  const double* temperatures;  // one per row, or null
+  double softcap;        // 0 for none
+  double beta;           // of the Jensen-Shannon divergence
+};
+
+constexpr int64_t kIgnored = -100;  // a token of this id counts as masked
+
+// What can be asked for, in the order of rewardops.logits.OUTPUTS; each array may be null.
+enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kMeanLogit, kIsTop1, kRefLogprob, kKl, kReverseKl, kJsd,
+                    kOutputs };
+
+// What the backward pass needs to know of a row, in the order of rewardops.reference.logits.SAVED.
+enum Saved : int { kShift, kLogSum, kSavedEntropy, kSavedSumSq, kRefShift, kRefLogSum, kSavedKl, kSavedReverseKl,
+                   kMixedKl, kRefMixedKl, kSaved };
+
+// Partial statistics of a row, in the order of rewardops.reference.logits.RECORD.
+enum Field : int { kFieldShift, kFieldTotal, kFieldWeighted, kFieldSquares, kFieldDistance, kFieldColumns, kFieldToken,
+                   kFieldFound, kFieldRefShift, kFieldRefTotal, kFieldRefToken, kFieldKl, kFieldReverse, kFields };
+
+// Per-row arrays are float, or double for double logits; is_top1 is bytes, records are double.
 struct TokenStatsArgs {
   LogitsArgs in;
-  void *logprob, *entropy, *shift, *log_sum;  // entropy may be null
+  int64_t count;
+  void* outputs[kOutputs];
+  void* saved;     // [kSaved, count], or its first four rows where there is no reference
+  double* record;  // [count, kFields]: partial statistics instead of outputs; null otherwise
+  int terms;       // partial statistics: which sums (bits of Term)
 };
 
 struct TokenStatsBackwardArgs {
   LogitsArgs in;
-  const void *grad_logprob, *grad_entropy, *grad_log_sum;  // each may be null
-  const void *entropy, *shift, *log_sum;
-  void* grad_logits;  // contiguous, in the dtype of the logits
+  int64_t count;
+  const void* grads[kOutputs];  // each may be null
+  const void* saved;
+  const double *grad_record, *record;  // partial statistics: instead of grads and saved
+  int64_t width;                       // columns of the gradient; those beyond vocab are 0
+  LogitsRows grad_logits, grad_ref;    // either may be null, and be the logits themselves
 };
 
 enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2 };

@@ -1,47 +1,321 @@
-// Token statistics: one read of a row forward, one read and one write backward.
+// Token statistics, forward: one read of each row.
 //
-// A block of the row stays in the L1 cache between the pass that finds its maximum and the pass that sums,
-// so memory is read once; sums run in float over a few hundred terms and in double beyond.
+// A row is taken in blocks. A block is summed relative to the largest logit so far, and again, carefully, where it
+// turns out to hold a larger one (or -inf, or NaN); that happens a few times a row. Sums run in float over the 64
+// terms of a lane and in double beyond; exponents are in powers of two until the end.
 #pragma once
 
 #include "rewardops/cpu/kernels.h"
 #include "rewardops/cpu/math.h"
+#include "rewardops/cpu/simd.h"
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-constexpr int64_t kLogitsBlock = 2048;
-constexpr int64_t kSumBlock = 256;  // as many terms as are summed in float before they go into a double
+constexpr int64_t kLogitsBlock = 1024;
+constexpr double kLn2 = 0.6931471805599453;
 
 template <typename T> struct AccOf { using type = float; };
 template <> struct AccOf<double> { using type = double; };
 
-template <typename T>
-inline const T* logits_row(const LogitsArgs& in, int64_t n) {
-  return static_cast<const T*>(in.logits) + (n / in.inner) * in.stride_outer + (n % in.inner) * in.stride_inner;
+inline int64_t row_offset(const LogitsRows& rows, int64_t n) {
+  return (n / rows.inner) * rows.stride_outer + (n % rows.inner) * rows.stride_inner;
 }
 
-// The block in the accumulation type (the row itself where it already is) and its largest entry.
+template <typename T>
+inline T* logits_row(const LogitsRows& rows, int64_t n) {
+  return static_cast<T*>(const_cast<void*>(rows.data)) + row_offset(rows, n);
+}
+
+inline bool masked(const LogitsArgs& in, int64_t n) {
+  return (in.mask && !in.mask[n]) || in.tokens[n] == kIgnored;
+}
+
+inline double temperature_of(const LogitsArgs& in, int64_t n) {
+  return in.temperatures ? in.temperatures[n] : in.temperature;
+}
+
+template <typename Acc>
+inline Acc capped(Acc x, Acc cap, Acc inverse_cap) { return cap * tanh_any(x * inverse_cap); }
+
+template <typename Acc>
+inline Acc capped(Acc x, double softcap) {
+  return softcap > 0 ? capped(x, static_cast<Acc>(softcap), static_cast<Acc>(1.0 / softcap)) : x;
+}
+
+// Columns of a row in the accumulation type, the softcap applied: in the buffer, or where they lie.
 template <typename T, typename Acc>
-inline const Acc* load_block(const T* x, int64_t n, Acc* buffer, Acc* largest) {
-  Acc top = -infinity<Acc>();
-  if constexpr (sizeof(T) == sizeof(Acc)) {
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) top = x[k] > top ? x[k] : top;
-    *largest = top;
-    return x;
-  } else {
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) {
-      const Acc v = widen(x[k]);
-      buffer[k] = v;
-      top = v > top ? v : top;
-    }
-    *largest = top;
+inline const Acc* load_block(const T* x, int64_t n, double softcap, Acc* buffer) {
+  if (softcap > 0) {
+    const Acc cap = static_cast<Acc>(softcap), inverse = static_cast<Acc>(1.0 / softcap);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) buffer[k] = capped(static_cast<Acc>(widen(x[k])), cap, inverse);
     return buffer;
   }
+  if constexpr (sizeof(T) == sizeof(Acc)) return x;
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
+  return buffer;
 }
+
+template <typename Acc>
+inline const Acc* load_block(const LogitsRows& rows, int64_t n, int64_t start, int64_t count, double softcap,
+                             Acc* buffer) {
+  if constexpr (sizeof(Acc) == 8) {
+    return load_block(logits_row<double>(rows, n) + start, count, softcap, buffer);
+  } else {
+    switch (rows.dtype) {
+      case DType::bf16: return load_block(logits_row<bfloat16>(rows, n) + start, count, softcap, buffer);
+      case DType::f16: return load_block(logits_row<float16>(rows, n) + start, count, softcap, buffer);
+      default: return load_block(logits_row<float>(rows, n) + start, count, softcap, buffer);
+    }
+  }
+}
+
+// One logit, the softcap applied.
+template <typename Acc>
+inline Acc logit_at(const LogitsRows& rows, int64_t n, int64_t column, double softcap) {
+  Acc buffer;
+  return *load_block(rows, n, column, 1, softcap, &buffer);
+}
+
+// ---- sums ---------------------------------------------------------------------------------------------------
+
+// Which sums are taken beside the total.
+enum Term : int { kTermEntropy = 1, kTermSquares = 2, kTermMean = 4, kTermKl = 8, kTermReverse = 16 };
+constexpr int kPolicyTerms = kTermEntropy | kTermSquares | kTermMean;
+constexpr int kAllTerms = kPolicyTerms | kTermKl | kTermReverse;
+
+// With y = z - shift, u = x - ref_shift (z the logits, x the reference's) and e^ relative to the temperature:
+struct Sums {
+  double shift = -infinity<double>(), ref_shift = -infinity<double>();  // the largest logits so far
+  double total = 0, ref_total = 0;  // of e^y, e^u
+  double weighted = 0;              // of e^y y, in powers of two
+  double squares = 0;               // of e^2y
+  double distance = 0;              // of y
+  double kl = 0, reverse = 0;       // of e^y (y - u), e^u (u - y)
+  bool kl_broken = false, reverse_broken = false;  // a column with mass on one side and none on the other
+  int64_t columns = 0;              // seen so far
+
+  void move_shift(double to, double scale) {
+    if (shift > -infinity<double>()) {
+      const double gap = shift - to, factor = std::exp2(gap * scale);
+      weighted = factor * (weighted + total * gap * scale);
+      kl = factor * (kl + total * gap);
+      reverse -= ref_total * gap;
+      squares *= factor * factor;
+      total *= factor;
+      distance += gap * static_cast<double>(columns);
+    }
+    shift = to;
+  }
+  void move_ref_shift(double to, double scale) {
+    if (ref_shift > -infinity<double>()) {
+      const double gap = ref_shift - to, factor = std::exp2(gap * scale);
+      reverse = factor * (reverse + ref_total * gap);
+      kl -= total * gap;
+      ref_total *= factor;
+    }
+    ref_shift = to;
+  }
+};
+
+// The largest entry, NaN aside; n is a multiple of the lanes.
+template <typename Acc>
+inline Acc largest_of(const Acc* x, int64_t n) {
+  Lanes<Acc> top = Lanes<Acc>::splat(-infinity<Acc>());
+  for (int64_t k = 0; k < n; k += Lanes<Acc>::kWidth) top = larger(Lanes<Acc>::load(x + k), top);
+  return top.largest();
+}
+
+template <typename Acc>
+inline Acc smallest_of(const Acc* x, int64_t n) {
+  Acc low = infinity<Acc>();
+#pragma omp simd reduction(min : low)
+  for (int64_t k = 0; k < n; ++k) low = x[k] < low ? x[k] : low;
+  return low;
+}
+
+// Adds full lanes of one row. Quickly: where a logit reaches the shift, or is -inf or NaN, nothing is added and
+// false returned. Exactly: for any logits up to the shift.
+template <int kTerms, bool kExact, typename T, typename Acc>
+inline bool add_lanes(const T* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale);
+  const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
+  L total = zero, weighted = zero, squares = zero, distance = zero, ones = zero, below = L::splat(Acc(-1));
+  for (int64_t k = 0; k < n; k += L::kWidth) {
+    if (!kExact) __builtin_prefetch(x + k + 2 * kLogitsBlock);
+    const L y = L::load(x + k) - shift;
+    L exponent = y * scales;
+    if (kExact) exponent = larger(low, exponent); else below = both_negative(below, y);
+    const L e = exp2(exponent);
+    if (kExact) {
+      // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the digits
+      // of a peaked row's tail, which are all that its entropy is made of.
+      total = total + if_zero(y, zero, e);
+      ones = ones + if_zero(y, one, zero);
+    } else {
+      total = total + e;
+    }
+    if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+    if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    if (kTerms & kTermMean && !kExact) distance = distance + y;
+  }
+  const double t = total.sum(), w = kTerms & kTermEntropy ? weighted.sum() : 0;
+  if (!kExact && !(below.all_negative() && t == t && w == w)) return false;
+  if (kExact) sums.total += ones.sum();
+  sums.total += t;
+  sums.weighted += w;
+  if (kTerms & kTermSquares) sums.squares += squares.sum();
+  if (kTerms & kTermMean && !kExact) sums.distance += distance.sum();
+  return true;
+}
+
+template <int kTerms, typename T>
+inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
+                      typename AccOf<T>::type* buffer) {
+  using Acc = typename AccOf<T>::type;
+  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_lanes<kTerms, false>(x, n, scale, sums)) {
+    sums.columns += n;
+    return;
+  }
+  const int64_t padded = (n + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
+  for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
+  for (int64_t k = n; k < padded; ++k) buffer[k] = -infinity<Acc>();
+  const double top = largest_of(buffer, padded);
+  if (top > sums.shift) sums.move_shift(top, scale);
+  sums.columns += n;
+  if (sums.shift == -infinity<double>()) {
+    // All -inf so far, which has no mass; a NaN among them must still be seen.
+    for (int64_t k = 0; k < n; ++k) sums.total += buffer[k] == buffer[k] ? 0.0 : static_cast<double>(buffer[k]);
+    if (kTerms & kTermMean) sums.distance = -infinity<double>();
+    return;
+  }
+  add_lanes<kTerms, true>(buffer, padded, scale, sums);
+  if (kTerms & kTermMean)
+    for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(buffer[k]) - sums.shift;
+}
+
+template <int kTerms, typename T>
+inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
+  using Acc = typename AccOf<T>::type;
+  alignas(64) Acc buffer[kLogitsBlock];
+  alignas(64) Acc cap_buffer[kLogitsBlock];
+  const T* row = logits_row<T>(in.logits, n);
+  const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
+  Sums sums;
+  for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
+    const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
+    if (in.softcap > 0)
+      add_block<kTerms, Acc>(load_block(row + start, count, in.softcap, cap_buffer), count, scale, sums, buffer);
+    else
+      add_block<kTerms, T>(row + start, count, scale, sums, buffer);
+  }
+  return sums;
+}
+
+// ---- with a reference: both rows together -------------------------------------------------------------------
+
+template <int kTerms, typename Acc>
+inline void add_pair_lanes(const Acc* z, const Acc* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const auto shift_of = [](double s) { return L::splat(s == -infinity<double>() ? Acc(0) : static_cast<Acc>(s)); };
+  const L shift = shift_of(sums.shift), ref_shift = shift_of(sums.ref_shift), scales = L::splat(scale);
+  const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
+  const L lowest = L::splat(std::numeric_limits<Acc>::lowest());  // in place of -inf, so that no inf - inf arises
+  L total = zero, weighted = zero, squares = zero, ones = zero, kl = zero;
+  L ref_total = zero, ref_ones = zero, reverse = zero;
+  for (int64_t k = 0; k < n; k += L::kWidth) {
+    const L y = larger(lowest, L::load(z + k)) - shift, u = larger(lowest, L::load(x + k)) - ref_shift;
+    const L exponent = larger(low, y * scales), ref_exponent = larger(low, u * scales);
+    const L e = exp2(exponent), r = exp2(ref_exponent), gap = y - u;
+    total = total + if_zero(y, zero, e);
+    ones = ones + if_zero(y, one, zero);
+    ref_total = ref_total + if_zero(u, zero, r);
+    ref_ones = ref_ones + if_zero(u, one, zero);
+    if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+    if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    kl = fma(e, gap, kl);
+    if (kTerms & kTermReverse) reverse = reverse - r * gap;
+  }
+  sums.total += ones.sum();
+  sums.total += total.sum();
+  sums.ref_total += ref_ones.sum();
+  sums.ref_total += ref_total.sum();
+  if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
+  if (kTerms & kTermSquares) sums.squares += squares.sum();
+  sums.kl += kl.sum();
+  if (kTerms & kTermReverse) sums.reverse += reverse.sum();
+}
+
+template <int kTerms, typename Acc>
+inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
+  constexpr Acc kNone = -infinity<Acc>();
+  alignas(64) Acc z[kLogitsBlock];
+  alignas(64) Acc x[kLogitsBlock];
+  const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
+  Sums sums;
+  for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
+    const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
+    const int64_t padded = (count + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
+    const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
+    const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
+    if (padded != count) {
+      if (zs != z) std::memcpy(z, zs, count * sizeof(Acc));
+      if (xs != x) std::memcpy(x, xs, count * sizeof(Acc));
+      for (int64_t k = count; k < padded; ++k) z[k] = x[k] = kNone;
+      zs = z;
+      xs = x;
+    }
+    const double top = largest_of(zs, padded), ref_top = largest_of(xs, padded);
+    if (top > sums.shift) sums.move_shift(top, scale);
+    if (ref_top > sums.ref_shift) sums.move_ref_shift(ref_top, scale);
+    sums.columns += count;
+    if (smallest_of(zs, count) == kNone || smallest_of(xs, count) == kNone) {
+      for (int64_t k = 0; k < count; ++k) {
+        sums.kl_broken = sums.kl_broken || (xs[k] == kNone && zs[k] > kNone);
+        sums.reverse_broken = sums.reverse_broken || (zs[k] == kNone && xs[k] > kNone);
+      }
+    }
+    add_pair_lanes<kTerms>(zs, xs, padded, scale, sums);
+    if (kTerms & kTermMean) {
+      if (sums.shift == -infinity<double>()) sums.distance = -infinity<double>();
+      else for (int64_t k = 0; k < count; ++k) sums.distance += static_cast<double>(zs[k]) - sums.shift;
+    }
+  }
+  return sums;
+}
+
+template <typename T>
+inline Sums sums_of(const LogitsArgs& in, int64_t n, int terms, double temperature) {
+  using Acc = typename AccOf<T>::type;
+  if (in.ref.data) {
+    if (!(terms & ~kTermKl)) return pair_sums<kTermKl, Acc>(in, n, temperature);
+    if (!(terms & ~(kTermKl | kTermEntropy))) return pair_sums<kTermKl | kTermEntropy, Acc>(in, n, temperature);
+    return pair_sums<kAllTerms, Acc>(in, n, temperature);
+  }
+  if (!terms) return row_sums<0, T>(in, n, temperature);
+  if (terms == kTermEntropy) return row_sums<kTermEntropy, T>(in, n, temperature);
+  return row_sums<kPolicyTerms, T>(in, n, temperature);
+}
+
+// ---- the Jensen-Shannon divergence: a second pass, with both normalisers ------------------------------------
+
+// Of two log-probabilities and their mixture m = beta q + (1 - beta) p: log p - log m and log q - log m.
+template <typename Acc>
+struct Mixture {
+  Acc excess, ref_excess;
+  Mixture(Acc logp, Acc logq, Acc beta) {
+    const bool first = logp >= logq;
+    const Acc high = first ? logp : logq, low = first ? logq : logp;
+    const Acc weight = first ? Acc{1} - beta : beta;
+    const Acc log_m = log_positive(weight + (Acc{1} - weight) * exp_flushed(low - high));  // relative to high
+    excess = (logp - high) - log_m;
+    ref_excess = (logq - high) - log_m;
+  }
+};
 
 // Division by the temperature as a product with its reciprocal in two parts: one part alone is off by half a
 // unit in the last place, which a distance of -20 turns into 20 units of the probability.
@@ -59,207 +333,146 @@ struct Inverse {
   }
 };
 
-// e^((x - shift) / temperature) and its exponent, for the sums: float works in powers of two. What lies further
-// below the largest logit than the smallest normal number reaches, -inf too, weighs exactly 0.
 template <typename Acc>
-struct Weight;
-
-template <>
-struct Weight<float> {
-  static constexpr double kUnit = 0.6931471805599453;  // of the exponent, in nats
-  float high, low, furthest;
-  explicit Weight(double temperature) {
-    const double scale = 1.4426950408889634 / temperature;
-    high = static_cast<float>(scale);
-    low = static_cast<float>(scale - static_cast<double>(high));
-    furthest = static_cast<float>(-124.9 / scale);
-  }
-  float exponent(float x, float shift) const {
-    const float y = x - shift;
-    const float c = y < furthest ? furthest : y;  // NaN passes
-    return c * high + c * low;
-  }
-  float value(float x, float shift, float exponent) const {
-    return x - shift < furthest ? 0.0f : exp2_clamped(exponent);
-  }
-};
-
-template <>
-struct Weight<double> {
-  static constexpr double kUnit = 1.0;
-  double inverse;
-  explicit Weight(double temperature) : inverse(1.0 / temperature) {}
-  double exponent(double x, double shift) const {
-    const double d = (x - shift) * inverse;
-    return d < -740.0 ? -740.0 : d;
-  }
-  double value(double x, double shift, double exponent) const {
-    return (x - shift) * inverse < -740.0 ? 0.0 : std::exp(exponent);
-  }
-};
-
-struct Partial {
-  double shift = -infinity<double>();  // the largest logit so far
-  double sum = 0;                      // of e^d, d = (x - shift) / temperature
-  double weighted = 0;                 // of e^d d
-};
-
-template <bool kEntropy, bool kHasLargest, typename Acc>
-inline void add_block(const Acc* x, int64_t n, Acc shift, const Weight<Acc>& weight, Partial& p) {
-  for (int64_t from = 0; from < n; from += kSumBlock) {
-    const int64_t to = from + kSumBlock < n ? from + kSumBlock : n;
-    Acc sum = 0, weighted = 0, ones = 0;
-#pragma omp simd reduction(+ : sum, weighted, ones)
-    for (int64_t k = from; k < to; ++k) {
-      const Acc d = weight.exponent(x[k], shift);
-      const Acc e = weight.value(x[k], shift, d);
-      if (kEntropy) weighted += e * d;
-      if (kHasLargest) {
-        sum += x[k] == shift ? Acc{0} : e;
-        ones += x[k] == shift ? Acc{1} : Acc{0};
-      } else {
-        sum += e;
-      }
+inline void mixed_divergences(const LogitsArgs& in, int64_t n, double temperature, Acc shift, Acc log_sum,
+                              Acc ref_shift, Acc ref_log_sum, double* mixed, double* ref_mixed) {
+  alignas(64) Acc z[kLogitsBlock];
+  alignas(64) Acc x[kLogitsBlock];
+  const Inverse<Acc> inverse(temperature);
+  const Acc beta = static_cast<Acc>(in.beta);
+  *mixed = *ref_mixed = 0;
+  for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
+    const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
+    const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
+    const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
+    Acc sum = 0, ref_sum = 0;
+#pragma omp simd reduction(+ : sum, ref_sum)
+    for (int64_t k = 0; k < count; ++k) {
+      const Acc logp = inverse.distance(zs[k], shift) - log_sum;
+      const Acc logq = inverse.distance(xs[k], ref_shift) - ref_log_sum;
+      const Mixture<Acc> m(logp, logq, beta);
+      sum += exp_flushed(logp) * m.excess;
+      ref_sum += exp_flushed(logq) * m.ref_excess;
     }
-    p.sum += ones;
-    p.sum += sum;
-    p.weighted += Weight<Acc>::kUnit * weighted;
+    *mixed += sum;
+    *ref_mixed += ref_sum;
   }
 }
 
-template <bool kEntropy, typename T>
-inline Partial row_partial(const T* row, int64_t vocab, double temperature) {
+// ---- rows ---------------------------------------------------------------------------------------------------
+
+inline int terms_of(const TokenStatsArgs& a) {
+  int terms = 0;
+  if (a.outputs[kEntropy]) terms |= kTermEntropy;
+  if (a.outputs[kSumSq]) terms |= kTermSquares;
+  if (a.outputs[kMeanLogit]) terms |= kTermMean;
+  if (a.outputs[kKl]) terms |= kTermKl;
+  if (a.outputs[kReverseKl]) terms |= kTermReverse;
+  return terms;
+}
+
+template <typename T>
+inline void write_record(const TokenStatsArgs& a, int64_t n) {
   using Acc = typename AccOf<T>::type;
-  alignas(64) Acc buffer[kLogitsBlock];
-  const Weight<Acc> weight(temperature);
-  Partial p;
-  for (int64_t start = 0; start < vocab; start += kLogitsBlock) {
-    const int64_t n = vocab - start < kLogitsBlock ? vocab - start : kLogitsBlock;
-    Acc largest;
-    const Acc* x = load_block(row + start, n, buffer, &largest);
-    if (static_cast<double>(largest) > p.shift) {
-      if (p.sum != 0) {
-        const double d = (p.shift - static_cast<double>(largest)) / temperature;
-        const double scale = std::exp(d);
-        p.weighted = scale == 0 ? 0 : scale * (p.weighted + p.sum * d);
-        p.sum *= scale;
-      }
-      p.shift = largest;
-    }
-    if (p.shift == -infinity<double>()) {
-      // All -inf so far, which has no mass; a NaN among them must still be seen.
-      for (int64_t k = 0; k < n; ++k) p.sum += x[k] == x[k] ? 0.0 : static_cast<double>(x[k]);
-      continue;
-    }
-    const Acc shift = static_cast<Acc>(p.shift);
-    if (static_cast<double>(largest) == p.shift) {
-      // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the
-      // digits of a peaked row's tail, which are all that its entropy is made of.
-      add_block<kEntropy, true>(x, n, shift, weight, p);
-    } else {
-      add_block<kEntropy, false>(x, n, shift, weight, p);
-    }
+  double* r = a.record + n * kFields;
+  for (int k = 0; k < kFields; ++k) r[k] = 0;
+  if (masked(a.in, n)) return;
+  const double t = temperature_of(a.in, n), none = std::numeric_limits<double>::quiet_NaN();
+  const Sums s = sums_of<T>(a.in, n, a.terms, t);
+  const int64_t column = a.in.tokens[n] - a.in.first;
+  const bool found = column >= 0 && column < a.in.vocab;
+  r[kFieldShift] = s.shift / t;
+  r[kFieldTotal] = s.total;
+  r[kFieldWeighted] = a.terms & kTermEntropy ? kLn2 * s.weighted : none;
+  r[kFieldSquares] = a.terms & kTermSquares ? s.squares : none;
+  r[kFieldDistance] = a.terms & kTermMean ? s.distance / t : none;
+  r[kFieldColumns] = static_cast<double>(a.in.vocab);
+  r[kFieldFound] = found;
+  if (found) r[kFieldToken] = static_cast<double>(logit_at<Acc>(a.in.logits, n, column, a.in.softcap)) / t;
+  if (!a.in.ref.data) return;
+  const double broken = infinity<double>();
+  r[kFieldRefShift] = s.ref_shift / t;
+  r[kFieldRefTotal] = s.ref_total;
+  if (found) r[kFieldRefToken] = static_cast<double>(logit_at<Acc>(a.in.ref, n, column, a.in.softcap)) / t;
+  r[kFieldKl] = !(a.terms & kTermKl) ? none : s.kl_broken ? broken : s.kl / t;
+  r[kFieldReverse] = !(a.terms & kTermReverse) ? none : s.reverse_broken ? broken : s.reverse / t;
+}
+
+template <typename T>
+inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
+  using Acc = typename AccOf<T>::type;
+  const auto put = [&](Output o, double value) {
+    if (a.outputs[o]) static_cast<Acc*>(a.outputs[o])[n] = static_cast<Acc>(value);
+  };
+  const auto save = [&](Saved row, double value) {
+    static_cast<Acc*>(a.saved)[row * a.count + n] = static_cast<Acc>(value);
+  };
+  const auto put_top1 = [&](bool value) {
+    if (a.outputs[kIsTop1]) static_cast<uint8_t*>(a.outputs[kIsTop1])[n] = value;
+  };
+  if (masked(a.in, n)) {
+    for (int o = 0; o < kOutputs; ++o) if (o != kIsTop1) put(static_cast<Output>(o), 0);
+    put_top1(false);
+    return;  // what is saved was zeroed when allocated
   }
-  return p;
+  const double t = temperature_of(a.in, n), none = std::numeric_limits<double>::quiet_NaN();
+  const Sums s = sums_of<T>(a.in, n, terms_of(a), t);
+  const bool empty = s.shift == -infinity<double>();  // no column has any mass
+  const double log_sum = empty ? none : std::log(s.total);
+  const int64_t column = a.in.tokens[n] - a.in.first;
+  const bool found = column >= 0 && column < a.in.vocab;
+  const double at_token = found ? static_cast<double>(logit_at<Acc>(a.in.logits, n, column, a.in.softcap)) : none;
+  const double entropy = log_sum - kLn2 * s.weighted / s.total, sum_sq = s.squares / (s.total * s.total);
+  put(kLogprob, (at_token - s.shift) / t - log_sum);
+  put(kEntropy, entropy);
+  put(kLogsumexp, s.shift / t + log_sum);
+  put(kSumSq, empty ? none : sum_sq);
+  put(kMeanLogit, (s.shift + (empty ? 0 : s.distance / static_cast<double>(a.in.vocab))) / t);
+  put_top1(at_token == s.shift && !empty && s.total == s.total);
+  save(kShift, s.shift);
+  save(kLogSum, log_sum);
+  if (a.outputs[kEntropy]) save(kSavedEntropy, entropy);
+  if (a.outputs[kSumSq]) save(kSavedSumSq, sum_sq);
+  if (!a.in.ref.data) return;
+
+  const bool ref_empty = s.ref_shift == -infinity<double>();
+  const double ref_log_sum = ref_empty ? none : std::log(s.ref_total);
+  const double ref_token = found ? static_cast<double>(logit_at<Acc>(a.in.ref, n, column, a.in.softcap)) : none;
+  const double normalisers = ref_log_sum - log_sum;
+  const double kl = s.kl_broken && normalisers == normalisers ? infinity<double>() : s.kl / t / s.total + normalisers;
+  const double reverse = s.reverse_broken && normalisers == normalisers ? infinity<double>()
+                                                                       : s.reverse / t / s.ref_total - normalisers;
+  put(kRefLogprob, (ref_token - s.ref_shift) / t - ref_log_sum);
+  put(kKl, kl);
+  put(kReverseKl, reverse);
+  save(kRefShift, s.ref_shift);
+  save(kRefLogSum, ref_log_sum);
+  if (a.outputs[kKl]) save(kSavedKl, kl);
+  if (a.outputs[kReverseKl]) save(kSavedReverseKl, reverse);
+  if (a.outputs[kJsd]) {
+    double mixed, ref_mixed;
+    mixed_divergences(a.in, n, t, static_cast<Acc>(s.shift), static_cast<Acc>(log_sum), static_cast<Acc>(s.ref_shift),
+                      static_cast<Acc>(ref_log_sum), &mixed, &ref_mixed);
+    put(kJsd, a.in.beta * ref_mixed + (1 - a.in.beta) * mixed);
+    save(kMixedKl, mixed);
+    save(kRefMixedKl, ref_mixed);
+  }
 }
 
 template <typename T>
 void token_stats_rows(const TokenStatsArgs& a, int64_t begin, int64_t end) {
-  using Acc = typename AccOf<T>::type;
-  auto* logprob = static_cast<Acc*>(a.logprob);
-  auto* entropy = static_cast<Acc*>(a.entropy);
-  auto* shift = static_cast<Acc*>(a.shift);
-  auto* log_sum = static_cast<Acc*>(a.log_sum);
   for (int64_t n = begin; n < end; ++n) {
-    if (a.in.mask && !a.in.mask[n]) {
-      logprob[n] = shift[n] = log_sum[n] = 0;
-      if (entropy) entropy[n] = 0;
-      continue;
-    }
-    const T* row = logits_row<T>(a.in, n);
-    const Partial p = entropy ? row_partial<true>(row, a.in.vocab, a.in.temperature)
-                              : row_partial<false>(row, a.in.vocab, a.in.temperature);
-    const double none = std::numeric_limits<double>::quiet_NaN();
-    const bool empty = p.shift == -infinity<double>();  // no column has any mass
-    const double log_total = empty ? none : std::log(p.sum);
-    const int64_t token = a.in.tokens[n];
-    const bool in_range = token >= 0 && token < a.in.vocab;
-    shift[n] = static_cast<Acc>(p.shift);
-    log_sum[n] = static_cast<Acc>(log_total);
-    logprob[n] = static_cast<Acc>(
-        in_range ? (static_cast<double>(widen(row[token])) - p.shift) / a.in.temperature - log_total : none);
-    if (entropy) entropy[n] = static_cast<Acc>(empty ? none : log_total - p.weighted / p.sum);
-  }
-}
-
-template <typename T>
-inline T narrow_acc(typename AccOf<T>::type x) {
-  if constexpr (sizeof(T) == 8) return x; else return narrow<T>(x);
-}
-
-template <typename T>
-void token_stats_backward_rows(const TokenStatsBackwardArgs& a, int64_t begin, int64_t end) {
-  using Acc = typename AccOf<T>::type;
-  const auto* up_logprob = static_cast<const Acc*>(a.grad_logprob);
-  const auto* up_entropy = static_cast<const Acc*>(a.grad_entropy);
-  const auto* up_log_sum = static_cast<const Acc*>(a.grad_log_sum);
-  const auto* entropy = static_cast<const Acc*>(a.entropy);
-  const auto* shifts = static_cast<const Acc*>(a.shift);
-  const auto* log_sums = static_cast<const Acc*>(a.log_sum);
-  const Inverse<Acc> inverse(a.in.temperature);
-  const Acc limit = flush_limit(Acc{});
-  const int64_t vocab = a.in.vocab;
-  for (int64_t n = begin; n < end; ++n) {
-    T* out = static_cast<T*>(a.grad_logits) + n * vocab;
-    if (a.in.mask && !a.in.mask[n]) {
-      std::memset(out, 0, vocab * sizeof(T));
-      continue;
-    }
-    const T* row = logits_row<T>(a.in, n);
-    const Acc on_token = up_logprob ? up_logprob[n] : Acc{0};
-    const Acc on_p = (up_log_sum ? up_log_sum[n] : Acc{0}) - on_token;
-    const Acc on_entropy = up_entropy ? up_entropy[n] : Acc{0};
-    const Acc h = up_entropy ? entropy[n] : Acc{0};
-    const Acc shift = shifts[n], log_sum = log_sums[n];
-    const auto gradient = [=](Acc x) {
-      const Acc logp = inverse.distance(x, shift) - log_sum;
-      const Acc p = exp_flushed(logp);
-      return (on_p - on_entropy * ((logp < limit ? limit : logp) + h)) * p;
-    };
-    if (up_entropy) {
-#pragma omp simd
-      for (int64_t k = 0; k < vocab; ++k) out[k] = narrow_acc<T>(gradient(widen(row[k])) * inverse.high);
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < vocab; ++k) {
-        const Acc p = exp_flushed(inverse.distance(widen(row[k]), shift) - log_sum);
-        out[k] = narrow_acc<T>(on_p * p * inverse.high);
-      }
-    }
-    const int64_t token = a.in.tokens[n];
-    if (token >= 0 && token < vocab) {
-      out[token] = narrow_acc<T>((on_token + gradient(widen(row[token]))) * inverse.high);
-    } else {
-      out[0] = narrow_acc<T>(std::numeric_limits<Acc>::quiet_NaN());  // its logprob is NaN as well
-    }
+    if (a.record) write_record<T>(a, n); else write_outputs<T>(a, n);
   }
 }
 
 void token_stats(const TokenStatsArgs& a, int64_t begin, int64_t end) {
-  switch (a.in.dtype) {
+  const FlushSubnormals flush;
+  switch (a.in.logits.dtype) {
     case DType::f32: return token_stats_rows<float>(a, begin, end);
     case DType::f64: return token_stats_rows<double>(a, begin, end);
     case DType::bf16: return token_stats_rows<bfloat16>(a, begin, end);
     case DType::f16: return token_stats_rows<float16>(a, begin, end);
-  }
-}
-
-void token_stats_backward(const TokenStatsBackwardArgs& a, int64_t begin, int64_t end) {
-  switch (a.in.dtype) {
-    case DType::f32: return token_stats_backward_rows<float>(a, begin, end);
-    case DType::f64: return token_stats_backward_rows<double>(a, begin, end);
-    case DType::bf16: return token_stats_backward_rows<bfloat16>(a, begin, end);
-    case DType::f16: return token_stats_backward_rows<float16>(a, begin, end);
   }
 }
 

@@ -98,21 +98,6 @@ inline float exp_flushed(float x) {
 }
 inline double exp_flushed(double x) { return std::exp(x); }
 
-// 2^x for -125 <= x <= 0. The magic number leaves the rounded x in the low bits of its sum, from where one shift
-// takes it to the exponent.
-inline float exp2_clamped(float x) {
-  const float t = x + 12582912.0f;
-  const float f = x - (t - 12582912.0f);
-  float y = 1.535336188319500e-4f;
-  y = y * f + 1.339887440266574e-3f;
-  y = y * f + 9.618437357674640e-3f;
-  y = y * f + 5.550332471162809e-2f;
-  y = y * f + 2.402264791363012e-1f;
-  y = y * f + 6.931472028550421e-1f;
-  y = y * f + 1.0f;
-  return bits<float>(bits<uint32_t>(y) + (bits<uint32_t>(t) << 23));
-}
-
 // e^x for any x: subnormal and infinite results included.
 inline float exp_any(float x) {
   float c = x < -104.0f ? -104.0f : x;
@@ -123,6 +108,45 @@ inline float exp_any(float x) {
   return exp_reduced(reduce(c, n)) * power_of_two(half) * power_of_two(k - half);
 }
 inline double exp_any(double x) { return std::exp(x); }
+
+// tanh x (Cephes), within two ulps: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+inline float tanh_any(float x) {
+  const float a = x < 0.0f ? -x : x;
+  const float c = a > 10.0f ? 10.0f : a;  // NaN passes
+  const float far = 1.0f - 2.0f / (exp_any(2.0f * c) + 1.0f);
+  const float z = c * c;
+  float y = -5.70498872745e-3f;
+  y = y * z + 2.06390887954e-2f;
+  y = y * z - 5.37397155531e-2f;
+  y = y * z + 1.33314422036e-1f;
+  y = y * z - 3.33332819422e-1f;
+  const float near = y * z * c + c;
+  const float t = c < 0.625f ? near : far;
+  return x < 0.0f ? -t : t;
+}
+inline double tanh_any(double x) { return std::tanh(x); }
+
+// ln x for normal x > 0 (Cephes), within one ulp.
+inline float log_positive(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  const int32_t k = static_cast<int32_t>(u - 0x3f3504f3u) >> 23;  // so that the rest lies in [sqrt(1/2), sqrt(2))
+  const float f = bits<float>(u - (static_cast<uint32_t>(k) << 23)) - 1.0f;
+  const float n = static_cast<float>(k);
+  const float z = f * f;
+  float y = 7.0376836292e-2f;
+  y = y * f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  y = y * f * z;
+  y = y + n * -2.12194440e-4f - 0.5f * z;
+  return f + y + n * 0.693359375f;
+}
+inline double log_positive(double x) { return std::log(x); }
 
 // ln of the smallest value that exp_flushed tells from 0.
 inline float flush_limit(float) { return kFlush; }

@@ -1,0 +1,245 @@
+// Token statistics, backward: one read and one write of each row, whatever the upstream gradients.
+//
+// With p, q the probabilities of policy and reference and m their mixture, every output's gradient is made of the
+// same few terms; a row's upstream gradients are gathered into their coefficients first.
+#pragma once
+
+#include "rewardops/cpu/logits.h"
+
+namespace rewardops::cpu {
+namespace REWARDOPS_ISA {
+namespace {
+
+// Gradient in the scaled logits z of the policy:
+//   p (on_p + on_log log p + on_gap (log p - log q) + on_mixed (log p - log m)) + on_square p^2 + on_q q + on_one
+//   + [column = token] on_token
+// and the same for the reference with the sides exchanged.
+struct Side {
+  double on_p = 0, on_log = 0, on_gap = 0, on_mixed = 0, on_square = 0, on_q = 0, on_one = 0, on_token = 0;
+  bool plain() const { return on_log == 0 && pair_free() && on_square == 0 && on_one == 0; }
+  bool pair_free() const { return on_gap == 0 && on_mixed == 0 && on_q == 0; }
+};
+
+// Of a divergence that came out infinite there is no gradient; one that nobody asked about does not matter.
+inline double times(double grad, double value) {
+  if (grad == 0) return 0;
+  return std::isinf(value) ? std::numeric_limits<double>::quiet_NaN() : grad * value;
+}
+
+template <typename Acc>
+inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side& policy, Side& ref) {
+  const auto up = [&](Output o) {
+    return a.grads[o] ? static_cast<double>(static_cast<const Acc*>(a.grads[o])[n]) : 0.0;
+  };
+  const auto saved = [&](Saved row) {
+    return static_cast<double>(static_cast<const Acc*>(a.saved)[row * a.count + n]);
+  };
+  const double none = std::numeric_limits<double>::quiet_NaN();
+  // Where the token's log-probability is NaN, so is its gradient.
+  const double logprob = a.grads[kLogprob] && !found ? none : up(kLogprob);
+  const double entropy = up(kEntropy), sum_sq = up(kSumSq);
+  policy.on_p = up(kLogsumexp) - logprob - times(entropy, saved(kSavedEntropy)) -
+                2 * times(sum_sq, saved(kSavedSumSq));
+  policy.on_log = -entropy;
+  policy.on_square = 2 * sum_sq;
+  policy.on_one = up(kMeanLogit) / static_cast<double>(a.in.vocab);
+  policy.on_token = logprob;
+  if (!a.in.ref.data) return;
+  const double kl = up(kKl), reverse = up(kReverseKl), jsd = up(kJsd), beta = a.in.beta;
+  const double ref_logprob = a.grads[kRefLogprob] && !found ? none : up(kRefLogprob);
+  policy.on_p += reverse - times(kl, saved(kSavedKl)) - (1 - beta) * times(jsd, saved(kMixedKl));
+  policy.on_gap = kl;
+  policy.on_mixed = (1 - beta) * jsd;
+  policy.on_q = -reverse;
+  ref.on_p = kl - ref_logprob - times(reverse, saved(kSavedReverseKl)) - beta * times(jsd, saved(kRefMixedKl));
+  ref.on_gap = reverse;
+  ref.on_mixed = beta * jsd;
+  ref.on_q = -kl;
+  ref.on_token = ref_logprob;
+}
+
+// The same from the gradient of a record, whose sums are relative to its own shifts and not normalised.
+inline void gather_record(const double* grad, bool found, bool has_ref, Side& policy, Side& ref) {
+  policy.on_p = grad[kFieldTotal] + grad[kFieldWeighted];
+  policy.on_log = grad[kFieldWeighted];
+  policy.on_square = 2 * grad[kFieldSquares];
+  policy.on_one = grad[kFieldDistance];
+  policy.on_token = found ? grad[kFieldToken] : 0;
+  if (!has_ref) return;
+  policy.on_p += grad[kFieldKl];
+  policy.on_gap = grad[kFieldKl];
+  policy.on_q = -grad[kFieldReverse];
+  ref.on_p = grad[kFieldRefTotal] + grad[kFieldReverse];
+  ref.on_gap = grad[kFieldReverse];
+  ref.on_q = -grad[kFieldKl];
+  ref.on_token = found ? grad[kFieldRefToken] : 0;
+}
+
+template <bool kValue>
+struct Flag { static constexpr bool value = kValue; };
+
+// A side's coefficients in the accumulation type, with what turns logits into log-probabilities.
+template <typename Acc>
+struct Gradient {
+  Acc on_p, on_log, on_gap, on_mixed, on_square, on_q, on_one, shift, log_sum, beta;
+  Inverse<Acc> inverse;
+  Acc limit = flush_limit(Acc{});
+
+  Gradient(const Side& s, double shift, double log_sum, double beta, double temperature)
+      : on_p(static_cast<Acc>(s.on_p)), on_log(static_cast<Acc>(s.on_log)), on_gap(static_cast<Acc>(s.on_gap)),
+        on_mixed(static_cast<Acc>(s.on_mixed)), on_square(static_cast<Acc>(s.on_square)),
+        on_q(static_cast<Acc>(s.on_q)), on_one(static_cast<Acc>(s.on_one)), shift(static_cast<Acc>(shift)),
+        log_sum(static_cast<Acc>(log_sum)), beta(static_cast<Acc>(beta)), inverse(temperature) {}
+
+  Acc logp(Acc x) const { return inverse.distance(x, shift) - log_sum; }
+  Acc plain(Acc x) const { return on_p * exp_flushed(logp(x)); }
+  Acc policy(Acc x) const {
+    const Acc l = logp(x), p = exp_flushed(l);
+    return (on_p + on_log * (l < limit ? limit : l) + on_square * p) * p + on_one;
+  }
+  // The other side's log-probability beside it.
+  template <bool kMixed>
+  Acc pair(Acc l, Acc other) const {
+    const Acc p = exp_flushed(l), q = exp_flushed(other), bounded = l < limit ? limit : l;
+    Acc sum = on_p + on_log * bounded + on_gap * (l - other) + on_square * p;
+    if (kMixed) sum += on_mixed * Mixture<Acc>(l, other, beta).excess;
+    return p * sum + on_q * q + on_one;
+  }
+};
+
+// Gradients of a block of scaled logits become those of the stored ones: 1 / temperature, and the softcap's slope.
+template <typename T, typename Acc>
+inline void store_block(const Acc* g, const Acc* capped_logits, int64_t n, Acc factor, double softcap, T* out) {
+  const auto narrowed = [](Acc x) {
+    if constexpr (sizeof(T) == 8) return x; else return narrow<T>(x);
+  };
+  if (softcap > 0) {
+    const Acc inverse = static_cast<Acc>(1.0 / softcap);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const Acc t = capped_logits[k] * inverse;
+      out[k] = narrowed(g[k] * factor * (Acc{1} - t * t));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) out[k] = narrowed(g[k] * factor);
+  }
+}
+
+template <typename Acc>
+inline void store_block(const LogitsRows& rows, int64_t n, int64_t start, const Acc* g, const Acc* capped_logits,
+                        int64_t count, Acc factor, double softcap) {
+  if constexpr (sizeof(Acc) == 8) {
+    store_block(g, capped_logits, count, factor, softcap, logits_row<double>(rows, n) + start);
+  } else {
+    switch (rows.dtype) {
+      case DType::bf16:
+        return store_block(g, capped_logits, count, factor, softcap, logits_row<bfloat16>(rows, n) + start);
+      case DType::f16:
+        return store_block(g, capped_logits, count, factor, softcap, logits_row<float16>(rows, n) + start);
+      default: return store_block(g, capped_logits, count, factor, softcap, logits_row<float>(rows, n) + start);
+    }
+  }
+}
+
+inline void store_zeros(const LogitsRows& rows, int64_t n, int64_t begin, int64_t end) {
+  if (!rows.data || end <= begin) return;
+  const int64_t size = rows.dtype == DType::f64 ? 8 : rows.dtype == DType::f32 ? 4 : 2;
+  std::memset(logits_row<char>({rows.data, rows.dtype, 1, 0, 0}, 0) + (row_offset(rows, n) + begin) * size, 0,
+              (end - begin) * size);
+}
+
+template <typename Acc>
+inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
+  const LogitsArgs& in = a.in;
+  if (masked(in, n)) {
+    store_zeros(a.grad_logits, n, 0, a.width);
+    store_zeros(a.grad_ref, n, 0, a.width);
+    return;
+  }
+  const double t = temperature_of(in, n);
+  const int64_t column = in.tokens[n] - in.first;
+  const bool found = column >= 0 && column < in.vocab;
+  Side policy, ref;
+  double shift, log_sum, ref_shift = 0, ref_log_sum = 0;
+  if (a.record) {
+    const double* r = a.record + n * kFields;
+    gather_record(a.grad_record + n * kFields, found, in.ref.data, policy, ref);
+    // Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
+    shift = std::isinf(r[kFieldShift]) ? 0 : r[kFieldShift] * t;
+    ref_shift = std::isinf(r[kFieldRefShift]) ? 0 : r[kFieldRefShift] * t;
+    log_sum = 0;
+  } else {
+    const Acc* saved = static_cast<const Acc*>(a.saved) + n;
+    gather<Acc>(a, n, found, policy, ref);
+    shift = saved[kShift * a.count];
+    log_sum = saved[kLogSum * a.count];
+    if (in.ref.data) {
+      ref_shift = saved[kRefShift * a.count];
+      ref_log_sum = saved[kRefLogSum * a.count];
+    }
+  }
+  const Gradient<Acc> of_policy(policy, shift, log_sum, in.beta, t);
+  const Gradient<Acc> of_ref(ref, ref_shift, ref_log_sum, in.beta, t);
+  const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
+  const bool paired = write_ref || !policy.pair_free();
+  const bool mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
+  const Acc factor = of_policy.inverse.high;
+
+  alignas(64) Acc z_buffer[kLogitsBlock];
+  alignas(64) Acc x_buffer[kLogitsBlock];
+  alignas(64) Acc g[kLogitsBlock];
+  alignas(64) Acc h[kLogitsBlock];
+  for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
+    const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
+    const Acc* z = load_block(in.logits, n, start, count, in.softcap, z_buffer);
+    const Acc* x = z;
+    if (!paired) {
+      if (policy.plain()) {
+#pragma omp simd
+        for (int64_t k = 0; k < count; ++k) g[k] = of_policy.plain(z[k]);
+      } else {
+#pragma omp simd
+        for (int64_t k = 0; k < count; ++k) g[k] = of_policy.policy(z[k]);
+      }
+    } else {
+      x = load_block(in.ref, n, start, count, in.softcap, x_buffer);
+      const auto both = [&](auto with_mixture) {
+        constexpr bool kMixed = decltype(with_mixture)::value;
+#pragma omp simd
+        for (int64_t k = 0; k < count; ++k) {
+          const Acc logp = of_policy.logp(z[k]), logq = of_ref.logp(x[k]);
+          g[k] = of_policy.template pair<kMixed>(logp, logq);
+          h[k] = of_ref.template pair<kMixed>(logq, logp);
+        }
+      };
+      const auto policy_only = [&](auto with_mixture) {
+        constexpr bool kMixed = decltype(with_mixture)::value;
+#pragma omp simd
+        for (int64_t k = 0; k < count; ++k)
+          g[k] = of_policy.template pair<kMixed>(of_policy.logp(z[k]), of_ref.logp(x[k]));
+      };
+      if (write_ref) { if (mixed) both(Flag<true>{}); else both(Flag<false>{}); }
+      else { if (mixed) policy_only(Flag<true>{}); else policy_only(Flag<false>{}); }
+    }
+    if (found && column >= start && column < start + count) {
+      g[column - start] += static_cast<Acc>(policy.on_token);
+      if (write_ref) h[column - start] += static_cast<Acc>(ref.on_token);
+    }
+    if (write_policy) store_block(a.grad_logits, n, start, g, z, count, factor, in.softcap);
+    if (write_ref) store_block(a.grad_ref, n, start, h, x, count, factor, in.softcap);
+  }
+  store_zeros(a.grad_logits, n, in.vocab, a.width);
+  store_zeros(a.grad_ref, n, in.vocab, a.width);
+}
+
+void token_stats_backward(const TokenStatsBackwardArgs& a, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  for (int64_t n = begin; n < end; ++n) {
+    if (a.in.logits.dtype == DType::f64) backward_row<double>(a, n); else backward_row<float>(a, n);
+  }
+}
+
+}  // namespace
+}  // namespace REWARDOPS_ISA
+}  // namespace rewardops::cpu
