@@ -1,7 +1,7 @@
 // Token statistics, forward: one read of each row.
 //
-// A row is taken in blocks. A block is summed relative to the largest logit so far, and again, carefully, where it
-// turns out to hold a larger one (or -inf, or NaN); that happens a few times a row. Sums run in float over the 64
+// A row is taken in blocks. A block is summed quickly, relative to the largest logit so far, and again exactly where it
+// turns out to hold one as large (or -inf, or NaN); that happens a few times a row. Sums run in float over the 64
 // terms of a lane and in double beyond; exponents are in powers of two until the end.
 #pragma once
 
@@ -14,6 +14,7 @@ namespace REWARDOPS_ISA {
 namespace {
 
 constexpr int64_t kLogitsBlock = 1024;
+constexpr int64_t kAhead = 2 * kLogitsBlock;  // how far ahead of their use columns are asked for
 constexpr double kLn2 = 0.6931471805599453;
 
 template <typename T> struct AccOf { using type = float; };
@@ -129,55 +130,79 @@ inline Acc largest_of(const Acc* x, int64_t n) {
   return top.largest();
 }
 
+// The shift in powers of two, as a product-and-sum takes it, and how far rounding has moved it. Rounded down, so that
+// no logit as large as the shift has a negative exponent.
 template <typename Acc>
-inline Acc smallest_of(const Acc* x, int64_t n) {
-  Acc low = infinity<Acc>();
-#pragma omp simd reduction(min : low)
-  for (int64_t k = 0; k < n; ++k) low = x[k] < low ? x[k] : low;
-  return low;
+struct Origin {
+  Acc at;
+  double off;
+  Origin(double shift, Acc scale) {
+    const double exact = shift * static_cast<double>(scale);
+    at = static_cast<Acc>(exact);
+    at -= std::fabs(at) * 2 * std::numeric_limits<Acc>::epsilon();
+    off = static_cast<double>(at) - exact;
+  }
+};
+
+// The quick way: full lanes of one row. Where a logit reaches the shift, or is -inf or NaN, nothing is added and false
+// returned.
+template <int kTerms, typename T, typename Acc>
+inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const Origin<Acc> origin(sums.shift, scale);
+  const L minus = L::splat(-origin.at), scales = L::splat(scale), zero = L::splat(0);
+  L total = zero, weighted = zero, squares = zero, distance = zero, below = L::splat(Acc(-1));
+  for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
+    __builtin_prefetch(x + k + kAhead);
+    if (sizeof(T) >= 4) __builtin_prefetch(x + k + kAhead + L::kWidth);
+    L pair[2];
+    L::load_two(x + k, &pair[0], &pair[1]);
+    for (const L& v : pair) {
+      const L exponent = fma(v, scales, minus), e = exp2(exponent);
+      below = both_negative(below, exponent);
+      total = total + e;
+      if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+      if (kTerms & kTermSquares) squares = fma(e, e, squares);
+      if (kTerms & kTermMean) distance = distance + exponent;
+    }
+  }
+  const double t = total.sum(), w = weighted.sum(), factor = std::exp2(origin.off);
+  if (!(below.all_negative() && t + w - (t + w) == 0)) return false;
+  sums.total += factor * t;
+  if (kTerms & kTermEntropy) sums.weighted += factor * (w + origin.off * t);
+  if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
+  if (kTerms & kTermMean)
+    sums.distance += (distance.sum() + origin.off * static_cast<double>(n)) / static_cast<double>(scale);
+  return true;
 }
 
-// Adds full lanes of one row. Quickly: where a logit reaches the shift, or is -inf or NaN, nothing is added and
-// false returned. Exactly: for any logits up to the shift.
-template <int kTerms, bool kExact, typename T, typename Acc>
-inline bool add_lanes(const T* x, int64_t n, Acc scale, Sums& sums) {
+// The exact way: full lanes of one row, of any logits up to the shift.
+template <int kTerms, typename Acc>
+inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale);
   const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
-  L total = zero, weighted = zero, squares = zero, distance = zero, ones = zero, below = L::splat(Acc(-1));
+  L total = zero, weighted = zero, squares = zero, ones = zero;
   for (int64_t k = 0; k < n; k += L::kWidth) {
-    if (!kExact) __builtin_prefetch(x + k + 2 * kLogitsBlock);
-    const L y = L::load(x + k) - shift;
-    L exponent = y * scales;
-    if (kExact) exponent = larger(low, exponent); else below = both_negative(below, y);
-    const L e = exp2(exponent);
-    if (kExact) {
-      // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the digits
-      // of a peaked row's tail, which are all that its entropy is made of.
-      total = total + if_zero(y, zero, e);
-      ones = ones + if_zero(y, one, zero);
-    } else {
-      total = total + e;
-    }
+    const L y = L::load(x + k) - shift, exponent = larger(low, y * scales), e = exp2(exponent);
+    // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the digits of a
+    // peaked row's tail, which are all that its entropy is made of.
+    total = total + if_zero(y, zero, e);
+    ones = ones + if_zero(y, one, zero);
     if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
     if (kTerms & kTermSquares) squares = fma(e, e, squares);
-    if (kTerms & kTermMean && !kExact) distance = distance + y;
   }
-  const double t = total.sum(), w = kTerms & kTermEntropy ? weighted.sum() : 0;
-  if (!kExact && !(below.all_negative() && t == t && w == w)) return false;
-  if (kExact) sums.total += ones.sum();
-  sums.total += t;
-  sums.weighted += w;
+  sums.total += ones.sum();
+  sums.total += total.sum();
+  if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
   if (kTerms & kTermSquares) sums.squares += squares.sum();
-  if (kTerms & kTermMean && !kExact) sums.distance += distance.sum();
-  return true;
 }
 
 template <int kTerms, typename T>
 inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
                       typename AccOf<T>::type* buffer) {
   using Acc = typename AccOf<T>::type;
-  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_lanes<kTerms, false>(x, n, scale, sums)) {
+  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums)) {
     sums.columns += n;
     return;
   }
@@ -193,7 +218,7 @@ inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums
     if (kTerms & kTermMean) sums.distance = -infinity<double>();
     return;
   }
-  add_lanes<kTerms, true>(buffer, padded, scale, sums);
+  add_exactly<kTerms>(buffer, padded, scale, sums);
   if (kTerms & kTermMean)
     for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(buffer[k]) - sums.shift;
 }
@@ -218,8 +243,53 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
 
 // ---- with a reference: both rows together -------------------------------------------------------------------
 
+template <int kTerms, typename T, typename Acc>
+inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const Origin<Acc> origin(sums.shift, scale), ref_origin(sums.ref_shift, scale);
+  const L minus = L::splat(-origin.at), ref_minus = L::splat(-ref_origin.at), scales = L::splat(scale);
+  // Logits of the two are subtracted before they are scaled: near one another that is exact.
+  const L apart = L::splat(static_cast<Acc>(sums.shift - sums.ref_shift)), zero = L::splat(0);
+  L total = zero, weighted = zero, squares = zero, distance = zero, kl = zero;
+  L ref_total = zero, reverse = zero, below = L::splat(Acc(-1));
+  for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
+    __builtin_prefetch(z + k + kAhead);
+    __builtin_prefetch(x + k + kAhead);
+    if (sizeof(T) >= 4) __builtin_prefetch(z + k + kAhead + L::kWidth);
+    if (sizeof(T) >= 4) __builtin_prefetch(x + k + kAhead + L::kWidth);
+    L zs[2], xs[2];
+    L::load_two(z + k, &zs[0], &zs[1]);
+    L::load_two(x + k, &xs[0], &xs[1]);
+    for (int i = 0; i < 2; ++i) {
+      const L exponent = fma(zs[i], scales, minus), ref_exponent = fma(xs[i], scales, ref_minus);
+      const L e = exp2(exponent), r = exp2(ref_exponent), gap = zs[i] - xs[i] - apart;
+      below = both_negative(both_negative(below, exponent), ref_exponent);
+      total = total + e;
+      ref_total = ref_total + r;
+      kl = fma(e, gap, kl);
+      if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+      if (kTerms & kTermSquares) squares = fma(e, e, squares);
+      if (kTerms & kTermMean) distance = distance + exponent;
+      if (kTerms & kTermReverse) reverse = reverse - r * gap;
+    }
+  }
+  const double t = total.sum(), w = weighted.sum(), r = ref_total.sum(), d = distance.sum();
+  const double g = kl.sum(), h = reverse.sum(), all = t + w + r + d + g + h;
+  if (!(below.all_negative() && all - all == 0)) return false;
+  const double factor = std::exp2(origin.off), ref_factor = std::exp2(ref_origin.off);
+  const double rounded_by = sums.shift - sums.ref_shift - static_cast<double>(static_cast<Acc>(sums.shift - sums.ref_shift));
+  sums.total += factor * t;
+  sums.ref_total += ref_factor * r;
+  sums.kl += factor * (g - rounded_by * t);
+  if (kTerms & kTermEntropy) sums.weighted += factor * (w + origin.off * t);
+  if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
+  if (kTerms & kTermMean) sums.distance += (d + origin.off * static_cast<double>(n)) / static_cast<double>(scale);
+  if (kTerms & kTermReverse) sums.reverse += ref_factor * (h + rounded_by * r);
+  return true;
+}
+
 template <int kTerms, typename Acc>
-inline void add_pair_lanes(const Acc* z, const Acc* x, int64_t n, Acc scale, Sums& sums) {
+inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const auto shift_of = [](double s) { return L::splat(s == -infinity<double>() ? Acc(0) : static_cast<Acc>(s)); };
   const L shift = shift_of(sums.shift), ref_shift = shift_of(sums.ref_shift), scales = L::splat(scale);
@@ -235,66 +305,77 @@ inline void add_pair_lanes(const Acc* z, const Acc* x, int64_t n, Acc scale, Sum
     ones = ones + if_zero(y, one, zero);
     ref_total = ref_total + if_zero(u, zero, r);
     ref_ones = ref_ones + if_zero(u, one, zero);
+    kl = fma(e, gap, kl);
     if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
     if (kTerms & kTermSquares) squares = fma(e, e, squares);
-    kl = fma(e, gap, kl);
     if (kTerms & kTermReverse) reverse = reverse - r * gap;
   }
   sums.total += ones.sum();
   sums.total += total.sum();
   sums.ref_total += ref_ones.sum();
   sums.ref_total += ref_total.sum();
+  sums.kl += kl.sum();
   if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
   if (kTerms & kTermSquares) sums.squares += squares.sum();
-  sums.kl += kl.sum();
   if (kTerms & kTermReverse) sums.reverse += reverse.sum();
 }
 
+// A block from rows in the buffers.
 template <int kTerms, typename Acc>
-inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
+inline void add_pair_block(Acc* z, Acc* x, int64_t n, Acc scale, Sums& sums) {
   constexpr Acc kNone = -infinity<Acc>();
+  const int64_t padded = (n + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
+  for (int64_t k = n; k < padded; ++k) z[k] = x[k] = kNone;
+  const double top = largest_of(z, padded), ref_top = largest_of(x, padded);
+  if (top > sums.shift) sums.move_shift(top, scale);
+  if (ref_top > sums.ref_shift) sums.move_ref_shift(ref_top, scale);
+  for (int64_t k = 0; k < n; ++k) {
+    sums.kl_broken |= (x[k] == kNone) & (z[k] > kNone);
+    sums.reverse_broken |= (z[k] == kNone) & (x[k] > kNone);
+  }
+  add_pair_exactly<kTerms>(z, x, padded, scale, sums);
+  if (!(kTerms & kTermMean)) return;
+  if (sums.shift == -infinity<double>()) sums.distance = -infinity<double>();
+  else for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(z[k]) - sums.shift;
+}
+
+template <int kTerms, typename T>
+inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
+  using Acc = typename AccOf<T>::type;
   alignas(64) Acc z[kLogitsBlock];
   alignas(64) Acc x[kLogitsBlock];
   const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
+  const bool direct = in.logits.dtype == in.ref.dtype && !(in.softcap > 0);
   Sums sums;
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
-    const int64_t padded = (count + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
-    const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
-    const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
-    if (padded != count) {
-      if (zs != z) std::memcpy(z, zs, count * sizeof(Acc));
-      if (xs != x) std::memcpy(x, xs, count * sizeof(Acc));
-      for (int64_t k = count; k < padded; ++k) z[k] = x[k] = kNone;
-      zs = z;
-      xs = x;
-    }
-    const double top = largest_of(zs, padded), ref_top = largest_of(xs, padded);
-    if (top > sums.shift) sums.move_shift(top, scale);
-    if (ref_top > sums.ref_shift) sums.move_ref_shift(ref_top, scale);
-    sums.columns += count;
-    if (smallest_of(zs, count) == kNone || smallest_of(xs, count) == kNone) {
-      for (int64_t k = 0; k < count; ++k) {
-        sums.kl_broken = sums.kl_broken || (xs[k] == kNone && zs[k] > kNone);
-        sums.reverse_broken = sums.reverse_broken || (zs[k] == kNone && xs[k] > kNone);
+    const bool begun = sums.shift > -infinity<double>() && sums.ref_shift > -infinity<double>();
+    const bool quick = count == kLogitsBlock && begun;
+    bool added = false;
+    if (direct && quick)
+      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref, n) + start, count,
+                                       scale, sums);
+    if (!added) {
+      const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
+      const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
+      if (!direct && quick) added = add_pair_quickly<kTerms>(zs, xs, count, scale, sums);
+      if (!added) {
+        if (zs != z) std::memcpy(z, zs, count * sizeof(Acc));
+        if (xs != x) std::memcpy(x, xs, count * sizeof(Acc));
+        add_pair_block<kTerms>(z, x, count, scale, sums);
       }
     }
-    add_pair_lanes<kTerms>(zs, xs, padded, scale, sums);
-    if (kTerms & kTermMean) {
-      if (sums.shift == -infinity<double>()) sums.distance = -infinity<double>();
-      else for (int64_t k = 0; k < count; ++k) sums.distance += static_cast<double>(zs[k]) - sums.shift;
-    }
+    sums.columns += count;
   }
   return sums;
 }
 
 template <typename T>
 inline Sums sums_of(const LogitsArgs& in, int64_t n, int terms, double temperature) {
-  using Acc = typename AccOf<T>::type;
   if (in.ref.data) {
-    if (!(terms & ~kTermKl)) return pair_sums<kTermKl, Acc>(in, n, temperature);
-    if (!(terms & ~(kTermKl | kTermEntropy))) return pair_sums<kTermKl | kTermEntropy, Acc>(in, n, temperature);
-    return pair_sums<kAllTerms, Acc>(in, n, temperature);
+    if (!(terms & ~kTermKl)) return pair_sums<kTermKl, T>(in, n, temperature);
+    if (!(terms & ~(kTermKl | kTermEntropy))) return pair_sums<kTermKl | kTermEntropy, T>(in, n, temperature);
+    return pair_sums<kAllTerms, T>(in, n, temperature);
   }
   if (!terms) return row_sums<0, T>(in, n, temperature);
   if (terms == kTermEntropy) return row_sums<kTermEntropy, T>(in, n, temperature);

@@ -75,37 +75,72 @@ inline void gather_record(const double* grad, bool found, bool has_ref, Side& po
   ref.on_token = found ? grad[kFieldRefToken] : 0;
 }
 
-template <bool kValue>
-struct Flag { static constexpr bool value = kValue; };
-
 // A side's coefficients in the accumulation type, with what turns logits into log-probabilities.
 template <typename Acc>
 struct Gradient {
-  Acc on_p, on_log, on_gap, on_mixed, on_square, on_q, on_one, shift, log_sum, beta;
-  Inverse<Acc> inverse;
-  Acc limit = flush_limit(Acc{});
+  using L = Lanes<Acc>;
+  const L on_p, on_log, on_gap, on_mixed, on_square, on_q, on_one, shift, log_sum, high, low, furthest, limit;
 
-  Gradient(const Side& s, double shift, double log_sum, double beta, double temperature)
-      : on_p(static_cast<Acc>(s.on_p)), on_log(static_cast<Acc>(s.on_log)), on_gap(static_cast<Acc>(s.on_gap)),
-        on_mixed(static_cast<Acc>(s.on_mixed)), on_square(static_cast<Acc>(s.on_square)),
-        on_q(static_cast<Acc>(s.on_q)), on_one(static_cast<Acc>(s.on_one)), shift(static_cast<Acc>(shift)),
-        log_sum(static_cast<Acc>(log_sum)), beta(static_cast<Acc>(beta)), inverse(temperature) {}
+  Gradient(const Side& s, double shift, double log_sum, double temperature)
+      : on_p(lanes(s.on_p)), on_log(lanes(s.on_log)), on_gap(lanes(s.on_gap)), on_mixed(lanes(s.on_mixed)),
+        on_square(lanes(s.on_square)), on_q(lanes(s.on_q)), on_one(lanes(s.on_one)), shift(lanes(shift)),
+        log_sum(lanes(log_sum)), high(L::splat(Inverse<Acc>(temperature).high)),
+        low(L::splat(Inverse<Acc>(temperature).low)), furthest(lanes(-1e30)),
+        limit(L::splat(flush_limit(Acc{}))) {}
 
-  Acc logp(Acc x) const { return inverse.distance(x, shift) - log_sum; }
-  Acc plain(Acc x) const { return on_p * exp_flushed(logp(x)); }
-  Acc policy(Acc x) const {
-    const Acc l = logp(x), p = exp_flushed(l);
-    return (on_p + on_log * (l < limit ? limit : l) + on_square * p) * p + on_one;
+  static L lanes(double x) { return L::splat(static_cast<Acc>(x)); }
+  // As Inverse::distance, to the normaliser. -inf becomes a distance that is as good, and makes no inf - inf.
+  L logp(L x) const {
+    const L y = larger(furthest, x - shift);
+    return fma(y, high, y * low) - log_sum;
   }
-  // The other side's log-probability beside it.
-  template <bool kMixed>
-  Acc pair(Acc l, Acc other) const {
-    const Acc p = exp_flushed(l), q = exp_flushed(other), bounded = l < limit ? limit : l;
-    Acc sum = on_p + on_log * bounded + on_gap * (l - other) + on_square * p;
-    if (kMixed) sum += on_mixed * Mixture<Acc>(l, other, beta).excess;
-    return p * sum + on_q * q + on_one;
+  L plain(L x) const { return on_p * exp(logp(x)); }
+  L policy(L x) const {
+    const L l = logp(x), p = exp(l);
+    return fma(fma(on_square, p, fma(on_log, larger(limit, l), on_p)), p, on_one);
+  }
+  // p and q: this side's and the other's. What has a probability of 0 has no part in a divergence.
+  L pair(L l, L other, L p, L q) const {
+    const L sum = fma(on_gap, l - other, fma(on_square, p, fma(on_log, larger(limit, l), on_p)));
+    return fma(on_q, q, fma(sum, p, on_one));
   }
 };
+
+// The gradients of the scaled logits of a block; count is a multiple of the lanes.
+template <typename Acc>
+inline void block_gradient(const Gradient<Acc>& of, bool plain, const Acc* z, int64_t count, Acc* g) {
+  using L = Lanes<Acc>;
+  if (plain)
+    for (int64_t k = 0; k < count; k += L::kWidth) of.plain(L::load(z + k)).store(g + k);
+  else
+    for (int64_t k = 0; k < count; k += L::kWidth) of.policy(L::load(z + k)).store(g + k);
+}
+
+template <typename Acc>
+inline void block_gradients(const Gradient<Acc>& policy, const Gradient<Acc>& ref, const Acc* z, const Acc* x,
+                            int64_t count, Acc* g, Acc* h) {
+  using L = Lanes<Acc>;
+  for (int64_t k = 0; k < count; k += L::kWidth) {
+    const L logp = policy.logp(L::load(z + k)), logq = ref.logp(L::load(x + k)), p = exp(logp), q = exp(logq);
+    policy.pair(logp, logq, p, q).store(g + k);
+    if (h) ref.pair(logq, logp, q, p).store(h + k);
+  }
+}
+
+// What the Jensen-Shannon divergence adds to both.
+template <typename Acc>
+inline void add_mixture(const Side& policy, const Side& ref, const Inverse<Acc>& inverse, Acc shift, Acc log_sum,
+                        Acc ref_shift, Acc ref_log_sum, Acc beta, const Acc* z, const Acc* x, int64_t count, Acc* g,
+                        Acc* h) {
+  const Acc on_mixed = static_cast<Acc>(policy.on_mixed), ref_on_mixed = static_cast<Acc>(ref.on_mixed);
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) {
+    const Acc logp = inverse.distance(z[k], shift) - log_sum, logq = inverse.distance(x[k], ref_shift) - ref_log_sum;
+    const Mixture<Acc> m(logp, logq, beta);
+    g[k] += on_mixed * exp_flushed(logp) * m.excess;
+    h[k] += ref_on_mixed * exp_flushed(logq) * m.ref_excess;
+  }
+}
 
 // Gradients of a block of scaled logits become those of the stored ones: 1 / temperature, and the softcap's slope.
 template <typename T, typename Acc>
@@ -179,12 +214,10 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
       ref_log_sum = saved[kRefLogSum * a.count];
     }
   }
-  const Gradient<Acc> of_policy(policy, shift, log_sum, in.beta, t);
-  const Gradient<Acc> of_ref(ref, ref_shift, ref_log_sum, in.beta, t);
+  const Gradient<Acc> of_policy(policy, shift, log_sum, t), of_ref(ref, ref_shift, ref_log_sum, t);
+  const Inverse<Acc> inverse(t);
   const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
-  const bool paired = write_ref || !policy.pair_free();
-  const bool mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
-  const Acc factor = of_policy.inverse.high;
+  const bool paired = write_ref || !policy.pair_free(), mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
 
   alignas(64) Acc z_buffer[kLogitsBlock];
   alignas(64) Acc x_buffer[kLogitsBlock];
@@ -192,42 +225,27 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   alignas(64) Acc h[kLogitsBlock];
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
-    const Acc* z = load_block(in.logits, n, start, count, in.softcap, z_buffer);
-    const Acc* x = z;
-    if (!paired) {
-      if (policy.plain()) {
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k) g[k] = of_policy.plain(z[k]);
-      } else {
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k) g[k] = of_policy.policy(z[k]);
-      }
-    } else {
-      x = load_block(in.ref, n, start, count, in.softcap, x_buffer);
-      const auto both = [&](auto with_mixture) {
-        constexpr bool kMixed = decltype(with_mixture)::value;
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k) {
-          const Acc logp = of_policy.logp(z[k]), logq = of_ref.logp(x[k]);
-          g[k] = of_policy.template pair<kMixed>(logp, logq);
-          h[k] = of_ref.template pair<kMixed>(logq, logp);
-        }
-      };
-      const auto policy_only = [&](auto with_mixture) {
-        constexpr bool kMixed = decltype(with_mixture)::value;
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k)
-          g[k] = of_policy.template pair<kMixed>(of_policy.logp(z[k]), of_ref.logp(x[k]));
-      };
-      if (write_ref) { if (mixed) both(Flag<true>{}); else both(Flag<false>{}); }
-      else { if (mixed) policy_only(Flag<true>{}); else policy_only(Flag<false>{}); }
-    }
+    const int64_t padded = (count + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
+    const auto load = [&](const LogitsRows& rows, Acc* buffer) {
+      const Acc* x = load_block(rows, n, start, count, in.softcap, buffer);
+      if (padded == count || x == buffer) return x;
+      std::memcpy(buffer, x, count * sizeof(Acc));  // so that full lanes may be read
+      return static_cast<const Acc*>(buffer);
+    };
+    const Acc* z = load(in.logits, z_buffer);
+    const Acc* x = paired ? load(in.ref, x_buffer) : z;
+    if (!paired) block_gradient(of_policy, policy.plain(), z, padded, g);
+    else block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
+    if (mixed)
+      add_mixture(policy, ref, inverse, static_cast<Acc>(shift), static_cast<Acc>(log_sum),
+                  static_cast<Acc>(ref_shift), static_cast<Acc>(ref_log_sum), static_cast<Acc>(in.beta), z, x, count,
+                  g, h);
     if (found && column >= start && column < start + count) {
       g[column - start] += static_cast<Acc>(policy.on_token);
       if (write_ref) h[column - start] += static_cast<Acc>(ref.on_token);
     }
-    if (write_policy) store_block(a.grad_logits, n, start, g, z, count, factor, in.softcap);
-    if (write_ref) store_block(a.grad_ref, n, start, h, x, count, factor, in.softcap);
+    if (write_policy) store_block(a.grad_logits, n, start, g, z, count, inverse.high, in.softcap);
+    if (write_ref) store_block(a.grad_ref, n, start, h, x, count, inverse.high, in.softcap);
   }
   store_zeros(a.grad_logits, n, in.vocab, a.width);
   store_zeros(a.grad_ref, n, in.vocab, a.width);

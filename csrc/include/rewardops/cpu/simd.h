@@ -29,9 +29,6 @@ struct FlushSubnormals {
   FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 };
 
-// 2^f on |f| <= 1/2: minimax with the constant exactly 1, within 9.2e-8 before rounding.
-constexpr float kExp2[] = {1.326465281e-3f, 9.671511129e-3f, 5.550733954e-2f, 2.402224243e-1f, 6.931470037e-1f, 1.0f};
-
 template <typename T>
 struct Lanes;
 
@@ -52,6 +49,13 @@ struct Array {
   static Lanes<T> splat(T x) { return each([=](int) { return x; }); }
   template <typename From>
   static Lanes<T> load(const From* x) { return each([=](int i) { return static_cast<T>(widen(x[i])); }); }
+  // Two at once, in any order that is the same for every row.
+  template <typename From>
+  static void load_two(const From* x, Lanes<T>* a, Lanes<T>* b) {
+    *a = load(x);
+    *b = load(x + N);
+  }
+  void store(T* x) const { std::memcpy(x, v, sizeof(v)); }
   // Bitwise: the sign of the result is set where it is in both.
   bool all_negative() const {
     bool all = true;
@@ -95,24 +99,26 @@ struct Array {
 
 REWARDOPS_ARRAY_LANES(double, 8)
 
-// 2^x for x <= 126, 0 for what is no normal number; NaN, or 0, for -inf.
 inline Lanes<double> exp2(Lanes<double> x) {
   return Lanes<double>::each([&](int i) { return x.v[i] < -1021.0 ? 0.0 : std::exp2(x.v[i]); });
+}
+inline Lanes<double> exp(Lanes<double> x) {
+  return Lanes<double>::each([&](int i) { return std::exp(x.v[i]); });
 }
 
 #if !defined(__AVX2__)
 
 REWARDOPS_ARRAY_LANES(float, 16)
 
-inline Lanes<float> exp2(Lanes<float> x) {
+inline Lanes<float> rounded(Lanes<float> x) {
+  return Lanes<float>::each([&](int i) { return round_to_integer(x.v[i]); });
+}
+// y 2^n for integers n <= 126; 0 for what is no normal number.
+inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) {
   return Lanes<float>::each([&](int i) {
-    const float c = x.v[i] < -125.0f ? -125.0f : x.v[i];
-    const float t = c + 12582912.0f;  // 1.5 * 2^23: leaves the rounded exponent in the low bits
-    const float f = c - (t - 12582912.0f);
-    float y = kExp2[0];
-    for (int k = 1; k < 6; ++k) y = y * f + kExp2[k];
-    const float e = bits<float>(bits<uint32_t>(y) + (bits<uint32_t>(t) << 23));
-    return x.v[i] < -125.0f ? 0.0f : e;
+    const float c = n.v[i] < -125.0f ? 0.0f : n.v[i];
+    const uint32_t e = bits<uint32_t>(y.v[i]) + (static_cast<uint32_t>(static_cast<int32_t>(c)) << 23);
+    return n.v[i] < -125.0f ? 0.0f : bits<float>(e);
   });
 }
 
@@ -134,6 +140,18 @@ struct Lanes<float> {
   static Lanes load(const float16* x) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
   }
+  template <typename From>
+  static void load_two(const From* x, Lanes* a, Lanes* b) {
+    *a = load(x);
+    *b = load(x + 16);
+  }
+  // Even and odd columns: an instruction each, where taking them in order needs two.
+  static void load_two(const bfloat16* x, Lanes* a, Lanes* b) {
+    const __m512i raw = _mm512_loadu_si512(x);
+    *a = {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16))};
+    *b = {_mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  void store(float* x) const { _mm512_storeu_ps(x, v); }
   bool all_negative() const { return _mm512_movepi32_mask(_mm512_castps_si512(v)) == 0xffff; }
   double sum() const {
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
@@ -154,13 +172,10 @@ inline Lanes<float> both_negative(Lanes<float> a, Lanes<float> b) { return {_mm5
 inline Lanes<float> if_zero(Lanes<float> a, Lanes<float> b, Lanes<float> c) {
   return {_mm512_mask_mov_ps(c.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_EQ_OQ), b.v)};
 }
-inline Lanes<float> exp2(Lanes<float> x) {
-  const __m512 n = _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x.v, n);
-  __m512 y = _mm512_set1_ps(kExp2[0]);
-  for (int k = 1; k < 6; ++k) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(kExp2[k]));
-  return {_mm512_scalef_ps(y, n)};
+inline Lanes<float> rounded(Lanes<float> x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) { return {_mm512_scalef_ps(y.v, n.v)}; }
 
 #else
 
@@ -179,6 +194,12 @@ struct Lanes<float> {
   }
   static Lanes load(const bfloat16* x) { return {shifted(raw(x)), shifted(raw(x + 8))}; }
   static Lanes load(const float16* x) { return {_mm256_cvtph_ps(raw(x)), _mm256_cvtph_ps(raw(x + 8))}; }
+  template <typename From>
+  static void load_two(const From* x, Lanes* a, Lanes* b) {
+    *a = load(x);
+    *b = load(x + 16);
+  }
+  void store(float* x) const { _mm256_storeu_ps(x, a); _mm256_storeu_ps(x + 8, b); }
   bool all_negative() const { return _mm256_movemask_ps(_mm256_and_ps(a, b)) == 0xff; }
   double sum() const {
     const auto halves = [](__m256 x) {
@@ -224,19 +245,58 @@ inline Lanes<float> if_zero(Lanes<float> x, Lanes<float> y, Lanes<float> z) {
   return {_mm256_blendv_ps(z.a, y.a, _mm256_cmp_ps(x.a, zero, _CMP_EQ_OQ)),
           _mm256_blendv_ps(z.b, y.b, _mm256_cmp_ps(x.b, zero, _CMP_EQ_OQ))};
 }
-inline __m256 exp2_half(__m256 x) {
-  const __m256 low = _mm256_set1_ps(-125.0f), magic = _mm256_set1_ps(12582912.0f);  // 1.5 * 2^23
-  const __m256 c = _mm256_max_ps(low, x);  // NaN passes
-  const __m256 t = _mm256_add_ps(c, magic);
-  const __m256 f = _mm256_sub_ps(c, _mm256_sub_ps(t, magic));
-  __m256 y = _mm256_set1_ps(kExp2[0]);
-  for (int k = 1; k < 6; ++k) y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(kExp2[k]));
-  const __m256i e = _mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_castps_si256(t), 23));
-  return _mm256_andnot_ps(_mm256_cmp_ps(x, low, _CMP_LT_OQ), _mm256_castsi256_ps(e));
+inline Lanes<float> rounded(Lanes<float> x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, kNearest), _mm256_round_ps(x.b, kNearest)};
 }
-inline Lanes<float> exp2(Lanes<float> x) { return {exp2_half(x.a), exp2_half(x.b)}; }
+inline __m256 scaled_half(__m256 y, __m256 n) {
+  const __m256i e = _mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
+  return _mm256_andnot_ps(_mm256_cmp_ps(n, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), _mm256_castsi256_ps(e));
+}
+inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) {
+  return {scaled_half(y.a, n.a), scaled_half(y.b, n.b)};
+}
 
 #endif
+
+// ---- exponentials -------------------------------------------------------------------------------------------
+
+template <int kTerms>
+inline Lanes<float> polynomial(Lanes<float> x, const float (&coefficients)[kTerms]) {
+  Lanes<float> y = Lanes<float>::splat(coefficients[0]);
+  for (int k = 1; k < kTerms; ++k) y = fma(y, x, Lanes<float>::splat(coefficients[k]));
+  return y;
+}
+
+// 2^x for x <= 126, 0 for what is no normal number; NaN, or 0, for -inf. Within 1.9e-7. Minimax polynomials with the
+// constant exactly 1, so that 2^0 is.
+inline Lanes<float> exp2(Lanes<float> x) {
+#if defined(__AVX512F__)
+  // On [0, 1): scalef takes the integer below x by itself.
+  static constexpr float kCoefficients[] = {1.867130166e-3f, 9.017029777e-3f, 5.579991266e-2f,
+                                            2.401644439e-1f, 6.931512952e-1f, 1.0f};
+  const __m512 f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return {_mm512_scalef_ps(polynomial({f}, kCoefficients).v, x.v)};
+#else
+  // On [-1/2, 1/2].
+  static constexpr float kCoefficients[] = {1.326465281e-3f, 9.671511129e-3f, 5.550733954e-2f,
+                                            2.402224243e-1f, 6.931470037e-1f, 1.0f};
+  const Lanes<float> n = rounded(x);
+  return scaled(polynomial(x - n, kCoefficients), n);
+#endif
+}
+
+// e^x for x <= 0, 0 for what is no normal number, -inf too; within an ulp (Cephes), as exp_flushed.
+inline Lanes<float> exp(Lanes<float> x) {
+  using L = Lanes<float>;
+  static constexpr float kCoefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                            1.6666665459e-1f, 5.0000001201e-1f};
+  const L c = larger(L::splat(-150.0f), x);  // NaN passes
+  const L n = rounded(c * L::splat(1.44269504f));
+  const L r = fma(n, L::splat(2.12194440e-4f), fma(n, L::splat(-0.693359375f), c));
+  const L y = fma(polynomial(r, kCoefficients) * r, r, r) + L::splat(1.0f);
+  return scaled(y, n);
+}
 
 }  // namespace
 }  // namespace REWARDOPS_ISA
