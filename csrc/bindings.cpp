@@ -7,6 +7,7 @@
 
 #include "cpu/advantages.h"
 #include "cpu/entropy.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/prefix_tree.h"
 #include "rewardops/cpu/kernels.h"
@@ -260,6 +261,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rewardops; called by rewardops.cpp";
   m.def("isa", [] { return kernels().name; });
   m.def("use_team", [](Address team) { use_team(reinterpret_cast<Team>(team)); });
+  m.def("prefer_huge_pages", [](Address begin, int64_t size) { prefer_huge_pages(at<void>(begin), size); });
   m.def("token_stats", token_stats);
   m.def("token_stats_backward", token_stats_backward);
   define_typed<float>(m, "_f32");

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .memory import address, dense, function, threads
+from .memory import address, dense, fresh, function, threads
 
 _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2}
 
@@ -14,7 +14,7 @@ def _run(
 ) -> Tensor:
     grad, mask = dense(grad), dense(mask)
     logprob, ref_logprob = logprob.contiguous(), ref_logprob.contiguous()
-    out = logprob.new_empty(logprob.shape)
+    out = fresh(logprob.shape, logprob.dtype)
     function("token_kl", logprob)(
         address(grad),
         address(logprob),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch import compiled_module
 from ..reference.logits import OUTPUTS, RECORD, SAVED, accumulator
-from .memory import address, dense, threads
+from .memory import address, dense, fresh, threads
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_ROWS = (0, 0, 1, 0, 0)
@@ -69,9 +69,7 @@ def token_stats(
     outputs: Sequence[str],
     inplace: bool,
 ) -> list[Tensor]:
-    problem = _Problem(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta
-    )  # fmt: skip
+    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     acc = accumulator(logits)
     # Zeros: not every row of it is filled.
     saved = torch.zeros((4 if ref_logits is None else len(SAVED), *tokens.shape), dtype=acc)
@@ -97,7 +95,7 @@ def token_stats_partial(
 ) -> Tensor:
     problem = _Problem(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
-    )  # fmt: skip
+    )
     record = torch.empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
     terms = sum(_TERMS.get(name, 0) for name in outputs)
     nothing = (0,) * len(OUTPUTS)
@@ -131,8 +129,8 @@ def _backward(
 def _gradients(problem: _Problem, to_logits: bool, to_ref: bool) -> tuple[Tensor | None, Tensor | None]:
     logits, ref = problem.logits, problem.ref
     return (
-        torch.empty(logits.shape, dtype=logits.dtype) if to_logits and logits is not None else None,
-        torch.empty(ref.shape, dtype=ref.dtype) if to_ref and ref is not None else None,
+        fresh(logits.shape, logits.dtype) if to_logits and logits is not None else None,
+        fresh(ref.shape, ref.dtype) if to_ref and ref is not None else None,
     )
 
 
@@ -156,9 +154,7 @@ def token_stats_backward(
     to_logits: bool,
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = _Problem(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta
-    )  # fmt: skip
+    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     made = _gradients(problem, to_logits, to_ref)
     ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
     addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
@@ -183,9 +179,7 @@ def token_stats_backward_(
     to_ref: bool,
 ) -> Tensor:
     """The gradient of the logits written over them; returns that of the reference."""
-    problem = _Problem(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta
-    )  # fmt: skip
+    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     assert problem.logits is not None
     _, ref = _gradients(problem, False, to_ref)
     ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
@@ -213,7 +207,7 @@ def token_stats_partial_backward(
 ) -> tuple[Tensor, Tensor]:
     problem = _Problem(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
-    )  # fmt: skip
+    )
     made = _gradients(problem, to_logits, to_ref)
     nothing = (0,) * len(OUTPUTS)
     _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), *made)

@@ -57,9 +57,16 @@ class Shape:
             self.tuple = (self.batch, 0, self.cu.data_ptr(), shape[0])
 
 
+def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for an output of any size, in huge pages where the system has them."""
+    out = torch.empty(shape, dtype=dtype)
+    compiled_module().prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())  # type: ignore[union-attr]
+    return out
+
+
 def allocate(like: Tensor, shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> Tensor:
     """An output per token: what lies between packed rows, should the offsets leave gaps, is 0."""
-    return like.new_empty(shape) if cu_seqlens is None else like.new_zeros(shape)
+    return fresh(shape, like.dtype) if cu_seqlens is None else like.new_zeros(shape)
 
 
 def threads() -> int:

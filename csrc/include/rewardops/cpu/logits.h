@@ -130,18 +130,22 @@ inline Acc largest_of(const Acc* x, int64_t n) {
   return top.largest();
 }
 
-// The shift in powers of two, as a product-and-sum takes it, and how far rounding has moved it. Rounded down, so that
-// no logit as large as the shift has a negative exponent.
+// Exponents of two relative to a shift. Where a product and a sum are one instruction they take one rounding together,
+// and the shift is scaled beforehand: rounded down, so that no logit as large has a negative exponent, by `off`.
 template <typename Acc>
-struct Origin {
-  Acc at;
-  double off;
-  Origin(double shift, Acc scale) {
-    const double exact = shift * static_cast<double>(scale);
-    at = static_cast<Acc>(exact);
-    at -= std::fabs(at) * 2 * std::numeric_limits<Acc>::epsilon();
-    off = static_cast<double>(at) - exact;
+struct Exponents {
+  using L = Lanes<Acc>;
+  L shift, scale;
+  double off = 0;
+  Exponents(double at, Acc by) : shift(L::splat(static_cast<Acc>(at))), scale(L::splat(by)) {
+    if (!L::kFused) return;
+    const double exact = at * static_cast<double>(by);
+    Acc down = static_cast<Acc>(exact);
+    down -= std::fabs(down) * 2 * std::numeric_limits<Acc>::epsilon();
+    off = static_cast<double>(down) - exact;
+    shift = L::splat(-down);
   }
+  L of(L x) const { return L::kFused ? fma(x, scale, shift) : (x - shift) * scale; }
 };
 
 // The quick way: full lanes of one row. Where a logit reaches the shift, or is -inf or NaN, nothing is added and false
@@ -149,8 +153,8 @@ struct Origin {
 template <int kTerms, typename T, typename Acc>
 inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
-  const Origin<Acc> origin(sums.shift, scale);
-  const L minus = L::splat(-origin.at), scales = L::splat(scale), zero = L::splat(0);
+  const Exponents<Acc> exponents(sums.shift, scale);
+  const L zero = L::splat(0);
   L total = zero, weighted = zero, squares = zero, distance = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
     __builtin_prefetch(x + k + kAhead);
@@ -158,7 +162,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
     L pair[2];
     L::load_two(x + k, &pair[0], &pair[1]);
     for (const L& v : pair) {
-      const L exponent = fma(v, scales, minus), e = exp2(exponent);
+      const L exponent = exponents.of(v), e = exp2(exponent);
       below = both_negative(below, exponent);
       total = total + e;
       if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
@@ -166,13 +170,13 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
       if (kTerms & kTermMean) distance = distance + exponent;
     }
   }
-  const double t = total.sum(), w = weighted.sum(), factor = std::exp2(origin.off);
+  const double t = total.sum(), w = weighted.sum(), factor = std::exp2(exponents.off);
   if (!(below.all_negative() && t + w - (t + w) == 0)) return false;
   sums.total += factor * t;
-  if (kTerms & kTermEntropy) sums.weighted += factor * (w + origin.off * t);
+  if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
   if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
   if (kTerms & kTermMean)
-    sums.distance += (distance.sum() + origin.off * static_cast<double>(n)) / static_cast<double>(scale);
+    sums.distance += (distance.sum() + exponents.off * static_cast<double>(n)) / static_cast<double>(scale);
   return true;
 }
 
@@ -246,10 +250,11 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
 template <int kTerms, typename T, typename Acc>
 inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
-  const Origin<Acc> origin(sums.shift, scale), ref_origin(sums.ref_shift, scale);
-  const L minus = L::splat(-origin.at), ref_minus = L::splat(-ref_origin.at), scales = L::splat(scale);
+  const Exponents<Acc> exponents(sums.shift, scale), ref_exponents(sums.ref_shift, scale);
   // Logits of the two are subtracted before they are scaled: near one another that is exact.
-  const L apart = L::splat(static_cast<Acc>(sums.shift - sums.ref_shift)), zero = L::splat(0);
+  const Acc apart = static_cast<Acc>(sums.shift - sums.ref_shift);
+  const double rounded_by = sums.shift - sums.ref_shift - static_cast<double>(apart);
+  const L apart_lanes = L::splat(apart), zero = L::splat(0);
   L total = zero, weighted = zero, squares = zero, distance = zero, kl = zero;
   L ref_total = zero, reverse = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
@@ -261,8 +266,8 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
     L::load_two(z + k, &zs[0], &zs[1]);
     L::load_two(x + k, &xs[0], &xs[1]);
     for (int i = 0; i < 2; ++i) {
-      const L exponent = fma(zs[i], scales, minus), ref_exponent = fma(xs[i], scales, ref_minus);
-      const L e = exp2(exponent), r = exp2(ref_exponent), gap = zs[i] - xs[i] - apart;
+      const L exponent = exponents.of(zs[i]), ref_exponent = ref_exponents.of(xs[i]);
+      const L e = exp2(exponent), r = exp2(ref_exponent), gap = zs[i] - xs[i] - apart_lanes;
       below = both_negative(both_negative(below, exponent), ref_exponent);
       total = total + e;
       ref_total = ref_total + r;
@@ -276,14 +281,13 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
   const double t = total.sum(), w = weighted.sum(), r = ref_total.sum(), d = distance.sum();
   const double g = kl.sum(), h = reverse.sum(), all = t + w + r + d + g + h;
   if (!(below.all_negative() && all - all == 0)) return false;
-  const double factor = std::exp2(origin.off), ref_factor = std::exp2(ref_origin.off);
-  const double rounded_by = sums.shift - sums.ref_shift - static_cast<double>(static_cast<Acc>(sums.shift - sums.ref_shift));
+  const double factor = std::exp2(exponents.off), ref_factor = std::exp2(ref_exponents.off);
   sums.total += factor * t;
   sums.ref_total += ref_factor * r;
   sums.kl += factor * (g - rounded_by * t);
-  if (kTerms & kTermEntropy) sums.weighted += factor * (w + origin.off * t);
+  if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
   if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
-  if (kTerms & kTermMean) sums.distance += (d + origin.off * static_cast<double>(n)) / static_cast<double>(scale);
+  if (kTerms & kTermMean) sums.distance += (d + exponents.off * static_cast<double>(n)) / static_cast<double>(scale);
   if (kTerms & kTermReverse) sums.reverse += ref_factor * (h + rounded_by * r);
   return true;
 }

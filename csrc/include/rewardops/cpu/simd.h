@@ -37,6 +37,7 @@ struct Lanes;
 template <typename T, int N>
 struct Array {
   static constexpr int64_t kWidth = N;
+  static constexpr bool kFused = false;  // whether fma rounds once
   T v[N];
 
   template <typename F>
@@ -129,6 +130,7 @@ inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) {
 template <>
 struct Lanes<float> {
   static constexpr int64_t kWidth = 16;
+  static constexpr bool kFused = true;
   __m512 v;
 
   static Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
@@ -184,6 +186,7 @@ inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) { return {_mm512_scal
 template <>
 struct Lanes<float> {
   static constexpr int64_t kWidth = 16;
+  static constexpr bool kFused = true;
   __m256 a, b;
 
   static Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

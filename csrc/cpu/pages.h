@@ -1,0 +1,12 @@
+// Large outputs in large pages.
+#pragma once
+
+#include <cstdint>
+
+namespace rewardops::cpu {
+
+// Advises the system to back this memory, not yet written to, by huge pages: a large tensor is fresh memory every time,
+// and a fault for each 4 KiB of it takes several times as long as the kernel that writes it. Advice only.
+void prefer_huge_pages(void* begin, int64_t size);
+
+}  // namespace rewardops::cpu
