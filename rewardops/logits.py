@@ -273,8 +273,8 @@ def token_stats(
     in nats, and all as sums relative to the row's largest logit, which keep their digits for logits of any
     offset. A logit of ``-inf`` has probability 0 and contributes nothing (under a softcap it is ``-softcap``,
     as the formula has it); a token there has logprob ``-inf``. A divergence is ``inf`` where one distribution
-    has mass in a column that is ``-inf`` in the other, and 0 times nothing where both are; its gradient is
-    then NaN. ``jsd`` costs a second pass; nothing else does.
+    has mass in a column that is ``-inf`` in the other (and has no gradient then); a column that is ``-inf`` in
+    both is in no divergence. ``jsd`` costs a second pass; nothing else does.
 
     Args:
         logits: ``[N, V]`` or ``[B, T, V]``; float32, bfloat16, float16 or float64. Strided rows, such as

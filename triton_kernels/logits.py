@@ -1,20 +1,34 @@
 """Token statistics on the GPU: one read of the logits forward, one read and one write backward.
 
-A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward; what is written per row, and the
-partial statistics of a row that is split over programs, are nothing beside that.
+A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward, and as much again for a reference's; what
+is written per row, and the records of a row that is split over programs, are nothing beside that.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, cdiv, multiprocessors, pair, pointer, splits
+from ..reference.logits import OUTPUTS, RECORD, SAVED, accumulator
+from .launch import INTERPRETED, cdiv, multiprocessors, pair, splits
 
 WARPS = 8
 MOST_SPLITS = 64
+
+FIELDS = tl.constexpr(len(RECORD))
+IGNORED = tl.constexpr(-100)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4e38)  # in place of -inf, where inf - inf could arise
+
+# Bits of what is wanted or given, in the order of OUTPUTS.
+LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, MEAN, TOP1, REF_LOGPROB, KL, REVERSE, JSD = (
+    tl.constexpr(1 << k) for k in range(10)
+)
 
 
 def _block(logits: Tensor) -> int:
@@ -22,10 +36,48 @@ def _block(logits: Tensor) -> int:
     return 1024 if INTERPRETED else 32 * 32 * WARPS // logits.element_size()
 
 
+# ---- rows and logits ---------------------------------------------------------------------------------------
+
+
 @triton.jit
 def row_offset(n, inner, stride_outer, stride_inner):
     """Where row n of [N, V] or of [B, T, V] starts: 64-bit, and a multiple of 16 where the strides are."""
     return (n // inner).to(tl.int64) * stride_outer + (n % inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def is_masked(n, tokens, mask, HAS_MASK: tl.constexpr):
+    masked = tl.load(tokens + n) == IGNORED
+    if HAS_MASK:
+        masked = masked | (tl.load(mask + n) == 0)
+    return masked
+
+
+@triton.jit
+def inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES: tl.constexpr):
+    """1 / temperature in float64."""
+    if HAS_TEMPERATURES:
+        return 1.0 / tl.load(temperatures + n)
+    else:
+        return tl.full([], inv_high, tl.float64) + tl.full([], inv_low, tl.float64)
+
+
+@triton.jit
+def tanh(x):
+    """By e^2x, and near 0, where that cancels, by a rational function (Cephes)."""
+    a = tl.abs(x)
+    z = a * a
+    p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+    q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+    t = tl.where(a < 0.625, a + a * z * (p / q), 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0))
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def capped(x, cap, CAPPED: tl.constexpr):
+    if CAPPED:
+        x = cap * tanh(x / cap)
+    return x
 
 
 @triton.jit
@@ -36,281 +88,892 @@ def distance(x, shift, inv_high, inv_low):
     return y * inv_high + y * inv_low
 
 
-@triton.jit
-def rescale(total, weighted, old, new, inv_high, inv_low):
-    """Sums of e^d and e^d d with d relative to ``old``, relative to ``new``."""
-    d = distance(tl.where(old == new, 0.0, old), tl.where(old == new, 0.0, new), inv_high, inv_low)
-    d = d.to(tl.float64)
-    scale = tl.exp(d)
-    return total * scale, tl.where(total == 0, 0.0, scale * (weighted + total * d))
+# ---- forward -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def accumulate(x, shift, total, weighted, inv_high, inv_low, ENTROPY: tl.constexpr):
-    """Take a block of logits into the running maximum and sums; the sums are float64 scalars."""
-    top = tl.max(x, 0)
-    if top > shift:
-        total, weighted = rescale(total, weighted, shift, top, inv_high, inv_low)
-        shift = top
-    # While all logits have been -inf there is nothing to shift by, and every term is e^-inf.
-    d = distance(x, tl.where(shift == float("-inf"), 0.0, shift), inv_high, inv_low)
-    e = tl.exp(d)
-    if ENTROPY:
-        weighted += tl.sum(e * d, 0).to(tl.float64)
+def factor_between(old, new, scale):
+    """Of sums relative to ``old``, to make them relative to ``new``; and the distance. Both float64."""
+    gap = tl.where(old == new, 0.0, old - new).to(tl.float64)
+    return tl.exp2(gap * scale.to(tl.float64)), tl.where(gap == float("-inf"), 0.0, gap)
+
+
+@triton.jit
+def kept_infinite(before, after):
+    return tl.where(before == float("inf"), before, after)
+
+
+@triton.jit
+def exponent_of(y, scale):
+    """In powers of two, bounded, so that 0 times it is 0."""
+    t = y * scale
+    return tl.where(t < -2000.0, -2000.0, t)
+
+
+@triton.jit
+def sum_terms(e, x, top, shift):
+    """The sum of e. The terms of the largest logit are exactly 1: summed apart from the rest they do not swallow
+    the digits of a peaked row's tail, which are all that its entropy is made of."""
+    apart = tl.zeros([], tl.float64)
     if (top == shift) & (top > float("-inf")):
-        # The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the
-        # digits of a peaked row's tail, which are all that its entropy is made of.
         largest = x == shift
-        total += tl.sum(largest.to(tl.float32), 0).to(tl.float64)
+        apart += tl.sum(largest.to(tl.float32), 0).to(tl.float64)
         e = tl.where(largest, 0.0, e)
-    total += tl.sum(e, 0).to(tl.float64)
-    return shift, total, weighted
+    return apart + tl.sum(e, 0).to(tl.float64)
+
+
+@triton.jit
+def accumulate(
+    z, x, inside, shift, total, weighted, squares, apart, ref_shift, ref_total, kl, reverse, scale,
+    WANT: tl.constexpr, HAS_REF: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Take a block into the running maxima and sums; the sums are float64 scalars, relative to the maxima."""
+    top = tl.max(z, 0)
+    if top > shift:
+        f, gap = factor_between(shift, top, scale)
+        weighted = f * (weighted + total * gap * scale.to(tl.float64))
+        squares *= f * f
+        if HAS_REF:
+            kl = kept_infinite(kl, f * (kl + total * gap))
+            reverse -= ref_total * gap
+        total *= f
+        shift = top
+    # While all logits have been -inf there is nothing to shift by, and every term is 2^-inf.
+    base = tl.where(shift == float("-inf"), 0.0, shift)
+    if HAS_REF:
+        ref_top = tl.max(x, 0)
+        if ref_top > ref_shift:
+            f, gap = factor_between(ref_shift, ref_top, scale)
+            reverse = kept_infinite(reverse, f * (reverse + ref_total * gap))
+            kl -= total * gap
+            ref_total *= f
+            ref_shift = ref_top
+        ref_base = tl.where(ref_shift == float("-inf"), 0.0, ref_shift)
+        y = tl.where(z < LOWEST, LOWEST, z) - base
+        u = tl.where(x < LOWEST, LOWEST, x) - ref_base
+        t = exponent_of(y, scale)
+        e = tl.exp2(t)
+        ref_e = tl.exp2(exponent_of(u, scale))
+        ref_total += sum_terms(ref_e, x, ref_top, ref_shift)
+        if KL & WANT:
+            broken = (x == float("-inf")) & (z > float("-inf"))
+            kl += tl.sum(tl.where(broken, float("inf"), e * (y - u)), 0).to(tl.float64)
+        if REVERSE & WANT:
+            broken = (z == float("-inf")) & (x > float("-inf"))
+            reverse += tl.sum(tl.where(broken, float("inf"), ref_e * (u - y)), 0).to(tl.float64)
+    else:
+        y = z - base
+        t = exponent_of(y, scale)
+        e = tl.exp2(t)
+    if ENTROPY & WANT:
+        weighted += tl.sum(e * t, 0).to(tl.float64)
+    if SUM_SQ & WANT:
+        squares += tl.sum(e * e, 0).to(tl.float64)
+    if MEAN & WANT:
+        # Of logits relative to the first maximum and not to this one: nothing to move when it changes.
+        d = z - apart
+        if TAIL:
+            d = tl.where(inside, d, 0.0)
+        weighted_mean = tl.sum(d, 0).to(tl.float64)
+    else:
+        weighted_mean = tl.zeros([], tl.float64)
+    total += sum_terms(e, z, top, shift)
+    return shift, total, weighted, squares, weighted_mean, ref_shift, ref_total, kl, reverse
+
+
+@triton.jit
+def store_record(
+    at, shift, total, weighted, squares, distance, columns, token, found, ref_shift, ref_total, ref_token, kl,
+    reverse,
+):  # fmt: skip
+    tl.store(at, shift)
+    tl.store(at + 1, total)
+    tl.store(at + 2, weighted)
+    tl.store(at + 3, squares)
+    tl.store(at + 4, distance)
+    tl.store(at + 5, columns)
+    tl.store(at + 6, token)
+    tl.store(at + 7, found)
+    tl.store(at + 8, ref_shift)
+    tl.store(at + 9, ref_total)
+    tl.store(at + 10, ref_token)
+    tl.store(at + 11, kl)
+    tl.store(at + 12, reverse)
+
+
+@triton.jit
+def store_masked(n, count, outputs, tops, saved, record, WANT: tl.constexpr, HAS_REF: tl.constexpr, RECORD: tl.constexpr):
+    """Zeros. What is saved of a masked row is zero from the start."""
+    if RECORD:
+        field = tl.arange(0, 16)
+        tl.store(record + n.to(tl.int64) * FIELDS + field, 0.0, mask=field < FIELDS)
+    else:
+        for k in tl.static_range(8):
+            if ((1 << k) if k < 5 else (2 << k)) & WANT:
+                tl.store(outputs + k * count.to(tl.int64) + n, 0.0)
+        if TOP1 & WANT:
+            tl.store(tops + n, 0)
 
 
 @triton.jit
 def finish(
-    n, row, shift, total, weighted, tokens, logprob, entropy, shift_out, log_sum_out, vocab, inv_high, inv_low,
-    ENTROPY: tl.constexpr,
+    n, count, outputs, tops, saved, inv, shift, total, weighted, squares, distance, columns, token, found,
+    ref_shift, ref_total, ref_token, kl, reverse,
+    WANT: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's results from its maximum and sums."""
-    ACC: tl.constexpr = logprob.dtype.element_ty
-    nothing = shift == float("-inf")  # no column has any mass
-    log_sum = tl.where(nothing, float("nan"), tl.log(total))  # float64, as the sums are
-    token = tl.load(tokens + n)
-    in_range = (token >= 0) & (token < vocab)
-    at_token = tl.load(row + tl.where(in_range, token, 0)).to(ACC)
-    d = distance(at_token, shift, inv_high, inv_low).to(tl.float64)
-    value = tl.where(at_token == float("-inf"), float("-inf"), d) - log_sum
-    tl.store(logprob + n, tl.where(in_range, value, float("nan")).to(ACC))
-    tl.store(shift_out + n, shift.to(ACC))
-    tl.store(log_sum_out + n, log_sum.to(ACC))
-    if ENTROPY:
-        tl.store(entropy + n, (log_sum - weighted / total).to(ACC))
+    """Write a row's statistics from its record."""
+    ACC: tl.constexpr = outputs.dtype.element_ty
+    count = count.to(tl.int64)
+    nan = float("nan")
+    empty = shift == float("-inf")  # no column has any mass
+    log_sum = tl.where(empty, nan, tl.log(total))
+    token = tl.where(found > 0, token, nan)
+    entropy = log_sum - weighted / total
+    sum_sq = tl.where(empty, nan, squares / (total * total))
+    tl.store(saved + n, (shift / inv).to(ACC))
+    tl.store(saved + count + n, log_sum.to(ACC))
+    if LOGPROB & WANT:
+        tl.store(outputs + n, (token - shift - log_sum).to(ACC))
+    if ENTROPY & WANT:
+        tl.store(outputs + count + n, entropy.to(ACC))
+        tl.store(saved + 2 * count + n, entropy.to(ACC))
+    if LOGSUMEXP & WANT:
+        tl.store(outputs + 2 * count + n, (tl.where(empty, 0.0, shift) + log_sum).to(ACC))
+    if SUM_SQ & WANT:
+        tl.store(outputs + 3 * count + n, sum_sq.to(ACC))
+        tl.store(saved + 3 * count + n, sum_sq.to(ACC))
+    if MEAN & WANT:
+        mean = tl.where(empty, float("-inf"), shift + distance / columns)
+        tl.store(outputs + 4 * count + n, mean.to(ACC))
+    if TOP1 & WANT:
+        tl.store(tops + n, ((token == shift) & (empty == 0) & (total == total)).to(tl.int8))
+    if HAS_REF:
+        ref_empty = ref_shift == float("-inf")
+        ref_log_sum = tl.where(ref_empty, nan, tl.log(ref_total))
+        tl.store(saved + 4 * count + n, (ref_shift / inv).to(ACC))
+        tl.store(saved + 5 * count + n, ref_log_sum.to(ACC))
+        if REF_LOGPROB & WANT:
+            ref_token = tl.where(found > 0, ref_token, nan)
+            tl.store(outputs + 5 * count + n, (ref_token - ref_shift - ref_log_sum).to(ACC))
+        if KL & WANT:
+            value = kl / total + (ref_log_sum - log_sum)
+            tl.store(outputs + 6 * count + n, value.to(ACC))
+            tl.store(saved + 6 * count + n, value.to(ACC))
+        if REVERSE & WANT:
+            value = reverse / ref_total - (ref_log_sum - log_sum)
+            tl.store(outputs + 7 * count + n, value.to(ACC))
+            tl.store(saved + 7 * count + n, value.to(ACC))
 
 
-@triton.jit
-def write_masked(n, logprob, entropy, shift, log_sum, ENTROPY: tl.constexpr):
-    tl.store(logprob + n, 0.0)
-    tl.store(shift + n, 0.0)
-    tl.store(log_sum + n, 0.0)
-    if ENTROPY:
-        tl.store(entropy + n, 0.0)
-
-
-@triton.jit(do_not_specialize=["inner", "vocab", "blocks", "splits"])
+@triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "blocks", "parts"])
 def token_stats_kernel(
-    logits, tokens, mask, logprob, entropy, shift_out, log_sum_out, partial,
-    inner, stride_outer, stride_inner, vocab, blocks, splits, inv_high, inv_low,
-    HAS_MASK: tl.constexpr, ENTROPY: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, tokens, ref_logits, mask, temperatures, outputs, tops, saved, record,
+    count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
+    first, vocab, blocks, parts, inv_high, inv_low, cap_high, cap_low,
+    WANT: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
+    CAPPED: tl.constexpr, RECORD: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n."""
-    ACC: tl.constexpr = logprob.dtype.element_ty
+    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n, to a record or to the statistics."""
+    ACC: tl.constexpr = outputs.dtype.element_ty
     n = tl.program_id(0)
     part = tl.program_id(1)
-    inv_high = tl.full([], inv_high, ACC)
-    inv_low = tl.full([], inv_low, ACC)
-    if HAS_MASK and tl.load(mask + n) == 0:
-        if part == 0:
-            write_masked(n, logprob, entropy, shift_out, log_sum_out, ENTROPY)
+    if is_masked(n, tokens, mask, HAS_MASK):
+        if not SPLIT:
+            store_masked(n, count, outputs, tops, saved, record, WANT, HAS_REF, RECORD)
     else:
+        inv = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
+        scale = (inv * LOG2E).to(ACC)
+        cap = tl.full([], cap_high, ACC) + tl.full([], cap_low, ACC)
         row = logits + row_offset(n, inner, stride_outer, stride_inner)
+        ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
         columns = tl.arange(0, BLOCK)
         begin = part * blocks * BLOCK
         end = tl.minimum(begin + blocks * BLOCK, vocab)
+        width = tl.maximum(end - begin, 0)
         # The tail is peeled: without a mask the loads of the main loop are 16 bytes wide.
-        full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+        full = begin + width // BLOCK * BLOCK
         shift = tl.full([], float("-inf"), ACC)
+        ref_shift = tl.full([], float("-inf"), ACC)
         total = tl.zeros([], tl.float64)
         weighted = tl.zeros([], tl.float64)
+        squares = tl.zeros([], tl.float64)
+        distance = tl.zeros([], tl.float64)
+        ref_total = tl.zeros([], tl.float64)
+        kl = tl.zeros([], tl.float64)
+        reverse = tl.zeros([], tl.float64)
+        # The mean is taken relative to the first logit (to 0 where that is not finite).
+        origin = tl.zeros([], ACC)
+        if MEAN & WANT:
+            if width > 0:
+                origin = capped(tl.load(row + begin).to(ACC), cap, CAPPED)
+                origin = tl.where(tl.abs(origin) < -LOWEST, origin, 0.0)
         for start in range(begin, full, BLOCK):
-            x = tl.load(row + start + columns).to(ACC)
-            shift, total, weighted = accumulate(x, shift, total, weighted, inv_high, inv_low, ENTROPY)
-        if full < end:
-            x = tl.load(row + full + columns, mask=full + columns < end, other=float("-inf")).to(ACC)
-            shift, total, weighted = accumulate(x, shift, total, weighted, inv_high, inv_low, ENTROPY)
-        if SPLIT:
-            at = partial + (n.to(tl.int64) * splits + part) * 3
-            tl.store(at, shift.to(tl.float64))
-            tl.store(at + 1, total)
-            tl.store(at + 2, weighted)
-        else:
-            finish(
-                n, row, shift, total, weighted, tokens, logprob, entropy, shift_out, log_sum_out, vocab,
-                inv_high, inv_low, ENTROPY,
+            z = capped(tl.load(row + start + columns).to(ACC), cap, CAPPED)
+            x = z
+            if HAS_REF:
+                x = capped(tl.load(ref_row + start + columns).to(ACC), cap, CAPPED)
+            shift, total, weighted, squares, d, ref_shift, ref_total, kl, reverse = accumulate(
+                z, x, columns, shift, total, weighted, squares, origin, ref_shift, ref_total, kl, reverse, scale,
+                WANT, HAS_REF, False,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["inner", "vocab", "splits"])
-def token_stats_combine(
-    logits, tokens, mask, logprob, entropy, shift_out, log_sum_out, partial,
-    inner, stride_outer, stride_inner, vocab, splits, inv_high, inv_low,
-    HAS_MASK: tl.constexpr, ENTROPY: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """Program n: the partial statistics of row n."""
-    ACC: tl.constexpr = logprob.dtype.element_ty
-    n = tl.program_id(0)
-    inv_high = tl.full([], inv_high, ACC)
-    inv_low = tl.full([], inv_low, ACC)
-    if HAS_MASK and tl.load(mask + n) == 0:
-        return  # written by the first pass
-    part = tl.arange(0, MOST)
-    at = partial + (n.to(tl.int64) * splits + part) * 3
-    shifts = tl.load(at, mask=part < splits, other=float("-inf"))
-    totals = tl.load(at + 1, mask=part < splits, other=0.0)
-    weights = tl.load(at + 2, mask=part < splits, other=0.0)
-    shift = tl.max(shifts, 0)
-    totals, weights = rescale(totals, weights, shifts, shift, inv_high, inv_low)
-    shift = shift.to(ACC)
-    row = logits + row_offset(n, inner, stride_outer, stride_inner)
-    finish(
-        n, row, shift, tl.sum(totals, 0), tl.sum(weights, 0), tokens, logprob, entropy, shift_out,
-        log_sum_out, vocab, inv_high, inv_low, ENTROPY,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["inner", "vocab", "blocks"])
-def token_stats_backward_kernel(
-    grad_logprob, grad_entropy, grad_log_sum, logits, tokens, mask, entropy, shifts, log_sums, out,
-    inner, stride_outer, stride_inner, vocab, out_stride, blocks, inv_high, inv_low,
-    HAS_MASK: tl.constexpr, HAS_LOGPROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LOG_SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n."""
-    ACC: tl.constexpr = shifts.dtype.element_ty
-    n = tl.program_id(0)
-    begin = tl.program_id(1) * blocks * BLOCK
-    end = tl.minimum(begin + blocks * BLOCK, vocab)
-    full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
-    columns = tl.arange(0, BLOCK)
-    target = out + n.to(tl.int64) * out_stride
-    if HAS_MASK and tl.load(mask + n) == 0:
-        nothing = tl.zeros([BLOCK], out.dtype.element_ty)
-        for start in range(begin, full, BLOCK):
-            tl.store(target + start + columns, nothing)
-        if full < end:
-            tl.store(target + full + columns, nothing, mask=full + columns < end)
-    else:
-        row = logits + row_offset(n, inner, stride_outer, stride_inner)
-        inv_high = tl.full([], inv_high, ACC)
-        inv_low = tl.full([], inv_low, ACC)
-        shift = tl.load(shifts + n)
-        log_sum = tl.load(log_sums + n)
-        zero = tl.zeros([], ACC)
-        on_token = tl.load(grad_logprob + n) if HAS_LOGPROB else zero
-        on_p = (tl.load(grad_log_sum + n) if HAS_LOG_SUM else zero) - on_token
-        on_entropy = tl.load(grad_entropy + n) if HAS_ENTROPY else zero
-        h = tl.load(entropy + n) if HAS_ENTROPY else zero
-        token = tl.load(tokens + n)
-        in_range = (token >= 0) & (token < vocab)
-        on_token = tl.where(in_range, on_token, float("nan"))  # as its logprob is
-        token = tl.where(in_range, token, 0)
-        for start in range(begin, full, BLOCK):
-            x = tl.load(row + start + columns).to(ACC)
-            g = gradient(
-                x, start + columns, token, on_token, on_p, on_entropy, h, shift, log_sum, inv_high, inv_low,
-                HAS_ENTROPY,
-            )  # fmt: skip
-            tl.store(target + start + columns, g.to(out.dtype.element_ty))
+            distance += d
         if full < end:
             inside = full + columns < end
-            x = tl.load(row + full + columns, mask=inside, other=0.0).to(ACC)
-            g = gradient(
-                x, full + columns, token, on_token, on_p, on_entropy, h, shift, log_sum, inv_high, inv_low,
-                HAS_ENTROPY,
+            z = capped(tl.load(row + full + columns, mask=inside, other=0.0).to(ACC), cap, CAPPED)
+            z = tl.where(inside, z, float("-inf"))
+            x = z
+            if HAS_REF:
+                x = capped(tl.load(ref_row + full + columns, mask=inside, other=0.0).to(ACC), cap, CAPPED)
+                x = tl.where(inside, x, float("-inf"))
+            shift, total, weighted, squares, d, ref_shift, ref_total, kl, reverse = accumulate(
+                z, x, inside, shift, total, weighted, squares, origin, ref_shift, ref_total, kl, reverse, scale,
+                WANT, HAS_REF, True,
             )  # fmt: skip
-            tl.store(target + full + columns, g.to(out.dtype.element_ty), mask=inside)
+            distance += d
+
+        # To the units of a record: scaled logits, nats.
+        shift64 = shift.to(tl.float64)
+        # Relative to the maximum; what is -inf stays so.
+        moved = tl.where(shift64 == float("-inf"), 0.0, (origin.to(tl.float64) - shift64) * width)
+        distance = (distance + moved) * inv
+        weighted *= LN2
+        shift64 *= inv
+        ref_shift64 = ref_shift.to(tl.float64) * inv
+        kl *= inv
+        reverse *= inv
+        column = tl.load(tokens + n) - first
+        found = (column >= begin) & (column < end)
+        column = tl.where(found, column, begin)
+        token = tl.zeros([], tl.float64)
+        ref_token = tl.zeros([], tl.float64)
+        if found:
+            token = capped(tl.load(row + column).to(ACC), cap, CAPPED).to(tl.float64) * inv
+            if HAS_REF:
+                ref_token = capped(tl.load(ref_row + column).to(ACC), cap, CAPPED).to(tl.float64) * inv
+        if SPLIT or RECORD:
+            if not ENTROPY & WANT:
+                weighted = tl.full([], float("nan"), tl.float64)
+            if not SUM_SQ & WANT:
+                squares = tl.full([], float("nan"), tl.float64)
+            if not MEAN & WANT:
+                distance = tl.full([], float("nan"), tl.float64)
+            if HAS_REF:
+                if not KL & WANT:
+                    kl = tl.full([], float("nan"), tl.float64)
+                if not REVERSE & WANT:
+                    reverse = tl.full([], float("nan"), tl.float64)
+            else:
+                ref_shift64 = tl.zeros([], tl.float64)
+            store_record(
+                record + (n.to(tl.int64) * parts + part) * FIELDS, shift64, total, weighted, squares, distance,
+                width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
+            )  # fmt: skip
+        else:
+            finish(
+                n, count, outputs, tops, saved, inv, shift64, total, weighted, squares, distance,
+                width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
+                WANT, HAS_REF,
+            )  # fmt: skip
 
 
 @triton.jit
-def gradient(
-    x, column, token, on_token, on_p, on_entropy, h, shift, log_sum, inv_high, inv_low, ENTROPY: tl.constexpr
+def moved_to(old, new):
+    """Distance of a part's shift to the row's, and the factor of its sums; none where it has no mass."""
+    gap = tl.where(old == float("-inf"), 0.0, old - tl.where(new == float("-inf"), 0.0, new))
+    return gap, tl.where(old == float("-inf"), 0.0, tl.exp(gap))
+
+
+@triton.jit
+def sum_moved(factor, value):
+    """Parts without mass have nothing to say; what is infinite stays so."""
+    value = tl.where((factor == 0.0) & (tl.abs(value) < float("inf")), 0.0, value)
+    return tl.sum(tl.where(value == float("inf"), value, factor * value), 0)
+
+
+@triton.jit(do_not_specialize=["count", "parts"])
+def token_stats_combine(
+    tokens, mask, temperatures, partial, outputs, tops, saved, record, count, parts, inv_high, inv_low,
+    WANT: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
+    RECORD: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits, all upstream gradients folded in."""
-    logp = distance(x, shift, inv_high, inv_low) - log_sum
-    p = tl.exp(logp)
-    g = on_p * p
-    if ENTROPY:
-        g -= on_entropy * p * (logp + h)
-    return (g + tl.where(column == token, on_token, 0.0)) * (inv_high + inv_low)
+    """Program n: the records of the parts of row n, to one record or to the statistics."""
+    n = tl.program_id(0)
+    if is_masked(n, tokens, mask, HAS_MASK):
+        store_masked(n, count, outputs, tops, saved, record, WANT, HAS_REF, RECORD)
+    else:
+        inv = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
+        part = tl.arange(0, MOST)
+        there = part < parts
+        at = partial + (n.to(tl.int64) * parts + part) * FIELDS
+        shifts = tl.load(at, mask=there, other=float("-inf"))
+        totals = tl.load(at + 1, mask=there, other=0.0)
+        ref_shifts = tl.load(at + 8, mask=there, other=float("-inf"))
+        ref_totals = tl.load(at + 9, mask=there, other=0.0)
+        shift = tl.max(shifts, 0)
+        ref_shift = tl.max(ref_shifts, 0)
+        gap, factor = moved_to(shifts, shift)
+        ref_gap, ref_factor = moved_to(ref_shifts, ref_shift)
+        widths = tl.load(at + 5, mask=there, other=0.0)
+        total = tl.sum(factor * totals, 0)
+        ref_total = tl.sum(ref_factor * ref_totals, 0)
+        weighted = sum_moved(factor, tl.load(at + 2, mask=there, other=0.0) + gap * totals)
+        squares = sum_moved(factor * factor, tl.load(at + 3, mask=there, other=0.0))
+        distance = tl.sum(tl.load(at + 4, mask=there, other=0.0) + gap * widths, 0)
+        token = tl.sum(tl.load(at + 6, mask=there, other=0.0), 0)
+        found = tl.sum(tl.load(at + 7, mask=there, other=0.0), 0)
+        ref_token = tl.sum(tl.load(at + 10, mask=there, other=0.0), 0)
+        apart = gap - ref_gap
+        kl = sum_moved(factor, tl.load(at + 11, mask=there, other=0.0) + apart * totals)
+        reverse = sum_moved(ref_factor, tl.load(at + 12, mask=there, other=0.0) - apart * ref_totals)
+        width = tl.sum(widths, 0)
+        if RECORD:
+            store_record(
+                record + n.to(tl.int64) * FIELDS, shift, total, weighted, squares, distance, width, token, found,
+                ref_shift, ref_total, ref_token, kl, reverse,
+            )  # fmt: skip
+        else:
+            finish(
+                n, count, outputs, tops, saved, inv, shift, total, weighted, squares, distance, width, token, found,
+                ref_shift, ref_total, ref_token, kl, reverse, WANT, HAS_REF,
+            )  # fmt: skip
+
+
+# ---- the Jensen-Shannon divergence: a second pass, with both normalisers -----------------------------------
+
+
+@triton.jit
+def log_mixture_above(logp, logq, beta):
+    """log(beta q + (1 - beta) p) relative to the larger of log p and log q, and that."""
+    high = tl.where(logp >= logq, logp, logq)
+    low = tl.where(logp >= logq, logq, logp)
+    weight = tl.where(logp >= logq, 1.0 - beta, beta)
+    return tl.log(weight + (1.0 - weight) * tl.exp(low - high)), high
+
+
+@triton.jit(do_not_specialize=["count", "inner", "ref_inner", "vocab", "blocks", "parts"])
+def token_stats_mixture_kernel(
+    logits, tokens, ref_logits, mask, temperatures, saved, partial,
+    count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
+    vocab, blocks, parts, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
+    HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (n, k): KL of both sides to their mixture, over blocks [k * blocks, (k + 1) * blocks) of row n."""
+    ACC: tl.constexpr = saved.dtype.element_ty
+    n = tl.program_id(0)
+    part = tl.program_id(1)
+    mixed = tl.zeros([], tl.float64)
+    ref_mixed = tl.zeros([], tl.float64)
+    if not is_masked(n, tokens, mask, HAS_MASK):
+        inv = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
+        high = inv.to(ACC)
+        low = (inv - high.to(tl.float64)).to(ACC)
+        cap = tl.full([], cap_high, ACC) + tl.full([], cap_low, ACC)
+        beta = tl.full([], beta_high, ACC) + tl.full([], beta_low, ACC)
+        rows = count.to(tl.int64)
+        shift = tl.load(saved + n)
+        log_sum = tl.load(saved + rows + n)
+        ref_shift = tl.load(saved + 4 * rows + n)
+        ref_log_sum = tl.load(saved + 5 * rows + n)
+        row = logits + row_offset(n, inner, stride_outer, stride_inner)
+        ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
+        begin = part * blocks * BLOCK
+        end = tl.minimum(begin + blocks * BLOCK, vocab)
+        for start in range(begin, end, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < end
+            z = capped(tl.load(row + column, mask=inside, other=0.0).to(ACC), cap, CAPPED)
+            x = capped(tl.load(ref_row + column, mask=inside, other=0.0).to(ACC), cap, CAPPED)
+            logp = distance(z, shift, high, low) - log_sum
+            logq = distance(x, ref_shift, high, low) - ref_log_sum
+            log_m, above = log_mixture_above(logp, logq, beta)
+            term = tl.exp(logp) * (logp - above - log_m)
+            ref_term = tl.exp(logq) * (logq - above - log_m)
+            mixed += tl.sum(tl.where(inside, term, 0.0), 0).to(tl.float64)
+            ref_mixed += tl.sum(tl.where(inside, ref_term, 0.0), 0).to(tl.float64)
+    at = partial + (n.to(tl.int64) * parts + part) * 2
+    tl.store(at, mixed)
+    tl.store(at + 1, ref_mixed)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def upstream(grad, n, GIVEN: tl.constexpr):
+    if GIVEN:
+        return tl.load(grad + n).to(tl.float64)
+    else:
+        return tl.zeros([], tl.float64)
+
+
+@triton.jit
+def finite_part(grad, value):
+    """An infinite divergence does not change with the logits: it has no gradient."""
+    return tl.where(tl.abs(value) == float("inf"), 0.0, grad)
+
+
+@triton.jit
+def side_gradient(
+    column, token, logp, logq, p, q, excess, on_p, on_log, on_gap, on_mixed, on_square, on_q, on_one, on_token,
+    LOG: tl.constexpr, SQUARE: tl.constexpr, PAIRED: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one side's scaled logits from the coefficients of its terms, as the reference states it."""
+    inner = on_p
+    if LOG:
+        inner += on_log * logp
+    if SQUARE:
+        inner += on_square * p
+    if PAIRED:
+        inner += on_gap * (logp - logq)
+    if MIXED:
+        inner += on_mixed * excess
+    g = p * inner + on_one
+    if PAIRED:
+        g += on_q * q
+    return g + tl.where(column == token, on_token, 0.0)
+
+
+@triton.jit
+def unscaled(g, x, inv, cap, CAPPED: tl.constexpr):
+    """From scaled logits to the stored ones: 1 / temperature, and the slope of the softcap."""
+    g = g * inv
+    if CAPPED:
+        t = x / cap
+        g = g * (1.0 - t * t)
+    return g
+
+
+@triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"])
+def token_stats_backward_kernel(
+    g_logprob, g_entropy, g_logsumexp, g_sum_sq, g_mean, g_ref_logprob, g_kl, g_reverse, g_jsd,
+    grad_record, record, saved, logits, tokens, ref_logits, mask, temperatures, out, ref_out,
+    count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
+    out_inner, out_stride_outer, out_stride_inner, ref_out_stride,
+    first, vocab, width, blocks, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
+    GIVEN: tl.constexpr, TO_LOGITS: tl.constexpr, TO_REF: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n."""
+    ACC: tl.constexpr = saved.dtype.element_ty
+    # Of a record anything may have a gradient.
+    LOG: tl.constexpr = RECORD or (ENTROPY & GIVEN) != 0
+    SQUARE: tl.constexpr = RECORD or (SUM_SQ & GIVEN) != 0
+    MIXED: tl.constexpr = (not RECORD) and (JSD & GIVEN) != 0
+    PAIRED: tl.constexpr = HAS_REF and (RECORD or TO_REF or ((KL | REVERSE | JSD) & GIVEN) != 0)
+    n = tl.program_id(0)
+    part = tl.program_id(1)
+    begin = part * blocks * BLOCK
+    end = tl.minimum(begin + blocks * BLOCK, vocab)
+    full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+    columns = tl.arange(0, BLOCK)
+    target = out + row_offset(n, out_inner, out_stride_outer, out_stride_inner)
+    ref_target = ref_out + n.to(tl.int64) * ref_out_stride
+    masked = is_masked(n, tokens, mask, HAS_MASK)
+    # Zeros for a masked row, and beyond the vocabulary.
+    last = part == tl.num_programs(1) - 1
+    zero_from = tl.where(masked, begin, tl.where(last, vocab, end))
+    zero_to = tl.where(last, width, end)
+    for start in range(zero_from, zero_to, BLOCK):
+        column = start + columns
+        if TO_LOGITS:
+            tl.store(target + column, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < zero_to)
+        if TO_REF:
+            tl.store(ref_target + column, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=column < zero_to)
+    if not masked:
+        row = logits + row_offset(n, inner, stride_outer, stride_inner)
+        ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
+        inv64 = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
+        inv = inv64.to(ACC)
+        inv_rest = (inv64 - inv.to(tl.float64)).to(ACC)
+        cap = tl.full([], cap_high, ACC) + tl.full([], cap_low, ACC)
+        beta = tl.full([], beta_high, tl.float64) + tl.full([], beta_low, tl.float64)
+        token = tl.load(tokens + n) - first
+        found = (token >= 0) & (token < vocab)
+        zero = tl.zeros([], tl.float64)
+        on_mixed = zero
+        ref_on_mixed = zero
+        ref_shift = tl.zeros([], ACC)
+        ref_log_sum = tl.zeros([], ACC)
+        if RECORD:
+            at = grad_record + n.to(tl.int64) * FIELDS
+            own = record + n.to(tl.int64) * FIELDS
+            # Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
+            shift = tl.load(own)
+            shift = tl.where(shift == float("-inf"), 0.0, shift / inv64).to(ACC)
+            log_sum = tl.zeros([], ACC)
+            on_log = tl.load(at + 2)
+            on_p = tl.load(at + 1) + on_log
+            on_square = 2.0 * tl.load(at + 3)
+            on_one = tl.load(at + 4)
+            on_token = tl.where(found, tl.load(at + 6), 0.0)
+            on_gap = zero
+            ref_on_gap = zero
+            ref_on_p = zero
+            ref_on_token = zero
+            if HAS_REF:
+                ref_shift = tl.load(own + 8)
+                ref_shift = tl.where(ref_shift == float("-inf"), 0.0, ref_shift / inv64).to(ACC)
+                on_gap = tl.load(at + 11)
+                ref_on_gap = tl.load(at + 12)
+                on_p += on_gap
+                ref_on_p = tl.load(at + 9) + ref_on_gap
+                ref_on_token = tl.where(found, tl.load(at + 10), 0.0)
+        else:
+            rows = count.to(tl.int64)
+            shift = tl.load(saved + n)
+            log_sum = tl.load(saved + rows + n)
+            # Where the token's log-probability is NaN, so is its gradient.
+            on_token = upstream(g_logprob, n, LOGPROB & GIVEN)
+            if LOGPROB & GIVEN:
+                on_token = tl.where(found, on_token, float("nan"))
+            entropy = upstream(g_entropy, n, ENTROPY & GIVEN)
+            sum_sq = upstream(g_sum_sq, n, SUM_SQ & GIVEN)
+            on_log = -entropy
+            on_square = 2.0 * sum_sq
+            on_p = upstream(g_logsumexp, n, LOGSUMEXP & GIVEN) - on_token
+            if ENTROPY & GIVEN:
+                on_p -= entropy * tl.load(saved + 2 * rows + n).to(tl.float64)
+            if SUM_SQ & GIVEN:
+                on_p -= on_square * tl.load(saved + 3 * rows + n).to(tl.float64)
+            on_one = upstream(g_mean, n, MEAN & GIVEN) / vocab
+            ref_on_token = upstream(g_ref_logprob, n, REF_LOGPROB & GIVEN)
+            if REF_LOGPROB & GIVEN:
+                ref_on_token = tl.where(found, ref_on_token, float("nan"))
+            on_gap = upstream(g_kl, n, KL & GIVEN)
+            ref_on_gap = upstream(g_reverse, n, REVERSE & GIVEN)
+            ref_on_p = -ref_on_token
+            if HAS_REF:
+                ref_shift = tl.load(saved + 4 * rows + n)
+                ref_log_sum = tl.load(saved + 5 * rows + n)
+            if KL & GIVEN:
+                value = tl.load(saved + 6 * rows + n).to(tl.float64)
+                on_gap = finite_part(on_gap, value)
+                on_p -= on_gap * finite_part(value, value)
+                ref_on_p += on_gap
+            if REVERSE & GIVEN:
+                value = tl.load(saved + 7 * rows + n).to(tl.float64)
+                ref_on_gap = finite_part(ref_on_gap, value)
+                ref_on_p -= ref_on_gap * finite_part(value, value)
+                on_p += ref_on_gap
+            if MIXED:
+                jsd = upstream(g_jsd, n, JSD & GIVEN)
+                on_mixed = (1.0 - beta) * jsd
+                ref_on_mixed = beta * jsd
+                on_p -= on_mixed * tl.load(saved + 8 * rows + n).to(tl.float64)
+                ref_on_p -= ref_on_mixed * tl.load(saved + 9 * rows + n).to(tl.float64)
+        token = tl.where(found, token, -1)
+        on_p, on_log, on_gap, on_mixed = on_p.to(ACC), on_log.to(ACC), on_gap.to(ACC), on_mixed.to(ACC)
+        on_square, on_one, on_token = on_square.to(ACC), on_one.to(ACC), on_token.to(ACC)
+        ref_on_p, ref_on_gap, ref_on_mixed = ref_on_p.to(ACC), ref_on_gap.to(ACC), ref_on_mixed.to(ACC)
+        ref_on_token = ref_on_token.to(ACC)
+        for start in range(begin, end, BLOCK):
+            column = start + columns
+            # A mask on the last block alone: without one the loads and stores are 16 bytes wide.
+            if start < full:
+                z = tl.load(row + column).to(ACC)
+                x = z
+                if PAIRED:
+                    x = tl.load(ref_row + column).to(ACC)
+            else:
+                z = tl.load(row + column, mask=column < end, other=0.0).to(ACC)
+                x = z
+                if PAIRED:
+                    x = tl.load(ref_row + column, mask=column < end, other=0.0).to(ACC)
+            z = capped(z, cap, CAPPED)
+            logp = distance(z, shift, inv, inv_rest) - log_sum
+            p = tl.exp(logp)
+            logq = logp
+            q = p
+            excess = p
+            ref_excess = p
+            if PAIRED:
+                x = capped(x, cap, CAPPED)
+                logq = distance(x, ref_shift, inv, inv_rest) - ref_log_sum
+                q = tl.exp(logq)
+            if MIXED:
+                log_m, above = log_mixture_above(logp, logq, beta.to(ACC))
+                excess = logp - above - log_m
+                ref_excess = logq - above - log_m
+            if TO_LOGITS:
+                g = side_gradient(
+                    column, token, logp, logq, p, q, excess, on_p, on_log, on_gap, on_mixed, on_square, -ref_on_gap,
+                    on_one, on_token, LOG, SQUARE, PAIRED, MIXED,
+                )  # fmt: skip
+                g = unscaled(g, z, inv, cap, CAPPED).to(out.dtype.element_ty)
+                if start < full:
+                    tl.store(target + column, g)
+                else:
+                    tl.store(target + column, g, mask=column < end)
+            if TO_REF:
+                h = side_gradient(
+                    column, token, logq, logp, q, p, ref_excess, ref_on_p, on_log, ref_on_gap, ref_on_mixed,
+                    on_square, -on_gap, 0.0, ref_on_token, False, False, PAIRED, MIXED,
+                )  # fmt: skip
+                h = unscaled(h, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
+                if start < full:
+                    tl.store(ref_target + column, h)
+                else:
+                    tl.store(ref_target + column, h, mask=column < end)
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _rows(logits: Tensor) -> tuple[Tensor, int, int, int]:
-    """The logits, and their rows as (inner rows, outer stride, inner stride)."""
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+def _unit_stride(logits: Tensor | None) -> Tensor | None:
+    return logits if logits is None or logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _strides(logits: Tensor) -> tuple[int, int, int]:
+    """The rows of the leading dimensions: inner rows, outer stride, inner stride."""
     if logits.dim() == 2:
-        return logits, max(logits.shape[0], 1), 0, logits.stride(0)
-    return logits, max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
+        return max(logits.shape[0], 1), 0, logits.stride(0)
+    return max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
 
 
-def _mask(mask: Tensor | None, other: Tensor) -> Tensor:
-    return other if mask is None else mask.contiguous().view(torch.uint8)
+class _Problem:
+    """What the launches have in common."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        ref_logits: Tensor | None,
+        mask: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        vocab: int,
+    ) -> None:
+        unit = _unit_stride(logits)
+        assert unit is not None
+        self.logits = unit
+        ref = _unit_stride(ref_logits)
+        self.ref = self.logits if ref is None else ref
+        self.tokens = tokens.contiguous()
+        self.mask = self.tokens if mask is None else mask.contiguous().view(torch.uint8)
+        self.temperatures = self.tokens if temperatures is None else temperatures.contiguous()
+        self.count = tokens.numel()
+        self.strides = (*_strides(self.logits), *_strides(self.ref))
+        self.scalars = (*pair(1.0 / temperature), *pair(softcap or 1.0))
+        self.flags = {"HAS_MASK": mask is not None, "HAS_TEMPERATURES": temperatures is not None}
+        self.capped = {"CAPPED": softcap > 0}
+        self.block = _block(self.logits)
+        self.blocks = cdiv(vocab, self.block)
+
+    def parts(self, per_multiprocessor: int) -> tuple[int, int]:
+        """Blocks of a part, and parts of a row: several where rows alone do not fill the device."""
+        wanted = min(MOST_SPLITS, splits(self.logits, self.count, self.blocks, per_multiprocessor))
+        each = max(cdiv(self.blocks, wanted), 1)
+        return each, max(cdiv(self.blocks, each), 1)
+
+
+def _bits(outputs: Sequence[str]) -> int:
+    return sum(1 << OUTPUTS.index(name) for name in outputs)
+
+
+def _forward(
+    problem: _Problem,
+    first: int,
+    vocab: int,
+    outputs: Sequence[str],
+    made: tuple[Tensor, Tensor, Tensor],
+    record: Tensor | None,
+    has_ref: bool,
+) -> None:
+    out, tops, saved = made
+    p = problem
+    # A row a program; where rows are fewer than two to a multiprocessor, several programs a row.
+    each, parts = p.parts(2) if p.count < 2 * multiprocessors(p.logits) else (max(p.blocks, 1), 1)
+    partial = saved if record is None else record
+    if parts > 1:
+        partial = p.logits.new_empty((p.count, parts, len(RECORD)), dtype=torch.float64)
+    flags = {"WANT": _bits(outputs), "HAS_REF": has_ref, **p.flags, "RECORD": record is not None}
+    token_stats_kernel[(p.count, parts)](
+        p.logits, p.tokens, p.ref, p.mask, p.temperatures, out, tops, saved, partial,
+        p.count, *p.strides, first, vocab, each, parts, *p.scalars,
+        **flags, **p.capped, SPLIT=parts > 1, BLOCK=p.block, num_warps=WARPS,
+    )  # fmt: skip
+    if parts > 1:
+        token_stats_combine[(p.count,)](
+            p.tokens, p.mask, p.temperatures, partial, out, tops, saved, saved if record is None else record,
+            p.count, parts, *p.scalars[:2], **flags, MOST=MOST_SPLITS, num_warps=1,
+        )  # fmt: skip
 
 
 def token_stats(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits, inner, outer_stride, inner_stride = _rows(logits)
-    tokens = tokens.contiguous()
-    acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    logprob, shift, log_sum = (logits.new_empty(tokens.shape, dtype=acc) for _ in range(3))
-    entropy = logits.new_empty(tokens.shape if with_entropy else 0, dtype=acc)
-    n, vocab = tokens.numel(), logits.shape[-1]
-    if n == 0:
-        return logprob, entropy, shift, log_sum
-    block = _block(logits)
-    blocks = cdiv(vocab, block)
-    # A row a program; where rows are fewer than two to a multiprocessor, several programs a row.
-    few = n < 2 * multiprocessors(logits)
-    parts = min(MOST_SPLITS, splits(logits, n, blocks, 2)) if few else 1
-    per_part = cdiv(blocks, parts)
-    parts = cdiv(blocks, per_part)
-    partial = logits.new_empty((n, parts, 3), dtype=torch.float64) if parts > 1 else logprob
-    arguments = (
-        logits, tokens, _mask(mask, tokens), logprob, pointer(entropy if with_entropy else None, logprob),
-        shift, log_sum, partial, inner, outer_stride, inner_stride, vocab,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    inplace: bool,
+) -> list[Tensor]:
+    acc = accumulator(logits)
+    shape = tokens.shape
+    # Zeros: not every row of it is filled.
+    saved = logits.new_zeros((4 if ref_logits is None else len(SAVED), *shape), dtype=acc)
+    names = [name for name in OUTPUTS if name not in ("is_top1", "jsd")]
+    rows = max((names.index(name) + 1 for name in outputs if name in names), default=0)
+    out = logits.new_empty((rows, *shape), dtype=acc)
+    tops = logits.new_empty(shape if "is_top1" in outputs else 0, dtype=torch.int8)
+    made = {name: out[names.index(name)] for name in outputs if name in names}
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    if p.count:
+        _forward(p, 0, vocab, outputs, (out, tops, saved), None, ref_logits is not None)
+    if "is_top1" in outputs:
+        made["is_top1"] = tops.view(torch.bool)
+    if "jsd" in outputs:
+        made["jsd"] = _mixture(p, saved, vocab, beta)
+    return [saved, *(made[name] for name in outputs)]
+
+
+def _mixture(p: _Problem, saved: Tensor, vocab: int, beta: float) -> Tensor:
+    """The divergence; what the backward pass needs of it is saved."""
+    each, parts = p.parts(2)
+    partial = saved.new_empty((p.count, parts, 2), dtype=torch.float64)
+    if p.count:
+        token_stats_mixture_kernel[(p.count, parts)](
+            p.logits, p.tokens, p.ref, p.mask, p.temperatures, saved, partial, p.count, *p.strides,
+            vocab, each, parts, *p.scalars, *pair(beta), **p.flags, **p.capped, BLOCK=p.block, num_warps=WARPS,
+        )  # fmt: skip
+    mixed, ref_mixed = partial.sum(1).view(*saved.shape[1:], 2).unbind(-1)
+    saved[8], saved[9] = mixed, ref_mixed
+    return (beta * ref_mixed + (1 - beta) * mixed).to(saved.dtype)
+
+
+def token_stats_partial(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    outputs: Sequence[str],
+) -> Tensor:
+    record = logits.new_empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    # Nothing of these is written; their dtype is that of the accumulation.
+    nothing = logits.new_empty(1, dtype=accumulator(logits))
+    if p.count:
+        _forward(p, first, vocab, outputs, (nothing, nothing, nothing), record, ref_logits is not None)
+    return record
+
+
+def _backward(
+    p: _Problem,
+    grads: dict[str, Tensor],
+    saved: Tensor,
+    grad_record: Tensor | None,
+    record: Tensor | None,
+    out: Tensor | None,
+    ref_out: Tensor | None,
+    first: int,
+    vocab: int,
+    beta: float,
+    has_ref: bool,
+) -> None:
+    if not p.count:
+        return
+    each, parts = p.parts(4)
+    target, ref_target = (p.logits if t is None else t for t in (out, ref_out))
+    differentiable = [name for name in OUTPUTS if name != "is_top1"]
+    token_stats_backward_kernel[(p.count, parts)](
+        *(grads.get(name, saved) for name in differentiable),
+        saved if grad_record is None else grad_record, saved if record is None else record, saved,
+        p.logits, p.tokens, p.ref, p.mask, p.temperatures, target, ref_target,
+        p.count, *p.strides, *_strides(target), p.logits.shape[-1],
+        first, vocab, p.logits.shape[-1], each, *p.scalars, *pair(beta),
+        GIVEN=_bits(list(grads)), TO_LOGITS=out is not None, TO_REF=ref_out is not None, HAS_REF=has_ref,
+        **p.flags, **p.capped, RECORD=record is not None, BLOCK=p.block, num_warps=WARPS,
     )  # fmt: skip
-    inverse = pair(1.0 / temperature)
-    flags = {"HAS_MASK": mask is not None, "ENTROPY": with_entropy}
-    token_stats_kernel[(n, parts)](
-        *arguments, per_part, parts, *inverse, **flags, SPLIT=parts > 1, BLOCK=block, num_warps=WARPS
-    )
-    if parts > 1:
-        token_stats_combine[(n,)](*arguments, parts, *inverse, **flags, MOST=MOST_SPLITS, num_warps=1)
-    return logprob, entropy, shift, log_sum
 
 
 def token_stats_backward(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_log_sum: Tensor | None,
+    grads: Sequence[Tensor | None],
     logits: Tensor,
     tokens: Tensor,
+    ref_logits: Tensor | None,
     mask: Tensor | None,
-    entropy: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
+    temperatures: Tensor | None,
+    saved: Tensor,
     temperature: float,
-) -> Tensor:
-    logits, inner, outer_stride, inner_stride = _rows(logits)
-    tokens, shift, log_sum = tokens.contiguous(), shift.contiguous(), log_sum.contiguous()
-    ups = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_log_sum)]
-    out = logits.new_empty(logits.shape)
-    n, vocab = tokens.numel(), logits.shape[-1]
-    if n == 0:
-        return out
-    block = _block(logits)
-    blocks = cdiv(vocab, block)
-    parts = splits(logits, n, blocks)
-    per_part = cdiv(blocks, parts)
-    token_stats_backward_kernel[(n, cdiv(blocks, per_part))](
-        *(pointer(g, shift) for g in ups), logits, tokens, _mask(mask, tokens),
-        pointer(entropy.contiguous() if entropy.numel() else None, shift), shift, log_sum, out,
-        inner, outer_stride, inner_stride, vocab, vocab, per_part, *pair(1.0 / temperature),
-        HAS_MASK=mask is not None, HAS_LOGPROB=ups[0] is not None, HAS_ENTROPY=ups[1] is not None,
-        HAS_LOG_SUM=ups[2] is not None, BLOCK=block, num_warps=WARPS,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    to_logits: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    given = {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
+    out = logits.new_empty(logits.shape if to_logits else 0)
+    ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
+    _backward(
+        p, given, saved.contiguous(), None, None, out if to_logits else None, ref_out if to_ref else None, 0, vocab,
+        beta, ref_logits is not None,
     )  # fmt: skip
-    return out
+    return out, ref_out
+
+
+def token_stats_backward_(
+    grads: Sequence[Tensor | None],
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    saved: Tensor,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    to_logits: bool,
+    to_ref: bool,
+) -> Tensor:
+    """The gradient of the logits written over them; returns that of the reference."""
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    given = {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
+    ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
+    _backward(
+        p, given, saved.contiguous(), None, None, p.logits, ref_out if to_ref else None, 0, vocab, beta,
+        ref_logits is not None,
+    )  # fmt: skip
+    if p.logits is not logits:
+        logits.copy_(p.logits)  # columns that were no unit stride apart
+    return ref_out
+
+
+def token_stats_partial_backward(
+    grad_record: Tensor,
+    record: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    to_logits: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    out = logits.new_empty(logits.shape if to_logits else 0)
+    ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
+    nothing = logits.new_empty(1, dtype=accumulator(logits))
+    _backward(
+        p, {}, nothing, grad_record.contiguous(), record.contiguous(), out if to_logits else None,
+        ref_out if to_ref else None, first, vocab, 0.5, ref_logits is not None,
+    )  # fmt: skip
+    return out, ref_out

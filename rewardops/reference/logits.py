@@ -6,7 +6,7 @@ into the record of the whole, and every statistic is a function of that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -182,6 +182,11 @@ def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
     def divided(value: Tensor, total: Tensor, empty: Tensor) -> Tensor:
         return torch.where(masked | empty, 0, value) / torch.where(masked | empty, 1, total)
 
+    def infinite_or(value: Tensor, finite: Callable[[Tensor], Tensor]) -> Tensor:
+        # No gradient reaches an infinite divergence, which does not change with the logits.
+        infinite = value.isinf() & ~normalisers.isnan()
+        return torch.where(infinite, torch.inf, finite(torch.where(value.isinf(), 0, value)))
+
     log_sum = log(r["total"], empty)
     ref_log_sum = log(r["ref_total"], ref_empty)
     normalisers = ref_log_sum - log_sum
@@ -197,8 +202,10 @@ def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         ),
         "is_top1": lambda: found & ~empty & (r["total"] == r["total"]) & (r["token"] == r["shift"]),
         "ref_logprob": lambda: torch.where(found, r["ref_token"], torch.nan) - r["ref_shift"] - ref_log_sum,
-        "kl": lambda: divided(r["kl"], r["total"], empty) + normalisers,
-        "reverse_kl": lambda: divided(r["reverse"], r["ref_total"], ref_empty) - normalisers,
+        "kl": lambda: infinite_or(r["kl"], lambda v: divided(v, r["total"], empty) + normalisers),
+        "reverse_kl": lambda: infinite_or(
+            r["reverse"], lambda v: divided(v, r["ref_total"], ref_empty) - normalisers
+        ),
     }
     return {
         name: torch.where(masked, torch.zeros((), dtype=value.dtype, device=value.device), value)
@@ -266,11 +273,6 @@ def log_probabilities(logits, ref_logits, tokens, mask, t, softcap, vocab, log_s
     return found
 
 
-def times(grad: Tensor, value: Tensor) -> Tensor:
-    """Of a divergence that came out infinite there is no gradient; one that nobody asked about is 0."""
-    return torch.where(grad == 0, 0, torch.where(value.isinf(), torch.nan, grad * value))
-
-
 def side_gradient(
     logits: Tensor,
     logp: Tensor,
@@ -293,7 +295,9 @@ def side_gradient(
     p = logp.exp()
     g = on["p"] * p + on["log"] * product(p, logp) + on["square"] * p * p + on["one"]
     if logq is not None:
-        g = g + on["gap"] * product(p, gap(logp, logq)) + on["q"] * logq.exp()
+        # Where the gap is infinite, so is the divergence, which then has no gradient.
+        apart = gap(logp, logq)
+        g = g + on["gap"] * p * torch.where(apart.isinf(), 0, apart) + on["q"] * logq.exp()
     if log_m is not None:
         g = g + on["mixed"] * product(p, gap(logp, log_m))
     if vocab:
@@ -330,13 +334,17 @@ def token_stats_backward(
     zero = torch.zeros_like(known["shift"])
     given = {name: g for name, g in zip(outputs, grads, strict=True) if g is not None}
     up = {name: torch.where(valid, given.get(name, zero), 0) for name in OUTPUTS}
+    for name in ("kl", "reverse_kl"):
+        if name in given:  # an infinite divergence does not change with the logits
+            infinite = known[name].isinf()
+            up[name], known[name] = torch.where(infinite, 0, up[name]), torch.where(infinite, 0, known[name])
     for name in ("logprob", "ref_logprob"):
         if name in given:  # where its value is NaN, so is its gradient
             up[name] = torch.where(found, up[name], torch.nan)
 
     policy = {
         "p": up["logsumexp"] - up["logprob"]
-        - times(up["entropy"], known["entropy"]) - 2 * times(up["sum_sq"], known["sum_sq"]),
+        - up["entropy"] * known["entropy"] - 2 * up["sum_sq"] * known["sum_sq"],
         "log": -up["entropy"],
         "square": 2 * up["sum_sq"],
         "one": up["mean_logit"] / vocab,
@@ -353,12 +361,12 @@ def token_stats_backward(
     )
     log_m = log_mixture(logp, logq, beta) if "jsd" in given else None
     policy["p"] = (
-        policy["p"] + up["reverse_kl"] - times(up["kl"], known["kl"]) - (1 - beta) * up["jsd"] * known["mixed_kl"]
+        policy["p"] + up["reverse_kl"] - up["kl"] * known["kl"] - (1 - beta) * up["jsd"] * known["mixed_kl"]
     )
     policy |= {"gap": up["kl"], "mixed": (1 - beta) * up["jsd"], "q": -up["reverse_kl"]}
     ref = {
         "p": up["kl"] - up["ref_logprob"]
-        - times(up["reverse_kl"], known["reverse_kl"]) - beta * up["jsd"] * known["ref_mixed_kl"],
+        - up["reverse_kl"] * known["reverse_kl"] - beta * up["jsd"] * known["ref_mixed_kl"],
         "log": zero, "square": zero, "one": zero,
         "token": up["ref_logprob"],
         "gap": up["reverse_kl"], "mixed": beta * up["jsd"], "q": -up["kl"],

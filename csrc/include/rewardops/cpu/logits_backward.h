@@ -20,12 +20,6 @@ struct Side {
   bool pair_free() const { return on_gap == 0 && on_mixed == 0 && on_q == 0; }
 };
 
-// Of a divergence that came out infinite there is no gradient; one that nobody asked about does not matter.
-inline double times(double grad, double value) {
-  if (grad == 0) return 0;
-  return std::isinf(value) ? std::numeric_limits<double>::quiet_NaN() : grad * value;
-}
-
 template <typename Acc>
 inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side& policy, Side& ref) {
   const auto up = [&](Output o) {
@@ -34,24 +28,31 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   const auto saved = [&](Saved row) {
     return static_cast<double>(static_cast<const Acc*>(a.saved)[row * a.count + n]);
   };
+  // An infinite divergence does not change with the logits: it has no gradient.
+  const auto divergence = [&](Output o, Saved row, double* value) {
+    *value = saved(row);
+    if (!std::isinf(*value)) return up(o);
+    return *value = 0;
+  };
   const double none = std::numeric_limits<double>::quiet_NaN();
   // Where the token's log-probability is NaN, so is its gradient.
   const double logprob = a.grads[kLogprob] && !found ? none : up(kLogprob);
   const double entropy = up(kEntropy), sum_sq = up(kSumSq);
-  policy.on_p = up(kLogsumexp) - logprob - times(entropy, saved(kSavedEntropy)) -
-                2 * times(sum_sq, saved(kSavedSumSq));
+  policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) - 2 * sum_sq * saved(kSavedSumSq);
   policy.on_log = -entropy;
   policy.on_square = 2 * sum_sq;
   policy.on_one = up(kMeanLogit) / static_cast<double>(a.in.vocab);
   policy.on_token = logprob;
   if (!a.in.ref.data) return;
-  const double kl = up(kKl), reverse = up(kReverseKl), jsd = up(kJsd), beta = a.in.beta;
+  double kl_value, reverse_value;
+  const double kl = divergence(kKl, kSavedKl, &kl_value), jsd = up(kJsd), beta = a.in.beta;
+  const double reverse = divergence(kReverseKl, kSavedReverseKl, &reverse_value);
   const double ref_logprob = a.grads[kRefLogprob] && !found ? none : up(kRefLogprob);
-  policy.on_p += reverse - times(kl, saved(kSavedKl)) - (1 - beta) * times(jsd, saved(kMixedKl));
+  policy.on_p += reverse - kl * kl_value - (1 - beta) * jsd * saved(kMixedKl);
   policy.on_gap = kl;
   policy.on_mixed = (1 - beta) * jsd;
   policy.on_q = -reverse;
-  ref.on_p = kl - ref_logprob - times(reverse, saved(kSavedReverseKl)) - beta * times(jsd, saved(kRefMixedKl));
+  ref.on_p = kl - ref_logprob - reverse * reverse_value - beta * jsd * saved(kRefMixedKl);
   ref.on_gap = reverse;
   ref.on_mixed = beta * jsd;
   ref.on_q = -kl;
