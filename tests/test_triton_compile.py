@@ -46,14 +46,30 @@ def record() -> list:
 
     vocab, batch, width = 151936, 8, 4096
     ids = torch.zeros(40, dtype=torch.int64)
+    policy = ("logprob", "entropy", "logsumexp", "sum_sq", "mean_logit", "is_top1")
+    both = (*policy, "ref_logprob", "kl", "reverse_kl")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.empty(40, vocab, dtype=dtype)
+
+        def run(outputs, rows=40, ref=False, mask=None, temperatures=None, softcap=0.0, x=x):
+            inputs = (x[:rows], ids[:rows], x[:rows] if ref else None, mask, temperatures)
+            saved, *made = logits.token_stats(*inputs, 0.7, softcap, vocab, 0.3, outputs, False)
+            grads = [None if name == "is_top1" else g for name, g in zip(outputs, made, strict=True)]
+            rest = (saved, 0.7, softcap, vocab, 0.3, outputs)
+            logits.token_stats_backward(grads, *inputs, *rest, True, ref)
+
         for rows, mask in ((40, None), (40, torch.ones(40).bool()), (2, None)):
-            out = logits.token_stats(x[:rows], ids[:rows], mask, 0.7, True)
-            logits.token_stats(x[:rows], ids[:rows], mask, 1.0, False)
-            up = out[0]
-            for ups in ((up, up, up), (up, None, None)):
-                logits.token_stats_backward(*ups, x[:rows], ids[:rows], mask, up, out[2], out[3], 0.7)
+            run(("logprob", "entropy"), rows, mask=mask)
+            run(("logprob",), rows, mask=mask)
+            run(("logprob", "entropy", "kl"), rows, ref=True)
+        run(policy)
+        run((*both, "jsd"), ref=True)
+        run(("logprob", "entropy"), softcap=30.0, temperatures=torch.ones(40, dtype=torch.float64))
+        run((*both, "jsd"), ref=True, softcap=30.0, temperatures=torch.ones(40, dtype=torch.float64))
+        for outputs, ref in ((("logprob", "entropy"), None), (both, x)):
+            inputs = (x, ids, ref, None, None, 0.7, 0.0, 0, vocab)
+            record = logits.token_stats_partial(*inputs, outputs)
+            logits.token_stats_partial_backward(record, record, *inputs, True, ref is not None)
 
     mask = torch.ones(batch, width).bool()
     cu = torch.arange(0, batch * width + 1, width, dtype=torch.int32)
@@ -192,7 +208,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {row["kernel"] for row in compiled}
-    assert len(kernels) == 16, sorted(kernels)
+    assert len(kernels) == 17, sorted(kernels)
     for target in TARGETS:
         assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
 

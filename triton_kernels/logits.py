@@ -31,9 +31,12 @@ LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, MEAN, TOP1, REF_LOGPROB, KL, REVERSE, JSD =
 )
 
 
-def _block(logits: Tensor) -> int:
-    """Elements a program reads at once: 32 bytes a thread, two loads of the widest kind in flight."""
-    return 1024 if INTERPRETED else 32 * 32 * WARPS // logits.element_size()
+def _block(logits: Tensor, crowded: bool) -> int:
+    """Elements of a row that a program takes at once: 32 bytes a thread, two loads of the widest kind in flight.
+
+    Half of that where two rows are read together, which also makes two, or where the softcap takes registers.
+    """
+    return 1024 if INTERPRETED else (16 if crowded else 32) * 32 * WARPS // logits.element_size()
 
 
 # ---- rows and logits ---------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def finish(
         mean = tl.where(empty, float("-inf"), shift + distance / columns)
         tl.store(outputs + 4 * count + n, mean.to(ACC))
     if TOP1 & WANT:
-        tl.store(tops + n, ((token == shift) & (empty == 0) & (total == total)).to(tl.int8))
+        tl.store(tops + n, ((token == shift) & (empty == 0) & (total == total)).to(tl.uint8))
     if HAS_REF:
         ref_empty = ref_shift == float("-inf")
         ref_log_sum = tl.where(ref_empty, nan, tl.log(ref_total))
@@ -758,7 +761,7 @@ class _Problem:
         self.scalars = (*pair(1.0 / temperature), *pair(softcap or 1.0))
         self.flags = {"HAS_MASK": mask is not None, "HAS_TEMPERATURES": temperatures is not None}
         self.capped = {"CAPPED": softcap > 0}
-        self.block = _block(self.logits)
+        self.block = _block(self.logits, ref is not None or softcap > 0)
         self.blocks = cdiv(vocab, self.block)
 
     def parts(self, per_multiprocessor: int) -> tuple[int, int]:
@@ -821,7 +824,7 @@ def token_stats(
     names = [name for name in OUTPUTS if name not in ("is_top1", "jsd")]
     rows = max((names.index(name) + 1 for name in outputs if name in names), default=0)
     out = logits.new_empty((rows, *shape), dtype=acc)
-    tops = logits.new_empty(shape if "is_top1" in outputs else 0, dtype=torch.int8)
+    tops = logits.new_empty(shape if "is_top1" in outputs else 0, dtype=torch.uint8)
     made = {name: out[names.index(name)] for name in outputs if name in names}
     p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
     if p.count:
