@@ -74,7 +74,7 @@ void token_stats(const py::tuple& problem, const py::tuple& outputs, Address sav
   a.in = logits_args(problem);
   a.count = problem[0].cast<int64_t>();
   for (size_t o = 0; o < outputs.size(); ++o) a.outputs[o] = at<void>(outputs[o].cast<Address>());
-  a.saved = at<void>(saved);
+  a.saved = at<double>(saved);
   a.record = at<double>(record);
   a.terms = terms;
   const py::gil_scoped_release release;
@@ -89,7 +89,7 @@ void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Addr
   a.in = logits_args(problem);
   a.count = problem[0].cast<int64_t>();
   for (size_t o = 0; o < grads.size(); ++o) a.grads[o] = at<const void>(grads[o].cast<Address>());
-  a.saved = at<const void>(saved);
+  a.saved = at<const double>(saved);
   a.grad_record = at<const double>(grad_record);
   a.record = at<const double>(record);
   a.width = width;

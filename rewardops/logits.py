@@ -43,7 +43,7 @@ _SCALARS = "float temperature, float softcap"
 def _fake(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta, outputs):  # type: ignore[no-untyped-def]
     acc = spec.accumulator(logits)
     saved = len(spec.SAVED) if ref_logits is not None else 4
-    made = [logits.new_empty((saved, *tokens.shape), dtype=acc)]
+    made = [logits.new_empty((saved, *tokens.shape), dtype=torch.float64)]
     for name in outputs:
         made.append(logits.new_empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc))
     return made

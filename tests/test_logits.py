@@ -13,15 +13,27 @@ from hypothesis import strategies as st
 import rewardops
 from rewardops.testing import assert_within_budget, check_op, evaluate, random_mask
 
-ALL = ("logprob", "entropy", "logsumexp")
+EVERY = rewardops.logits.OUTPUTS
+POLICY = EVERY[:6]  # what needs no reference
+PARTIAL = rewardops.logits.PARTIAL_OUTPUTS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def stats(tokens, mask=None, temperature=1.0, outputs=ALL):
-    def fn(logits):
-        y = tokens.to(logits.device)
-        m = None if mask is None else mask.to(logits.device)
-        return rewardops.token_stats(logits, y, temperature=temperature, mask=m, outputs=outputs)
+def stats(tokens, mask=None, outputs=POLICY, **options):
+    """token_stats as a function of the logits, and of the reference's where they are given."""
+
+    def fn(logits, ref_logits=None):
+        def here(x):
+            return x.to(logits.device) if isinstance(x, torch.Tensor) else x
+
+        return rewardops.token_stats(
+            logits,
+            here(tokens),
+            ref_logits=ref_logits,
+            mask=here(mask),
+            outputs=outputs,
+            **{k: here(v) for k, v in options.items()},
+        )
 
     return fn
 
@@ -58,8 +70,9 @@ def test_padded_rows_and_strided_views(target, generator, masked):
     check_op(lambda x: fn(x[:, ::2]), [wide], backend=target.backend, device=target.device)
 
 
-def test_real_vocabulary(target, generator):
-    logits, tokens = draw((3,), 50257, generator)
+@pytest.mark.parametrize("vocab", [50257, 128256, 151936, 262144])
+def test_real_vocabularies(target, generator, vocab):
+    logits, tokens = draw((2,), vocab, generator)
     check_op(stats(tokens), [logits], backend=target.backend, device=target.device)
 
 
@@ -89,7 +102,7 @@ def test_minus_infinity(target, generator):
     logits[3, 11] = -torch.inf  # at the token
     tokens = torch.tensor([5, 8500, 8500, 11])
     ours = check_op(stats(tokens), [logits], backend=target.backend, device=target.device)
-    logprob, entropy, _ = ours.outputs
+    logprob, entropy = ours.outputs[:2]
     assert logprob[2].item() == 0.0
     assert entropy[2].item() == 0.0
     assert logprob[3].item() == -math.inf
@@ -100,7 +113,10 @@ def test_a_row_without_mass_is_nan_and_alone(target):
     logits = torch.zeros(2, 8)
     logits[0] = -torch.inf
     out = evaluate(stats(torch.tensor([1, 1])), [logits], backend=target.backend, device=target.device)
-    assert all(o[0].isnan() and o[1].isfinite() for o in out.outputs)
+    named = dict(zip(POLICY, out.outputs, strict=True))
+    assert not named.pop("is_top1")[0]
+    assert named.pop("mean_logit").tolist() == [-math.inf, 0.0]
+    assert all(o[0].isnan() and o[1].isfinite() for o in named.values())
 
 
 def test_nan_in_a_logit_shows(target):
@@ -109,8 +125,9 @@ def test_nan_in_a_logit_shows(target):
     logits[1, :4096] = -torch.inf
     logits[1, 5] = torch.nan
     out = evaluate(stats(torch.tensor([1, 4999, 1])), [logits], backend=target.backend, device=target.device)
-    assert out.outputs[0].isnan().tolist() == [True, True, False]
-    assert out.outputs[1].isnan().tolist() == [True, True, False]
+    for name, o in zip(POLICY, out.outputs, strict=True):
+        if name != "is_top1":
+            assert o.isnan().tolist() == [True, True, False], name
 
 
 def test_masked_rows_never_influence(target, generator):
@@ -126,7 +143,7 @@ def test_masked_rows_never_influence(target, generator):
     assert bool((ours.gradients[0].cpu()[~mask] == 0).all())
 
 
-@pytest.mark.parametrize("outputs", [("logprob",), ("entropy",), ("logsumexp",), ("entropy", "logprob")])
+@pytest.mark.parametrize("outputs", [*((name,) for name in POLICY), ("entropy", "logprob")])
 def test_only_what_was_asked_for(target, generator, outputs):
     logits, tokens = draw((5,), 40, generator)
     result = stats(tokens, outputs=outputs)(logits.to(target.device))
@@ -140,6 +157,9 @@ def test_ids_out_of_range_are_nan_and_never_read(target, generator):
     result = stats(tokens)(logits.to(target.device))
     assert result.logprob.isnan().tolist() == [False, True, True, False]
     assert result.entropy.isfinite().all()
+    # No gradient but of what is NaN is NaN.
+    ours = evaluate(stats(tokens, outputs=("entropy",)), [logits], backend=target.backend, device=target.device)
+    assert ours.gradients[0].isfinite().all()
     with rewardops.debug(), pytest.raises(ValueError, match=r"tokens: got 9 at \[1\], want ids in \[0, 9\)"):
         stats(tokens)(logits.to(target.device))
 
@@ -176,34 +196,66 @@ def test_same_bits_every_time(target, generator):
             assert torch.equal(a, b)
 
 
-def test_against_torch_in_float64(target, generator):
-    """The independent oracle: log_softmax, and autograd through it."""
-    if target.backend == "triton" and target.device.type == "cpu":
-        pytest.skip("float64 cases of the interpreter are covered above")
+def plain(logits, tokens, ref_logits, temperature, beta):
+    """The independent oracle: the formulas through log_softmax, and autograd through them."""
+    z = logits / temperature
+    logp, logq = z.log_softmax(-1), (ref_logits / temperature).log_softmax(-1)
+    p, q = logp.exp(), logq.exp()
+    m = beta * q + (1 - beta) * p
+    return {
+        "logprob": logp.gather(-1, tokens[:, None])[:, 0],
+        "entropy": -(p * logp).sum(-1),
+        "logsumexp": z.logsumexp(-1),
+        "sum_sq": (p * p).sum(-1),
+        "mean_logit": z.mean(-1),
+        "ref_logprob": logq.gather(-1, tokens[:, None])[:, 0],
+        "kl": (p * (logp - logq)).sum(-1),
+        "reverse_kl": (q * (logq - logp)).sum(-1),
+        "jsd": beta * (q * (logq - m.log())).sum(-1) + (1 - beta) * (p * (logp - m.log())).sum(-1),
+    }
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_against_torch_in_float64(target, generator, beta):
     logits, tokens = draw((8,), 301, generator, dtype=torch.float64)
-    logits = logits.to(target.device).requires_grad_()
+    ref, _ = draw((8,), 301, generator, dtype=torch.float64)
+    logits, ref = (x.to(target.device).requires_grad_() for x in (logits, ref))
     y = tokens.to(target.device)
-    logp = (logits / 1.3).log_softmax(-1)
-    want = (logp.gather(-1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1))
-    (want_grad,) = torch.autograd.grad(want[0].sum() + 2 * want[1].sum(), logits)
-    got = rewardops.token_stats(logits, y, temperature=1.3)
-    (got_grad,) = torch.autograd.grad(got.logprob.sum() + 2 * got.entropy.sum(), logits)
-    torch.testing.assert_close(got.logprob, want[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got.entropy, want[1], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got_grad, want_grad, rtol=1e-11, atol=1e-13)
+    want = plain(logits, y, ref, 1.3, beta)
+    got = rewardops.token_stats(logits, y, temperature=1.3, ref_logits=ref, outputs=EVERY, beta=beta)._asdict()
+    # The interpreter's float64 arithmetic is exact; its exp2 and log are those of numpy.
+    for name, expected in want.items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        ours = torch.autograd.grad(got[name].sum(), [logits, ref], retain_graph=True)
+        theirs = torch.autograd.grad(expected.sum(), [logits, ref], retain_graph=True, allow_unused=True)
+        for a, b in zip(ours, theirs, strict=True):
+            b = torch.zeros_like(a) if b is None else b
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    top = (logits == logits.max(-1, keepdim=True).values).gather(-1, y[:, None])[:, 0]
+    assert got["is_top1"].tolist() == top.tolist()
 
 
-@pytest.mark.parametrize("name", ["trl_linear_stats.npz"])
+@pytest.mark.parametrize("name", ["trl_linear_stats.npz", "trl_linear_stats_softcap.npz"])
 def test_recorded_pairs(target, shared, name):
     d = np.load(shared / "golden" / name)
     hidden, weight, bias = (torch.tensor(d[k], dtype=torch.float64) for k in ("hidden", "weight", "bias"))
     hidden.requires_grad_()
     logits = (hidden @ weight.T + bias).float().to(target.device)
     got = rewardops.token_stats(
-        logits, torch.tensor(d["targets"]).to(target.device), temperature=float(d["temperature"])
+        logits,
+        torch.tensor(d["targets"]).to(target.device),
+        temperature=float(d["temperature"]),
+        softcap=float(d["softcap"]) or None,
+        outputs=POLICY,
     )
-    torch.testing.assert_close(got.logprob.cpu().detach(), torch.tensor(d["logprob"]), rtol=2e-6, atol=5e-6)
-    torch.testing.assert_close(got.entropy.cpu().detach(), torch.tensor(d["entropy"]), rtol=2e-6, atol=5e-6)
+    for ours, theirs in (
+        (got.logprob, "logprob"),
+        (got.entropy, "entropy"),
+        (got.sum_sq.log(), "log_sum_sq_probs"),
+        (got.mean_logit, "mean_logit"),
+    ):
+        torch.testing.assert_close(ours.cpu().detach(), torch.tensor(d[theirs]), rtol=2e-6, atol=5e-6)
+    assert got.is_top1.tolist() == d["is_top1"].tolist()
     up = [torch.tensor(d[k]).to(target.device) for k in ("upstream_logprob", "upstream_entropy")]
     (grad,) = torch.autograd.grad([got.logprob, got.entropy], hidden, up)
     torch.testing.assert_close(grad.float(), torch.tensor(d["grad_hidden"]), rtol=1e-4, atol=1e-5)
@@ -231,7 +283,359 @@ def test_beats_eager_on_half_precision(target, generator):
     logits, tokens = draw((16,), 2000, generator, dtype=torch.bfloat16)
     exact = evaluate(stats(tokens), [logits], backend="reference", dtype=torch.float64)
     ours = evaluate(stats(tokens), [logits], backend=target.backend, device=target.device)
-    assert all(o.dtype is torch.float32 for o in ours.outputs)
+    assert [o.dtype for o in ours.outputs] == [torch.float32] * 5 + [torch.bool]
     assert ours.gradients[0].dtype is torch.bfloat16
-    for a, b in zip(ours.outputs, exact.outputs, strict=True):
-        assert_within_budget(a, b, b.float(), ulps=16)
+    for name, a, b in zip(POLICY, ours.outputs, exact.outputs, strict=True):
+        if name != "mean_logit":  # a sum that nearly cancels is held to eager's error, elsewhere
+            assert_within_budget(a, b, ulps=16, name=name)
+
+
+# ---- with a reference's logits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 1000, 5003])
+def test_pairs_match_float64(target, generator, dtype, vocab):
+    logits, tokens = draw((7,), vocab, generator, dtype=dtype)
+    ref, _ = draw((7,), vocab, generator, dtype=dtype)
+    fn = stats(tokens, outputs=EVERY, temperature=0.7, beta=0.3)
+    check_op(fn, [logits, ref], backend=target.backend, device=target.device)
+
+
+@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_a_reference_of_another_dtype(target, generator, kinds):
+    logits, tokens = draw((5,), 2100, generator, dtype=kinds[0])
+    ref, _ = draw((5,), 2100, generator, dtype=kinds[1])
+    ours = check_op(stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device)
+    assert [g.dtype for g in ours.gradients] == list(kinds)
+    wide = rewardops.token_stats(
+        logits.to(target.device), tokens.to(target.device), ref_logits=ref.double().to(target.device), outputs=["kl"]
+    )
+    assert wide.kl.dtype is torch.float64
+
+
+@pytest.mark.parametrize("scale", [0.1, 100.0])
+@pytest.mark.parametrize("offsets", [(1e4, 1e4), (1e4, -1e4), (0.0, -120.0)])
+def test_pairs_of_any_scale_and_offset(target, generator, scale, offsets):
+    logits, tokens = draw((5,), 2500, generator, scale)
+    ref, _ = draw((5,), 2500, generator, scale)
+    inputs = [logits + offsets[0], ref + offsets[1]]
+    check_op(stats(tokens, outputs=EVERY), inputs, backend=target.backend, device=target.device)
+
+
+def test_kl_of_near_neighbours_beats_eager(target, generator):
+    """A KL of 1e-6, as after one step of training: differences of log-probabilities lose most of it."""
+    logits, tokens = draw((16,), 3000, generator)
+    ref = logits + 1e-3 * torch.randn(logits.shape, generator=generator)
+    exact = plain(logits.double(), tokens, ref.double(), 1.0, 0.5)["kl"]
+    eager = plain(logits, tokens, ref, 1.0, 0.5)["kl"]
+    ours = stats(tokens, outputs=("kl",))(logits.to(target.device), ref.to(target.device)).kl.cpu()
+    assert exact.max() < 2e-6
+    if target.backend != "reference":
+        assert (ours - exact).abs().max() < 0.5 * (eager - exact).abs().max()
+
+
+def test_minus_infinity_in_pairs(target, generator):
+    vocab = 3000
+    logits, tokens = draw((6,), vocab, generator, scale=100.0)
+    ref, _ = draw((6,), vocab, generator)
+    logits[0, :1500] = ref[0, :1500] = -torch.inf  # in both: in no divergence
+    ref[1, 7] = -torch.inf  # mass in the policy alone, however little
+    logits[1, 7] = logits[1].max() - 1000
+    logits[2, :1100] = -torch.inf  # mass in the reference alone
+    logits[3, :2100] = -torch.inf  # both, in turn
+    ref[3, 1500:] = -torch.inf
+    ref[4, 1:] = logits[4, 1:] = -torch.inf  # one column left
+    ours = check_op(stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device)
+    named = dict(zip(EVERY, ours.outputs, strict=True))
+    assert named["kl"].isinf().tolist() == [False, True, False, True, False, False]
+    assert named["reverse_kl"].isinf().tolist() == [False, False, True, True, False, False]
+    assert named["kl"][4] == named["reverse_kl"][4] == named["jsd"][4] == 0
+    assert named["jsd"].isfinite().all()
+    assert all(g.isfinite().all() for g in ours.gradients)
+
+
+def test_masked_pairs_never_influence(target, generator):
+    logits, tokens = draw((4, 5), 70, generator)
+    ref, _ = draw((4, 5), 70, generator)
+    mask = random_mask(4, 5, generator)
+    fn = stats(tokens, mask, EVERY)
+    clean = evaluate(fn, [logits, ref], backend=target.backend, device=target.device)
+    dirty = [torch.where(mask[..., None], x, torch.nan) for x in (logits, ref)]
+    ours = evaluate(fn, dirty, backend=target.backend, device=target.device, poison=mask)
+    for a, b in zip([*clean.outputs, *clean.gradients], [*ours.outputs, *ours.gradients], strict=True):
+        assert torch.equal(a, b)
+    assert all(bool((o.cpu()[~mask] == 0).all()) for o in [*ours.outputs, *ours.gradients])
+
+
+def test_nan_in_either_row_of_a_pair_shows(target, generator):
+    logits, tokens = draw((3,), 3000, generator)
+    ref, _ = draw((3,), 3000, generator)
+    logits[0, 2999] = torch.nan
+    ref[1, 5] = torch.nan
+    result = stats(tokens, outputs=EVERY)(logits.to(target.device), ref.to(target.device))
+    for name in ("kl", "reverse_kl", "jsd"):
+        assert getattr(result, name).isnan().tolist() == [True, True, False], name
+    assert result.logprob.isnan().tolist() == [True, False, False]
+    assert result.ref_logprob.isnan().tolist() == [False, True, False]
+
+
+def test_by_hand(target):
+    """p = (.5, .3, .2) against q = (.2, .2, .6)."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
+    logits, ref = p.log().to(target.device), q.log().to(target.device)
+    for beta, jsd in ((0.1, 0.03464), (0.5, 0.09057), (0.9, 0.03225)):
+        got = stats(torch.tensor([0]), outputs=EVERY, beta=beta)(logits, ref)
+        assert got.jsd.item() == pytest.approx(jsd, abs=1e-5)
+    assert got.kl.item() == pytest.approx(0.36006, abs=1e-5)
+    assert got.reverse_kl.item() == pytest.approx(0.39482, abs=1e-5)
+    assert got.sum_sq.item() == pytest.approx(0.38, abs=1e-6)
+    assert got.logprob.item() == pytest.approx(math.log(0.5), abs=1e-6)
+    assert got.ref_logprob.item() == pytest.approx(math.log(0.2), abs=1e-6)
+    assert got.mean_logit.item() == pytest.approx(math.log(0.03) / 3, abs=1e-6)
+    assert got.is_top1.item()
+
+
+# ---- options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per", ["row", "token", "one"])
+def test_temperature_tensors(target, generator, per):
+    logits, tokens = draw((3, 4), 60, generator)
+    ref, _ = draw((3, 4), 60, generator)
+    shape = {"row": (3,), "token": (3, 4), "one": ()}[per]
+    t = torch.rand(shape, generator=generator) + 0.5
+    fn = stats(tokens, outputs=EVERY, temperature=t)
+    ours = check_op(fn, [logits, ref], backend=target.backend, device=target.device)
+    every = t.view(3, 1).expand(3, 4) if per == "row" else t.expand(3, 4)
+    for b in range(3):
+        for k in range(4):
+            one = stats(tokens[b, k : k + 1], outputs=EVERY, temperature=every[b, k].item())
+            want = evaluate(
+                one, [logits[b, k : k + 1], ref[b, k : k + 1]], backend=target.backend, device=target.device
+            )
+            for a, c in zip(ours.outputs, want.outputs, strict=True):
+                torch.testing.assert_close(a[b, k], c[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [5.0, 30.0])
+def test_softcap(target, generator, softcap):
+    logits, tokens = draw((5,), 1300, generator, scale=20.0)
+    logits[1] *= 1e-3  # where tanh x and x differ in the last places only
+    logits[2, :4] = torch.tensor([-torch.inf, 1e4, -1e4, 0.0])
+    ref, _ = draw((5,), 1300, generator, scale=20.0)
+    fn = stats(tokens, outputs=EVERY, softcap=softcap, temperature=0.9)
+    check_op(fn, [logits, ref], backend=target.backend, device=target.device)
+    got = fn(logits.to(target.device), ref.to(target.device))
+    want = plain(*(softcap * torch.tanh(x.double() / softcap) if x.is_floating_point() else x
+                   for x in (logits, tokens, ref)), 0.9, 0.5)  # fmt: skip
+    for name, expected in want.items():
+        torch.testing.assert_close(getattr(got, name).cpu().double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("vocab", [1, 40, 2047])
+def test_columns_beyond_vocab_size_do_not_exist(target, generator, vocab):
+    logits, tokens = draw((4,), vocab, generator)
+    ref, _ = draw((4,), vocab, generator)
+    want = evaluate(stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device)
+    padding = torch.full((4, 33), torch.nan)
+    padded = [torch.cat([x, padding], 1) for x in (logits, ref)]
+    fn = stats(tokens, outputs=EVERY, vocab_size=vocab)
+    ours = evaluate(fn, padded, backend=target.backend, device=target.device)
+    for a, b in zip(ours.outputs, want.outputs, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(ours.gradients, want.gradients, strict=True):
+        assert torch.equal(a[:, :vocab], b)
+        assert bool((a[:, vocab:] == 0).all())
+    beyond = rewardops.token_stats(
+        padded[0].to(target.device), torch.full((4,), vocab, device=target.device), vocab_size=vocab
+    )
+    assert beyond.logprob.isnan().all()
+
+
+def test_ignored_tokens_are_masked(target, generator):
+    logits, tokens = draw((6,), 500, generator)
+    ignored = torch.tensor([False, True, False, False, True, False])
+    logits[ignored] = torch.nan
+    marked = torch.where(ignored, -100, tokens)
+    ours = evaluate(stats(marked), [logits], backend=target.backend, device=target.device)
+    want = evaluate(stats(tokens, ~ignored), [logits], backend=target.backend, device=target.device)
+    for a, b in zip([*ours.outputs, *ours.gradients], [*want.outputs, *want.gradients], strict=True):
+        assert torch.equal(a, b)
+    with rewardops.debug():
+        stats(marked)(logits.to(target.device))
+
+
+def test_ties_at_the_top_all_count(target):
+    logits = torch.zeros(4, 2500, device=target.device)
+    logits[:, 3] = logits[:, 2400] = 2.0
+    got = rewardops.token_stats(
+        logits, torch.tensor([3, 2400, 5, 3], device=target.device), outputs=["is_top1"]
+    )
+    assert got.is_top1.dtype is torch.bool
+    assert got.is_top1.tolist() == [True, True, False, True]
+
+
+# ---- the gradient over the logits --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("view", ["whole", "sequence", "columns"])
+def test_inplace_backward(target, generator, view, with_ref):
+    cut = {
+        "whole": lambda x: x,
+        "sequence": lambda x: x[:, :-1],
+        "columns": lambda x: x[..., ::2],
+    }[view]
+    base, _ = draw((2, 4), 130, generator)
+    ref = draw(cut(base).shape[:-1], cut(base).shape[-1], generator)[0].to(target.device)
+    base = base.to(target.device)
+    tokens = torch.randint(0, 60, cut(base).shape[:-1], generator=generator).to(target.device)
+    options = {"outputs": EVERY if with_ref else POLICY, "ref_logits": ref if with_ref else None}
+    results = []
+    for inplace in (False, True):
+        logits = cut(base.clone()).detach().requires_grad_()
+        got = rewardops.token_stats(logits, tokens, inplace_backward=inplace, **options)
+        loss = sum(o.sum() for o in got if o is not None and o.requires_grad)
+        (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        results.append(grad.clone())
+        assert (grad.data_ptr() == logits.data_ptr()) == inplace
+        if inplace:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, logits)
+    assert torch.equal(*results)
+
+
+# ---- parts of the vocabulary -------------------------------------------------------------------------------
+
+
+def merged(tokens, cuts, outputs=PARTIAL, **options):
+    """token_stats from the parts between cuts, as a function of whole logits."""
+
+    def fn(logits, ref_logits=None):
+        edges = [0, *cuts, logits.shape[-1]]
+        records = [
+            rewardops.token_stats_partial(
+                logits[..., a:b],
+                tokens.to(logits.device),
+                vocab_start=a,
+                ref_logits=None if ref_logits is None else ref_logits[..., a:b],
+                outputs=outputs,
+                **options,
+            )
+            for a, b in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        return rewardops.merge_token_stats(records[::-1], outputs=outputs, dtype=dtype)
+
+    return fn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cuts", [(), (1,), (700, 701, 2048), (2600,)])
+def test_parts_merge_into_the_whole(target, generator, dtype, cuts):
+    logits, tokens = draw((6,), 3000, generator, dtype=dtype)
+    ref, _ = draw((6,), 3000, generator, dtype=dtype)
+    logits += 2  # a mean that does not cancel
+    logits[0, :701] = -torch.inf  # a part without mass
+    ref[1, :701] = logits[1, :701] = -torch.inf
+    ref[2, 50] = -torch.inf  # an infinite divergence
+    logits[3] += 1e4
+    tokens %= 2700
+    tokens[4] = -100
+    tokens[5] = 2699  # in the last part; what follows is padding
+    options = {"outputs": PARTIAL, "temperature": 0.8, "vocab_size": 2700}
+    check_op(
+        merged(tokens, cuts, **options),
+        [logits, ref],
+        reference=stats(tokens, **options),
+        backend=target.backend,
+        device=target.device,
+    )
+    tokens[5] = 2700  # in no part
+    got = merged(tokens, cuts, **options)(logits.to(target.device), ref.to(target.device))
+    assert got.logprob.isnan().tolist() == [False] * 5 + [True]
+
+
+def test_a_shard_among_gathered_records(target, generator):
+    """As under tensor parallelism: the others' records come without gradient, one's own with it."""
+    logits, tokens = draw((5,), 900, generator)
+    logits, tokens = logits.to(target.device), tokens.to(target.device)
+    whole = logits.clone().requires_grad_()
+    out = rewardops.token_stats(whole, tokens)
+    (want,) = torch.autograd.grad((out.logprob * 2 + out.entropy).sum(), whole)
+    edges = (0, 300, 600, 900)
+    records = [
+        rewardops.token_stats_partial(logits[:, a:b], tokens, vocab_start=a)
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    for rank in range(3):
+        a, b = edges[rank], edges[rank + 1]
+        shard = logits[:, a:b].clone().requires_grad_()
+        gathered = list(records)
+        gathered[rank] = rewardops.token_stats_partial(shard, tokens, vocab_start=a)
+        out = rewardops.merge_token_stats(torch.stack(gathered))
+        (grad,) = torch.autograd.grad((out.logprob * 2 + out.entropy).sum(), shard)
+        torch.testing.assert_close(grad, want[:, a:b], rtol=1e-5, atol=1e-7)
+
+
+@given(cuts=st.lists(st.integers(1, 59), max_size=5, unique=True), seed=st.integers(0, 10**6))
+def test_property_parts_in_any_number_and_place(cuts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits, tokens = draw((3,), 60, generator, scale=20.0, dtype=torch.float64)
+    ref, _ = draw((3,), 60, generator, dtype=torch.float64)
+    whole = stats(tokens, outputs=PARTIAL)(logits, ref)
+    parts = merged(tokens, sorted(cuts))(logits, ref)
+    for name in PARTIAL:
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-10, atol=1e-11)
+
+
+def test_what_a_record_was_not_asked_for_is_nan(target, generator):
+    logits, tokens = draw((3,), 90, generator)
+    record = rewardops.token_stats_partial(
+        logits.to(target.device), tokens.to(target.device), outputs=("logprob",)
+    )
+    got = rewardops.merge_token_stats([record], outputs=("logprob", "entropy", "sum_sq", "mean_logit"))
+    assert got.logprob.isfinite().all()
+    assert all(x.isnan().all() for x in (got.entropy, got.sum_sq, got.mean_logit))
+
+
+# ---- memory and addresses ----------------------------------------------------------------------------------
+
+
+def allocated(fn):
+    """Bytes that a call takes from the CPU's allocator, and the result."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = fn()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return sum(max(e.nbytes(), 0) for e in events), result
+
+
+def test_nothing_of_the_size_of_the_logits_is_allocated(target, generator):
+    if target.backend != "cpp":
+        pytest.skip("the specification copies, and the interpreter's memory is numpy's")
+    logits, tokens = draw((64,), 20000, generator)
+    ref, _ = draw((64,), 20000, generator)
+    size = logits.numel() * 4
+    whole = logits.requires_grad_()
+    taken, got = allocated(lambda: stats(tokens, outputs=EVERY)(whole, ref))
+    assert 0 < taken < 0.01 * size
+    up = torch.ones(64)
+    taken, _ = allocated(lambda: torch.autograd.grad([got.logprob, got.kl], whole, [up, up]))
+    assert size <= taken < 1.01 * size
+    got = stats(tokens, inplace_backward=True)(whole)
+    taken, _ = allocated(lambda: torch.autograd.grad([got.logprob, got.entropy], whole, [up, up]))
+    assert taken < 0.01 * size
+
+
+def test_row_offsets_are_64_bit(target):
+    """The arithmetic of the kernels' addresses, far beyond any memory."""
+    if target.backend != "triton":
+        pytest.skip("Triton's")
+    triton = pytest.importorskip("triton")
+    from rewardops.triton_kernels import logits as kernels
+
+    out = torch.zeros(4, dtype=torch.int64, device=target.device)
+    offsets_kernel[(4,)](out, kernels.row_offset, 2, 3 * 2**33, 2**31 + 16)
+    assert triton is not None
+    assert out.tolist() == [0, 2**31 + 16, 3 * 2**33, 3 * 2**33 + 2**31 + 16]

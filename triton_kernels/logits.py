@@ -66,6 +66,13 @@ def inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES: tl
 
 
 @triton.jit
+def split(value, ACC: tl.constexpr):
+    """A float64 scalar in two parts of the accumulation type."""
+    high = value.to(ACC)
+    return high, (value - high.to(tl.float64)).to(ACC)
+
+
+@triton.jit
 def tanh(x):
     """By e^2x, and near 0, where that cancels, by a rational function (Cephes)."""
     a = tl.abs(x)
@@ -81,6 +88,13 @@ def capped(x, cap, CAPPED: tl.constexpr):
     if CAPPED:
         x = cap * tanh(x / cap)
     return x
+
+
+@triton.jit
+def cap_slope(x, cap):
+    """1 - tanh^2 (x / cap) to its own last places, where tanh has come near 1 too."""
+    e = tl.exp(-2.0 * tl.abs(x / cap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -127,7 +141,7 @@ def sum_terms(e, x, top, shift):
 
 @triton.jit
 def accumulate(
-    z, x, inside, shift, total, weighted, squares, apart, ref_shift, ref_total, kl, reverse, scale,
+    z, x, inside, origin, shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse, scale,
     WANT: tl.constexpr, HAS_REF: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Take a block into the running maxima and sums; the sums are float64 scalars, relative to the maxima."""
@@ -173,15 +187,12 @@ def accumulate(
     if SUM_SQ & WANT:
         squares += tl.sum(e * e, 0).to(tl.float64)
     if MEAN & WANT:
-        # Of logits relative to the first maximum and not to this one: nothing to move when it changes.
-        d = z - apart
+        d = (z - origin).to(tl.float64)
         if TAIL:
             d = tl.where(inside, d, 0.0)
-        weighted_mean = tl.sum(d, 0).to(tl.float64)
-    else:
-        weighted_mean = tl.zeros([], tl.float64)
+        distance += tl.sum(d, 0)
     total += sum_terms(e, z, top, shift)
-    return shift, total, weighted, squares, weighted_mean, ref_shift, ref_total, kl, reverse
+    return shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse
 
 
 @triton.jit
@@ -220,11 +231,11 @@ def store_masked(n, count, outputs, tops, saved, record, WANT: tl.constexpr, HAS
 
 @triton.jit
 def finish(
-    n, count, outputs, tops, saved, inv, shift, total, weighted, squares, distance, columns, token, found,
-    ref_shift, ref_total, ref_token, kl, reverse,
+    n, count, outputs, tops, saved, stored_shift, ref_stored_shift,
+    shift, total, weighted, squares, distance, columns, token, found, ref_shift, ref_total, ref_token, kl, reverse,
     WANT: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's statistics from its record."""
+    """Write a row's statistics from its record, and from its shifts as the logits have them."""
     ACC: tl.constexpr = outputs.dtype.element_ty
     count = count.to(tl.int64)
     nan = float("nan")
@@ -233,18 +244,18 @@ def finish(
     token = tl.where(found > 0, token, nan)
     entropy = log_sum - weighted / total
     sum_sq = tl.where(empty, nan, squares / (total * total))
-    tl.store(saved + n, (shift / inv).to(ACC))
-    tl.store(saved + count + n, log_sum.to(ACC))
+    tl.store(saved + n, stored_shift)
+    tl.store(saved + count + n, tl.where(empty, nan, total))
     if LOGPROB & WANT:
         tl.store(outputs + n, (token - shift - log_sum).to(ACC))
     if ENTROPY & WANT:
         tl.store(outputs + count + n, entropy.to(ACC))
-        tl.store(saved + 2 * count + n, entropy.to(ACC))
+        tl.store(saved + 2 * count + n, entropy)
     if LOGSUMEXP & WANT:
         tl.store(outputs + 2 * count + n, (tl.where(empty, 0.0, shift) + log_sum).to(ACC))
     if SUM_SQ & WANT:
         tl.store(outputs + 3 * count + n, sum_sq.to(ACC))
-        tl.store(saved + 3 * count + n, sum_sq.to(ACC))
+        tl.store(saved + 3 * count + n, sum_sq)
     if MEAN & WANT:
         mean = tl.where(empty, float("-inf"), shift + distance / columns)
         tl.store(outputs + 4 * count + n, mean.to(ACC))
@@ -253,19 +264,19 @@ def finish(
     if HAS_REF:
         ref_empty = ref_shift == float("-inf")
         ref_log_sum = tl.where(ref_empty, nan, tl.log(ref_total))
-        tl.store(saved + 4 * count + n, (ref_shift / inv).to(ACC))
-        tl.store(saved + 5 * count + n, ref_log_sum.to(ACC))
+        tl.store(saved + 4 * count + n, ref_stored_shift)
+        tl.store(saved + 5 * count + n, tl.where(ref_empty, nan, ref_total))
         if REF_LOGPROB & WANT:
             ref_token = tl.where(found > 0, ref_token, nan)
             tl.store(outputs + 5 * count + n, (ref_token - ref_shift - ref_log_sum).to(ACC))
         if KL & WANT:
             value = kl / total + (ref_log_sum - log_sum)
             tl.store(outputs + 6 * count + n, value.to(ACC))
-            tl.store(saved + 6 * count + n, value.to(ACC))
+            tl.store(saved + 6 * count + n, value)
         if REVERSE & WANT:
             value = reverse / ref_total - (ref_log_sum - log_sum)
             tl.store(outputs + 7 * count + n, value.to(ACC))
-            tl.store(saved + 7 * count + n, value.to(ACC))
+            tl.store(saved + 7 * count + n, value)
 
 
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "blocks", "parts"])
@@ -315,11 +326,10 @@ def token_stats_kernel(
             x = z
             if HAS_REF:
                 x = capped(tl.load(ref_row + start + columns).to(ACC), cap, CAPPED)
-            shift, total, weighted, squares, d, ref_shift, ref_total, kl, reverse = accumulate(
-                z, x, columns, shift, total, weighted, squares, origin, ref_shift, ref_total, kl, reverse, scale,
-                WANT, HAS_REF, False,
+            shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse = accumulate(
+                z, x, columns, origin, shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse,
+                scale, WANT, HAS_REF, False,
             )  # fmt: skip
-            distance += d
         if full < end:
             inside = full + columns < end
             z = capped(tl.load(row + full + columns, mask=inside, other=0.0).to(ACC), cap, CAPPED)
@@ -328,11 +338,10 @@ def token_stats_kernel(
             if HAS_REF:
                 x = capped(tl.load(ref_row + full + columns, mask=inside, other=0.0).to(ACC), cap, CAPPED)
                 x = tl.where(inside, x, float("-inf"))
-            shift, total, weighted, squares, d, ref_shift, ref_total, kl, reverse = accumulate(
-                z, x, inside, shift, total, weighted, squares, origin, ref_shift, ref_total, kl, reverse, scale,
-                WANT, HAS_REF, True,
+            shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse = accumulate(
+                z, x, inside, origin, shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse,
+                scale, WANT, HAS_REF, True,
             )  # fmt: skip
-            distance += d
 
         # To the units of a record: scaled logits, nats.
         shift64 = shift.to(tl.float64)
@@ -373,8 +382,8 @@ def token_stats_kernel(
             )  # fmt: skip
         else:
             finish(
-                n, count, outputs, tops, saved, inv, shift64, total, weighted, squares, distance,
-                width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
+                n, count, outputs, tops, saved, shift.to(tl.float64), ref_shift.to(tl.float64),
+                shift64, total, weighted, squares, distance, width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
                 WANT, HAS_REF,
             )  # fmt: skip
 
@@ -436,7 +445,7 @@ def token_stats_combine(
             )  # fmt: skip
         else:
             finish(
-                n, count, outputs, tops, saved, inv, shift, total, weighted, squares, distance, width, token, found,
+                n, count, outputs, tops, saved, shift / inv, ref_shift / inv, shift, total, weighted, squares, distance, width, token, found,
                 ref_shift, ref_total, ref_token, kl, reverse, WANT, HAS_REF,
             )  # fmt: skip
 
@@ -445,12 +454,38 @@ def token_stats_combine(
 
 
 @triton.jit
+def expm1_negative(x):
+    """e^x - 1 for x <= 0, also where e^x is near 1."""
+    c = tl.where(x < -0.5, -0.5, x)
+    y = c * (1.0 / 6227020800.0) + 1.0 / 479001600.0
+    y = y * c + 1.0 / 39916800.0
+    y = y * c + 1.0 / 3628800.0
+    y = y * c + 1.0 / 362880.0
+    y = y * c + 1.0 / 40320.0
+    y = y * c + 1.0 / 5040.0
+    y = y * c + 1.0 / 720.0
+    y = y * c + 1.0 / 120.0
+    y = y * c + 1.0 / 24.0
+    y = y * c + 1.0 / 6.0
+    y = y * c + 0.5
+    return tl.where(x < -0.5, tl.exp(x) - 1.0, y * c * c + c)
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x), also where x is small: the error of 1 + x is known (Kahan)."""
+    u = 1.0 + x
+    off = u - 1.0
+    return tl.where(off == 0.0, x, tl.log(u) * (x / tl.where(off == 0.0, 1.0, off)))
+
+
+@triton.jit
 def log_mixture_above(logp, logq, beta):
     """log(beta q + (1 - beta) p) relative to the larger of log p and log q, and that."""
     high = tl.where(logp >= logq, logp, logq)
     low = tl.where(logp >= logq, logq, logp)
-    weight = tl.where(logp >= logq, 1.0 - beta, beta)
-    return tl.log(weight + (1.0 - weight) * tl.exp(low - high)), high
+    weight = tl.where(logp >= logq, beta, 1.0 - beta)
+    return log1p(weight * expm1_negative(low - high)), high
 
 
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "vocab", "blocks", "parts"])
@@ -461,22 +496,21 @@ def token_stats_mixture_kernel(
     HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (n, k): KL of both sides to their mixture, over blocks [k * blocks, (k + 1) * blocks) of row n."""
-    ACC: tl.constexpr = saved.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0)
     part = tl.program_id(1)
     mixed = tl.zeros([], tl.float64)
     ref_mixed = tl.zeros([], tl.float64)
     if not is_masked(n, tokens, mask, HAS_MASK):
         inv = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
-        high = inv.to(ACC)
-        low = (inv - high.to(tl.float64)).to(ACC)
+        high, low = split(inv, ACC)
         cap = tl.full([], cap_high, ACC) + tl.full([], cap_low, ACC)
         beta = tl.full([], beta_high, ACC) + tl.full([], beta_low, ACC)
         rows = count.to(tl.int64)
-        shift = tl.load(saved + n)
-        log_sum = tl.load(saved + rows + n)
-        ref_shift = tl.load(saved + 4 * rows + n)
-        ref_log_sum = tl.load(saved + 5 * rows + n)
+        shift = tl.load(saved + n).to(ACC)
+        log_sum = tl.log(tl.load(saved + rows + n)).to(ACC)
+        ref_shift = tl.load(saved + 4 * rows + n).to(ACC)
+        ref_log_sum = tl.log(tl.load(saved + 5 * rows + n)).to(ACC)
         row = logits + row_offset(n, inner, stride_outer, stride_inner)
         ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
         begin = part * blocks * BLOCK
@@ -517,22 +551,23 @@ def finite_part(grad, value):
 
 @triton.jit
 def side_gradient(
-    column, token, logp, logq, p, q, excess, on_p, on_log, on_gap, on_mixed, on_square, on_q, on_one, on_token,
+    column, token, d, other, e, other_e, excess,
+    on_e, on_distance, on_gap, mean_gap, on_mixed, on_square, on_other, on_one, on_token,
     LOG: tl.constexpr, SQUARE: tl.constexpr, PAIRED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one side's scaled logits from the coefficients of its terms, as the reference states it."""
-    inner = on_p
+    """The gradient of one side's scaled logits, from distances to the largest and their exponentials."""
+    inner = on_e
     if LOG:
-        inner += on_log * logp
+        inner += on_distance * d
     if SQUARE:
-        inner += on_square * p
+        inner += on_square * e
     if PAIRED:
-        inner += on_gap * (logp - logq)
+        inner += on_gap * (d - other - mean_gap)
     if MIXED:
         inner += on_mixed * excess
-    g = p * inner + on_one
+    g = e * inner + on_one
     if PAIRED:
-        g += on_q * q
+        g += on_other * other_e
     return g + tl.where(column == token, on_token, 0.0)
 
 
@@ -541,8 +576,7 @@ def unscaled(g, x, inv, cap, CAPPED: tl.constexpr):
     """From scaled logits to the stored ones: 1 / temperature, and the slope of the softcap."""
     g = g * inv
     if CAPPED:
-        t = x / cap
-        g = g * (1.0 - t * t)
+        g = g * cap_slope(x, cap)
     return g
 
 
@@ -558,7 +592,7 @@ def token_stats_backward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n."""
-    ACC: tl.constexpr = saved.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     # Of a record anything may have a gradient.
     LOG: tl.constexpr = RECORD or (ENTROPY & GIVEN) != 0
     SQUARE: tl.constexpr = RECORD or (SUM_SQ & GIVEN) != 0
@@ -587,8 +621,7 @@ def token_stats_backward_kernel(
         row = logits + row_offset(n, inner, stride_outer, stride_inner)
         ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
         inv64 = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
-        inv = inv64.to(ACC)
-        inv_rest = (inv64 - inv.to(tl.float64)).to(ACC)
+        inv, inv_rest = split(inv64, ACC)
         cap = tl.full([], cap_high, ACC) + tl.full([], cap_low, ACC)
         beta = tl.full([], beta_high, tl.float64) + tl.full([], beta_low, tl.float64)
         token = tl.load(tokens + n) - first
@@ -596,15 +629,17 @@ def token_stats_backward_kernel(
         zero = tl.zeros([], tl.float64)
         on_mixed = zero
         ref_on_mixed = zero
+        mean_gap = zero
+        ref_mean_gap = zero
         ref_shift = tl.zeros([], ACC)
-        ref_log_sum = tl.zeros([], ACC)
+        total = tl.full([], 1.0, tl.float64)
+        ref_total = tl.full([], 1.0, tl.float64)
         if RECORD:
             at = grad_record + n.to(tl.int64) * FIELDS
             own = record + n.to(tl.int64) * FIELDS
             # Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
             shift = tl.load(own)
             shift = tl.where(shift == float("-inf"), 0.0, shift / inv64).to(ACC)
-            log_sum = tl.zeros([], ACC)
             on_log = tl.load(at + 2)
             on_p = tl.load(at + 1) + on_log
             on_square = 2.0 * tl.load(at + 3)
@@ -624,8 +659,8 @@ def token_stats_backward_kernel(
                 ref_on_token = tl.where(found, tl.load(at + 10), 0.0)
         else:
             rows = count.to(tl.int64)
-            shift = tl.load(saved + n)
-            log_sum = tl.load(saved + rows + n)
+            shift = tl.load(saved + n).to(ACC)
+            total = tl.load(saved + rows + n)
             # Where the token's log-probability is NaN, so is its gradient.
             on_token = upstream(g_logprob, n, LOGPROB & GIVEN)
             if LOGPROB & GIVEN:
@@ -636,9 +671,9 @@ def token_stats_backward_kernel(
             on_square = 2.0 * sum_sq
             on_p = upstream(g_logsumexp, n, LOGSUMEXP & GIVEN) - on_token
             if ENTROPY & GIVEN:
-                on_p -= entropy * tl.load(saved + 2 * rows + n).to(tl.float64)
+                on_p -= entropy * tl.load(saved + 2 * rows + n)
             if SUM_SQ & GIVEN:
-                on_p -= on_square * tl.load(saved + 3 * rows + n).to(tl.float64)
+                on_p -= on_square * tl.load(saved + 3 * rows + n)
             on_one = upstream(g_mean, n, MEAN & GIVEN) / vocab
             ref_on_token = upstream(g_ref_logprob, n, REF_LOGPROB & GIVEN)
             if REF_LOGPROB & GIVEN:
@@ -647,29 +682,44 @@ def token_stats_backward_kernel(
             ref_on_gap = upstream(g_reverse, n, REVERSE & GIVEN)
             ref_on_p = -ref_on_token
             if HAS_REF:
-                ref_shift = tl.load(saved + 4 * rows + n)
-                ref_log_sum = tl.load(saved + 5 * rows + n)
+                ref_shift = tl.load(saved + 4 * rows + n).to(ACC)
+                ref_total = tl.load(saved + 5 * rows + n)
             if KL & GIVEN:
-                value = tl.load(saved + 6 * rows + n).to(tl.float64)
+                value = tl.load(saved + 6 * rows + n)
                 on_gap = finite_part(on_gap, value)
-                on_p -= on_gap * finite_part(value, value)
+                mean_gap = finite_part(value, value)
                 ref_on_p += on_gap
             if REVERSE & GIVEN:
-                value = tl.load(saved + 7 * rows + n).to(tl.float64)
+                value = tl.load(saved + 7 * rows + n)
                 ref_on_gap = finite_part(ref_on_gap, value)
-                ref_on_p -= ref_on_gap * finite_part(value, value)
+                ref_mean_gap = finite_part(value, value)
                 on_p += ref_on_gap
             if MIXED:
                 jsd = upstream(g_jsd, n, JSD & GIVEN)
                 on_mixed = (1.0 - beta) * jsd
                 ref_on_mixed = beta * jsd
-                on_p -= on_mixed * tl.load(saved + 8 * rows + n).to(tl.float64)
-                ref_on_p -= ref_on_mixed * tl.load(saved + 9 * rows + n).to(tl.float64)
+                on_p -= on_mixed * tl.load(saved + 8 * rows + n)
+                ref_on_p -= ref_on_mixed * tl.load(saved + 9 * rows + n)
         token = tl.where(found, token, -1)
-        on_p, on_log, on_gap, on_mixed = on_p.to(ACC), on_log.to(ACC), on_gap.to(ACC), on_mixed.to(ACC)
-        on_square, on_one, on_token = on_square.to(ACC), on_one.to(ACC), on_token.to(ACC)
-        ref_on_p, ref_on_gap, ref_on_mixed = ref_on_p.to(ACC), ref_on_gap.to(ACC), ref_on_mixed.to(ACC)
-        ref_on_token = ref_on_token.to(ACC)
+        # The normalisers are folded into the coefficients in float64, and with them the constants of
+        # log p = distance - log total: near the largest logit, where the mass is, distances are small and carry
+        # no rounding of theirs.
+        log_total = tl.log(total)
+        ref_log_total = tl.log(ref_total)
+        if LOG:
+            on_p -= on_log * log_total
+        if PAIRED:
+            # log p - log q = d - r + log (ref_total / total); less its mean it is small where the mass is.
+            mean_gap, rounding = split(mean_gap - (ref_log_total - log_total), ACC)
+            on_p -= on_gap * rounding.to(tl.float64)
+            ref_mean_gap, rounding = split(ref_mean_gap - (log_total - ref_log_total), ACC)
+            ref_on_p -= ref_on_gap * rounding.to(tl.float64)
+        on_e, on_distance = (on_p / total).to(ACC), (on_log / total).to(ACC)
+        on_square, on_one, on_token = (on_square / (total * total)).to(ACC), on_one.to(ACC), on_token.to(ACC)
+        on_other, ref_on_other = (-ref_on_gap / ref_total).to(ACC), (-on_gap / total).to(ACC)
+        on_gap, on_mixed = (on_gap / total).to(ACC), (on_mixed / total).to(ACC)
+        ref_on_gap, ref_on_mixed = (ref_on_gap / ref_total).to(ACC), (ref_on_mixed / ref_total).to(ACC)
+        ref_on_e, ref_on_token = (ref_on_p / ref_total).to(ACC), ref_on_token.to(ACC)
         for start in range(begin, end, BLOCK):
             column = start + columns
             # A mask on the last block alone: without one the loads and stores are 16 bytes wide.
@@ -683,24 +733,24 @@ def token_stats_backward_kernel(
                 x = z
                 if PAIRED:
                     x = tl.load(ref_row + column, mask=column < end, other=0.0).to(ACC)
-            z = capped(z, cap, CAPPED)
-            logp = distance(z, shift, inv, inv_rest) - log_sum
-            p = tl.exp(logp)
-            logq = logp
-            q = p
-            excess = p
-            ref_excess = p
+            d = distance(capped(z, cap, CAPPED), shift, inv, inv_rest)
+            e = tl.exp(d)
+            r = d
+            f = e
+            excess = e
+            ref_excess = e
             if PAIRED:
-                x = capped(x, cap, CAPPED)
-                logq = distance(x, ref_shift, inv, inv_rest) - ref_log_sum
-                q = tl.exp(logq)
+                r = distance(capped(x, cap, CAPPED), ref_shift, inv, inv_rest)
+                f = tl.exp(r)
             if MIXED:
+                logp = d - log_total.to(ACC)
+                logq = r - ref_log_total.to(ACC)
                 log_m, above = log_mixture_above(logp, logq, beta.to(ACC))
                 excess = logp - above - log_m
                 ref_excess = logq - above - log_m
             if TO_LOGITS:
                 g = side_gradient(
-                    column, token, logp, logq, p, q, excess, on_p, on_log, on_gap, on_mixed, on_square, -ref_on_gap,
+                    column, token, d, r, e, f, excess, on_e, on_distance, on_gap, mean_gap, on_mixed, on_square, on_other,
                     on_one, on_token, LOG, SQUARE, PAIRED, MIXED,
                 )  # fmt: skip
                 g = unscaled(g, z, inv, cap, CAPPED).to(out.dtype.element_ty)
@@ -710,8 +760,8 @@ def token_stats_backward_kernel(
                     tl.store(target + column, g, mask=column < end)
             if TO_REF:
                 h = side_gradient(
-                    column, token, logq, logp, q, p, ref_excess, ref_on_p, on_log, ref_on_gap, ref_on_mixed,
-                    on_square, -on_gap, 0.0, ref_on_token, False, False, PAIRED, MIXED,
+                    column, token, r, d, f, e, ref_excess, ref_on_e, on_distance, ref_on_gap, ref_mean_gap, ref_on_mixed,
+                    on_square, ref_on_other, 0.0, ref_on_token, False, False, PAIRED, MIXED,
                 )  # fmt: skip
                 h = unscaled(h, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
                 if start < full:
@@ -820,7 +870,7 @@ def token_stats(
     acc = accumulator(logits)
     shape = tokens.shape
     # Zeros: not every row of it is filled.
-    saved = logits.new_zeros((4 if ref_logits is None else len(SAVED), *shape), dtype=acc)
+    saved = logits.new_zeros((4 if ref_logits is None else len(SAVED), *shape), dtype=torch.float64)
     names = [name for name in OUTPUTS if name not in ("is_top1", "jsd")]
     rows = max((names.index(name) + 1 for name in outputs if name in names), default=0)
     out = logits.new_empty((rows, *shape), dtype=acc)
@@ -847,7 +897,7 @@ def _mixture(p: _Problem, saved: Tensor, vocab: int, beta: float) -> Tensor:
         )  # fmt: skip
     mixed, ref_mixed = partial.sum(1).view(*saved.shape[1:], 2).unbind(-1)
     saved[8], saved[9] = mixed, ref_mixed
-    return (beta * ref_mixed + (1 - beta) * mixed).to(saved.dtype)
+    return (beta * ref_mixed + (1 - beta) * mixed).to(accumulator(p.logits))
 
 
 def token_stats_partial(
@@ -974,7 +1024,7 @@ def token_stats_partial_backward(
     p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
     out = logits.new_empty(logits.shape if to_logits else 0)
     ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
-    nothing = logits.new_empty(1, dtype=accumulator(logits))
+    nothing = logits.new_empty(1, dtype=torch.float64)
     _backward(
         p, {}, nothing, grad_record.contiguous(), record.contiguous(), out if to_logits else None,
         ref_out if to_ref else None, first, vocab, 0.5, ref_logits is not None,

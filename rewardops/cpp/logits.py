@@ -72,7 +72,7 @@ def token_stats(
     problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     acc = accumulator(logits)
     # Zeros: not every row of it is filled.
-    saved = torch.zeros((4 if ref_logits is None else len(SAVED), *tokens.shape), dtype=acc)
+    saved = torch.zeros((4 if ref_logits is None else len(SAVED), *tokens.shape), dtype=torch.float64)
     made = {
         name: torch.empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc) for name in outputs
     }

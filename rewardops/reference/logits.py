@@ -23,11 +23,11 @@ RECORD = (
     "ref_shift", "ref_total", "ref_token", "kl", "reverse",
 )  # fmt: skip
 
-# What a backward pass needs of a row; the first four where there is no reference. Shifts are stored logits and
-# apart from log_sum = log total: with logits near 1e4 their sum has lost the digits that the backward needs.
+# What a backward pass needs of a row; the first four where there is no reference. Shifts are stored logits, and
+# apart from log total: with logits near 1e4 their sum has lost the digits that the backward needs.
 SAVED = (
-    "shift", "log_sum", "entropy", "sum_sq",
-    "ref_shift", "ref_log_sum", "kl", "reverse_kl", "mixed_kl", "ref_mixed_kl",
+    "shift", "total", "entropy", "sum_sq",
+    "ref_shift", "ref_total", "kl", "reverse_kl", "mixed_kl", "ref_mixed_kl",
 )  # fmt: skip
 
 IGNORED = -100
@@ -242,7 +242,10 @@ def token_stats(
     names = [name for name in outputs if name != "jsd"]
     needed = ["log_sum"] if ref_logits is None else ["log_sum", "ref_log_sum"]
     found = finish(whole, [*needed, *names])
-    found["shift"], found["ref_shift"] = whole["shift"] * t, whole["ref_shift"] * t
+    for side in ("", "ref_"):
+        found[f"{side}shift"] = whole[f"{side}shift"] * t
+        empty = whole[f"{side}shift"] == -torch.inf
+        found[f"{side}total"] = torch.where(empty, torch.nan, whole[f"{side}total"])
     if "jsd" in outputs:
         assert ref_logits is not None
         logp, logq = log_probabilities(
@@ -256,7 +259,7 @@ def token_stats(
         for name in ("mixed_kl", "ref_mixed_kl", "jsd"):
             found[name] = torch.where(valid, found[name], 0)
     rows = SAVED[:4] if ref_logits is None else SAVED
-    saved = torch.stack([found.get(name, torch.zeros_like(found["log_sum"])).to(acc) for name in rows])
+    saved = torch.stack([found.get(name, torch.zeros_like(found["log_sum"])).double() for name in rows])
     return [saved, *(found[name] if name == "is_top1" else found[name].to(acc) for name in outputs)]
 
 
@@ -328,7 +331,8 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor]:
     """All upstream gradients folded into one gradient of the logits, and one of the reference's."""
     valid = valid_rows(tokens, mask)
-    known = dict(zip(SAVED, saved, strict=False))
+    acc = accumulator(logits)
+    known = dict(zip(SAVED, saved.to(acc), strict=False))
     t = row_temperatures(tokens, temperatures, temperature)
     found = (tokens >= 0) & (tokens < vocab)
     zero = torch.zeros_like(known["shift"])
@@ -351,13 +355,13 @@ def token_stats_backward(
         "token": up["logprob"],
     }  # fmt: skip
     if ref_logits is None:
-        y, _ = distances(capped(logits, softcap, vocab, valid, saved.dtype), t)
-        logp = y - known["log_sum"][..., None]
+        y, _ = distances(capped(logits, softcap, vocab, valid, acc), t)
+        logp = y - known["total"].log()[..., None]
         grad = side_gradient(logits, logp, None, None, policy, tokens, found, valid, t, softcap, vocab)
         return grad, logits.new_empty(0)
 
     logp, logq = log_probabilities(
-        logits, ref_logits, tokens, mask, t, softcap, vocab, known["log_sum"], known["ref_log_sum"]
+        logits, ref_logits, tokens, mask, t, softcap, vocab, known["total"].log(), known["ref_total"].log()
     )
     log_m = log_mixture(logp, logq, beta) if "jsd" in given else None
     policy["p"] = (

@@ -38,19 +38,19 @@ enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kMeanLogit, kIsTop1,
                     kOutputs };
 
 // What the backward pass needs to know of a row, in the order of rewardops.reference.logits.SAVED.
-enum Saved : int { kShift, kLogSum, kSavedEntropy, kSavedSumSq, kRefShift, kRefLogSum, kSavedKl, kSavedReverseKl,
+enum Saved : int { kShift, kTotal, kSavedEntropy, kSavedSumSq, kRefShift, kRefTotal, kSavedKl, kSavedReverseKl,
                    kMixedKl, kRefMixedKl, kSaved };
 
 // Partial statistics of a row, in the order of rewardops.reference.logits.RECORD.
 enum Field : int { kFieldShift, kFieldTotal, kFieldWeighted, kFieldSquares, kFieldDistance, kFieldColumns, kFieldToken,
                    kFieldFound, kFieldRefShift, kFieldRefTotal, kFieldRefToken, kFieldKl, kFieldReverse, kFields };
 
-// Per-row arrays are float, or double for double logits; is_top1 is bytes, records are double.
+// Outputs are float, or double for double logits; is_top1 is bytes; what is saved and records are double.
 struct TokenStatsArgs {
   LogitsArgs in;
   int64_t count;
   void* outputs[kOutputs];
-  void* saved;     // [kSaved, count], or its first four rows where there is no reference
+  double* saved;   // [kSaved, count], or its first four rows where there is no reference
   double* record;  // [count, kFields]: partial statistics instead of outputs; null otherwise
   int terms;       // partial statistics: which sums (bits of Term)
 };
@@ -59,7 +59,7 @@ struct TokenStatsBackwardArgs {
   LogitsArgs in;
   int64_t count;
   const void* grads[kOutputs];  // each may be null
-  const void* saved;
+  const double* saved;
   const double *grad_record, *record;  // partial statistics: instead of grads and saved
   int64_t width;                       // columns of the gradient; those beyond vocab are 0
   LogitsRows grad_logits, grad_ref;    // either may be null, and be the logits themselves

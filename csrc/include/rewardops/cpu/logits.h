@@ -94,10 +94,9 @@ struct Sums {
   double total = 0, ref_total = 0;  // of e^y, e^u
   double weighted = 0;              // of e^y y, in powers of two
   double squares = 0;               // of e^2y
-  double distance = 0;              // of y
+  double origin = 0, distance = 0;  // of z - origin, the row's first logit (0 where that is not finite)
   double kl = 0, reverse = 0;       // of e^y (y - u), e^u (u - y)
   bool kl_broken = false, reverse_broken = false;  // a column with mass on one side and none on the other
-  int64_t columns = 0;              // seen so far
 
   void move_shift(double to, double scale) {
     if (shift > -infinity<double>()) {
@@ -107,7 +106,6 @@ struct Sums {
       reverse -= ref_total * gap;
       squares *= factor * factor;
       total *= factor;
-      distance += gap * static_cast<double>(columns);
     }
     shift = to;
   }
@@ -154,7 +152,7 @@ template <int kTerms, typename T, typename Acc>
 inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const Exponents<Acc> exponents(sums.shift, scale);
-  const L zero = L::splat(0);
+  const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
   L total = zero, weighted = zero, squares = zero, distance = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
     __builtin_prefetch(x + k + kAhead);
@@ -167,7 +165,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
       total = total + e;
       if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
       if (kTerms & kTermSquares) squares = fma(e, e, squares);
-      if (kTerms & kTermMean) distance = distance + exponent;
+      if (kTerms & kTermMean) distance = distance + (v - origin);
     }
   }
   const double t = total.sum(), w = weighted.sum(), factor = std::exp2(exponents.off);
@@ -175,8 +173,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   sums.total += factor * t;
   if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
   if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
-  if (kTerms & kTermMean)
-    sums.distance += (distance.sum() + exponents.off * static_cast<double>(n)) / static_cast<double>(scale);
+  if (kTerms & kTermMean) sums.distance += distance.sum();
   return true;
 }
 
@@ -206,25 +203,27 @@ template <int kTerms, typename T>
 inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
                       typename AccOf<T>::type* buffer) {
   using Acc = typename AccOf<T>::type;
-  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums)) {
-    sums.columns += n;
+  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums))
     return;
-  }
   const int64_t padded = (n + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
   for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
   for (int64_t k = n; k < padded; ++k) buffer[k] = -infinity<Acc>();
   const double top = largest_of(buffer, padded);
   if (top > sums.shift) sums.move_shift(top, scale);
-  sums.columns += n;
+  if (kTerms & kTermMean)
+    for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(buffer[k]) - sums.origin;
   if (sums.shift == -infinity<double>()) {
     // All -inf so far, which has no mass; a NaN among them must still be seen.
     for (int64_t k = 0; k < n; ++k) sums.total += buffer[k] == buffer[k] ? 0.0 : static_cast<double>(buffer[k]);
-    if (kTerms & kTermMean) sums.distance = -infinity<double>();
     return;
   }
   add_exactly<kTerms>(buffer, padded, scale, sums);
-  if (kTerms & kTermMean)
-    for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(buffer[k]) - sums.shift;
+}
+
+template <typename Acc>
+inline double origin_of(const LogitsArgs& in, int64_t n) {
+  const double x = in.vocab > 0 ? static_cast<double>(logit_at<Acc>(in.logits, n, 0, in.softcap)) : 0;
+  return x - x == 0 ? x : 0;
 }
 
 template <int kTerms, typename T>
@@ -235,6 +234,7 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
   const T* row = logits_row<T>(in.logits, n);
   const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
   Sums sums;
+  if (kTerms & kTermMean) sums.origin = origin_of<Acc>(in, n);
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
     if (in.softcap > 0)
@@ -251,10 +251,8 @@ template <int kTerms, typename T, typename Acc>
 inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const Exponents<Acc> exponents(sums.shift, scale), ref_exponents(sums.ref_shift, scale);
-  // Logits of the two are subtracted before they are scaled: near one another that is exact.
-  const Acc apart = static_cast<Acc>(sums.shift - sums.ref_shift);
-  const double rounded_by = sums.shift - sums.ref_shift - static_cast<double>(apart);
-  const L apart_lanes = L::splat(apart), zero = L::splat(0);
+  const L shift = L::splat(static_cast<Acc>(sums.shift)), ref_shift = L::splat(static_cast<Acc>(sums.ref_shift));
+  const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
   L total = zero, weighted = zero, squares = zero, distance = zero, kl = zero;
   L ref_total = zero, reverse = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
@@ -267,14 +265,15 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
     L::load_two(x + k, &xs[0], &xs[1]);
     for (int i = 0; i < 2; ++i) {
       const L exponent = exponents.of(zs[i]), ref_exponent = ref_exponents.of(xs[i]);
-      const L e = exp2(exponent), r = exp2(ref_exponent), gap = zs[i] - xs[i] - apart_lanes;
+      // Before scaling, and each from its own shift: that is exact where it matters.
+      const L e = exp2(exponent), r = exp2(ref_exponent), gap = (zs[i] - shift) - (xs[i] - ref_shift);
       below = both_negative(both_negative(below, exponent), ref_exponent);
       total = total + e;
       ref_total = ref_total + r;
       kl = fma(e, gap, kl);
       if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
       if (kTerms & kTermSquares) squares = fma(e, e, squares);
-      if (kTerms & kTermMean) distance = distance + exponent;
+      if (kTerms & kTermMean) distance = distance + (zs[i] - origin);
       if (kTerms & kTermReverse) reverse = reverse - r * gap;
     }
   }
@@ -284,11 +283,11 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
   const double factor = std::exp2(exponents.off), ref_factor = std::exp2(ref_exponents.off);
   sums.total += factor * t;
   sums.ref_total += ref_factor * r;
-  sums.kl += factor * (g - rounded_by * t);
+  sums.kl += factor * g;
   if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
   if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
-  if (kTerms & kTermMean) sums.distance += (d + exponents.off * static_cast<double>(n)) / static_cast<double>(scale);
-  if (kTerms & kTermReverse) sums.reverse += ref_factor * (h + rounded_by * r);
+  if (kTerms & kTermMean) sums.distance += d;
+  if (kTerms & kTermReverse) sums.reverse += ref_factor * h;
   return true;
 }
 
@@ -338,9 +337,8 @@ inline void add_pair_block(Acc* z, Acc* x, int64_t n, Acc scale, Sums& sums) {
     sums.reverse_broken |= (z[k] == kNone) & (x[k] > kNone);
   }
   add_pair_exactly<kTerms>(z, x, padded, scale, sums);
-  if (!(kTerms & kTermMean)) return;
-  if (sums.shift == -infinity<double>()) sums.distance = -infinity<double>();
-  else for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(z[k]) - sums.shift;
+  if (kTerms & kTermMean)
+    for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(z[k]) - sums.origin;
 }
 
 template <int kTerms, typename T>
@@ -369,7 +367,6 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
         add_pair_block<kTerms>(z, x, count, scale, sums);
       }
     }
-    sums.columns += count;
   }
   return sums;
 }
@@ -396,7 +393,7 @@ struct Mixture {
     const bool first = logp >= logq;
     const Acc high = first ? logp : logq, low = first ? logq : logp;
     const Acc weight = first ? Acc{1} - beta : beta;
-    const Acc log_m = log_positive(weight + (Acc{1} - weight) * exp_flushed(low - high));  // relative to high
+    const Acc log_m = log1p_any((Acc{1} - weight) * expm1_negative(low - high));  // relative to high
     excess = (logp - high) - log_m;
     ref_excess = (logq - high) - log_m;
   }
@@ -470,7 +467,8 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   r[kFieldTotal] = s.total;
   r[kFieldWeighted] = a.terms & kTermEntropy ? kLn2 * s.weighted : none;
   r[kFieldSquares] = a.terms & kTermSquares ? s.squares : none;
-  r[kFieldDistance] = a.terms & kTermMean ? s.distance / t : none;
+  const double moved = s.shift == -infinity<double>() ? 0 : (s.origin - s.shift) * static_cast<double>(a.in.vocab);
+  r[kFieldDistance] = a.terms & kTermMean ? (s.distance + moved) / t : none;
   r[kFieldColumns] = static_cast<double>(a.in.vocab);
   r[kFieldFound] = found;
   if (found) r[kFieldToken] = static_cast<double>(logit_at<Acc>(a.in.logits, n, column, a.in.softcap)) / t;
@@ -489,9 +487,7 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   const auto put = [&](Output o, double value) {
     if (a.outputs[o]) static_cast<Acc*>(a.outputs[o])[n] = static_cast<Acc>(value);
   };
-  const auto save = [&](Saved row, double value) {
-    static_cast<Acc*>(a.saved)[row * a.count + n] = static_cast<Acc>(value);
-  };
+  const auto save = [&](Saved row, double value) { a.saved[row * a.count + n] = value; };
   const auto put_top1 = [&](bool value) {
     if (a.outputs[kIsTop1]) static_cast<uint8_t*>(a.outputs[kIsTop1])[n] = value;
   };
@@ -512,10 +508,10 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   put(kEntropy, entropy);
   put(kLogsumexp, s.shift / t + log_sum);
   put(kSumSq, empty ? none : sum_sq);
-  put(kMeanLogit, (s.shift + (empty ? 0 : s.distance / static_cast<double>(a.in.vocab))) / t);
+  put(kMeanLogit, (s.origin + s.distance / static_cast<double>(a.in.vocab)) / t);
   put_top1(at_token == s.shift && !empty && s.total == s.total);
   save(kShift, s.shift);
-  save(kLogSum, log_sum);
+  save(kTotal, empty ? none : s.total);
   if (a.outputs[kEntropy]) save(kSavedEntropy, entropy);
   if (a.outputs[kSumSq]) save(kSavedSumSq, sum_sq);
   if (!a.in.ref.data) return;
@@ -531,7 +527,7 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   put(kKl, kl);
   put(kReverseKl, reverse);
   save(kRefShift, s.ref_shift);
-  save(kRefLogSum, ref_log_sum);
+  save(kRefTotal, ref_empty ? none : s.ref_total);
   if (a.outputs[kKl]) save(kSavedKl, kl);
   if (a.outputs[kReverseKl]) save(kSavedReverseKl, reverse);
   if (a.outputs[kJsd]) {

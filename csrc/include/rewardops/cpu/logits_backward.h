@@ -11,11 +11,11 @@ namespace REWARDOPS_ISA {
 namespace {
 
 // Gradient in the scaled logits z of the policy:
-//   p (on_p + on_log log p + on_gap (log p - log q) + on_mixed (log p - log m)) + on_square p^2 + on_q q + on_one
+//   p (on_p + on_log log p + on_gap (log p - log q - mean_gap) + on_mixed (log p - log m)) + on_square p^2 + on_q q + on_one
 //   + [column = token] on_token
 // and the same for the reference with the sides exchanged.
 struct Side {
-  double on_p = 0, on_log = 0, on_gap = 0, on_mixed = 0, on_square = 0, on_q = 0, on_one = 0, on_token = 0;
+  double on_p = 0, on_log = 0, on_gap = 0, mean_gap = 0, on_mixed = 0, on_square = 0, on_q = 0, on_one = 0, on_token = 0;
   bool plain() const { return on_log == 0 && pair_free() && on_square == 0 && on_one == 0; }
   bool pair_free() const { return on_gap == 0 && on_mixed == 0 && on_q == 0; }
 };
@@ -25,9 +25,7 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   const auto up = [&](Output o) {
     return a.grads[o] ? static_cast<double>(static_cast<const Acc*>(a.grads[o])[n]) : 0.0;
   };
-  const auto saved = [&](Saved row) {
-    return static_cast<double>(static_cast<const Acc*>(a.saved)[row * a.count + n]);
-  };
+  const auto saved = [&](Saved row) { return a.saved[row * a.count + n]; };
   // An infinite divergence does not change with the logits: it has no gradient.
   const auto divergence = [&](Output o, Saved row, double* value) {
     *value = saved(row);
@@ -44,15 +42,14 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   policy.on_one = up(kMeanLogit) / static_cast<double>(a.in.vocab);
   policy.on_token = logprob;
   if (!a.in.ref.data) return;
-  double kl_value, reverse_value;
-  const double kl = divergence(kKl, kSavedKl, &kl_value), jsd = up(kJsd), beta = a.in.beta;
-  const double reverse = divergence(kReverseKl, kSavedReverseKl, &reverse_value);
+  const double kl = divergence(kKl, kSavedKl, &policy.mean_gap), jsd = up(kJsd), beta = a.in.beta;
+  const double reverse = divergence(kReverseKl, kSavedReverseKl, &ref.mean_gap);
   const double ref_logprob = a.grads[kRefLogprob] && !found ? none : up(kRefLogprob);
-  policy.on_p += reverse - kl * kl_value - (1 - beta) * jsd * saved(kMixedKl);
+  policy.on_p += reverse - (1 - beta) * jsd * saved(kMixedKl);
   policy.on_gap = kl;
   policy.on_mixed = (1 - beta) * jsd;
   policy.on_q = -reverse;
-  ref.on_p = kl - ref_logprob - reverse * reverse_value - beta * jsd * saved(kRefMixedKl);
+  ref.on_p = kl - ref_logprob - beta * jsd * saved(kRefMixedKl);
   ref.on_gap = reverse;
   ref.on_mixed = beta * jsd;
   ref.on_q = -kl;
@@ -76,34 +73,44 @@ inline void gather_record(const double* grad, bool found, bool has_ref, Side& po
   ref.on_token = found ? grad[kFieldRefToken] : 0;
 }
 
-// A side's coefficients in the accumulation type, with what turns logits into log-probabilities.
+// A side's coefficients in the accumulation type, of e^distance: the normalisers are folded into them in double, and
+// with them the constants of log p = distance - log total. Near the largest logit, where the mass is, distances are
+// small and carry no rounding of theirs, and so are gaps less their mean.
 template <typename Acc>
 struct Gradient {
   using L = Lanes<Acc>;
-  const L on_p, on_log, on_gap, on_mixed, on_square, on_q, on_one, shift, log_sum, high, low, furthest, limit;
+  const L on_e, on_distance, on_gap, mean_gap, on_square, on_other, on_one, shift, high, low, furthest;
 
-  Gradient(const Side& s, double shift, double log_sum, double temperature)
-      : on_p(lanes(s.on_p)), on_log(lanes(s.on_log)), on_gap(lanes(s.on_gap)), on_mixed(lanes(s.on_mixed)),
-        on_square(lanes(s.on_square)), on_q(lanes(s.on_q)), on_one(lanes(s.on_one)), shift(lanes(shift)),
-        log_sum(lanes(log_sum)), high(L::splat(Inverse<Acc>(temperature).high)),
-        low(L::splat(Inverse<Acc>(temperature).low)), furthest(lanes(-1e30)),
-        limit(L::splat(flush_limit(Acc{}))) {}
+  Gradient(const Side& s, double shift, double total, double other_total, double temperature)
+      : on_e(lanes(folded(s, total, other_total) / total)), on_distance(lanes(s.on_log / total)),
+        on_gap(lanes(s.on_gap / total)), mean_gap(lanes(mean_of(s, total, other_total))),
+        on_square(lanes(s.on_square / (total * total))), on_other(lanes(s.on_q / other_total)),
+        on_one(lanes(s.on_one)), shift(lanes(shift)), high(L::splat(Inverse<Acc>(temperature).high)),
+        low(L::splat(Inverse<Acc>(temperature).low)), furthest(lanes(-1e30)) {}
 
   static L lanes(double x) { return L::splat(static_cast<Acc>(x)); }
-  // As Inverse::distance, to the normaliser. -inf becomes a distance that is as good, and makes no inf - inf.
-  L logp(L x) const {
+  // Of distances: log p - log q = distance - other distance + log (other total / total).
+  static double mean_of(const Side& s, double total, double other_total) {
+    return s.on_gap == 0 ? 0 : s.mean_gap - std::log(other_total / total);
+  }
+  static double folded(const Side& s, double total, double other_total) {
+    const double mean = mean_of(s, total, other_total), rounding = mean - static_cast<double>(static_cast<Acc>(mean));
+    return s.on_p - s.on_gap * rounding - (s.on_log == 0 ? 0 : s.on_log * std::log(total));
+  }
+  // As Inverse::distance. -inf becomes a distance that is as good, and makes no inf - inf.
+  L distance(L x) const {
     const L y = larger(furthest, x - shift);
-    return fma(y, high, y * low) - log_sum;
+    return fma(y, high, y * low);
   }
-  L plain(L x) const { return on_p * exp(logp(x)); }
+  L plain(L x) const { return on_e * exp(distance(x)); }
   L policy(L x) const {
-    const L l = logp(x), p = exp(l);
-    return fma(fma(on_square, p, fma(on_log, larger(limit, l), on_p)), p, on_one);
+    const L d = distance(x), e = exp(d);
+    return fma(fma(on_square, e, fma(on_distance, d, on_e)), e, on_one);
   }
-  // p and q: this side's and the other's. What has a probability of 0 has no part in a divergence.
-  L pair(L l, L other, L p, L q) const {
-    const L sum = fma(on_gap, l - other, fma(on_square, p, fma(on_log, larger(limit, l), on_p)));
-    return fma(on_q, q, fma(sum, p, on_one));
+  // From this side's distances and their exponentials, and the other's.
+  L pair(L d, L e, L other, L other_e) const {
+    const L sum = fma(on_gap, d - other - mean_gap, fma(on_square, e, fma(on_distance, d, on_e)));
+    return fma(on_other, other_e, fma(sum, e, on_one));
   }
 };
 
@@ -122,9 +129,10 @@ inline void block_gradients(const Gradient<Acc>& policy, const Gradient<Acc>& re
                             int64_t count, Acc* g, Acc* h) {
   using L = Lanes<Acc>;
   for (int64_t k = 0; k < count; k += L::kWidth) {
-    const L logp = policy.logp(L::load(z + k)), logq = ref.logp(L::load(x + k)), p = exp(logp), q = exp(logq);
-    policy.pair(logp, logq, p, q).store(g + k);
-    if (h) ref.pair(logq, logp, q, p).store(h + k);
+    const L d = policy.distance(L::load(z + k)), r = ref.distance(L::load(x + k));
+    const L e = exp(d), f = exp(r);
+    policy.pair(d, e, r, f).store(g + k);
+    if (h) ref.pair(r, f, d, e).store(h + k);
   }
 }
 
@@ -145,17 +153,13 @@ inline void add_mixture(const Side& policy, const Side& ref, const Inverse<Acc>&
 
 // Gradients of a block of scaled logits become those of the stored ones: 1 / temperature, and the softcap's slope.
 template <typename T, typename Acc>
-inline void store_block(const Acc* g, const Acc* capped_logits, int64_t n, Acc factor, double softcap, T* out) {
+inline void store_block(const Acc* g, const Acc* slope, int64_t n, Acc factor, T* out) {
   const auto narrowed = [](Acc x) {
     if constexpr (sizeof(T) == 8) return x; else return narrow<T>(x);
   };
-  if (softcap > 0) {
-    const Acc inverse = static_cast<Acc>(1.0 / softcap);
+  if (slope) {
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) {
-      const Acc t = capped_logits[k] * inverse;
-      out[k] = narrowed(g[k] * factor * (Acc{1} - t * t));
-    }
+    for (int64_t k = 0; k < n; ++k) out[k] = narrowed(g[k] * factor * slope[k]);
   } else {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) out[k] = narrowed(g[k] * factor);
@@ -163,19 +167,31 @@ inline void store_block(const Acc* g, const Acc* capped_logits, int64_t n, Acc f
 }
 
 template <typename Acc>
-inline void store_block(const LogitsRows& rows, int64_t n, int64_t start, const Acc* g, const Acc* capped_logits,
-                        int64_t count, Acc factor, double softcap) {
+inline void store_block(const LogitsRows& rows, int64_t n, int64_t start, const Acc* g, const Acc* slope,
+                        int64_t count, Acc factor) {
   if constexpr (sizeof(Acc) == 8) {
-    store_block(g, capped_logits, count, factor, softcap, logits_row<double>(rows, n) + start);
+    store_block(g, slope, count, factor, logits_row<double>(rows, n) + start);
   } else {
     switch (rows.dtype) {
       case DType::bf16:
-        return store_block(g, capped_logits, count, factor, softcap, logits_row<bfloat16>(rows, n) + start);
+        return store_block(g, slope, count, factor, logits_row<bfloat16>(rows, n) + start);
       case DType::f16:
-        return store_block(g, capped_logits, count, factor, softcap, logits_row<float16>(rows, n) + start);
-      default: return store_block(g, capped_logits, count, factor, softcap, logits_row<float>(rows, n) + start);
+        return store_block(g, slope, count, factor, logits_row<float16>(rows, n) + start);
+      default: return store_block(g, slope, count, factor, logits_row<float>(rows, n) + start);
     }
   }
+}
+
+// The softcap's slope at the stored logits of a block; null without a softcap.
+template <typename Acc>
+inline const Acc* slopes_of(const LogitsRows& rows, int64_t n, int64_t start, int64_t count, double softcap,
+                            Acc* buffer) {
+  if (!(softcap > 0)) return nullptr;
+  const Acc* x = load_block(rows, n, start, count, 0.0, buffer);
+  const Acc inverse = static_cast<Acc>(1.0 / softcap);
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) buffer[k] = tanh_slope(x[k] * inverse);
+  return buffer;
 }
 
 inline void store_zeros(const LogitsRows& rows, int64_t n, int64_t begin, int64_t end) {
@@ -197,25 +213,25 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   const int64_t column = in.tokens[n] - in.first;
   const bool found = column >= 0 && column < in.vocab;
   Side policy, ref;
-  double shift, log_sum, ref_shift = 0, ref_log_sum = 0;
+  double shift, total = 1, ref_shift = 0, ref_total = 1;
   if (a.record) {
     const double* r = a.record + n * kFields;
     gather_record(a.grad_record + n * kFields, found, in.ref.data, policy, ref);
     // Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
     shift = std::isinf(r[kFieldShift]) ? 0 : r[kFieldShift] * t;
     ref_shift = std::isinf(r[kFieldRefShift]) ? 0 : r[kFieldRefShift] * t;
-    log_sum = 0;
   } else {
-    const Acc* saved = static_cast<const Acc*>(a.saved) + n;
+    const double* saved = a.saved + n;
     gather<Acc>(a, n, found, policy, ref);
     shift = saved[kShift * a.count];
-    log_sum = saved[kLogSum * a.count];
+    total = saved[kTotal * a.count];
     if (in.ref.data) {
       ref_shift = saved[kRefShift * a.count];
-      ref_log_sum = saved[kRefLogSum * a.count];
+      ref_total = saved[kRefTotal * a.count];
     }
   }
-  const Gradient<Acc> of_policy(policy, shift, log_sum, t), of_ref(ref, ref_shift, ref_log_sum, t);
+  const Gradient<Acc> of_policy(policy, shift, total, ref_total, t);
+  const Gradient<Acc> of_ref(ref, ref_shift, ref_total, total, t);
   const Inverse<Acc> inverse(t);
   const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
   const bool paired = write_ref || !policy.pair_free(), mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
@@ -238,15 +254,18 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     if (!paired) block_gradient(of_policy, policy.plain(), z, padded, g);
     else block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
     if (mixed)
-      add_mixture(policy, ref, inverse, static_cast<Acc>(shift), static_cast<Acc>(log_sum),
-                  static_cast<Acc>(ref_shift), static_cast<Acc>(ref_log_sum), static_cast<Acc>(in.beta), z, x, count,
-                  g, h);
+      add_mixture(policy, ref, inverse, static_cast<Acc>(shift), static_cast<Acc>(std::log(total)),
+                  static_cast<Acc>(ref_shift), static_cast<Acc>(std::log(ref_total)), static_cast<Acc>(in.beta), z, x,
+                  count, g, h);
     if (found && column >= start && column < start + count) {
       g[column - start] += static_cast<Acc>(policy.on_token);
       if (write_ref) h[column - start] += static_cast<Acc>(ref.on_token);
     }
-    if (write_policy) store_block(a.grad_logits, n, start, g, z, count, inverse.high, in.softcap);
-    if (write_ref) store_block(a.grad_ref, n, start, h, x, count, inverse.high, in.softcap);
+    // Of both before either is stored, which may be over the logits. The buffers have done their service.
+    const Acc* slope = slopes_of(in.logits, n, start, count, in.softcap, z_buffer);
+    const Acc* ref_slope = write_ref ? slopes_of(in.ref, n, start, count, in.softcap, x_buffer) : nullptr;
+    if (write_policy) store_block(a.grad_logits, n, start, g, slope, count, inverse.high);
+    if (write_ref) store_block(a.grad_ref, n, start, h, ref_slope, count, inverse.high);
   }
   store_zeros(a.grad_logits, n, in.vocab, a.width);
   store_zeros(a.grad_ref, n, in.vocab, a.width);

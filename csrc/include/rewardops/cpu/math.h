@@ -126,6 +126,16 @@ inline float tanh_any(float x) {
 }
 inline double tanh_any(double x) { return std::tanh(x); }
 
+// 1 - tanh^2 x to its own last places, where tanh x has come near 1 too.
+inline float tanh_slope(float x) {
+  const float e = exp_flushed(x < 0.0f ? 2.0f * x : -2.0f * x);
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
+}
+inline double tanh_slope(double x) {
+  const double e = std::exp(-2.0 * std::fabs(x));
+  return 4.0 * e / ((1.0 + e) * (1.0 + e));
+}
+
 // ln x for normal x > 0 (Cephes), within one ulp.
 inline float log_positive(float x) {
   const uint32_t u = bits<uint32_t>(x);
@@ -147,6 +157,28 @@ inline float log_positive(float x) {
   return f + y + n * 0.693359375f;
 }
 inline double log_positive(double x) { return std::log(x); }
+
+// e^x - 1 for x <= 0, also where e^x is near 1; -1 for -inf.
+inline float expm1_negative(float x) {
+  const float c = x < -0.5f ? -0.5f : x;
+  float y = 1.9875691500e-4f;
+  y = y * c + 1.3981999507e-3f;
+  y = y * c + 8.3334519073e-3f;
+  y = y * c + 4.1665795894e-2f;
+  y = y * c + 1.6666665459e-1f;
+  y = y * c + 5.0000001201e-1f;
+  const float near = y * c * c + c;
+  return x < -0.35f ? exp_flushed(x) - 1.0f : near;
+}
+inline double expm1_negative(double x) { return std::expm1(x); }
+
+// ln(1 + x) for x > -1, also where x is small: the error of 1 + x is known (Kahan).
+inline float log1p_any(float x) {
+  const float u = 1.0f + x;
+  const float off = u - 1.0f;
+  return off == 0.0f ? x : log_positive(u) * (x / off);
+}
+inline double log1p_any(double x) { return std::log1p(x); }
 
 // ln of the smallest value that exp_flushed tells from 0.
 inline float flush_limit(float) { return kFlush; }
