@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,13 +26,13 @@ class Sizes:
 
 
 FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192)
-CPU = Sizes(tokens=256, vocab=151936, rows=1024, length=4096)
+CPU = Sizes(tokens=512, vocab=151936, rows=1024, length=4096)
 TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``ours(*inputs)`` and ``plain(*inputs)`` return the same tensors.
+    """``ours(*inputs)``, ``plain(*inputs)`` and what other packages do return the same tensors.
 
     ``bytes_moved`` is what must cross memory at least: every input once, every output once.
     """
@@ -43,6 +43,7 @@ class Case:
     inputs: tuple[Tensor, ...]
     bytes_moved: int
     differentiable: int = 0  # the first so many inputs get a gradient; 0 for forward only
+    peers: dict[str, Function] = field(default_factory=dict)
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -55,6 +56,11 @@ def size_of(*tensors: Tensor) -> int:
 def plain_token_stats(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     logp = logits.float().log_softmax(-1)
     return logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def plain_token_stats_kl(logits: Tensor, tokens: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    logp, logq = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return logp.gather(-1, tokens[:, None])[:, 0], (logp.exp() * (logp - logq)).sum(-1)
 
 
 def plain_token_kl(logprob: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
@@ -113,11 +119,24 @@ def plain_tempo(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Te
     return (centred + after - before) / scale * mask
 
 
+# ---- other packages' ----------------------------------------------------------------------------------------
+
+
+def trl_token_stats() -> dict[str, Function]:
+    """TRL's, where it is installed: its fused kernel on a GPU, its two functions on a CPU."""
+    try:
+        from trl.trainer.utils import selective_log_softmax_and_entropy
+    except ImportError:
+        return {}
+    return {"trl": selective_log_softmax_and_entropy}
+
+
 # ---- the cases ---------------------------------------------------------------------------------------------
 
 NAMES = (
     "token_stats",
     "token_stats_backward",
+    "token_stats_kl",
     "token_kl",
     "token_kl_backward",
     "group_advantages",
@@ -127,6 +146,11 @@ NAMES = (
     "prefix_values",
     "tempo_advantages",
 )
+
+
+def dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """Those of the logits a case is timed with."""
+    return (torch.float32, torch.bfloat16) if name.startswith("token_stats") else (torch.float32,)
 
 
 def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -142,16 +166,25 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
     if name.startswith("token_stats"):
         logits = torch.randn(sizes.tokens, sizes.vocab, generator=g, device=device, dtype=dtype) * 3
         tokens = ids(sizes.vocab, sizes.tokens)
+        rest = size_of(tokens) + 8 * sizes.tokens
+        if name == "token_stats_kl":
+            ref = logits + torch.randn(logits.shape, generator=g, device=device, dtype=dtype) * 0.3
+
+            def with_kl(logits: Tensor, tokens: Tensor, ref: Tensor) -> tuple[Tensor, ...]:
+                stats = rewardops.token_stats(logits, tokens, ref_logits=ref, outputs=("logprob", "kl"))
+                return tuple(x for x in stats if x is not None)
+
+            return Case(
+                name, with_kl, plain_token_stats_kl, (logits, tokens, ref), size_of(logits, ref) + rest
+            )
         backward = name.endswith("backward")
-        moved = size_of(logits) * (3 if backward else 1) + size_of(tokens) + 8 * sizes.tokens
+        moved = size_of(logits) * (3 if backward else 1) + rest
 
-        def ours(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            stats = rewardops.token_stats(logits, tokens)
-            assert stats.logprob is not None
-            assert stats.entropy is not None
-            return stats.logprob, stats.entropy
+        def ours(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            stats = rewardops.token_stats(logits, tokens, outputs=("logprob", "entropy"))
+            return tuple(x for x in stats if x is not None)
 
-        return Case(name, ours, plain_token_stats, (logits, tokens), moved, int(backward))
+        return Case(name, ours, plain_token_stats, (logits, tokens), moved, int(backward), trl_token_stats())
 
     b, t, k = sizes.rows, sizes.length, sizes.group
     lengths = ids(t, b, 1) + 1

@@ -65,11 +65,18 @@ def _largest_error(got: Any, want: Any) -> float:
 
 
 def run_case(
-    name: str, sizes: cases.Sizes, device: torch.device, *, runs: int, seconds: float, compiled: bool = True
+    name: str,
+    sizes: cases.Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    runs: int,
+    seconds: float,
+    compiled: bool = True,
 ) -> dict[str, Any]:
     """Time one case. A variant that runs out of memory, or fails to compile, is reported and left out."""
-    case = cases.make(name, sizes, device)
-    variants = {"ours": case.ours, "eager": case.plain}
+    case = cases.make(name, sizes, device, dtype)
+    variants = {"ours": case.ours, "eager": case.plain, **case.peers}
     if compiled:
         torch._dynamo.reset()
         variants["compile"] = torch.compile(case.plain, dynamic=False)
@@ -92,6 +99,7 @@ def run_case(
     ours = found["ours"].median
     return {
         "case": name,
+        "dtype": str(dtype).removeprefix("torch."),
         "sizes": asdict(sizes),
         "bytes": case.bytes_moved,
         "gb_per_s": case.bytes_moved / ours / 1e6,
@@ -103,21 +111,31 @@ def run_case(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table of a report: milliseconds, and how many times longer the others take."""
+    """A table of a report: milliseconds, and how many times longer the others take.
+
+    The roofline is the time in which the measured copy bandwidth moves the bytes that a case must move.
+    """
     m = report["machine"]
     where = m.get("gpu") if m.get("gpu", "none") != "none" else m.get("cpu")
+    rows = report["cases"]
+    peers = sorted({v for row in rows for v in row["variants"]} - {"ours", "eager", "compile"})
+    others = {"eager": "eager", "compile": "torch.compile", **{p: p for p in peers}}
+    head = ["case", "ours, ms", "roofline, ms", "GB/s", "of copy"]
+    head += [cell for other in others.values() for cell in (f"{other}, ms", "ratio")]
     lines = [
         f"{where}, torch {m['torch']}, commit {m['commit']}, {m['date']};"
         f" copy bandwidth {report['copy_gb_per_s']:.0f} GB/s; backend: {report['backend']}",
         "",
-        "| case | ours, ms | GB/s | of copy | eager, ms | ratio | torch.compile, ms | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
     ]
-    for row in report["cases"]:
+    for row in rows:
         v = row["variants"]
-        cells = [row["case"], f"{v['ours']['median']:.3f}", f"{row['gb_per_s']:.0f}"]
+        name = row["case"] + (f", {row['dtype']}" if len(cases.dtypes(row["case"])) > 1 else "")
+        roofline = row["bytes"] / report["copy_gb_per_s"] / 1e6
+        cells = [name, f"{v['ours']['median']:.3f}", f"{roofline:.3f}", f"{row['gb_per_s']:.0f}"]
         cells.append(f"{row['gb_per_s'] / report['copy_gb_per_s']:.0%}")
-        for other in ("eager", "compile"):
+        for other in others:
             if other in v:
                 cells += [f"{v[other]['median']:.3f}", f"{row['speedup'][other]:.1f}x"]
             else:
@@ -144,11 +162,13 @@ def run_all(
         "copy_gb_per_s": timing.copy_bandwidth(device, max(copied, 2**20)),
         "cases": [],
     }
-    for name in names:
-        row = run_case(name, sizes, device, runs=runs, seconds=seconds, compiled=compiled)
+    for name, dtype in ((n, dtype) for n in names for dtype in cases.dtypes(n)):
+        row = run_case(name, sizes, device, dtype, runs=runs, seconds=seconds, compiled=compiled)
         report["cases"].append(row)
         rest = "".join(f", {v} {s:.1f}x" for v, s in row["speedup"].items())
-        progress(f"{name}: {row['variants']['ours']['median']:.3f} ms{rest} {row['notes'] or ''}")
+        progress(
+            f"{name} {row['dtype']}: {row['variants']['ours']['median']:.3f} ms{rest} {row['notes'] or ''}"
+        )
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return report

@@ -24,6 +24,9 @@ def test_variants_agree(name):
     pairs = [(ours, plain)] if isinstance(ours, torch.Tensor) else zip(ours, plain, strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for peer in case.peers.values():
+        for a, b in zip(ours, peer(*case.inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert case.bytes_moved > 0
 
 
@@ -38,7 +41,9 @@ def test_a_report_and_its_table():
     )
     assert json.loads(json.dumps(report)) == report
     table = run.markdown(report)
-    assert table.count("| token_stats_backward |") == 1
+    assert table.count("| token_stats_backward, float32 |") == 1
+    assert table.count("| token_stats_backward, bfloat16 |") == 1
+    assert table.count("| group_advantages |") == 1
     assert "not run" in table  # torch.compile was left out, and the table says so
     for row in report["cases"]:
         assert row["variants"]["ours"]["median"] > 0
@@ -65,7 +70,7 @@ def test_gpu_script_walks_without_a_gpu(tmp_path):
     (report,) = tmp_path.glob("dry-*.json")
     found = json.loads(report.read_text())
     assert found["backend"] == "triton"
-    assert [row["case"] for row in found["cases"]] == list(cases.NAMES)
+    assert [row["case"] for row in found["cases"]] == [n for n in cases.NAMES for _ in cases.dtypes(n)]
     assert report.with_suffix(".md").exists()
 
 

@@ -60,6 +60,11 @@ def inputs(device="cpu", dtype=torch.float64) -> Inputs:
     return Inputs(*(x.to(device) for x in made))
 
 
+def smooth(outputs):
+    """Those of a named tuple of outputs that have a gradient."""
+    return [o for o in outputs if o is not None and o.is_floating_point()]
+
+
 def padded_calls(i: Inputs):
     """(name, function, differentiable inputs) of every public op on padded rows."""
     y = i.tokens
@@ -70,6 +75,44 @@ def padded_calls(i: Inputs):
                 x, y, temperature=0.7, mask=i.mask, outputs=("logprob", "entropy", "logsumexp")
             )[:3],
             [i.logits],
+        ),
+        (
+            "token_stats of two models",
+            lambda x, r: smooth(
+                rewardops.token_stats(
+                    x,
+                    y,
+                    ref_logits=r,
+                    mask=i.mask,
+                    outputs=rewardops.logits.OUTPUTS,
+                    temperature=i.values[:, 0] + 0.5,
+                    softcap=2.0,
+                    vocab_size=VOCAB - 2,
+                    beta=0.3,
+                )
+            ),
+            [i.logits, i.logits.flip(0) * 0.7],
+        ),
+        (
+            "token_stats in parts",
+            lambda x, r: smooth(
+                rewardops.merge_token_stats(
+                    [
+                        rewardops.token_stats_partial(
+                            x[..., a:b],
+                            y,
+                            vocab_start=a,
+                            ref_logits=r[..., a:b],
+                            mask=i.mask,
+                            outputs=rewardops.logits.PARTIAL_OUTPUTS,
+                        )
+                        for a, b in ((0, 4), (4, VOCAB))
+                    ],
+                    outputs=rewardops.logits.PARTIAL_OUTPUTS,
+                    dtype=x.dtype,
+                )
+            ),
+            [i.logits, i.logits.flip(0) * 0.7],
         ),
         (
             "token_kl k1",

@@ -7,11 +7,13 @@ That happens in processes of their own, because in this one the kernels are inte
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +26,8 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
 # ---- in the processes that compile -------------------------------------------------------------------------
 
 
-def record() -> list:
-    """Every distinct launch that the callers make: (kernel, arguments, keywords)."""
-    import torch
+def recorder() -> list:
+    """Replaces every kernel by a recorder; the list that fills with (kernel, arguments, keywords)."""
     from rewardops.triton_kernels import advantages, entropy, kl, logits, prefix_tree, returns
     from triton.runtime.jit import JITFunction
 
@@ -43,7 +44,15 @@ def record() -> list:
         for name, value in vars(module).copy().items():
             if isinstance(value, JITFunction) and ("kernel" in name or "combine" in name):
                 setattr(module, name, Recorder(value))
+    return launches
 
+
+def record() -> list:
+    """Every distinct launch that the callers make."""
+    import torch
+    from rewardops.triton_kernels import advantages, entropy, kl, logits, prefix_tree, returns
+
+    launches = recorder()
     vocab, batch, width = 151936, 8, 4096
     ids = torch.zeros(40, dtype=torch.int64)
     policy = ("logprob", "entropy", "logsumexp", "sum_sq", "mean_logit", "is_top1")
@@ -121,7 +130,8 @@ def specialise(kernel, args, kwargs):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + names[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -160,6 +170,48 @@ def resources(kernel, target: str) -> dict[str, int]:
     return {"registers": use["REG"], "spill": use["STACK"] + use["LOCAL"]}
 
 
+def block_loads(ttir: str) -> tuple[list[list[str]], list[str]]:
+    """Types of the block loads in each loop's body, and of those outside loops: ``"2048xbf16"``."""
+    loops, outside, indent = [], [], None
+    for line in ttir.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if indent is not None and depth <= indent:
+            indent = None
+        if indent is None and " scf.for " in line:
+            indent = depth
+            loops.append([])
+        found = re.search(r"tt\.load .*: tensor<(\d+)x!tt\.ptr<(\w+)>>", line)
+        if found:
+            (outside if indent is None else loops[-1]).append("x".join(found.groups()))
+    return loops, outside
+
+
+def specialisations() -> dict[str, int]:
+    """How many times each kernel is compiled over many shapes and temperatures, the outputs staying alike."""
+    import torch
+    from rewardops.triton_kernels import logits
+
+    launches = recorder()
+
+    def count(shapes, start=0):
+        launches.clear()
+        for (rows, vocab), temperature in itertools.product(shapes, (0.7, 1.0)):
+            x = torch.empty(rows, vocab + start)[:, start:]
+            inputs = (x, torch.zeros(rows, dtype=torch.int64), x, None, None)
+            outputs = ("logprob", "entropy", "kl", "jsd")
+            saved, *made = logits.token_stats(*inputs, temperature, 0.0, vocab, 0.3, outputs, False)
+            logits.token_stats_backward(
+                made, *inputs, saved, temperature, 0.0, vocab, 0.3, outputs, True, True
+            )
+        found = {repr(specialise(kernel, args, kwargs)) for kernel, args, kwargs in launches}
+        return Counter(re.match(r"\('(\w+)'", text).group(1) for text in found)
+
+    aligned = [(n, v) for n in (200, 201, 256, 1024) for v in (1024, 50272, 151936)]
+    ragged = [(n, v) for n in (200, 201, 256, 1024) for v in (1000, 1003, 50257, 151936)]
+    few = [(n, v) for n in (1, 2, 3) for v in (50272, 151936)]
+    return {"aligned": count(aligned), "ragged": count(aligned + ragged), "few": count(few)}
+
+
 def compile_all(target: str, part: int, parts: int) -> list[dict]:
     """Compile every ``parts``-th launch for a target."""
     import triton
@@ -169,6 +221,7 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
     found = []
     for kernel, args, kwargs in record()[part::parts]:
         name, signature, constants, attributes, options = specialise(kernel, args, kwargs)
+        values = {kernel.arg_names[index]: value for (index,), value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options or None)
         row = {"kernel": name, "target": target, **resources(compiled, target)}
@@ -178,6 +231,8 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
             row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
             row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
             row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
+        row["block"] = next((v for k, v in values.items() if k == "BLOCK"), None)
+        row["in_loops"], row["outside"] = block_loads(compiled.asm["ttir"])
         found.append(row)
     return found
 
@@ -185,6 +240,7 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
 # ---- in the test process -----------------------------------------------------------------------------------
 
 PARTS = 2
+LOGITS_KERNELS = ("token_stats_kernel", "token_stats_mixture_kernel", "token_stats_backward_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +277,7 @@ def test_no_kernel_uses_atomics(compiled):
     assert not [row for row in compiled if row.get("atomics")]
 
 
-@pytest.mark.parametrize("kernel", ["token_stats_kernel", "token_stats_backward_kernel"])
+@pytest.mark.parametrize("kernel", LOGITS_KERNELS)
 def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
     rows = [r for r in compiled if r["kernel"] == kernel and r["target"] in ("sm_80", "sm_90", "sm_100")]
     assert {t for r in rows for t in r["types"]} >= {"*fp32", "*bf16", "*fp16"}
@@ -231,5 +287,39 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
             assert ".v4.b32" in row["stores"], row
 
 
+@pytest.mark.parametrize("kernel", LOGITS_KERNELS)
+def test_every_logit_is_read_once(compiled, kernel):
+    """One block load per logits tensor, and one in the tail that is peeled off: the element's size and not a byte
+    more, whatever is asked for."""
+    tensors = set()
+    for row in compiled:
+        if row["kernel"] == kernel:
+            loop = row["in_loops"][-1]
+            assert len(set(loop)) == 1, row
+            width, kind = loop[0].split("x")
+            assert int(width) == row["block"], row
+            assert "*" + {"f32": "fp32", "f16": "fp16"}.get(kind, kind) in row["types"], row
+            # The backward kernel takes its tail in the loop, as the other branch.
+            assert row["outside"] == ([] if "backward" in kernel else loop), row
+            tensors.add(len(loop))
+    assert tensors == {"token_stats_kernel": {1, 2}, "token_stats_mixture_kernel": {2}}.get(kernel, {2, 4})
+
+
+def test_shapes_and_temperature_do_not_recompile():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, __file__, "count"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["aligned"] == dict.fromkeys(LOGITS_KERNELS, 1)
+    assert set(counts["ragged"]) == set(LOGITS_KERNELS)
+    assert max(counts["ragged"].values()) <= 2  # rows at odd addresses are one more
+    # Few rows are split over the vocabulary, and their parts merged.
+    assert counts["few"] == dict.fromkeys((*LOGITS_KERNELS, "token_stats_combine"), 1)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "count":
+        print(json.dumps(specialisations()))
+        sys.exit()
     print(json.dumps(compile_all(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,7 +1,7 @@
 """Token statistics on the GPU: one read of the logits forward, one read and one write backward.
 
-A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward, and as much again for a reference's; what
-is written per row, and the records of a row that is split over programs, are nothing beside that.
+A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward, and as much again for a reference's;
+what is written per row, and the records of a row that is split over programs, are nothing beside that.
 """
 
 from __future__ import annotations
@@ -174,10 +174,11 @@ def accumulate(
         ref_total += sum_terms(ref_e, x, ref_top, ref_shift)
         if KL & WANT:
             broken = (x == float("-inf")) & (z > float("-inf"))
-            kl += tl.sum(tl.where(broken, float("inf"), e * (y - u)), 0).to(tl.float64)
+            # In float64: beside the largest logit's term the others would lose their last places.
+            kl += tl.sum(tl.where(broken, float("inf"), e * (y - u)).to(tl.float64), 0)
         if REVERSE & WANT:
             broken = (z == float("-inf")) & (x > float("-inf"))
-            reverse += tl.sum(tl.where(broken, float("inf"), ref_e * (u - y)), 0).to(tl.float64)
+            reverse += tl.sum(tl.where(broken, float("inf"), ref_e * (u - y)).to(tl.float64), 0)
     else:
         y = z - base
         t = exponent_of(y, scale)
@@ -216,27 +217,59 @@ def store_record(
 
 
 @triton.jit
-def store_masked(n, count, outputs, tops, saved, record, WANT: tl.constexpr, HAS_REF: tl.constexpr, RECORD: tl.constexpr):
+def store_masked(
+    n,
+    count,
+    o_logprob,
+    o_entropy,
+    o_logsumexp,
+    o_sum_sq,
+    o_mean,
+    o_ref_logprob,
+    o_kl,
+    o_reverse,
+    tops,
+    saved,
+    record,
+    WANT: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    RECORD: tl.constexpr,
+):
     """Zeros. What is saved of a masked row is zero from the start."""
     if RECORD:
         field = tl.arange(0, 16)
         tl.store(record + n.to(tl.int64) * FIELDS + field, 0.0, mask=field < FIELDS)
     else:
-        for k in tl.static_range(8):
-            if ((1 << k) if k < 5 else (2 << k)) & WANT:
-                tl.store(outputs + k * count.to(tl.int64) + n, 0.0)
+        if LOGPROB & WANT:
+            tl.store(o_logprob + n, 0.0)
+        if ENTROPY & WANT:
+            tl.store(o_entropy + n, 0.0)
+        if LOGSUMEXP & WANT:
+            tl.store(o_logsumexp + n, 0.0)
+        if SUM_SQ & WANT:
+            tl.store(o_sum_sq + n, 0.0)
+        if MEAN & WANT:
+            tl.store(o_mean + n, 0.0)
+        if REF_LOGPROB & WANT:
+            tl.store(o_ref_logprob + n, 0.0)
+        if KL & WANT:
+            tl.store(o_kl + n, 0.0)
+        if REVERSE & WANT:
+            tl.store(o_reverse + n, 0.0)
         if TOP1 & WANT:
             tl.store(tops + n, 0)
 
 
 @triton.jit
 def finish(
-    n, count, outputs, tops, saved, stored_shift, ref_stored_shift,
-    shift, total, weighted, squares, distance, columns, token, found, ref_shift, ref_total, ref_token, kl, reverse,
+    n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob, o_kl, o_reverse, tops,
+    saved, stored_shift, ref_stored_shift,
+    shift, total, weighted, squares, distance, columns, token, found, ref_shift, ref_total, ref_token, kl,
+    reverse,
     WANT: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
     """Write a row's statistics from its record, and from its shifts as the logits have them."""
-    ACC: tl.constexpr = outputs.dtype.element_ty
+    ACC: tl.constexpr = o_logprob.dtype.element_ty
     count = count.to(tl.int64)
     nan = float("nan")
     empty = shift == float("-inf")  # no column has any mass
@@ -247,18 +280,18 @@ def finish(
     tl.store(saved + n, stored_shift)
     tl.store(saved + count + n, tl.where(empty, nan, total))
     if LOGPROB & WANT:
-        tl.store(outputs + n, (token - shift - log_sum).to(ACC))
+        tl.store(o_logprob + n, (token - shift - log_sum).to(ACC))
     if ENTROPY & WANT:
-        tl.store(outputs + count + n, entropy.to(ACC))
+        tl.store(o_entropy + n, entropy.to(ACC))
         tl.store(saved + 2 * count + n, entropy)
     if LOGSUMEXP & WANT:
-        tl.store(outputs + 2 * count + n, (tl.where(empty, 0.0, shift) + log_sum).to(ACC))
+        tl.store(o_logsumexp + n, (tl.where(empty, 0.0, shift) + log_sum).to(ACC))
     if SUM_SQ & WANT:
-        tl.store(outputs + 3 * count + n, sum_sq.to(ACC))
+        tl.store(o_sum_sq + n, sum_sq.to(ACC))
         tl.store(saved + 3 * count + n, sum_sq)
     if MEAN & WANT:
         mean = tl.where(empty, float("-inf"), shift + distance / columns)
-        tl.store(outputs + 4 * count + n, mean.to(ACC))
+        tl.store(o_mean + n, mean.to(ACC))
     if TOP1 & WANT:
         tl.store(tops + n, ((token == shift) & (empty == 0) & (total == total)).to(tl.uint8))
     if HAS_REF:
@@ -268,32 +301,50 @@ def finish(
         tl.store(saved + 5 * count + n, tl.where(ref_empty, nan, ref_total))
         if REF_LOGPROB & WANT:
             ref_token = tl.where(found > 0, ref_token, nan)
-            tl.store(outputs + 5 * count + n, (ref_token - ref_shift - ref_log_sum).to(ACC))
+            tl.store(o_ref_logprob + n, (ref_token - ref_shift - ref_log_sum).to(ACC))
         if KL & WANT:
             value = kl / total + (ref_log_sum - log_sum)
-            tl.store(outputs + 6 * count + n, value.to(ACC))
+            tl.store(o_kl + n, value.to(ACC))
             tl.store(saved + 6 * count + n, value)
         if REVERSE & WANT:
             value = reverse / ref_total - (ref_log_sum - log_sum)
-            tl.store(outputs + 7 * count + n, value.to(ACC))
+            tl.store(o_reverse + n, value.to(ACC))
             tl.store(saved + 7 * count + n, value)
 
 
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "blocks", "parts"])
 def token_stats_kernel(
-    logits, tokens, ref_logits, mask, temperatures, outputs, tops, saved, record,
+    logits, tokens, ref_logits, mask, temperatures, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean,
+    o_ref_logprob, o_kl, o_reverse, tops, saved, record,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     first, vocab, blocks, parts, inv_high, inv_low, cap_high, cap_low,
     WANT: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
     CAPPED: tl.constexpr, RECORD: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n, to a record or to the statistics."""
-    ACC: tl.constexpr = outputs.dtype.element_ty
+    ACC: tl.constexpr = o_logprob.dtype.element_ty
     n = tl.program_id(0)
     part = tl.program_id(1)
     if is_masked(n, tokens, mask, HAS_MASK):
         if not SPLIT:
-            store_masked(n, count, outputs, tops, saved, record, WANT, HAS_REF, RECORD)
+            store_masked(
+                n,
+                count,
+                o_logprob,
+                o_entropy,
+                o_logsumexp,
+                o_sum_sq,
+                o_mean,
+                o_ref_logprob,
+                o_kl,
+                o_reverse,
+                tops,
+                saved,
+                record,
+                WANT,
+                HAS_REF,
+                RECORD,
+            )
     else:
         inv = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
         scale = (inv * LOG2E).to(ACC)
@@ -317,7 +368,7 @@ def token_stats_kernel(
         reverse = tl.zeros([], tl.float64)
         # The mean is taken relative to the first logit (to 0 where that is not finite).
         origin = tl.zeros([], ACC)
-        if MEAN & WANT:
+        if MEAN & WANT:  # noqa: SIM102 (known when compiled; the width is not)
             if width > 0:
                 origin = capped(tl.load(row + begin).to(ACC), cap, CAPPED)
                 origin = tl.where(tl.abs(origin) < -LOWEST, origin, 0.0)
@@ -327,7 +378,8 @@ def token_stats_kernel(
             if HAS_REF:
                 x = capped(tl.load(ref_row + start + columns).to(ACC), cap, CAPPED)
             shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse = accumulate(
-                z, x, columns, origin, shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse,
+                z, x, columns, origin, shift, total, weighted, squares, distance, ref_shift,
+                ref_total, kl, reverse,
                 scale, WANT, HAS_REF, False,
             )  # fmt: skip
         if full < end:
@@ -339,7 +391,8 @@ def token_stats_kernel(
                 x = capped(tl.load(ref_row + full + columns, mask=inside, other=0.0).to(ACC), cap, CAPPED)
                 x = tl.where(inside, x, float("-inf"))
             shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse = accumulate(
-                z, x, inside, origin, shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse,
+                z, x, inside, origin, shift, total, weighted, squares, distance, ref_shift,
+                ref_total, kl, reverse,
                 scale, WANT, HAS_REF, True,
             )  # fmt: skip
 
@@ -378,12 +431,15 @@ def token_stats_kernel(
                 ref_shift64 = tl.zeros([], tl.float64)
             store_record(
                 record + (n.to(tl.int64) * parts + part) * FIELDS, shift64, total, weighted, squares, distance,
-                width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
+                width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total,
+                ref_token, kl, reverse,
             )  # fmt: skip
         else:
             finish(
-                n, count, outputs, tops, saved, shift.to(tl.float64), ref_shift.to(tl.float64),
-                shift64, total, weighted, squares, distance, width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
+                n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob,
+                o_kl, o_reverse, tops, saved, shift.to(tl.float64), ref_shift.to(tl.float64),
+                shift64, total, weighted, squares, distance, width.to(tl.float64), token,
+                found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
                 WANT, HAS_REF,
             )  # fmt: skip
 
@@ -404,14 +460,32 @@ def sum_moved(factor, value):
 
 @triton.jit(do_not_specialize=["count", "parts"])
 def token_stats_combine(
-    tokens, mask, temperatures, partial, outputs, tops, saved, record, count, parts, inv_high, inv_low,
+    tokens, mask, temperatures, partial, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob,
+    o_kl, o_reverse, tops, saved, record, count, parts, inv_high, inv_low,
     WANT: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
     RECORD: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Program n: the records of the parts of row n, to one record or to the statistics."""
     n = tl.program_id(0)
     if is_masked(n, tokens, mask, HAS_MASK):
-        store_masked(n, count, outputs, tops, saved, record, WANT, HAS_REF, RECORD)
+        store_masked(
+            n,
+            count,
+            o_logprob,
+            o_entropy,
+            o_logsumexp,
+            o_sum_sq,
+            o_mean,
+            o_ref_logprob,
+            o_kl,
+            o_reverse,
+            tops,
+            saved,
+            record,
+            WANT,
+            HAS_REF,
+            RECORD,
+        )
     else:
         inv = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
         part = tl.arange(0, MOST)
@@ -440,12 +514,15 @@ def token_stats_combine(
         width = tl.sum(widths, 0)
         if RECORD:
             store_record(
-                record + n.to(tl.int64) * FIELDS, shift, total, weighted, squares, distance, width, token, found,
+                record + n.to(tl.int64) * FIELDS, shift, total, weighted, squares, distance,
+                width, token, found,
                 ref_shift, ref_total, ref_token, kl, reverse,
             )  # fmt: skip
         else:
             finish(
-                n, count, outputs, tops, saved, shift / inv, ref_shift / inv, shift, total, weighted, squares, distance, width, token, found,
+                n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob, o_kl,
+                o_reverse, tops, saved, shift / inv, ref_shift / inv,
+                shift, total, weighted, squares, distance, width, token, found,
                 ref_shift, ref_total, ref_token, kl, reverse, WANT, HAS_REF,
             )  # fmt: skip
 
@@ -488,6 +565,15 @@ def log_mixture_above(logp, logq, beta):
     return log1p(weight * expm1_negative(low - high)), high
 
 
+@triton.jit
+def mixture_terms(z, x, shift, log_sum, ref_shift, ref_log_sum, high, low, beta):
+    """A column's part in KL(p || m) and in KL(q || m)."""
+    logp = distance(z, shift, high, low) - log_sum
+    logq = distance(x, ref_shift, high, low) - ref_log_sum
+    log_m, above = log_mixture_above(logp, logq, beta)
+    return tl.exp(logp) * (logp - above - log_m), tl.exp(logq) * (logq - above - log_m)
+
+
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "vocab", "blocks", "parts"])
 def token_stats_mixture_kernel(
     logits, tokens, ref_logits, mask, temperatures, saved, partial,
@@ -515,16 +601,20 @@ def token_stats_mixture_kernel(
         ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
         begin = part * blocks * BLOCK
         end = tl.minimum(begin + blocks * BLOCK, vocab)
-        for start in range(begin, end, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+        columns = tl.arange(0, BLOCK)
+        for start in range(begin, full, BLOCK):
+            z = capped(tl.load(row + start + columns).to(ACC), cap, CAPPED)
+            x = capped(tl.load(ref_row + start + columns).to(ACC), cap, CAPPED)
+            term, ref_term = mixture_terms(z, x, shift, log_sum, ref_shift, ref_log_sum, high, low, beta)
+            mixed += tl.sum(term, 0).to(tl.float64)
+            ref_mixed += tl.sum(ref_term, 0).to(tl.float64)
+        if full < end:
+            column = full + columns
             inside = column < end
             z = capped(tl.load(row + column, mask=inside, other=0.0).to(ACC), cap, CAPPED)
             x = capped(tl.load(ref_row + column, mask=inside, other=0.0).to(ACC), cap, CAPPED)
-            logp = distance(z, shift, high, low) - log_sum
-            logq = distance(x, ref_shift, high, low) - ref_log_sum
-            log_m, above = log_mixture_above(logp, logq, beta)
-            term = tl.exp(logp) * (logp - above - log_m)
-            ref_term = tl.exp(logq) * (logq - above - log_m)
+            term, ref_term = mixture_terms(z, x, shift, log_sum, ref_shift, ref_log_sum, high, low, beta)
             mixed += tl.sum(tl.where(inside, term, 0.0), 0).to(tl.float64)
             ref_mixed += tl.sum(tl.where(inside, ref_term, 0.0), 0).to(tl.float64)
     at = partial + (n.to(tl.int64) * parts + part) * 2
@@ -580,7 +670,9 @@ def unscaled(g, x, inv, cap, CAPPED: tl.constexpr):
     return g
 
 
-@triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"])
+@triton.jit(
+    do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"]
+)
 def token_stats_backward_kernel(
     g_logprob, g_entropy, g_logsumexp, g_sum_sq, g_mean, g_ref_logprob, g_kl, g_reverse, g_jsd,
     grad_record, record, saved, logits, tokens, ref_logits, mask, temperatures, out, ref_out,
@@ -750,7 +842,8 @@ def token_stats_backward_kernel(
                 ref_excess = logq - above - log_m
             if TO_LOGITS:
                 g = side_gradient(
-                    column, token, d, r, e, f, excess, on_e, on_distance, on_gap, mean_gap, on_mixed, on_square, on_other,
+                    column, token, d, r, e, f, excess, on_e, on_distance, on_gap, mean_gap,
+                    on_mixed, on_square, on_other,
                     on_one, on_token, LOG, SQUARE, PAIRED, MIXED,
                 )  # fmt: skip
                 g = unscaled(g, z, inv, cap, CAPPED).to(out.dtype.element_ty)
@@ -760,7 +853,8 @@ def token_stats_backward_kernel(
                     tl.store(target + column, g, mask=column < end)
             if TO_REF:
                 h = side_gradient(
-                    column, token, r, d, f, e, ref_excess, ref_on_e, on_distance, ref_on_gap, ref_mean_gap, ref_on_mixed,
+                    column, token, r, d, f, e, ref_excess, ref_on_e, on_distance,
+                    ref_on_gap, ref_mean_gap, ref_on_mixed,
                     on_square, ref_on_other, 0.0, ref_on_token, False, False, PAIRED, MIXED,
                 )  # fmt: skip
                 h = unscaled(h, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
@@ -830,12 +924,15 @@ def _forward(
     first: int,
     vocab: int,
     outputs: Sequence[str],
-    made: tuple[Tensor, Tensor, Tensor],
+    made: dict[str, Tensor],
+    saved: Tensor,
     record: Tensor | None,
     has_ref: bool,
 ) -> None:
-    out, tops, saved = made
     p = problem
+    nothing = p.logits.new_empty(1, dtype=accumulator(p.logits))  # its dtype is that of the accumulation
+    out = [made.get(name, nothing) for name in OUTPUTS if name not in ("is_top1", "jsd")]
+    out.append(made.get("is_top1", nothing))
     # A row a program; where rows are fewer than two to a multiprocessor, several programs a row.
     each, parts = p.parts(2) if p.count < 2 * multiprocessors(p.logits) else (max(p.blocks, 1), 1)
     partial = saved if record is None else record
@@ -843,13 +940,13 @@ def _forward(
         partial = p.logits.new_empty((p.count, parts, len(RECORD)), dtype=torch.float64)
     flags = {"WANT": _bits(outputs), "HAS_REF": has_ref, **p.flags, "RECORD": record is not None}
     token_stats_kernel[(p.count, parts)](
-        p.logits, p.tokens, p.ref, p.mask, p.temperatures, out, tops, saved, partial,
+        p.logits, p.tokens, p.ref, p.mask, p.temperatures, *out, saved, partial,
         p.count, *p.strides, first, vocab, each, parts, *p.scalars,
         **flags, **p.capped, SPLIT=parts > 1, BLOCK=p.block, num_warps=WARPS,
     )  # fmt: skip
     if parts > 1:
         token_stats_combine[(p.count,)](
-            p.tokens, p.mask, p.temperatures, partial, out, tops, saved, saved if record is None else record,
+            p.tokens, p.mask, p.temperatures, partial, *out, saved, saved if record is None else record,
             p.count, parts, *p.scalars[:2], **flags, MOST=MOST_SPLITS, num_warps=1,
         )  # fmt: skip
 
@@ -871,16 +968,16 @@ def token_stats(
     shape = tokens.shape
     # Zeros: not every row of it is filled.
     saved = logits.new_zeros((4 if ref_logits is None else len(SAVED), *shape), dtype=torch.float64)
-    names = [name for name in OUTPUTS if name not in ("is_top1", "jsd")]
-    rows = max((names.index(name) + 1 for name in outputs if name in names), default=0)
-    out = logits.new_empty((rows, *shape), dtype=acc)
-    tops = logits.new_empty(shape if "is_top1" in outputs else 0, dtype=torch.uint8)
-    made = {name: out[names.index(name)] for name in outputs if name in names}
+    made = {
+        name: logits.new_empty(shape, dtype=torch.uint8 if name == "is_top1" else acc)
+        for name in outputs
+        if name != "jsd"
+    }
     p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
     if p.count:
-        _forward(p, 0, vocab, outputs, (out, tops, saved), None, ref_logits is not None)
+        _forward(p, 0, vocab, outputs, made, saved, None, ref_logits is not None)
     if "is_top1" in outputs:
-        made["is_top1"] = tops.view(torch.bool)
+        made["is_top1"] = made["is_top1"].view(torch.bool)
     if "jsd" in outputs:
         made["jsd"] = _mixture(p, saved, vocab, beta)
     return [saved, *(made[name] for name in outputs)]
@@ -914,10 +1011,8 @@ def token_stats_partial(
 ) -> Tensor:
     record = logits.new_empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
     p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
-    # Nothing of these is written; their dtype is that of the accumulation.
-    nothing = logits.new_empty(1, dtype=accumulator(logits))
     if p.count:
-        _forward(p, first, vocab, outputs, (nothing, nothing, nothing), record, ref_logits is not None)
+        _forward(p, first, vocab, outputs, {}, record, record, ref_logits is not None)
     return record
 
 
@@ -971,7 +1066,8 @@ def token_stats_backward(
     out = logits.new_empty(logits.shape if to_logits else 0)
     ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
     _backward(
-        p, given, saved.contiguous(), None, None, out if to_logits else None, ref_out if to_ref else None, 0, vocab,
+        p, given, saved.contiguous(), None, None, out if to_logits else None, ref_out if to_ref else
+        None, 0, vocab,
         beta, ref_logits is not None,
     )  # fmt: skip
     return out, ref_out

@@ -63,7 +63,9 @@ def distances(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         return x, x.new_full(x.shape[:-1], -torch.inf)
     shift = x.amax(-1)
     # Where every logit is -inf, -inf - 0 keeps them without mass.
-    return (x - torch.where(shift == -torch.inf, 0, shift)[..., None]) / temperature.to(x.dtype)[..., None], shift
+    return (x - torch.where(shift == -torch.inf, 0, shift)[..., None]) / temperature.to(x.dtype)[
+        ..., None
+    ], shift
 
 
 def at_column(x: Tensor, column: Tensor, found: Tensor) -> Tensor:
@@ -167,7 +169,9 @@ def merge(records: Tensor) -> dict[str, Tensor]:
         "found": r["found"].sum(0),
         "ref_token": r["ref_token"].sum(0),
         "kl": scaled(factor, has_mass, r["kl"] + (apart - ref_apart) * r["total"]).sum(0),
-        "reverse": scaled(ref_factor, ref_has_mass, r["reverse"] + (ref_apart - apart) * r["ref_total"]).sum(0),
+        "reverse": scaled(ref_factor, ref_has_mass, r["reverse"] + (ref_apart - apart) * r["ref_total"]).sum(
+            0
+        ),
     }
 
 

@@ -11,11 +11,13 @@ namespace REWARDOPS_ISA {
 namespace {
 
 // Gradient in the scaled logits z of the policy:
-//   p (on_p + on_log log p + on_gap (log p - log q - mean_gap) + on_mixed (log p - log m)) + on_square p^2 + on_q q + on_one
+//   p (on_p + on_log log p + on_gap (log p - log q - mean_gap) + on_mixed (log p - log m))
+//     + on_square p^2 + on_q q + on_one
 //   + [column = token] on_token
 // and the same for the reference with the sides exchanged.
 struct Side {
-  double on_p = 0, on_log = 0, on_gap = 0, mean_gap = 0, on_mixed = 0, on_square = 0, on_q = 0, on_one = 0, on_token = 0;
+  double on_p = 0, on_log = 0, on_gap = 0, mean_gap = 0, on_mixed = 0;
+  double on_square = 0, on_q = 0, on_one = 0, on_token = 0;
   bool plain() const { return on_log == 0 && pair_free() && on_square == 0 && on_one == 0; }
   bool pair_free() const { return on_gap == 0 && on_mixed == 0 && on_q == 0; }
 };
