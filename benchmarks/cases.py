@@ -16,18 +16,20 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """N tokens over a vocabulary of V; B rows of T tokens in groups of K."""
+    """N tokens over a vocabulary of V; B rows of T tokens in groups of K; hidden states of D, and how many."""
 
     tokens: int
     vocab: int
     rows: int
     length: int
     group: int = 8
+    hidden: int = 1024
+    hidden_tokens: int = 1024
 
 
-FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192)
+FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192, hidden=4096, hidden_tokens=8192)
 CPU = Sizes(tokens=512, vocab=151936, rows=1024, length=4096)
-TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4)
+TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4, hidden=16, hidden_tokens=6)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Case:
     bytes_moved: int
     differentiable: int = 0  # the first so many inputs get a gradient; 0 for forward only
     peers: dict[str, Function] = field(default_factory=dict)
+    floor: tuple[str, Callable[[], Any]] | None = None  # what nobody can leave out; timed, not compared
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -61,6 +64,10 @@ def plain_token_stats(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def plain_token_stats_kl(logits: Tensor, tokens: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
     logp, logq = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return logp.gather(-1, tokens[:, None])[:, 0], (logp.exp() * (logp - logq)).sum(-1)
+
+
+def plain_linear(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return plain_token_stats(hidden @ weight.T, tokens)
 
 
 def plain_token_kl(logprob: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
@@ -131,12 +138,43 @@ def trl_token_stats() -> dict[str, Function]:
     return {"trl": selective_log_softmax_and_entropy}
 
 
+def trl_linear() -> dict[str, Function]:
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    except ImportError:
+        return {}
+
+    def chunked(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        found = ChunkedLogProbFunction.apply(hidden, weight, None, tokens, 1.0, 8192, None, 1.0, ("entropy",))
+        return found[0], found[1]
+
+    return {"trl": chunked}
+
+
+def products(count: int, hidden: Tensor, weight: Tensor) -> Callable[[], None]:
+    """The first so many of a head's bare products: the logits, the gradients of hidden and weight, the logits."""
+    logits, grad_hidden, grad_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
+
+    def call() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        if count > 1:
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.T, hidden, out=grad_weight)
+        if count > 3:
+            torch.mm(hidden, weight.T, out=logits)
+
+    return call
+
+
 # ---- the cases ---------------------------------------------------------------------------------------------
 
 NAMES = (
     "token_stats",
     "token_stats_backward",
     "token_stats_kl",
+    "linear_token_stats",
+    "linear_token_stats_backward",
+    "linear_token_loss",
     "token_kl",
     "token_kl_backward",
     "group_advantages",
@@ -150,7 +188,8 @@ NAMES = (
 
 def dtypes(name: str) -> tuple[torch.dtype, ...]:
     """Those of the logits a case is timed with."""
-    return (torch.float32, torch.bfloat16) if name.startswith("token_stats") else (torch.float32,)
+    logits = name.startswith(("token_stats", "linear"))
+    return (torch.float32, torch.bfloat16) if logits else (torch.float32,)
 
 
 def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -185,6 +224,35 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
             return tuple(x for x in stats if x is not None)
 
         return Case(name, ours, plain_token_stats, (logits, tokens), moved, int(backward), trl_token_stats())
+
+    if name.startswith("linear"):
+        n, d, v = sizes.hidden_tokens, sizes.hidden, sizes.vocab
+        hidden = torch.randn(n, d, generator=g, device=device, dtype=dtype)
+        weight = torch.randn(v, d, generator=g, device=device, dtype=dtype) * (2 / d**0.5)
+        tokens = ids(v, n)
+        inputs = (hidden, weight, tokens)
+        backward = name != "linear_token_stats"
+        moved = size_of(hidden, weight) * (2 if backward else 1) + size_of(tokens) + 8 * n
+
+        def stats(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            found = rewardops.linear_token_stats(hidden, weight, tokens)
+            return tuple(x for x in found if x is not None)
+
+        def loss(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+            one = torch.ones(tokens.shape, device=tokens.device)
+            return rewardops.linear_token_loss(hidden, weight, tokens, {"logprob": one, "entropy": one})[0]
+
+        if name == "linear_token_loss":
+            peers = {
+                p: lambda h, w, t, fn=fn: torch.stack(fn(h, w, t)).sum() for p, fn in trl_linear().items()
+            }
+            floor = ("3 products", products(3, hidden, weight))
+            return Case(
+                name, loss, lambda *x: torch.stack(plain_linear(*x)).sum(), inputs, moved, 2, peers, floor
+            )
+        count = 4 if backward else 1
+        floor = (f"{count} product{'s' * backward}", products(count, hidden, weight))
+        return Case(name, stats, plain_linear, inputs, moved, 2 * backward, trl_linear(), floor)
 
     b, t, k = sizes.rows, sizes.length, sizes.group
     lengths = ids(t, b, 1) + 1

@@ -15,7 +15,7 @@ import torch
 import rewardops
 from rewardops import dispatch
 
-from . import cases, timing
+from . import cases, memory, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,6 +95,9 @@ def run_case(
             notes[variant] = f"failed: {str(error).splitlines()[0][:120]}"
     difference = {v: _largest_error(results["ours"], r) for v, r in results.items() if v != "ours"}
     del results
+    extra = {variant: memory.peak(call, device) for variant, call in calls.items()}
+    if case.floor is not None:
+        calls[case.floor[0]] = case.floor[1]
     found = timing.interleaved(calls, device, runs=runs, seconds=seconds)
     ours = found["ours"].median
     return {
@@ -105,9 +108,15 @@ def run_case(
         "gb_per_s": case.bytes_moved / ours / 1e6,
         "variants": {variant: asdict(t) for variant, t in found.items()},
         "speedup": {v: t.median / ours for v, t in found.items() if v != "ours"},
+        "extra_bytes": extra,
+        "floor": case.floor[0] if case.floor else None,
         "largest_difference": difference,
         "notes": notes,
     }
+
+
+def _title(row: dict[str, Any]) -> str:
+    return row["case"] + (f", {row['dtype']}" if len(cases.dtypes(row["case"])) > 1 else "")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -118,7 +127,8 @@ def markdown(report: dict[str, Any]) -> str:
     m = report["machine"]
     where = m.get("gpu") if m.get("gpu", "none") != "none" else m.get("cpu")
     rows = report["cases"]
-    peers = sorted({v for row in rows for v in row["variants"]} - {"ours", "eager", "compile"})
+    floors = {row["floor"] for row in rows}
+    peers = sorted({v for row in rows for v in row["variants"]} - {"ours", "eager", "compile"} - floors)
     others = {"eager": "eager", "compile": "torch.compile", **{p: p for p in peers}}
     head = ["case", "ours, ms", "roofline, ms", "GB/s", "of copy"]
     head += [cell for other in others.values() for cell in (f"{other}, ms", "ratio")]
@@ -131,7 +141,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for row in rows:
         v = row["variants"]
-        name = row["case"] + (f", {row['dtype']}" if len(cases.dtypes(row["case"])) > 1 else "")
+        name = _title(row)
         roofline = row["bytes"] / report["copy_gb_per_s"] / 1e6
         cells = [name, f"{v['ours']['median']:.3f}", f"{roofline:.3f}", f"{row['gb_per_s']:.0f}"]
         cells.append(f"{row['gb_per_s'] / report['copy_gb_per_s']:.0%}")
@@ -141,6 +151,21 @@ def markdown(report: dict[str, Any]) -> str:
             else:
                 cells += [row["notes"].get(other, "not run"), ""]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| case | floor | ms | ours to it |", "|---|---|---|---|"] * any(
+        row["floor"] for row in rows
+    )
+    for row in rows:
+        if row["floor"]:
+            least = row["variants"][row["floor"]]["median"]
+            ours = row["variants"]["ours"]["median"] / least
+            lines.append(f"| {_title(row)} | {row['floor']} | {least:.1f} | {ours:.2f}x |")
+    heads = ["ours", *others]
+    lines += ["", "Peak memory beyond inputs and results, MB:", ""]
+    lines += ["| case | " + " | ".join(["ours", *others.values()]) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        sizes = [row["extra_bytes"].get(v) for v in heads]
+        cells = ["" if size is None else f"{size / 1e6:.1f}" for size in sizes]
+        lines.append(f"| {_title(row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from .dispatch import BackendUnavailable, show_config, use_backend
 from .entropy import gtpo_rewards
 from .kl import token_kl
 from .layout import debug
+from .linear import linear_token_loss, linear_token_stats
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_partial
 from .prefix_tree import PrefixValues, prefix_values, tempo_advantages
 from .returns import min_returns, softmin_rewards
@@ -18,6 +19,8 @@ __all__ = [
     "debug",
     "group_advantages",
     "gtpo_rewards",
+    "linear_token_loss",
+    "linear_token_stats",
     "merge_token_stats",
     "min_returns",
     "prefix_values",

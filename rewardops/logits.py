@@ -172,7 +172,7 @@ def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> 
         layout.check_device("ref_logits", ref_logits, logits.device, "logits")
 
 
-def _check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
+def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
     if isinstance(outputs, str) or not outputs:
         raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {tuple(choices)}")
     for name in outputs:
@@ -182,7 +182,7 @@ def _check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool
     return [name for name in choices if name in outputs]
 
 
-def _temperatures(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor | None, float]:
+def temperatures_of(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor | None, float]:
     """A temperature for each row in float64, or one for all."""
     if not isinstance(temperature, Tensor):
         layout.check_positive("temperature", temperature)
@@ -207,14 +207,14 @@ def _temperatures(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor |
     return t.expand(tokens.shape).contiguous(), 1.0
 
 
-def _softcap(softcap: float | None) -> float:
+def softcap_of(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
     layout.check_positive("softcap", softcap)
     return float(softcap)
 
 
-def _vocab(vocab_size: int | None, width: int) -> int:
+def vocab_of(vocab_size: int | None, width: int) -> int:
     if vocab_size is None:
         return width
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
@@ -222,6 +222,13 @@ def _vocab(vocab_size: int | None, width: int) -> int:
     if not 0 < vocab_size <= width:
         raise ValueError(f"vocab_size: got {vocab_size}, want 1 to {width} (the columns of logits)")
     return vocab_size
+
+
+def check_beta(beta: float, names: Sequence[str]) -> None:
+    if "jsd" in names:
+        layout.check_positive("beta", beta)
+        if beta >= 1:
+            raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
 
 
 def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -304,14 +311,11 @@ def token_stats(
             unknown output, an output of two models without ``ref_logits``, a number out of its range.
     """
     _check_logits(logits, tokens, ref_logits)
-    names = _check_outputs(outputs, OUTPUTS, ref_logits is not None)
-    temperatures, scalar = _temperatures(temperature, tokens)
-    cap = _softcap(softcap)
-    vocab = _vocab(vocab_size, logits.shape[-1])
-    if "jsd" in names:
-        layout.check_positive("beta", beta)
-        if beta >= 1:
-            raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
+    names = check_outputs(outputs, OUTPUTS, ref_logits is not None)
+    temperatures, scalar = temperatures_of(temperature, tokens)
+    cap = softcap_of(softcap)
+    vocab = vocab_of(vocab_size, logits.shape[-1])
+    check_beta(beta, names)
     mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
     tokens = tokens.to(torch.int64)
     if layout.debugging():
@@ -360,9 +364,9 @@ def token_stats_partial(
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
     _check_logits(logits, tokens, ref_logits)
-    names = _check_outputs(outputs, PARTIAL_OUTPUTS, ref_logits is not None)
-    temperatures, scalar = _temperatures(temperature, tokens)
-    cap = _softcap(softcap)
+    names = check_outputs(outputs, PARTIAL_OUTPUTS, ref_logits is not None)
+    temperatures, scalar = temperatures_of(temperature, tokens)
+    cap = softcap_of(softcap)
     width = logits.shape[-1]
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
         raise TypeError(f"vocab_start: got {type(vocab_start).__name__}, want int")
@@ -418,6 +422,6 @@ def merge_token_stats(
     fields = len(spec.RECORD)
     if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
         raise ValueError(f"records: got shape {layout.show(parts.shape)}, want [parts, ..., {fields}]")
-    names = _check_outputs(outputs, PARTIAL_OUTPUTS, True)
+    names = check_outputs(outputs, PARTIAL_OUTPUTS, True)
     found: dict[str, Any] = spec.finish(spec.merge(parts), names)
     return TokenStats(**{k: v if k == "is_top1" else v.to(dtype) for k, v in found.items()})

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, run, timing  # noqa: E402
+from benchmarks import cases, memory, run, timing  # noqa: E402
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
@@ -25,7 +25,9 @@ def test_variants_agree(name):
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for peer in case.peers.values():
-        for a, b in zip(ours, peer(*case.inputs), strict=True):
+        theirs = peer(*case.inputs)
+        pairs = [(ours, theirs)] if isinstance(ours, torch.Tensor) else zip(ours, theirs, strict=True)
+        for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert case.bytes_moved > 0
 
@@ -41,13 +43,24 @@ def test_a_report_and_its_table():
     )
     assert json.loads(json.dumps(report)) == report
     table = run.markdown(report)
-    assert table.count("| token_stats_backward, float32 |") == 1
-    assert table.count("| token_stats_backward, bfloat16 |") == 1
-    assert table.count("| group_advantages |") == 1
+    # In the tables of times and of memory.
+    assert table.count("| token_stats_backward, float32 |") == 2
+    assert table.count("| token_stats_backward, bfloat16 |") == 2
+    assert table.count("| group_advantages |") == 2
     assert "not run" in table  # torch.compile was left out, and the table says so
     for row in report["cases"]:
         assert row["variants"]["ours"]["median"] > 0
         assert row["largest_difference"]["eager"] < 0.05
+
+
+def test_peak_memory():
+    def call():
+        torch.ones(2**24)  # 64 MiB that are gone again
+        return torch.ones(2**22)
+
+    call()
+    found = memory.peak(call, torch.device("cpu"))
+    assert found is None or 2**25 < found < 2**27
 
 
 def test_quantiles():

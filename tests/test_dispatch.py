@@ -115,6 +115,46 @@ def padded_calls(i: Inputs):
             [i.logits, i.logits.flip(0) * 0.7],
         ),
         (
+            "linear_token_stats",
+            lambda h, w, b: smooth(
+                rewardops.linear_token_stats(
+                    h,
+                    w,
+                    y,
+                    bias=b,
+                    mask=i.mask,
+                    temperature=0.7,
+                    chunk_tokens=5,
+                    chunk_vocab=4,
+                    outputs=rewardops.logits.OUTPUTS[:6],
+                )
+            ),
+            [i.logits[..., :3], i.logits[0, :, :3].repeat(2, 1)[:VOCAB], i.logits[0, 0]],
+        ),
+        (
+            "linear_token_stats of two models",
+            lambda h, w, r, v: smooth(
+                rewardops.linear_token_stats(
+                    h,
+                    w,
+                    y,
+                    ref_hidden=r,
+                    ref_weight=v,
+                    mask=i.mask,
+                    logit_scale=0.5,
+                    chunk_tokens=5,
+                    num_tokens=y.numel(),
+                    outputs=rewardops.logits.OUTPUTS,
+                )
+            ),
+            [
+                i.logits[..., :3],
+                i.logits[0, :, :3].repeat(2, 1)[:VOCAB],
+                i.logits[..., 3:5],
+                i.logits[1, :, :2].repeat(2, 1)[:VOCAB],
+            ],
+        ),
+        (
             "token_kl k1",
             lambda a, b: rewardops.token_kl(a, b, mask=i.mask, estimator="k1"),
             [i.values, i.values * 1.3 - 0.2],

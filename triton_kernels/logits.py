@@ -1126,3 +1126,52 @@ def token_stats_partial_backward(
         ref_out if to_ref else None, first, vocab, 0.5, ref_logits is not None,
     )  # fmt: skip
     return out, ref_out
+
+
+# ---- for blocks of logits that a product has just made: gradients written where the caller wants them ------------
+
+
+def token_stats_backward_to(
+    grads: Sequence[Tensor | None],
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    saved: Tensor,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    out: Tensor | None,
+    ref_out: Tensor | None,
+) -> None:
+    """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    given = {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
+    has_ref = ref_logits is not None
+    _backward(p, given, saved.contiguous(), None, None, out, ref_out, 0, vocab, beta, has_ref)
+
+
+def token_stats_partial_backward_to(
+    grad_record: Tensor,
+    record: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    out: Tensor | None,
+    ref_out: Tensor | None,
+) -> None:
+    """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
+    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
+    nothing = logits.new_empty(1, dtype=torch.float64)
+    pair_of = grad_record.contiguous(), record.contiguous()
+    has_ref = ref_logits is not None
+    _backward(p, {}, nothing, *pair_of, out, ref_out, first, vocab, 0.5, has_ref)

@@ -212,3 +212,52 @@ def token_stats_partial_backward(
     nothing = (0,) * len(OUTPUTS)
     _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), *made)
     return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
+
+
+# ---- for blocks of logits that a product has just made: gradients written where the caller wants them ------------
+
+
+def token_stats_backward_to(
+    grads: Sequence[Tensor | None],
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    saved: Tensor,
+    temperature: float,
+    softcap: float,
+    vocab: int,
+    beta: float,
+    outputs: Sequence[str],
+    out: Tensor | None,
+    ref_out: Tensor | None,
+) -> None:
+    """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
+    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
+    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
+    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
+    _backward(problem, addresses, saved.contiguous(), None, None, out, ref_out)
+
+
+def token_stats_partial_backward_to(
+    grad_record: Tensor,
+    record: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    out: Tensor | None,
+    ref_out: Tensor | None,
+) -> None:
+    """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
+    problem = _Problem(
+        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
+    )
+    nothing = (0,) * len(OUTPUTS)
+    _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), out, ref_out)

@@ -175,6 +175,56 @@ def merge(records: Tensor) -> dict[str, Tensor]:
     }
 
 
+def merge_records(records: Tensor) -> Tensor:
+    """One record from those of parts ``[parts, ..., len(RECORD)]``."""
+    whole = merge(records)
+    return torch.stack([whole[name] for name in RECORD], -1)
+
+
+def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
+    """The gradient of whole rows' records from that of their statistics, where autograd is not at hand."""
+    r = dict(zip(RECORD, record.unbind(-1), strict=True))
+    zero = torch.zeros_like(r["shift"])
+    up = {name: grads[name].double() if name in grads else zero for name in OUTPUTS}
+    # An infinite divergence does not change with the logits.
+    kl, reverse = (torch.where(r[name].isinf(), 0, r[name]) for name in ("kl", "reverse"))
+    on_kl = torch.where(r["kl"].isinf(), 0, up["kl"])
+    on_reverse = torch.where(r["reverse"].isinf(), 0, up["reverse_kl"])
+    # Where a value is NaN, so is its gradient.
+    missing = torch.where(r["found"] > 0, zero, torch.nan)
+    on_token = up["logprob"] + missing if "logprob" in grads else zero
+    on_ref_token = up["ref_logprob"] + missing if "ref_logprob" in grads else zero
+    total = torch.where(r["shift"] == -torch.inf, torch.nan, r["total"])
+    ref_total = torch.where(r["ref_shift"] == -torch.inf, torch.nan, r["ref_total"])
+    on_log = up["logsumexp"] + up["entropy"] - on_token - on_kl + on_reverse
+    on_ref_log = on_kl - on_reverse - on_ref_token
+    terms = on_log
+    if "entropy" in grads:
+        terms = terms + up["entropy"] * r["weighted"] / total
+    if "sum_sq" in grads:
+        terms = terms - 2 * up["sum_sq"] * r["squares"] / total**2
+    if "kl" in grads:
+        terms = terms - on_kl * kl / total
+    if "reverse_kl" in grads:
+        on_ref_log = on_ref_log - on_reverse * reverse / ref_total
+    found = {
+        "total": terms / total,
+        "weighted": -up["entropy"] / total,
+        "squares": up["sum_sq"] / total**2,
+        "distance": up["mean_logit"] / r["columns"],
+        "token": on_token,
+    }
+    if any(name in grads for name in REF_OUTPUTS):
+        found |= {
+            "ref_total": on_ref_log / ref_total,
+            "ref_token": on_ref_token,
+            "kl": on_kl / total,
+            "reverse": on_reverse / ref_total,
+        }
+    made = torch.stack([found.get(name, zero) for name in RECORD], -1)
+    return torch.where((r["columns"] == 0)[..., None], 0, made)
+
+
 def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
     """The statistics, in the precision of the record; a row of no columns is masked, and 0."""
     masked, found = r["columns"] == 0, r["found"] > 0

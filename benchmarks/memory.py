@@ -1,0 +1,43 @@
+"""Peak memory of a call beyond what was there before and what it returns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process, from the kernel's counters."""
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def _size(result: Any) -> int:
+    tensors = [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def peak(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes; None where the system does not count. Call it warm, so that libraries have made their own buffers."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - _size(result)
+    try:
+        _CLEAR.write_text("5")  # the peak from here on
+        before = _resident("VmRSS")
+        result = call()
+        return max(_resident("VmHWM") - before - _size(result), 0)
+    except OSError:
+        return None

@@ -1,0 +1,447 @@
+"""Hidden states to token statistics, a block of logits at a time.
+
+The products are the vendor library's, the rows are read by a backend's logits kernels. A block of logits lives in
+one workspace, is read as records that merge, and in the backward pass is made again and turned into its gradient
+where it lies. Tokens that are masked are left out before any product.
+
+Two orders of blocks. *Tiles*, for everything that records hold: blocks of tokens and of vocabulary. The backward
+pass has the vocabulary outside, so that the weight's gradient is made part by part and never held twice; the
+hidden states' is summed over the parts in float32. *Whole rows*, where a row's normalisers are needed beside its
+logits (the Jensen-Shannon divergence, gradients made in the forward pass): blocks of tokens alone, the weight's
+gradient summed over them in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import logits as spec
+from .reference.linear import pack_saved, unpack_saved
+
+# A block's logits should fill a GPU's multiprocessors and a CPU's caches.
+_TOKENS = 4096
+_LEAST_TOKENS = 128  # of whole rows: fewer make slow products
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------
+
+
+def workspace_bytes(tokens: int, vocab: int, device: torch.device) -> int:
+    """What blocks of logits may take: 256 MiB or 1 % of all logits in float32, the larger; on a CPU 32 MiB."""
+    return 2**25 if device.type == "cpu" else max(2**28, tokens * vocab * 4 // 100)
+
+
+def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, max(size, 1)):
+        yield start, min(start + size, count)
+
+
+# ---- products ----------------------------------------------------------------------------------------------
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``out = a @ b``; unrounded where the library has products of half precision in float32 (CUDA)."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(a, b))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, the sum in the precision of ``total``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(a, b))
+
+
+class _Head:
+    """One model's hidden states and head: logits of a block, and the sums of their gradients."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, vocab: int
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        # Products of float16 are slower on CPUs than those of float32, and say less.
+        self.dtype = torch.float32 if dtype is torch.float16 and hidden.device.type == "cpu" else dtype
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        self.logits_dtype = torch.float32 if half and hidden.device.type == "cuda" else self.dtype
+        self.hidden_dtype = hidden.dtype
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(self.dtype)
+        self.vocab = vocab
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of a logit in the workspace, with its gradient where that is another tensor."""
+        return self.logits_dtype.itemsize + (self.dtype.itemsize if self.logits_dtype != self.dtype else 0)
+
+    def workspace(self, tokens: int, columns: int) -> None:
+        self.block = self.hidden.new_empty(tokens * columns, dtype=self.logits_dtype)
+        same = self.logits_dtype == self.dtype
+        self.grad_block = self.block if same else self.hidden.new_empty(tokens * columns)
+
+    def part(self, first: int, end: int) -> Tensor:
+        return self.weight[first:end].to(self.dtype)
+
+    def logits(self, a: int, b: int, part: Tensor, first: int) -> Tensor:
+        columns = part.shape[0]
+        out = self.block[: (b - a) * columns].view(b - a, columns)
+        _multiply(self.hidden[a:b], part.t(), out)
+        if self.bias is not None:
+            out += self.bias[first : first + columns].to(out.dtype)
+        return out
+
+    def gradient(self, a: int, b: int, columns: int) -> Tensor:
+        """Where the gradient of a block goes: over the logits, unless the product takes another precision."""
+        return self.grad_block[: (b - a) * columns].view(b - a, columns)
+
+    # ---- gradients
+
+    def prepare(self, needs: Sequence[bool], whole: bool) -> None:
+        to_hidden, to_weight, to_bias = needs
+        wide = _wide(self.dtype)
+        if to_hidden:
+            self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=wide)
+        if to_weight:
+            dtype = wide if whole else self.weight.dtype
+            self.grad_weight = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+            (self.grad_weight if whole else self.grad_weight[self.vocab :]).zero_()
+        if to_bias:
+            self.grad_bias = self.hidden.new_zeros(self.weight.shape[0], dtype=wide)
+
+    @property
+    def wanted(self) -> bool:
+        return any(g is not None for g in (self.grad_hidden, self.grad_weight, self.grad_bias))
+
+    def part_sum(self, first: int, end: int, products: int) -> Tensor | None:
+        """Where the gradient of a part of the weight is summed; None where one product writes it in place."""
+        if self.grad_weight is None or (products == 1 and self.grad_weight.dtype == self.dtype):
+            return None
+        out = self.grad_weight[first:end]
+        wide = _wide(self.dtype)
+        return out.zero_() if out.dtype == wide else torch.zeros_like(out, dtype=wide)
+
+    def add(self, g: Tensor, a: int, b: int, part: Tensor, first: int, total: Tensor | None) -> None:
+        """The gradient ``g`` of the logits of tokens ``a:b`` in columns from ``first``."""
+        end = first + part.shape[0]
+        if self.grad_hidden is not None:
+            _add_product(self.grad_hidden[a:b], g, part)
+        if total is not None:
+            _add_product(total, g.t(), self.hidden[a:b])
+        elif self.grad_weight is not None:
+            _multiply(g.t(), self.hidden[a:b], self.grad_weight[first:end])
+        if self.grad_bias is not None:
+            self.grad_bias[first:end] += g.sum(0, dtype=self.grad_bias.dtype)
+
+    def gradients(self, rows: _Rows, shape: torch.Size) -> list[Tensor]:
+        found = [self.hidden.new_empty(0) for _ in range(3)]
+        if self.grad_hidden is not None:
+            found[0] = rows.scatter(self.grad_hidden.to(self.hidden_dtype)).view(shape)
+        if self.grad_weight is not None:
+            found[1] = self.grad_weight.to(self.weight.dtype)
+        if self.grad_bias is not None and self.bias is not None:
+            found[2] = self.grad_bias.to(self.bias.dtype)
+        return found
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """The tokens that count: their places, and per-token tensors gathered from there and scattered back."""
+
+    def __init__(self, tokens: Tensor, mask: Tensor | None, num_tokens: int) -> None:
+        valid = spec.valid_rows(tokens, mask).reshape(-1)
+        self.total, self.shape = valid.numel(), tokens.shape
+        self.index: Tensor | None
+        if num_tokens < 0:
+            index = valid.nonzero()[:, 0]
+            self.index = None if index.numel() == self.total else index
+        else:
+            self.index = torch.nonzero_static(valid, size=num_tokens, fill_value=self.total)[:, 0]
+        self.hinted = num_tokens >= 0
+        self.count = self.total if self.index is None else self.index.numel()
+        self.tokens = self.gather(tokens)
+        if self.hinted and self.index is not None:
+            # Places beyond the valid tokens are masked rows.
+            self.tokens = torch.where(self.index < self.total, self.tokens, spec.IGNORED)
+
+    @property
+    def places(self) -> Tensor | None:
+        if self.index is None or not self.hinted:
+            return self.index
+        return self.index.clamp(max=max(self.total - 1, 0))
+
+    def gather(self, x: Tensor, trailing: int = 0) -> Tensor:
+        """Per-token values ``[count, ...]``, from ``tokens.shape`` and ``trailing`` more dimensions."""
+        flat = x.reshape(self.total, *x.shape[x.dim() - trailing :])
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Back to all tokens, 0 for the others; the leading dimension is ``tokens`` flattened."""
+        if self.index is None:
+            return x
+        out = x.new_zeros((self.total + self.hinted, *x.shape[1:]))
+        return out.index_copy_(0, self.index, x)[: self.total]
+
+
+class _Problem:
+    """What forward and backward have in common."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        vocab: int,
+        beta: float,
+        outputs: Sequence[str],
+        chunk_tokens: int,
+        chunk_vocab: int,
+        num_tokens: int,
+    ) -> None:
+        self.rows = _Rows(tokens, mask, num_tokens)
+        self.policy = _Head(hidden, weight, bias, self.rows.places, vocab)
+        self.heads = [self.policy]
+        self.shapes = [hidden.shape]
+        if ref_hidden is not None and ref_weight is not None:
+            self.heads.append(_Head(ref_hidden, ref_weight, ref_bias, self.rows.places, vocab))
+            self.shapes.append(ref_hidden.shape)
+        self.temperatures = None if temperatures is None else self.rows.gather(temperatures)
+        self.scalars = (temperature, softcap)
+        self.vocab, self.beta, self.outputs = vocab, beta, list(outputs)
+        self.chunk_tokens, self.chunk_vocab = chunk_tokens, chunk_vocab
+        self.wide = _wide(
+            torch.promote_types(*(h.dtype for h in self.heads)) if self.paired else self.policy.dtype
+        )
+        if self.paired and self.wide is torch.float64:
+            for head in self.heads:
+                head.dtype = head.logits_dtype = torch.float64
+                head.hidden = head.hidden.double()
+
+    @property
+    def paired(self) -> bool:
+        return len(self.heads) > 1
+
+    def sizes(self, whole: bool) -> tuple[int, int]:
+        """Tokens and columns of a block."""
+        count, each = max(self.rows.count, 1), sum(h.bytes for h in self.heads)
+        space = workspace_bytes(count, self.vocab, self.policy.hidden.device) // each
+        if whole:
+            tokens = self.chunk_tokens or max(space // self.vocab, _LEAST_TOKENS)
+            columns = self.vocab
+        else:
+            tokens = self.chunk_tokens or min(count, _TOKENS)
+            columns = self.chunk_vocab or max(space // min(tokens, count) // 128 * 128, 128)
+        tokens, columns = min(tokens, count), min(columns, self.vocab)
+        for head in self.heads:
+            head.workspace(tokens, columns)
+        return tokens, columns
+
+    def inputs(self, a: int, b: int, parts: list[Tensor], first: int) -> tuple[Any, ...]:
+        """A block as the logits kernels take it."""
+        made = [head.logits(a, b, part, first) for head, part in zip(self.heads, parts, strict=True)]
+        t = None if self.temperatures is None else self.temperatures[a:b]
+        return made[0], self.rows.tokens[a:b], made[1] if self.paired else None, None, t, *self.scalars
+
+    def parts(self, first: int, end: int) -> list[Tensor]:
+        return [head.part(first, end) for head in self.heads]
+
+    def saved(self, kept: Tensor) -> Tensor:
+        return self.rows.scatter(kept).view(*self.rows.shape, kept.shape[-1])
+
+    def nothing(self, name: str) -> Tensor:
+        """An output of no tokens."""
+        return self.policy.hidden.new_empty(0, dtype=torch.bool if name == "is_top1" else self.wide)
+
+    def finish(self, found: dict[str, Tensor]) -> list[Tensor]:
+        """Outputs in the shape of the tokens."""
+        out = []
+        for name in self.outputs:
+            value = found[name] if name == "is_top1" else found[name].to(self.wide)
+            out.append(self.rows.scatter(value).view(self.rows.shape))
+        return out
+
+
+# ---- the ops -----------------------------------------------------------------------------------------------
+
+
+def _records(kernels: ModuleType, p: _Problem) -> Tensor:
+    """The record of every row, from those of its tiles."""
+    tokens, columns = p.sizes(whole=False)
+    record = p.policy.hidden.new_zeros((p.rows.count, len(spec.RECORD)), dtype=torch.float64)
+    for a, b in _blocks(p.rows.count, tokens):
+        found: list[Tensor] = []
+        for first, end in _blocks(p.vocab, columns):
+            block = p.inputs(a, b, p.parts(first, end), first)
+            found.append(kernels.token_stats_partial(*block, first, end - first, p.outputs))
+            if len(found) == 16:  # keep what waits to be merged small
+                found = [spec.merge_records(torch.stack(found))]
+        record[a:b] = spec.merge_records(torch.stack(found)) if len(found) > 1 else found[0]
+    return record
+
+
+def linear_token_stats(kernels: ModuleType, *args: Any) -> list[Tensor]:
+    """What is saved, ``[N, 13]``, and the outputs asked for; ``kernels`` is a backend's logits module."""
+    p = _Problem(*args)
+    with torch.autocast(p.policy.hidden.device.type, enabled=False):
+        if "jsd" not in p.outputs:
+            record = _records(kernels, p)
+            values = spec.finish(spec.merge(record[None]), p.outputs)
+            return [p.saved(record), *p.finish(values)]
+        saved: list[Tensor] = [
+            p.policy.hidden.new_empty((len(spec.SAVED) if p.paired else 4, 0), dtype=torch.float64)
+        ]
+        found = {name: [p.nothing(name)] for name in p.outputs}
+        for _, _, _, block in _whole_rows(p):
+            kept, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)
+            saved.append(kept)
+            for name, value in zip(p.outputs, made, strict=True):
+                found[name].append(value)
+        return [
+            p.saved(pack_saved(torch.cat(saved, 1))),
+            *p.finish({k: torch.cat(v) for k, v in found.items()}),
+        ]
+
+
+def _whole_rows(p: _Problem) -> Iterator[tuple[int, int, list[Tensor], tuple[Any, ...]]]:
+    """Blocks of tokens: their range, the heads' weights, and the logits kernels' inputs."""
+    tokens, _ = p.sizes(whole=True)
+    weights = p.parts(0, p.vocab)
+    for a, b in _blocks(p.rows.count, tokens):
+        yield a, b, weights, p.inputs(a, b, weights, 0)
+
+
+def _tile_gradients(kernels: ModuleType, p: _Problem, record: Tensor, grad_record: Tensor) -> None:
+    tokens, columns = p.sizes(whole=False)
+    for first, end in _blocks(p.vocab, columns):
+        parts = p.parts(first, end)
+        sums = [h.part_sum(first, end, -(-p.rows.count // tokens)) for h in p.heads]
+        for a, b in _blocks(p.rows.count, tokens):
+            block = p.inputs(a, b, parts, first)
+            outs = [h.gradient(a, b, end - first) if h.wanted else None for h in p.heads]
+            kernels.token_stats_partial_backward_to(
+                grad_record[a:b],
+                record[a:b],
+                *block,
+                first,
+                end - first,
+                outs[0],
+                outs[1] if p.paired else None,
+            )
+            for head, part, g, total in zip(p.heads, parts, outs, sums, strict=True):
+                if g is not None:
+                    head.add(g, a, b, part, first, total)
+        for head, total in zip(p.heads, sums, strict=True):
+            if total is not None and head.grad_weight is not None and total.dtype != head.grad_weight.dtype:
+                head.grad_weight[first:end] = total
+
+
+def _row_gradients(
+    kernels: ModuleType, p: _Problem, a: int, b: int, weights: list[Tensor], block: tuple[Any, ...],
+    saved: Tensor, outputs: Sequence[str], grads: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Adds the gradient of whole rows ``a:b``; their logits are gone afterwards."""
+    outs = [h.gradient(a, b, p.vocab) if h.wanted else None for h in p.heads]
+    kernels.token_stats_backward_to(
+        grads, *block[:5], saved, *block[5:], p.vocab, p.beta, outputs, outs[0], outs[1] if p.paired else None
+    )
+    for head, weight, g in zip(p.heads, weights, outs, strict=True):
+        if g is not None:
+            total = None if head.grad_weight is None else head.grad_weight[: p.vocab]
+            head.add(g, a, b, weight, 0, total)
+
+
+def linear_token_stats_backward(
+    kernels: ModuleType, grads: Sequence[Tensor | None], saved: Tensor, *args: Any
+) -> list[Tensor]:
+    """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
+    *rest, needs = args
+    p = _Problem(*rest)
+    with torch.autocast(p.policy.hidden.device.type, enabled=False):
+        given = {name: p.rows.gather(g) for name, g in zip(p.outputs, grads, strict=True) if g is not None}
+        kept = p.rows.gather(saved, 1)
+        whole = "jsd" in p.outputs
+        for k, head in enumerate(p.heads):
+            head.prepare(needs[3 * k : 3 * k + 3], whole=whole)
+        if whole:
+            names = list(given)
+            unpacked = unpack_saved(kept, p.paired)
+            for a, b, weights, block in _whole_rows(p):
+                ups = [given[name][a:b].contiguous() for name in names]
+                _row_gradients(kernels, p, a, b, weights, block, unpacked[:, a:b].contiguous(), names, ups)
+        elif p.rows.count:
+            _tile_gradients(kernels, p, kept, spec.record_gradient(kept, given))
+        elif p.vocab:
+            for head in p.heads:
+                if head.grad_weight is not None:
+                    head.grad_weight.zero_()
+        return _collected(p)
+
+
+def _collected(p: _Problem) -> list[Tensor]:
+    found = [g for head, shape in zip(p.heads, p.shapes, strict=True) for g in head.gradients(p.rows, shape)]
+    return found + [p.policy.hidden.new_empty(0) for _ in range(6 - len(found))]
+
+
+def linear_token_loss(
+    kernels: ModuleType,
+    coefficients: Sequence[Tensor],
+    terms: Sequence[str],
+    needs: Sequence[bool],
+    *args: Any,
+) -> list[Tensor]:
+    """The loss, the gradients of hidden, weight and bias, and the outputs, from one product a block."""
+    p = _Problem(*args)
+    with torch.autocast(p.policy.hidden.device.type, enabled=False):
+        given = {name: p.rows.gather(c.to(p.wide)) for name, c in zip(terms, coefficients, strict=True)}
+        p.policy.prepare(needs, whole=True)
+        found = {name: [p.nothing(name)] for name in p.outputs}
+        loss = p.policy.hidden.new_zeros((), dtype=torch.float64)
+        for a, b, weights, block in _whole_rows(p):
+            saved, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)
+            known = dict(zip(p.outputs, made, strict=True))
+            for name, value in known.items():
+                found[name].append(value)
+            ups = [given[name][a:b].contiguous() for name in terms]
+            live = block[1] != spec.IGNORED
+            for name, up in zip(terms, ups, strict=True):
+                loss += torch.where(live, up.double() * known[name].double(), 0).sum()
+            if p.policy.wanted:
+                _row_gradients(kernels, p, a, b, weights, block, saved, list(terms), ups)
+        outputs = p.finish({k: torch.cat(v) for k, v in found.items()})
+        return [loss.to(p.wide), *p.policy.gradients(p.rows, p.shapes[0]), *outputs]
+
+
+def bound(kernels: ModuleType) -> list[Callable[..., list[Tensor]]]:
+    """The three ops on a backend's logits kernels."""
+
+    def bind(op: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        return lambda *args: op(kernels, *args)
+
+    return [bind(op) for op in (linear_token_stats, linear_token_stats_backward, linear_token_loss)]

@@ -1,0 +1,8 @@
+"""Token statistics from hidden states on the CPU: products by torch, rows by the compiled module."""
+
+from __future__ import annotations
+
+from .. import chunked
+from . import logits
+
+linear_token_stats, linear_token_stats_backward, linear_token_loss = chunked.bound(logits)

@@ -1,0 +1,9 @@
+"""Token statistics from hidden states: products by the vendor library, rows by the Triton kernels."""
+
+from __future__ import annotations
+
+from rewardops import chunked
+
+from . import logits
+
+linear_token_stats, linear_token_stats_backward, linear_token_loss = chunked.bound(logits)
