@@ -112,22 +112,35 @@ void token_kl(Address grad, Address logprob, Address ref_logprob, Address mask, 
   parallel_for(count, 8192, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
+// What a row's advantage is relative to: (groups, given, lengths, baseline, quantile, scale, eps, ddof, raw).
 template <typename T>
-void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
-                      Address groups, int baseline, int scale, double eps, int ddof, Address advantages,
-                      Address inv_scale, const py::tuple& spread, int threads) {
+AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
+                                  const py::tuple& relative) {
   AdvantagesArgs<T> a{};
   a.rows = rows(shape);
   a.tokens_given = tokens_given;
   a.mask = tokens<const uint8_t>(mask);
   a.rewards = at<const T>(rewards);
-  a.groups = at<const int64_t>(groups);
-  a.baseline = static_cast<Baseline>(baseline);
-  a.scale = static_cast<Scale>(scale);
-  a.eps = eps;
-  a.ddof = ddof;
+  a.groups = at<const int64_t>(relative[0].cast<Address>());
+  a.given = at<const T>(relative[1].cast<Address>());
+  a.lengths = at<const T>(relative[2].cast<Address>());
+  a.baseline = static_cast<Baseline>(relative[3].cast<int>());
+  a.quantile = relative[4].cast<double>();
+  a.scale = static_cast<Scale>(relative[5].cast<int>());
+  a.eps = relative[6].cast<double>();
+  a.ddof = relative[7].cast<int>();
+  a.raw_singletons = relative[8].cast<bool>();
+  return a;
+}
+
+template <typename T>
+void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
+                      const py::tuple& relative, Address advantages, Address inv_scale, Address numerators,
+                      const py::tuple& spread, int threads) {
+  AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
   a.advantages = at<T>(advantages);
   a.inv_scale = at<T>(inv_scale);
+  a.numerators = at<T>(numerators);
   const SpreadArgs<T> s{a.rows, a.mask, a.advantages, tokens<T>(spread)};
   const py::gil_scoped_release release;
   group_advantages(a, threads);
@@ -137,22 +150,14 @@ void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple
 }
 
 template <typename T>
-void group_advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask,
-                               const py::tuple& grad, Address grad_inv_scale, Address rewards, Address groups,
-                               int baseline, int scale, double eps, int ddof, Address out, int threads) {
-  AdvantagesArgs<T> a{};
-  a.rows = rows(shape);
-  a.tokens_given = tokens_given;
-  a.mask = tokens<const uint8_t>(mask);
-  a.rewards = at<const T>(rewards);
-  a.groups = at<const int64_t>(groups);
-  a.baseline = static_cast<Baseline>(baseline);
-  a.scale = static_cast<Scale>(scale);
-  a.eps = eps;
-  a.ddof = ddof;
+void group_advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
+                               const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale, Address out,
+                               Address grad_given, int threads) {
+  AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
   a.grad = tokens<const T>(grad);
   a.grad_inv_scale = at<const T>(grad_inv_scale);
   a.grad_rewards = at<T>(out);
+  a.grad_given = at<T>(grad_given);
   const py::gil_scoped_release release;
   group_advantages_backward(a, threads);
 }

@@ -1,6 +1,6 @@
 """rewardops: fused token-level reward ops for reinforcement learning of language models."""
 
-from .advantages import group_advantages
+from .advantages import advantages_to_tokens, group_advantages, whiten
 from .dispatch import BackendUnavailable, show_config, use_backend
 from .entropy import gtpo_rewards
 from .kl import token_kl
@@ -16,6 +16,7 @@ __all__ = [
     "BackendUnavailable",
     "PrefixValues",
     "TokenStats",
+    "advantages_to_tokens",
     "debug",
     "group_advantages",
     "gtpo_rewards",
@@ -31,4 +32,5 @@ __all__ = [
     "token_stats",
     "token_stats_partial",
     "use_backend",
+    "whiten",
 ]

@@ -1,54 +1,69 @@
-"""Advantages: group-relative advantages, per row or spread over tokens in the same launch."""
+"""Advantages: group-relative advantages, per row or spread over tokens in the same launch, and their presets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from . import layout
+from . import layout, returns
 from .dispatch import define
+from .reference.advantages import BASELINES, SCALES
+from .reference.layout import to_rows
 
-BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("std", "none")
+_GROUP = "Tensor rewards, Tensor groups, Tensor? given, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens"
+_OPTIONS = "str baseline, float quantile, str scale, float eps, int ddof, bool raw"
 
 
-def _fake(rewards, groups, mask, cu_seqlens, num_tokens, baseline, scale, eps, ddof):  # type: ignore[no-untyped-def]
+def _fake(rewards, groups, given, lengths, mask, cu_seqlens, num_tokens, *options):  # type: ignore[no-untyped-def]
     if mask is not None:
         shape = mask.shape
     elif cu_seqlens is not None:
         shape = (num_tokens,)
     else:
         shape = rewards.shape
-    return rewards.new_empty(shape), rewards.new_empty(rewards.shape)
+    return rewards.new_empty(shape), rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    rewards, groups, mask, cu_seqlens, _, *options = inputs
+    *tensors, _, baseline, quantile, scale, eps, ddof, raw = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rewards, groups, mask, cu_seqlens)
-    ctx.options = options
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = (baseline, quantile, scale, eps, ddof, raw)
 
 
-def _gradient(ctx, grad, grad_inv_scale):  # type: ignore[no-untyped-def]
-    out = _backward(grad, grad_inv_scale, *ctx.saved_tensors, *ctx.options)
-    return (out, *[None] * 8)
+def _gradient(ctx, grad, grad_inv_scale, _):  # type: ignore[no-untyped-def]
+    on_rewards, on_given = _backward(grad, grad_inv_scale, *ctx.saved_tensors, *ctx.options)
+    given = on_given if ctx.needs_input_grad[2] else None
+    return (on_rewards if ctx.needs_input_grad[0] else None, None, given, *[None] * 10)
+
+
+def _fake_backward(grad, grad_inv_scale, rewards, groups, given, *_):  # type: ignore[no-untyped-def]
+    return rewards.new_empty(rewards.shape), rewards.new_empty(0 if given is None else given.shape)
 
 
 _backward = define(
     "advantages",
-    "group_advantages_backward(Tensor? grad, Tensor? grad_inv_scale, Tensor rewards, Tensor groups,"
-    " Tensor? mask, Tensor? cu_seqlens, str baseline, str scale, float eps, int ddof) -> Tensor",
-    fake=lambda grad, grad_inv_scale, rewards, *_: rewards.new_empty(rewards.shape),
+    f"group_advantages_backward(Tensor? grad, Tensor? grad_inv_scale, {_GROUP}, Tensor inv_scale,"
+    f" Tensor numerator, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_backward,
 )
 
-# inv_scale, per row, is what prefix-tree advantages divide by; it is differentiable too.
+# Per row, 1 / scale is what prefix-tree advantages divide by, and differentiable too; reward less baseline is kept
+# for the backward pass.
 forward = define(
     "advantages",
-    "group_advantages(Tensor rewards, Tensor groups, Tensor? mask, Tensor? cu_seqlens, SymInt num_tokens,"
-    " str baseline, str scale, float eps, int ddof) -> (Tensor advantages, Tensor inv_scale)",
+    f"group_advantages({_GROUP}, SymInt num_tokens, {_OPTIONS})"
+    " -> (Tensor advantages, Tensor inv_scale, Tensor numerator)",
     fake=_fake,
     setup_context=_setup,
     backward=_gradient,
 )
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
 
 
 def check_rewards(rewards: Tensor) -> None:
@@ -64,37 +79,95 @@ def check_scale(scale: str, eps: float, ddof: int) -> None:
         raise ValueError(f"ddof: got {ddof!r}, want 0 or 1")
 
 
+def _quantile(baseline: str | float) -> tuple[str, float]:
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
+        if not 0 <= baseline <= 1:
+            raise ValueError(f"baseline: got {baseline}, want a quantile from 0 to 1, or a name")
+        return "quantile", float(baseline)
+    layout.check_choice("baseline", baseline, [b for b in BASELINES if b != "quantile"])
+    return str(baseline), 0.0
+
+
+def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
+    found = layout.check_tensor(name, value)
+    layout.check_shape(name, found, rewards.shape, "one per row of rewards")
+    layout.check_device(name, found, rewards.device, "rewards")
+    return found
+
+
+def _lengths(lengths: Tensor | None, rows: layout.Layout | None, rewards: Tensor) -> Tensor:
+    if lengths is not None:
+        found = _per_row("lengths", lengths, rewards)
+        if layout.may_read(found) and bool((found < 0).any()):
+            raise ValueError("lengths: got a value below 0, want none")
+        return found.detach()
+    if rows is None:
+        raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
+    if rows.mask is None:
+        assert rows.cu_seqlens is not None
+        return rows.cu_seqlens[1:] - rows.cu_seqlens[:-1]
+    return to_rows(rows.mask, rows.mask, rows.cu_seqlens)[0].sum(1)
+
+
+# ---- the op ------------------------------------------------------------------------------------------------
+
+
 def group_advantages(
     rewards: Tensor,
-    groups: Tensor | None = None,
+    groups: layout.Labels = None,
     *,
-    group_size: int | None = None,
-    baseline: str = "mean",
+    group_size: int | Sequence[int] | None = None,
+    baseline: str | float = "mean",
     scale: str = "std",
     eps: float = 1e-6,
     ddof: int = 1,
+    singleton: str = "zero",
+    lengths: Tensor | None = None,
+    given: Tensor | None = None,
+    weights: Sequence[float] | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> Tensor:
-    """Advantage of every row relative to its group: ``(reward - baseline) / (std + eps)``.
+    """Advantage of every row relative to its group: ``(reward - baseline) / (scale + eps)``.
 
-    The defaults are GRPO (arXiv 2402.03300). ``scale="none"`` is Dr. GRPO (2503.20783),
-    ``baseline="leave_one_out", scale="none"`` is RLOO (2402.14740): there the baseline of a row is the mean
-    of the others, ``reward - baseline = n / (n - 1) * (reward - mean)``.
+    The defaults are GRPO (arXiv 2402.03300); the presets of :mod:`rewardops.advantages` name the others.
+
+    ======================  ======================================================================================
+    baseline                of a group of n
+    ======================  ======================================================================================
+    ``"mean"``              GRPO, Dr. GRPO
+    ``"leave_one_out"``     mean of the others (RLOO): ``reward - baseline = n / (n - 1) * (reward - mean)``
+    ``"median"``            the lower of two middle rewards, as ``torch.median``
+    a number q              the quantile q, interpolated linearly, as ``torch.quantile``
+    ``"max"``               the largest
+    ``"second_max"``        pass@k: the best row has ``largest - second largest``, every other row 0
+    ``"length_weighted"``   ``sum length * reward / sum length`` (OPO)
+    ``"given"``             ``given``, a value per row (ReMax, a critic); differentiable in it
+    ``"none"``              0
+    ======================  ======================================================================================
+
+    ``scale``: ``"std"`` of the group; ``"batch_std"`` of all rewards of the batch (Lite PPO); ``"mean_abs"``, the
+    mean of the group's absolute rewards (MaxRL, for rewards of at least 0); ``"range"``, largest less smallest;
+    ``"none"``, 1.
 
     Exact on the hard inputs: equal rewards give 0 whatever their value (not the quotient of two rounding
     errors), rewards near 1000 keep their differences, a group of one has advantage 0 under any baseline but
-    ``"none"``, and 0 under any scale but ``"none"``.
+    ``"none"`` and ``"given"``, and 0 under any scale but ``"none"`` and ``"batch_std"``.
 
     Args:
-        rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64.
-        groups: ``[B]``, integer labels of any value in any order; groups may be ragged.
-        group_size: instead of ``groups``: contiguous groups of this many rows.
-        baseline: ``"mean"``, ``"leave_one_out"`` or ``"none"``.
-        scale: ``"std"`` or ``"none"``.
-        eps: added to the std.
+        rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. Or ``[B, R]``, R rewards to be
+            normalised each for itself and then summed with ``weights`` (GDPO, MO-GRPO).
+        groups: ``[B]``: integer labels of any value in any order, groups may be ragged; or a numpy array or a
+            sequence of strings or other objects, such as prompt ids (told apart on the host).
+        group_size: instead of ``groups``: contiguous groups of this many rows, or of these sizes.
+        eps: added to the scale.
         ddof: 1 for the unbiased std, 0 for the population's.
+        singleton: of a group of one: ``"zero"``, or ``"raw"`` for its reward as it is, as verl's GRPO does
+            (not with ``scale="batch_std"``).
+        lengths: ``[B]``, for ``"length_weighted"``; by default the number of valid tokens.
+        given: ``[B]``, for ``"given"``.
+        weights: ``[R]``, for rewards ``[B, R]``; 1 each by default.
         mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``): the advantage is written to every valid token
             and 0 to the others. A row without a valid token does not count in its group.
         cu_seqlens: ``[B + 1]``, int32 or int64: the advantage is written to packed tokens ``[N]``.
@@ -103,28 +176,307 @@ def group_advantages(
 
     Returns:
         ``[B]``, or ``[B, T]`` or ``[N]`` where a mask or cu_seqlens is given; float32 (float64 for float64
-        rewards). Differentiable in ``rewards``, through the baseline and the std; the gradient of a group
-        of equal rewards under ``scale="std"``, where the std has none, is 0.
+        rewards). Differentiable in ``rewards``, through baseline and scale; what picks a reward (median,
+        quantile, largest, range) has its gradient at the earliest row with that reward; a group of equal rewards
+        under a scale, where a std has no gradient, has gradient 0.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
-            size that does not divide the rows, an unknown baseline or scale.
+            size that does not divide the rows, an unknown baseline or scale, lengths or given that are missing.
     """
+    layout.check_float("rewards", rewards)
+    options: dict[str, Any] = {
+        "baseline": baseline, "scale": scale, "eps": eps, "ddof": ddof, "singleton": singleton,
+        "lengths": lengths, "given": given,
+    }  # fmt: skip
+    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    if rewards.dim() == 2:
+        return _of_several(rewards, groups, group_size, weights, options, tokens)
+    if weights is not None:
+        raise ValueError(
+            f"weights: got a value for rewards {layout.show(rewards.shape)}, want rewards [B, R]"
+        )
+    return _of_one(rewards, groups, group_size, tokens=tokens, **options)[0]
+
+
+def _of_one(  # type: ignore[no-untyped-def]
+    rewards, groups, group_size, *, baseline, scale, eps, ddof, singleton, lengths, given, tokens
+) -> tuple[Tensor, Tensor]:
+    """Advantages, and reward less baseline over scale per row."""
     check_rewards(rewards)
-    groups = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
-    layout.check_choice("baseline", baseline, BASELINES)
+    ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
+    name, quantile = _quantile(baseline)
     check_scale(scale, eps, ddof)
-    rows = layout.row_layout(rewards, mask, cu_seqlens, num_tokens)
-    (rewards,) = layout.promote(rewards)
-    out: Tensor = forward(
+    layout.check_choice("singleton", singleton, ("zero", "raw"))
+    if singleton == "raw" and scale == "batch_std":
+        raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
+    rows = layout.row_layout(rewards, **tokens)
+    if (given is None) == (name == "given"):
+        raise ValueError(f"given: got {'None' if given is None else 'a value'} with baseline={baseline!r}")
+    if given is not None:
+        layout.check_float("given", _per_row("given", given, rewards))
+        rewards, given = layout.promote(rewards, given)
+    else:
+        (rewards,) = layout.promote(rewards)
+    counted = _lengths(lengths, rows, rewards).to(rewards.dtype) if name == "length_weighted" else None
+    if lengths is not None and counted is None:
+        raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
+    out, inv_scale, _ = forward(
         rewards,
-        groups,
+        ids,
+        given,
+        counted,
         None if rows is None else rows.mask,
         None if rows is None else rows.cu_seqlens,
         -1 if rows is None or rows.cu_seqlens is None else rows.shape[0],
-        baseline,
+        name,
+        quantile,
         scale,
         float(eps),
         ddof,
-    )[0]
-    return out
+        singleton == "raw",
+    )
+    return out, inv_scale
+
+
+def _of_several(rewards, groups, group_size, weights, options, tokens) -> Tensor:  # type: ignore[no-untyped-def]
+    """Each reward for itself, and their weighted sum written to the tokens."""
+    count = rewards.shape[1]
+    if weights is None:
+        weights = [1.0] * count
+    if len(weights) != count:
+        raise ValueError(f"weights: got {len(weights)}, want {count} (the columns of rewards)")
+    rows = layout.row_layout(rewards[:, 0] if count else rewards.sum(1), **tokens)
+    ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
+    if options["lengths"] is None and options["baseline"] == "length_weighted":
+        options = {**options, "lengths": _lengths(None, rows, rewards[:, 0])}
+    (wide,) = layout.promote(rewards)
+    # Rows without a token are members of no group, here as of one that nobody else is in.
+    total = wide.new_zeros(rewards.shape[0])
+    for k in range(count):
+        total = total + weights[k] * _rows_of(wide[:, k], ids, options, rows)
+    return total if rows is None else advantages_to_tokens(total, **tokens)
+
+
+def _rows_of(rewards: Tensor, ids: Tensor, options: dict[str, Any], rows: layout.Layout | None) -> Tensor:
+    """Advantages per row, rows without a token being no members."""
+    if rows is None:
+        return _of_one(rewards, ids, None, tokens=_NO_TOKENS, **options)[0]
+    # One token a row: valid where any of the row's is.
+    if rows.mask is None:
+        assert rows.cu_seqlens is not None
+        live = rows.cu_seqlens[1:] > rows.cu_seqlens[:-1]
+    else:
+        live = to_rows(rows.mask, rows.mask, rows.cu_seqlens)[1].any(1)
+    tokens = {**_NO_TOKENS, "mask": live[:, None]}
+    return _of_one(rewards, ids, None, tokens=tokens, **options)[0][:, 0]
+
+
+_NO_TOKENS: dict[str, Any] = {"mask": None, "cu_seqlens": None, "num_tokens": None}
+
+
+def advantages_to_tokens(
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """Per-row values written to the valid tokens of their rows, 0 elsewhere.
+
+    Args:
+        advantages: ``[B]``. mask, cu_seqlens, num_tokens: as in :func:`group_advantages`; one of the first two.
+
+    Returns:
+        ``[B, T]`` or ``[N]``; float32 (float64 for float64). Differentiable.
+    """
+    if mask is None and cu_seqlens is None:
+        raise ValueError("mask: got None without cu_seqlens, want one of the two")
+    return group_advantages(
+        advantages, group_size=1, baseline="none", scale="none", mask=mask, cu_seqlens=cu_seqlens,
+        num_tokens=num_tokens,
+    )  # fmt: skip
+
+
+def whiten(
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    shift_mean: bool = True,
+) -> Tensor:
+    """``(values - mean) / sqrt(var + eps)`` over all valid elements, 0 where masked.
+
+    With ``ddof=1`` and ``eps=1e-8`` verl's ``masked_whiten``, with ``ddof=0`` OpenRLHF's and NeMo's. Fewer than two
+    valid elements, or equal ones, give 0 (``shift_mean=False`` adds the mean back).
+
+    Args:
+        values: any shape, padded or packed; float32, bfloat16, float16 or float64.
+        mask: the same shape.
+
+    Returns:
+        The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
+    """
+    layout.check_float("values", values)
+    layout.check_non_negative("eps", eps)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof: got {ddof!r}, want 0 or 1")
+    valid = layout.as_mask(mask, values.shape, values.device, "values")
+    (x,) = layout.promote(values)
+    valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
+    if not x.numel():
+        return x
+    x = torch.where(valid, x, 0)
+    count = valid.sum().clamp(min=1)
+    # Less some element first: large values keep their differences, and equal ones are exactly 0.
+    first = torch.where(valid, x, torch.inf).amin().detach()
+    above = torch.where(valid, x - torch.where(first.isfinite(), first, 0), 0)
+    mean = above.sum(dtype=torch.float64) / count
+    centred = torch.where(valid, above - mean, 0)
+    var = centred.double().square().sum() / (count - ddof).clamp(min=1)
+    out = centred * (var + eps).rsqrt()
+    if not shift_mean:
+        out = out + torch.where(valid, mean + first, 0)
+    return out.to(x.dtype)
+
+
+# ---- presets -----------------------------------------------------------------------------------------------
+
+
+def grpo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+    """GRPO (2402.03300): ``(r - mean) / (std + eps)``. Options as of :func:`group_advantages`."""
+    return group_advantages(rewards, groups, **options)
+
+
+def dr_grpo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+    """Dr. GRPO (2503.20783): ``r - mean``. The loss is then divided by a constant length, not the response's."""
+    return group_advantages(rewards, groups, scale="none", **options)
+
+
+def rloo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+    """RLOO (2402.14740): reward less the mean of the others."""
+    return group_advantages(rewards, groups, baseline="leave_one_out", scale="none", **options)
+
+
+def lite_ppo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+    """Lite PPO (2508.08221): group mean, std of the rewards of the batch (as TRL's ``scale_rewards="batch"``)."""
+    return group_advantages(rewards, groups, scale="batch_std", **options)
+
+
+def opo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+    """OPO (2505.23585): reward less the group's length-weighted mean reward."""
+    return group_advantages(rewards, groups, baseline="length_weighted", scale="none", **options)
+
+
+def pass_at_k(
+    rewards: Tensor, groups: layout.Labels = None, *, scale: str = "none", **options: Any
+) -> Tensor:
+    """Pass@k with k = n (2503.19595): the best row has the margin to the second, the others 0."""
+    return group_advantages(rewards, groups, baseline="second_max", scale=scale, **options)
+
+
+def max_rl(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+    """MaxRL: ``(r - mean) / (mean + eps)`` for rewards of at least 0; the mean of absolute rewards otherwise."""
+    return group_advantages(rewards, groups, scale="mean_abs", **options)
+
+
+def gpg(
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    alpha: str = "informative",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_tokens: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """GPG (2504.02546): ``alpha (r - mean)``, with alpha the number of rows over that of rows with a signal.
+
+    ``alpha="informative"`` counts rows whose reward is not their group's mean; ``"rewards"`` rows whose reward is
+    not 0, as verl does. Alpha is a constant to the gradient.
+    """
+    layout.check_choice("alpha", alpha, ("informative", "rewards"))
+    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    rows = layout.row_layout(rewards, **tokens)
+    ids = layout.group_ids(
+        groups, options.pop("group_size", None), rewards.shape[0], rewards.device, "rewards"
+    )
+    settings = {"baseline": "mean", "scale": "none", "eps": 0.0, "ddof": 1, "singleton": "zero", "lengths": None,
+                "given": None, **options}  # fmt: skip
+    found = _rows_of(rewards, ids, settings, rows)
+    signal = (found if alpha == "informative" else rewards).detach() != 0
+    out = found * (rewards.shape[0] / signal.sum().clamp(min=1))
+    return out if rows is None else advantages_to_tokens(out, **tokens)
+
+
+def gdpo(
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    whitening: str = "rows",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_tokens: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """GDPO: GRPO per reward of ``[B, R]``, their weighted sum, whitened over the batch.
+
+    ``whitening="rows"`` (the authors' code, TRL), ``"tokens"`` (verl: long rows weigh more) or ``"none"`` (MO-GRPO,
+    2509.22047).
+    """
+    layout.check_choice("whitening", whitening, ("rows", "tokens", "none"))
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B, R]")
+    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    if whitening != "rows":
+        out = group_advantages(rewards, groups, weights=weights, **tokens, **options)
+        return whiten(out, mask) if whitening == "tokens" else out
+    out = whiten(group_advantages(rewards, groups, weights=weights, **options))
+    return out if mask is None and cu_seqlens is None else advantages_to_tokens(out, **tokens)
+
+
+def remax(
+    token_rewards: Tensor, baseline: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """ReMax (2310.10505): the sum of rewards from a token on, less the reward of the greedy response ``[B]``."""
+    rows = layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
+    layout.check_shape("baseline", layout.check_tensor("baseline", baseline), (rows.batch,), "one per row")
+    found = returns.discounted_returns(token_rewards, mask=mask, cu_seqlens=cu_seqlens)
+    out = found - rows.expand(baseline.to(found.dtype))
+    return out if rows.mask is None else torch.where(rows.mask, out, 0)
+
+
+def reinforce_plus_plus(
+    token_rewards: Tensor,
+    *,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ddof: int = 1,
+    eps: float = 1e-8,
+) -> Tensor:
+    """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
+    found = returns.discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
+    return whiten(found, mask, ddof=ddof, eps=eps)
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_tokens: int | None = None,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    **options: Any,
+) -> Tensor:
+    """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens."""
+    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    if mask is None and cu_seqlens is None:
+        raise ValueError(
+            "mask: got None without cu_seqlens, want one of the two (it is whitened over tokens)"
+        )
+    return whiten(dr_grpo(rewards, groups, **tokens, **options), mask, ddof=ddof, eps=eps)

@@ -25,7 +25,8 @@ from .reference.linear import pack_saved, unpack_saved
 
 # A block's logits should fill a GPU's multiprocessors and a CPU's caches.
 _TOKENS = 4096
-_LEAST_TOKENS = 128  # of whole rows: fewer make slow products
+_LEAST_TOKENS = 512  # of whole rows: fewer make slow products
+_SUM = 2**22  # elements of a product that is added in another precision
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
@@ -64,7 +65,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.device.type == "cuda":
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:
-        total.add_(torch.mm(a, b))
+        # Part by part: a product in half precision is small and gone before it leaves the caches.
+        for first, end in _blocks(total.shape[0], _SUM // max(total.shape[1], 1)):
+            total[first:end].add_(torch.mm(a[first:end], b))
 
 
 class _Head:
@@ -114,15 +117,15 @@ class _Head:
 
     # ---- gradients
 
-    def prepare(self, needs: Sequence[bool], whole: bool) -> None:
+    def prepare(self, needs: Sequence[bool], summed: bool) -> None:
         to_hidden, to_weight, to_bias = needs
         wide = _wide(self.dtype)
         if to_hidden:
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=wide)
         if to_weight:
-            dtype = wide if whole else self.weight.dtype
+            dtype = wide if summed else self.weight.dtype
             self.grad_weight = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-            (self.grad_weight if whole else self.grad_weight[self.vocab :]).zero_()
+            (self.grad_weight if summed else self.grad_weight[self.vocab :]).zero_()
         if to_bias:
             self.grad_bias = self.hidden.new_zeros(self.weight.shape[0], dtype=wide)
 
@@ -248,16 +251,28 @@ class _Problem:
     def paired(self) -> bool:
         return len(self.heads) > 1
 
+    @property
+    def one_block(self) -> bool:
+        """Whether whole rows fit into one block, whose product writes the weight's gradient where it belongs."""
+        same = all(h.weight.dtype == h.dtype for h in self.heads)
+        return same and 0 < self.rows.count <= self._tokens(whole=True)
+
+    def _tokens(self, whole: bool) -> int:
+        if self.chunk_tokens or not whole:
+            return self.chunk_tokens or _TOKENS
+        return max(self._space() // self.vocab, _LEAST_TOKENS)
+
+    def _space(self) -> int:
+        """Logits that the workspace holds."""
+        each = sum(h.bytes for h in self.heads)
+        return workspace_bytes(max(self.rows.count, 1), self.vocab, self.policy.hidden.device) // each
+
     def sizes(self, whole: bool) -> tuple[int, int]:
         """Tokens and columns of a block."""
-        count, each = max(self.rows.count, 1), sum(h.bytes for h in self.heads)
-        space = workspace_bytes(count, self.vocab, self.policy.hidden.device) // each
+        count, tokens = max(self.rows.count, 1), self._tokens(whole)
+        columns = self.chunk_vocab or max(self._space() // min(tokens, count) // 128 * 128, 128)
         if whole:
-            tokens = self.chunk_tokens or max(space // self.vocab, _LEAST_TOKENS)
             columns = self.vocab
-        else:
-            tokens = self.chunk_tokens or min(count, _TOKENS)
-            columns = self.chunk_vocab or max(space // min(tokens, count) // 128 * 128, 128)
         tokens, columns = min(tokens, count), min(columns, self.vocab)
         for head in self.heads:
             head.workspace(tokens, columns)
@@ -373,8 +388,8 @@ def _row_gradients(
     )
     for head, weight, g in zip(p.heads, weights, outs, strict=True):
         if g is not None:
-            total = None if head.grad_weight is None else head.grad_weight[: p.vocab]
-            head.add(g, a, b, weight, 0, total)
+            summed = None if head.grad_weight is None or p.one_block else head.grad_weight[: p.vocab]
+            head.add(g, a, b, weight, 0, summed)
 
 
 def linear_token_stats_backward(
@@ -388,7 +403,7 @@ def linear_token_stats_backward(
         kept = p.rows.gather(saved, 1)
         whole = "jsd" in p.outputs
         for k, head in enumerate(p.heads):
-            head.prepare(needs[3 * k : 3 * k + 3], whole=whole)
+            head.prepare(needs[3 * k : 3 * k + 3], summed=whole and not p.one_block)
         if whole:
             names = list(given)
             unpacked = unpack_saved(kept, p.paired)
@@ -420,7 +435,7 @@ def linear_token_loss(
     p = _Problem(*args)
     with torch.autocast(p.policy.hidden.device.type, enabled=False):
         given = {name: p.rows.gather(c.to(p.wide)) for name, c in zip(terms, coefficients, strict=True)}
-        p.policy.prepare(needs, whole=True)
+        p.policy.prepare(needs, summed=not p.one_block)
         found = {name: [p.nothing(name)] for name in p.outputs}
         loss = p.policy.hidden.new_zeros((), dtype=torch.float64)
         for a, b, weights, block in _whole_rows(p):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import layout
@@ -45,9 +47,9 @@ _forward = define(
 def gtpo_rewards(
     rewards: Tensor,
     entropy: Tensor,
-    groups: Tensor | None = None,
+    groups: layout.Labels = None,
     *,
-    group_size: int | None = None,
+    group_size: int | Sequence[int] | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     alpha1: float = 1.0,

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,19 +242,46 @@ def row_layout(rewards: Tensor, mask: object, cu_seqlens: object, num_tokens: in
     return Layout(batch, shape, as_mask(mask, shape, device, "rewards"), cu)
 
 
-def group_ids(groups: object, group_size: int | None, batch: int, device: torch.device, other: str) -> Tensor:
-    """Group labels ``[B]`` as int64, from labels or from the size of contiguous groups."""
+Labels = Tensor | Sequence[Hashable] | Any | None
+
+
+def _factorised(groups: object, batch: int, device: torch.device, other: str) -> Tensor:
+    """Labels of any kind as numbers, on the host; a numpy array or a sequence of objects."""
+    values = groups.tolist() if hasattr(groups, "tolist") else groups
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"groups: got {type(groups).__name__}, want a tensor, an array or a sequence of labels"
+        )
+    if len(values) != batch:
+        raise ValueError(f"groups: got {len(values)} labels, want {batch} (one per row of {other})")
+    seen: dict[Hashable, int] = {}
+    return torch.tensor([seen.setdefault(v, len(seen)) for v in values], dtype=torch.int64).to(device)
+
+
+def _sized(sizes: Sequence[int], batch: int, device: torch.device, other: str) -> Tensor:
+    if not all(isinstance(n, int) and n >= 0 for n in sizes) or sum(sizes) != batch:
+        raise ValueError(
+            f"group_size: got sizes {list(sizes)}, want sizes that sum to the {batch} rows of {other}"
+        )
+    return torch.repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64)).to(device)
+
+
+def group_ids(groups: Labels, group_size: object, batch: int, device: torch.device, other: str) -> Tensor:
+    """Group labels ``[B]`` as int64: from labels of any kind, or from the sizes of contiguous groups."""
     if groups is None and group_size is None:
         raise ValueError("groups: got None and no group_size, want one of the two")
     if groups is not None and group_size is not None:
         raise ValueError("group_size: got a value beside groups, want one of the two")
     if groups is None:
+        if isinstance(group_size, (list, tuple)):
+            return _sized(group_size, batch, device, other)
         if isinstance(group_size, bool) or not isinstance(group_size, int):
-            raise TypeError(f"group_size: got {type(group_size).__name__}, want int")
+            raise TypeError(f"group_size: got {type(group_size).__name__}, want int or a list of int")
         if group_size < 1 or batch % group_size:
             raise ValueError(f"group_size: got {group_size}, want a divisor of the {batch} rows of {other}")
         return torch.arange(batch, device=device) // group_size
-    groups = check_tensor("groups", groups)
+    if not isinstance(groups, Tensor):
+        return _factorised(groups, batch, device, other)
     check_integer("groups", groups)
     check_shape("groups", groups, (batch,), f"one label per row of {other}")
     check_device("groups", groups, device, other)

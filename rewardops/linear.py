@@ -256,7 +256,7 @@ def linear_token_stats(
         temperature, softcap, vocab_size, mask, outputs, beta: as in :func:`rewardops.token_stats`.
         chunk_tokens, chunk_vocab: tokens and vocabulary entries of a block. By default 4096 tokens by as much
             vocabulary as the workspace holds: 256 MiB or 1 % of the logits in float32, the larger; 32 MiB on a
-            CPU, near its caches. For ``jsd``, which needs whole rows, as many tokens as it holds, at least 128,
+            CPU, near its caches. For ``jsd``, which needs whole rows, as many tokens as it holds, at least 512,
             and ``chunk_vocab`` has no effect.
         num_tokens: how many tokens count, or more. Without it the number is read from the device, the one
             synchronisation of this op, forward and backward.

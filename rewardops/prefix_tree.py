@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,9 +65,9 @@ _forward = define(
 def prefix_values(
     tokens: Tensor,
     rewards: Tensor,
-    groups: Tensor | None = None,
+    groups: layout.Labels = None,
     *,
-    group_size: int | None = None,
+    group_size: int | Sequence[int] | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> PrefixValues:
@@ -112,9 +113,9 @@ def prefix_values(
 def tempo_advantages(
     tokens: Tensor,
     rewards: Tensor,
-    groups: Tensor | None = None,
+    groups: layout.Labels = None,
     *,
-    group_size: int | None = None,
+    group_size: int | Sequence[int] | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: str = "std",
@@ -147,15 +148,19 @@ def tempo_advantages(
     row_mask = rows.mask
     if row_mask is None and rows.cu_seqlens is None:
         row_mask = torch.ones_like(tokens, dtype=torch.bool)
-    centred, inv_scale = advantages.forward(
+    centred, inv_scale, _ = advantages.forward(
         rewards,
         ids,
+        None,
+        None,
         row_mask,
         rows.cu_seqlens,
         -1 if rows.cu_seqlens is None else tokens.shape[0],
         "mean",
+        0.0,
         scale,
         float(eps),
         ddof,
+        False,
     )
     return centred + (values.after - values.before) * rows.expand(inv_scale)

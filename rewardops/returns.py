@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import layout
 from .dispatch import define
+from .reference.layout import from_rows, to_rows
 
 
 def _setup_min(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -142,3 +143,30 @@ def softmin_rewards(
     arguments = _prepare(rewards, mask, cu_seqlens, steps)
     out: Tensor = _softmin_forward(*arguments, float(temperature), bool(through_weights))
     return out
+
+
+def discounted_returns(
+    rewards: Tensor, *, gamma: float = 1.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """``G[t] = r[t] + gamma * G[t + 1]`` along every row; masked tokens are skipped and do not discount.
+
+    Args:
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. gamma: 0 to 1.
+
+    Returns:
+        The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable.
+    """
+    layout.check_float("rewards", rewards)
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
+        raise ValueError(f"gamma: got {gamma!r}, want a number from 0 to 1")
+    rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
+    (wide,) = layout.promote(rewards)
+    x, valid = to_rows(wide, rows.mask, rows.cu_seqlens)
+    # A scan of the maps G -> x + a G, composed over distances 1, 2, 4, ...
+    a = torch.where(valid, gamma, torch.ones((), dtype=x.dtype, device=x.device))
+    step, width = 1, x.shape[1]
+    while step < width:
+        x = torch.cat([x[:, :-step] + a[:, :-step] * x[:, step:], x[:, -step:]], 1)
+        a = torch.cat([a[:, :-step] * a[:, step:], a[:, -step:]], 1)
+        step *= 2
+    return from_rows(torch.where(valid, x, 0), rows.shape, rows.cu_seqlens)

@@ -25,37 +25,274 @@ def advantages(groups=None, **options):
     return fn
 
 
-def loop(rewards, groups, baseline, scale, eps, ddof):
-    """The definition, group by group."""
+NAMED = [b if b != "quantile" else 0.3 for b in BASELINES]
+
+
+def extras(baseline, rewards, generator):
+    """What a baseline needs beside the rewards."""
+    if baseline == "given":
+        return {"given": torch.randn(rewards.shape, generator=generator)}
+    if baseline == "length_weighted":
+        return {"lengths": torch.randint(0, 9, rewards.shape, generator=generator)}
+    return {}
+
+
+RANKED = ("median", 0.3, "second_max")
+
+
+def skip_slow(target, baseline, scale, ddof=1):
+    """Bisection by the interpreter takes seconds."""
+    if target.interpreted and baseline in RANKED and (scale not in ("none", "batch_std") or ddof == 0):
+        pytest.skip("covered by the other scales")
+
+
+def loop(rewards, groups, baseline, scale, eps, ddof, given=None, lengths=None):
+    """The definition, group by group, differentiable."""
     out = torch.zeros_like(rewards)
     for g in groups.unique():
         rows = (groups == g).nonzero()[:, 0]
         r = rewards[rows]
         n = len(rows)
+        alike = n == 1 or bool((r == r[0]).all())
         if baseline == "mean":
             a = r - r.mean()
         elif baseline == "leave_one_out":
             a = r - (r.sum() - r) / (n - 1) if n > 1 else r * 0
-        else:
+        elif baseline == "median":
+            a = r - r.median()
+        elif baseline == "max":
+            a = r - r.max()
+        elif baseline == "second_max":
+            a = torch.zeros_like(r)
+            if n > 1:
+                best = r.argmax()
+                a[best] = r[best] - r.sort(descending=True).values[1]
+        elif baseline == "length_weighted":
+            share = lengths[rows].to(r.dtype)
+            a = r - (share * r).sum() / share.sum() if share.sum() > 0 else r - r.min()
+        elif baseline == "given":
+            a = r - given[rows].to(r.dtype)
+        elif baseline == "none":
             a = r.clone()
-        if scale == "std":
-            a = a / (r.std(correction=ddof) + eps) if n > 1 and (r != r[0]).any() else a * 0
+        else:
+            a = r - r.quantile(baseline)
+        if baseline not in ("none", "given") and alike:
+            a = a * 0
+        over = rewards if scale == "batch_std" else r
+        if scale != "none" and bool((over == over[0]).all()):
+            a = a * 0
+        elif scale in ("std", "batch_std"):
+            a = a / (over.std(correction=ddof) + eps)
+        elif scale == "mean_abs":
+            a = a / (r.abs().mean() + eps)
+        elif scale == "range":
+            a = a / (r.max() - r.min() + eps)
         out[rows] = a
     return out
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", NAMED)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_matches_float64_and_the_loop(target, generator, baseline, scale, ddof):
-    groups = random_groups(60, generator)
-    rewards = torch.rand(60, generator=generator).round(decimals=2)
-    options = {"baseline": baseline, "scale": scale, "ddof": ddof, "eps": 1e-4}
+    skip_slow(target, baseline, scale, ddof)
+    rows = 20 if target.interpreted else 60
+    groups = random_groups(rows, generator)
+    rewards = torch.rand(rows, generator=generator).round(decimals=2) - 0.3
+    options = {
+        "baseline": baseline,
+        "scale": scale,
+        "ddof": ddof,
+        "eps": 1e-4,
+        **extras(baseline, rewards, generator),
+    }
     ours = check_op(
         advantages(groups, **options), [rewards], backend=target.backend, device=target.device
     ).outputs[0]
-    want = loop(rewards.double(), groups, baseline, scale, 1e-4, ddof)
-    torch.testing.assert_close(ours.cpu().double(), want, rtol=1e-5, atol=1e-6)
+    want = loop(rewards.double(), groups, **options)
+    torch.testing.assert_close(ours.cpu().double(), want, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("baseline", NAMED)
+@pytest.mark.parametrize("scale", SCALES)
+def test_gradient_is_the_loops(target, generator, baseline, scale):
+    """Of distinct rewards, where every choice has one gradient."""
+    skip_slow(target, baseline, scale)
+    groups = random_groups(24, generator)
+    rewards = (torch.randperm(24, generator=generator) / 7.0 - 1.1).float()
+    options = {
+        "baseline": baseline,
+        "scale": scale,
+        "ddof": 1,
+        "eps": 1e-4,
+        **extras(baseline, rewards, generator),
+    }
+    up = torch.randn(24, generator=generator, dtype=torch.float64)
+    exact = rewards.double().requires_grad_()
+    (want,) = torch.autograd.grad(loop(exact, groups, **options), exact, up)
+    leaf = rewards.to(target.device).requires_grad_()
+    (got,) = torch.autograd.grad(advantages(groups, **options)(leaf), leaf, up.float().to(target.device))
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-4, atol=2e-5)
+
+
+def test_gradient_of_given_baselines(target, generator):
+    rewards, given = torch.randn(2, 12, generator=generator)
+    given = given.to(target.device).requires_grad_()
+    out = rewardops.group_advantages(
+        rewards.to(target.device), group_size=4, baseline="given", given=given, scale="range"
+    )
+    up = torch.randn(12, generator=generator)
+    (got,) = torch.autograd.grad(out, given, up.to(target.device))
+    spread = rewards.view(3, 4).amax(1) - rewards.view(3, 4).amin(1)
+    torch.testing.assert_close(got.cpu(), -up / (spread.repeat_interleave(4) + 1e-6), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "length_weighted", "given", "median"])
+def test_a_group_of_one_kept_raw(target, generator, baseline):
+    rewards = torch.tensor([2.5, 1.0, 0.0, -3.0])
+    groups = torch.tensor([7, 1, 1, 4])
+    options = {"baseline": baseline, "singleton": "raw", **extras(baseline, rewards, generator)}
+    ours = check_op(advantages(groups, **options), [rewards], backend=target.backend, device=target.device)
+    assert ours.outputs[0][[0, 3]].tolist() == [2.5, -3.0]
+
+
+def test_order_statistics_of_odd_rewards(target):
+    """Ties, negative zero, infinities and a wide range of magnitudes have one order."""
+    r = torch.tensor([0.0, -0.0, 1e-38, -1e30, torch.inf, 3.0, 3.0, -torch.inf])
+    for baseline, want in (("median", 0.0), ("max", torch.inf), (0.75, 3.0), (0.0, -torch.inf)):
+        got = advantages(group_size=8, baseline=baseline, scale="none")(r.to(target.device)).cpu()
+        torch.testing.assert_close(got, torch.where(r == want, got, r - want), equal_nan=True)
+
+
+def test_vector_rewards(target, generator):
+    rewards = torch.randn(12, 3, generator=generator)
+    mask = random_mask(12, 5, generator)
+    mask[3] = False
+    weights = [1.0, 0.5, 0.0]
+    got = rewardops.group_advantages(
+        rewards.to(target.device), group_size=4, weights=weights, mask=mask.to(target.device)
+    ).cpu()
+    parts = [advantages(group_size=4, mask=mask)(rewards[:, k].to(target.device)).cpu() for k in range(3)]
+    torch.testing.assert_close(
+        got, sum(w * p for w, p in zip(weights, parts, strict=True)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_groups_of_any_kind(target):
+    rewards = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0]).to(target.device)
+    want = rewardops.group_advantages(rewards, torch.tensor([0, 0, 1, 1, 1]).to(target.device))
+    for groups in (
+        np.array(["a", "a", "b", "b", "b"]),
+        ["x", "x", (1, 2), (1, 2), (1, 2)],
+        np.array([9, 9, 3, 3, 3]),
+    ):
+        assert torch.equal(rewardops.group_advantages(rewards, groups), want)
+    assert torch.equal(rewardops.group_advantages(rewards, group_size=[2, 3]), want)
+    assert torch.equal(rewardops.group_advantages(rewards, group_size=[2, 0, 3]), want)
+    with pytest.raises(ValueError, match="groups: got 4 labels, want 5"):
+        rewardops.group_advantages(rewards, ["a"] * 4)
+    with pytest.raises(
+        ValueError, match=r"group_size: got sizes \[2, 2\], want sizes that sum to the 5 rows"
+    ):
+        rewardops.group_advantages(rewards, group_size=[2, 2])
+    with pytest.raises(TypeError, match="groups: got str"):
+        rewardops.group_advantages(rewards, "abcde")
+
+
+def test_bad_choices():
+    rewards = torch.ones(4)
+    with pytest.raises(ValueError, match="given: got None with baseline='given'"):
+        rewardops.group_advantages(rewards, group_size=2, baseline="given")
+    with pytest.raises(ValueError, match="given: got a value with baseline='mean'"):
+        rewardops.group_advantages(rewards, group_size=2, given=rewards)
+    with pytest.raises(ValueError, match="lengths: got None without a mask"):
+        rewardops.group_advantages(rewards, group_size=2, baseline="length_weighted")
+    with pytest.raises(ValueError, match=r"baseline: got 1\.5, want a quantile from 0 to 1"):
+        rewardops.group_advantages(rewards, group_size=2, baseline=1.5)
+    with pytest.raises(ValueError, match="singleton: got 'raw' with scale='batch_std'"):
+        rewardops.group_advantages(rewards, group_size=2, scale="batch_std", singleton="raw")
+    with pytest.raises(ValueError, match="weights: got a value for rewards"):
+        rewardops.group_advantages(rewards, group_size=2, weights=[1.0])
+    with pytest.raises(ValueError, match="weights: got 1, want 2"):
+        rewardops.group_advantages(torch.ones(4, 2), group_size=2, weights=[1.0])
+    with pytest.raises(ValueError, match=r"lengths: got shape \[3\], want \[4\]"):
+        rewardops.group_advantages(rewards, group_size=2, baseline="length_weighted", lengths=torch.ones(3))
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_whiten(generator, ddof, dtype):
+    x = (torch.randn(7, 9, generator=generator) + 1000).to(dtype)
+    mask = random_mask(7, 9, generator)
+    got = rewardops.whiten(x.masked_fill(~mask, torch.nan), mask, ddof=ddof)
+    exact = x.double()[mask]
+    want = (exact - exact.mean()) / (exact.var(correction=ddof) + 1e-8).sqrt()
+    torch.testing.assert_close(got[mask].double(), want, rtol=2e-6, atol=1e-6)
+    assert got.dtype is dtype
+    assert not got[~mask].any()
+    assert not rewardops.whiten(torch.full((3, 4), 0.7)).any()
+    assert rewardops.whiten(torch.ones(0, 3)).shape == (0, 3)
+    shifted = rewardops.whiten(x, mask, ddof=ddof, shift_mean=False)
+    torch.testing.assert_close(shifted[mask].double(), want + exact.mean(), rtol=2e-6, atol=1e-6)
+    leaf = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: rewardops.whiten(v, mask[:3, :4], ddof=ddof), leaf)
+
+
+def test_advantages_to_tokens(target, generator):
+    values = torch.randn(5, generator=generator)
+    mask = random_mask(5, 6, generator)
+    got = rewardops.advantages_to_tokens(values.to(target.device), mask=mask.to(target.device)).cpu()
+    assert torch.equal(got, torch.where(mask, values[:, None], 0))
+    cu = torch.tensor([0, 2, 2, 5, 6, 9])
+    got = rewardops.advantages_to_tokens(
+        values.to(target.device), cu_seqlens=cu.to(target.device), num_tokens=9
+    ).cpu()
+    assert torch.equal(got, values.repeat_interleave(cu.diff()))
+
+
+def test_presets_of_one_group(target):
+    """Worked by hand: rewards 1, 0, 0, 0."""
+    r = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(target.device)
+    third = 1 / 3
+    for preset, want in (
+        ("grpo", [1.5, -0.5, -0.5, -0.5]),
+        ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
+        ("rloo", [1, -third, -third, -third]),
+        ("lite_ppo", [1.5, -0.5, -0.5, -0.5]),
+        ("max_rl", [3, -1, -1, -1]),
+        ("pass_at_k", [1, 0, 0, 0]),
+        ("gpg", [0.75, -0.25, -0.25, -0.25]),
+    ):
+        got = getattr(rewardops.advantages, preset)(r, group_size=4)
+        torch.testing.assert_close(got.cpu(), torch.tensor(want, dtype=torch.float32), rtol=2e-5, atol=2e-5)
+    got = rewardops.advantages.gpg(r, group_size=4, alpha="rewards")
+    torch.testing.assert_close(got.cpu(), torch.tensor([3.0, -1, -1, -1]))
+    rewards, groups = (
+        torch.tensor([1.0, 0, 0, 1, 0]).to(target.device),
+        torch.tensor([0, 0, 0, 1, 1]).to(target.device),
+    )
+    lengths = torch.tensor([2, 3, 1, 2, 3]).to(target.device)
+    got = rewardops.advantages.opo(rewards, groups, lengths=lengths)
+    torch.testing.assert_close(got.cpu(), torch.tensor([2 * third, -third, -third, 0.6, -0.4]))
+    got = rewardops.advantages.pass_at_k(
+        torch.tensor([0.2, 0.9, 0.5, 0.9, 0.1]).to(target.device), groups, scale="std"
+    )
+    torch.testing.assert_close(got.cpu(), torch.tensor([0, 1.13899, 0, 1.41421, 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_gdpo(target, generator):
+    rewards = torch.randn(8, 2, generator=generator).to(target.device)
+    mask = random_mask(8, 5, generator).to(target.device)
+    mask[:, 0] = True
+    z = rewardops.group_advantages(rewards, group_size=4)
+    rows = rewardops.advantages.gdpo(rewards, group_size=4)
+    torch.testing.assert_close(rows, rewardops.whiten(z))
+    tokens = rewardops.advantages.gdpo(rewards, group_size=4, whitening="tokens", mask=mask)
+    torch.testing.assert_close(
+        tokens, rewardops.whiten(z[:, None].expand(mask.shape), mask), rtol=1e-4, atol=1e-5
+    )
+    spread = rewardops.advantages.gdpo(rewards, group_size=4, mask=mask)
+    torch.testing.assert_close(spread, torch.where(mask, rows[:, None], 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -67,19 +304,26 @@ def test_dtypes(target, generator, dtype):
     assert ours.gradients[0].dtype is dtype
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("baseline", NAMED)
+@pytest.mark.parametrize("scale", ["std", "batch_std", "none"])
 def test_to_tokens(target, generator, baseline, scale):
-    groups = random_groups(24, generator)
-    rewards = torch.randn(24, generator=generator)
-    mask = random_mask(24, 33, generator)
-    options = {"baseline": baseline, "scale": scale, "mask": mask}
-    ours = check_op(advantages(groups, **options), [rewards], backend=target.backend, device=target.device)
+    skip_slow(target, baseline, scale)
+    rows = 12 if target.interpreted else 24
+    groups = random_groups(rows, generator)
+    rewards = torch.randn(rows, generator=generator)
+    mask = random_mask(rows, 33, generator)
+    options = {"baseline": baseline, "scale": scale, **extras(baseline, rewards, generator)}
+    if baseline == "length_weighted":
+        options["lengths"] = None  # the number of valid tokens
+    fn = advantages(groups, mask=mask, **options)
+    ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
     live = mask.any(1)
-    want = loop(rewards[live].double(), groups[live], baseline, scale, 1e-6, 1)
-    rows = torch.zeros(24, dtype=torch.float64)
-    rows[live] = want
-    torch.testing.assert_close(ours.outputs[0].cpu().double(), rows[:, None] * mask, rtol=1e-5, atol=1e-5)
+    options = {k: v[live] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if baseline == "length_weighted":
+        options["lengths"] = mask.sum(1)[live]
+    want = torch.zeros(rows, dtype=torch.float64)
+    want[live] = loop(rewards[live].double(), groups[live], eps=1e-6, ddof=1, **options)
+    torch.testing.assert_close(ours.outputs[0].cpu().double(), want[:, None] * mask, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -125,7 +369,7 @@ def test_a_masked_row_does_not_count_even_with_a_nan_reward(target, generator):
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exactly_zero(target, value, baseline, scale):
-    rows = 150 if target.interpreted else 1020
+    rows = (150 if scale == "std" else 40) if target.interpreted else 1020
     groups = torch.arange(rows) % 3
     groups[-20:] = 9
     ours = evaluate(
@@ -140,9 +384,12 @@ def test_equal_rewards_give_exactly_zero(target, value, baseline, scale):
 
 def test_a_group_of_one(target):
     rewards = torch.tensor([3.0, 5.0])
-    for baseline in BASELINES:
+    for baseline in NAMED:
         for scale in SCALES:
-            fn = advantages(torch.tensor([1, 2]), baseline=baseline, scale=scale)
+            if baseline == "given" or (baseline, scale) == ("none", "batch_std"):
+                continue
+            options = {"lengths": torch.ones(2)} if baseline == "length_weighted" else {}
+            fn = advantages(torch.tensor([1, 2]), baseline=baseline, scale=scale, **options)
             ours = evaluate(fn, [rewards], backend=target.backend, device=target.device)
             want = rewards if (baseline, scale) == ("none", "none") else torch.zeros(2)
             assert torch.equal(ours.outputs[0].cpu(), want)
@@ -185,20 +432,41 @@ def test_empty(target, shape):
 @pytest.mark.parametrize("name", ["uniform", "ragged", "holes"])
 def test_recorded_pairs(target, shared, name):
     d = np.load(shared / "golden" / f"verl_advantages_{name}.npz")
-    mask = torch.tensor(d["response_mask"])
+    mask = torch.tensor(d["response_mask"]) > 0
     rewards = torch.tensor(d["token_level_rewards"]).sum(1)
     groups = torch.tensor(d["index"])
     sizes = torch.bincount(groups)[groups]
     kept = sizes > 1  # verl's loop returns the raw reward for a group of one
+    here = mask.to(target.device)
     cases = {
         "grpo": {},
         "grpo_no_std": {"scale": "none"},
         "rloo": {"baseline": "leave_one_out", "scale": "none"},
+        "opo": {"baseline": "length_weighted", "scale": "none"},
+        "grpo_passk": {"baseline": "second_max"},
     }
     for key, options in cases.items():
-        fn = advantages(groups, mask=mask, **options)
+        # verl returns the raw reward of a group of one, but for pass@k, which it refuses.
+        fn = advantages(groups, mask=mask, singleton="raw", **options)
         ours = fn(rewards.to(target.device)).cpu()
-        torch.testing.assert_close(ours[kept], torch.tensor(d[key])[kept], rtol=2e-5, atol=2e-5)
+        rows = kept if key == "grpo_passk" else torch.ones_like(kept)
+        torch.testing.assert_close(ours[rows], torch.tensor(d[key])[rows], rtol=2e-5, atol=2e-5, msg=key)
+    there = (rewards.to(target.device), groups.to(target.device))
+    token_rewards = torch.tensor(d["token_level_rewards"]).to(target.device)
+    got = {
+        "gpg": rewardops.advantages.gpg(*there, alpha="rewards", singleton="raw", mask=here),
+        "reinforce_pp_baseline": rewardops.advantages.reinforce_plus_plus_baseline(
+            *there, singleton="raw", mask=here
+        ),
+        "reinforce_pp": rewardops.advantages.reinforce_plus_plus(
+            token_rewards, gamma=float(d["reinforce_pp_gamma"]), mask=here
+        ),
+        "remax": rewardops.advantages.remax(
+            token_rewards, torch.tensor(d["remax_baseline"]).to(target.device), mask=here
+        ),
+    }  # fmt: skip
+    for key, ours in got.items():
+        torch.testing.assert_close(ours.cpu(), torch.tensor(d[key]) * mask, rtol=1e-4, atol=1e-4, msg=key)
 
 
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 12))

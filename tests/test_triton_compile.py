@@ -91,12 +91,19 @@ def record() -> list:
             kl.token_kl(values, values, m, estimator)
             kl.token_kl_backward(values, values, values, m, estimator)
         n = values.numel() if m is None else -1
-        for baseline, scale in (("mean", "std"), ("leave_one_out", "none"), ("none", "std")):
-            options = (baseline, scale, 1e-6, 1)
-            advantages.group_advantages(rewards, groups, m, offsets, n, *options)
-            advantages.group_advantages(rewards, groups, None, None, -1, *options)
-            advantages.group_advantages_backward(values, rewards, rewards, groups, m, offsets, *options)
-            advantages.group_advantages_backward(rewards, None, rewards, groups, None, None, *options)
+        relative = [("mean", "std"), ("leave_one_out", "none"), ("none", "std")]
+        if m is not None:
+            relative += [("quantile", "range"), ("second_max", "std")]
+            relative += [("length_weighted", "batch_std"), ("given", "mean_abs")]
+        for baseline, scale in relative:
+            options = (baseline, 0.25, scale, 1e-6, 1, False)
+            given, lengths = (rewards if baseline == b else None for b in ("given", "length_weighted"))
+            group = (rewards, groups, given, lengths)
+            advantages.group_advantages(*group, m, offsets, n, *options)
+            advantages.group_advantages(*group, None, None, -1, *options)
+            kept = (rewards, rewards)
+            advantages.group_advantages_backward(values, rewards, *group, m, offsets, *kept, *options)
+            advantages.group_advantages_backward(rewards, None, *group, None, None, *kept, *options)
         shaping = (1.0, 0.1, 0.0, 1e-2)
         entropy.gtpo_rewards(rewards, values, groups, m, offsets, *shaping)
         entropy.gtpo_rewards_backward(values, rewards, values, groups, m, offsets, *shaping)

@@ -1,5 +1,6 @@
 #include "advantages.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -26,70 +27,194 @@ std::vector<uint8_t> live_rows(const AdvantagesArgs<T>& a, int threads) {
   return live;
 }
 
-struct Statistics {
-  int64_t count = 0;
-  double mean = 0, std = 0, inv_scale = 1;
-  bool differs = false;
+// A reward of some rank, and the earliest row that has it.
+struct Pick {
+  double value = 0;
+  int64_t row = -1;
 };
 
+struct Statistics {
+  int64_t count = 0;
+  double mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
+  bool differs = false;
+  Pick low, high, below, above;  // below and above: what the baseline lies between
+  double part = 0;
+};
+
+template <typename T, typename Members>
+Pick find(const AdvantagesArgs<T>& a, const Members& members, double value) {
+  Pick pick{value, -1};
+  members([&](int64_t b) {
+    if (pick.row < 0 && static_cast<double>(a.rewards[b]) == value) pick.row = b;
+  });
+  return pick;
+}
+
 // Equal rewards are told by comparison: their computed std is of rounding size and not 0.
-template <typename T>
-Statistics statistics(const AdvantagesArgs<T>& a, const GroupIndex& index, const std::vector<uint8_t>& live,
-                      int64_t group) {
-  Statistics s;
-  double first = 0, sum = 0;
-  const auto members = [&](auto&& visit) {
-    for (int64_t m = index.offsets[group]; m < index.offsets[group + 1]; ++m)
-      if (live[index.members[m]]) visit(static_cast<double>(a.rewards[index.members[m]]));
-  };
-  members([&](double r) {
-    if (s.count++ == 0) first = r;
+template <typename T, typename Members>
+void spread_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
+  double first = 0, sum = 0, magnitude = 0;
+  members([&](int64_t b) {
+    const double r = a.rewards[b];
+    if (s.count++ == 0) {
+      first = r;
+      s.low = s.high = {r, b};
+    }
+    if (r < s.low.value) s.low = {r, b};
+    if (r > s.high.value) s.high = {r, b};
     s.differs = s.differs || r != first;
     sum += r - first;
+    magnitude += std::fabs(r);
   });
-  if (s.count == 0) return s;
+  if (s.count == 0) return;
   s.mean = first + sum / s.count;
+  s.mean_abs = magnitude / s.count;
   double square = 0;
-  members([&](double r) { square += (r - s.mean) * (r - s.mean); });
+  members([&](int64_t b) { square += (a.rewards[b] - s.mean) * (a.rewards[b] - s.mean); });
   const int64_t degrees = s.count - a.ddof;
   s.std = s.differs ? std::sqrt(square / (degrees > 1 ? degrees : 1)) : 0.0;
-  if (a.scale == Scale::std) s.inv_scale = s.differs ? 1.0 / (s.std + a.eps) : 0.0;
-  return s;
+}
+
+template <typename T, typename Members>
+void order_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
+  if (a.baseline == Baseline::length_weighted) {
+    double sum = 0;
+    members([&](int64_t b) {
+      s.total_length += a.lengths[b];
+      sum += a.lengths[b] * (a.rewards[b] - s.low.value);
+    });
+    s.mean_by_length = s.low.value + (s.total_length > 0 ? sum / s.total_length : 0);
+    return;
+  }
+  int64_t rank;
+  switch (a.baseline) {
+    case Baseline::median: rank = (s.count - 1) / 2; break;
+    case Baseline::max: rank = s.count - 1; break;
+    case Baseline::second_max: rank = s.count > 1 ? s.count - 2 : 0; break;
+    case Baseline::quantile: {
+      // In the precision of the rewards, as the other backends compute it.
+      const T at = static_cast<T>(a.quantile) * static_cast<T>(s.count - 1);
+      rank = static_cast<int64_t>(std::floor(at));
+      s.part = at - std::floor(at);
+      break;
+    }
+    default: return;
+  }
+  std::vector<double> values;
+  values.reserve(s.count);
+  members([&](int64_t b) { values.push_back(a.rewards[b]); });
+  std::sort(values.begin(), values.end());
+  s.below = find(a, members, values[rank]);
+  s.above = s.part > 0 ? find(a, members, values[rank + 1]) : s.below;
 }
 
 template <typename T>
-double gain(const AdvantagesArgs<T>& a, const Statistics& s) {
-  if (a.baseline == Baseline::leave_one_out) return s.count > 1 ? double(s.count) / double(s.count - 1) : 0.0;
-  return a.baseline == Baseline::mean ? 1.0 : 0.0;
-}
+class Relative {
+ public:
+  Relative(const AdvantagesArgs<T>& a, int threads)
+      : a_(a), index_(a.groups, a.rows.batch), live_(live_rows(a, threads)) {
+    if (a.scale == Scale::batch_std)
+      spread_of(a, [&](auto&& visit) { for (int64_t b = 0; b < a.rows.batch; ++b) if (live_[b]) visit(b); }, batch_);
+  }
 
-template <typename T>
-double numerator(const AdvantagesArgs<T>& a, const Statistics& s, double reward) {
-  if (a.baseline == Baseline::none) return reward;
-  return s.differs ? gain(a, s) * (reward - s.mean) : 0.0;
-}
+  int64_t count() const { return index_.view().count; }
+  bool live(int64_t b) const { return live_[b]; }
+  const Statistics& batch() const { return batch_; }
+
+  template <typename Visit>
+  void rows(int64_t group, Visit visit) const {
+    for (int64_t m = index_.offsets[group]; m < index_.offsets[group + 1]; ++m) visit(index_.members[m]);
+  }
+
+  Statistics statistics(int64_t group) const {
+    Statistics s;
+    const auto members = [&](auto&& visit) { rows(group, [&](int64_t b) { if (live_[b]) visit(b); }); };
+    spread_of(a_, members, s);
+    if (s.count == 0) return s;
+    order_of(a_, members, s);
+    if (raw(s) || a_.scale == Scale::none) return s;
+    const Statistics& of = a_.scale == Scale::batch_std ? batch_ : s;
+    const double scale = a_.scale == Scale::mean_abs ? s.mean_abs
+                       : a_.scale == Scale::range    ? s.high.value - s.low.value
+                                                     : of.std;
+    s.inv_scale = of.differs ? 1.0 / (scale + a_.eps) : 0.0;
+    return s;
+  }
+
+  bool raw(const Statistics& s) const { return a_.raw_singletons && s.count == 1; }
+
+  double gain(const Statistics& s, int64_t b) const {
+    if (raw(s)) return 1.0;
+    if (a_.baseline == Baseline::leave_one_out) return s.count > 1 ? double(s.count) / double(s.count - 1) : 0.0;
+    if (a_.baseline == Baseline::second_max) return b == s.high.row ? 1.0 : 0.0;
+    return 1.0;
+  }
+
+  double numerator(const Statistics& s, int64_t b) const {
+    const double r = a_.rewards[b];
+    if (a_.baseline == Baseline::none || raw(s)) return r;
+    if (a_.baseline == Baseline::given) return r - a_.given[b];
+    if (!s.differs) return 0.0;
+    switch (a_.baseline) {
+      case Baseline::mean:
+      case Baseline::leave_one_out: return gain(s, b) * (r - s.mean);
+      case Baseline::length_weighted: return r - s.mean_by_length;
+      case Baseline::second_max: return gain(s, b) == 0.0 ? 0.0 : r - s.below.value;
+      default: return r - s.below.value - (s.part > 0 ? s.part * (s.above.value - s.below.value) : 0.0);
+    }
+  }
+
+  // How the baseline of row i depends on the reward of row b, i's gain included.
+  double weight(const Statistics& s, int64_t i, int64_t b) const {
+    if (raw(s)) return 0.0;
+    switch (a_.baseline) {
+      case Baseline::none:
+      case Baseline::given: return 0.0;
+      case Baseline::mean:
+      case Baseline::leave_one_out: return gain(s, i) / s.count;
+      case Baseline::length_weighted: return s.total_length > 0 ? a_.lengths[b] / s.total_length : 0.0;
+      default: return gain(s, i) * ((b == s.below.row ? 1 - s.part : 0.0) + (b == s.above.row ? s.part : 0.0));
+    }
+  }
+
+  // How the scale depends on the reward of row b.
+  double d_scale(const Statistics& s, int64_t b) const {
+    if (a_.scale == Scale::none || (raw(s) && a_.scale != Scale::batch_std)) return 0.0;
+    const double r = a_.rewards[b];
+    if (a_.scale == Scale::range) return (b == s.high.row) - (b == s.low.row);
+    if (a_.scale == Scale::mean_abs) return ((r > 0) - (r < 0)) / double(s.count);
+    const Statistics& of = a_.scale == Scale::batch_std ? batch_ : s;
+    const int64_t degrees = of.count - a_.ddof;
+    return of.std > 0 ? (r - of.mean) / ((degrees > 1 ? degrees : 1) * of.std) : 0.0;
+  }
+
+ private:
+  const AdvantagesArgs<T>& a_;
+  GroupIndex index_;
+  std::vector<uint8_t> live_;
+  Statistics batch_;
+};
 
 }  // namespace
 
 template <typename T>
 void group_advantages(const AdvantagesArgs<T>& a, int threads) {
-  const GroupIndex index(a.groups, a.rows.batch);
-  const std::vector<uint8_t> live = live_rows(a, threads);
-  for (int64_t g = 0; g < index.view().count; ++g) {
-    const Statistics s = statistics(a, index, live, g);
-    for (int64_t m = index.offsets[g]; m < index.offsets[g + 1]; ++m) {
-      const int64_t b = index.members[m];
-      const bool counts = live[b] && s.inv_scale != 0;
+  const Relative<T> groups(a, threads);
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    const Statistics s = groups.statistics(g);
+    groups.rows(g, [&](int64_t b) {
+      const double numerator = groups.live(b) ? groups.numerator(s, b) : 0.0;
+      const bool counts = groups.live(b) && s.inv_scale != 0;
+      a.numerators[b] = static_cast<T>(numerator);
       a.inv_scale[b] = static_cast<T>(counts ? s.inv_scale : 0.0);
-      a.advantages[b] = static_cast<T>(counts ? numerator(a, s, a.rewards[b]) * s.inv_scale : 0.0);
-    }
+      a.advantages[b] = static_cast<T>(counts ? numerator * s.inv_scale : 0.0);
+    });
   }
 }
 
 template <typename T>
 void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
-  const GroupIndex index(a.groups, a.rows.batch);
-  const std::vector<uint8_t> live = live_rows(a, threads);
+  const Relative<T> groups(a, threads);
   std::vector<double> up(a.rows.batch, 0.0);
   if (a.grad.data) {
     parallel_for(a.rows.batch, kRowGrain, threads, [&](int64_t begin, int64_t end) {
@@ -106,30 +231,36 @@ void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
       }
     });
   }
-  for (int64_t g = 0; g < index.view().count; ++g) {
-    const Statistics s = statistics(a, index, live, g);
-    double mean_up = 0, through = 0;
-    for (int64_t m = index.offsets[g]; m < index.offsets[g + 1]; ++m) {
-      const int64_t b = index.members[m];
-      if (!live[b] || s.inv_scale == 0) continue;
-      mean_up += up[b] / s.count;
-      through += up[b] * numerator(a, s, a.rewards[b]) + (a.grad_inv_scale ? a.grad_inv_scale[b] : T{0});
-    }
-    const int64_t degrees = s.count - a.ddof;
-    for (int64_t m = index.offsets[g]; m < index.offsets[g + 1]; ++m) {
-      const int64_t b = index.members[m];
-      if (!live[b] || s.inv_scale == 0) {
-        a.grad_rewards[b] = 0;
-        continue;
-      }
-      double grad = s.inv_scale * (a.baseline == Baseline::none ? up[b] : gain(a, s) * (up[b] - mean_up));
-      if (a.scale == Scale::std && s.std > 0) {
-        // d std / d r = centred / ((n - ddof) std)
-        const double d_std = (a.rewards[b] - s.mean) / ((degrees > 1 ? degrees : 1) * s.std);
-        grad -= d_std * s.inv_scale * s.inv_scale * through;
-      }
+  const bool batch_wide = a.scale == Scale::batch_std;
+  const auto of_scale = [&](const Statistics& s, int64_t b) {
+    if (groups.raw(s)) return 0.0;
+    return (up[b] * groups.numerator(s, b) + (a.grad_inv_scale ? a.grad_inv_scale[b] : T{0})) * s.inv_scale * s.inv_scale;
+  };
+  double through_batch = 0;
+  for (int64_t g = 0; batch_wide && g < groups.count(); ++g) {
+    const Statistics s = groups.statistics(g);
+    if (s.inv_scale != 0) groups.rows(g, [&](int64_t b) { through_batch += groups.live(b) ? of_scale(s, b) : 0.0; });
+  }
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    const Statistics s = groups.statistics(g);
+    const bool counts = s.inv_scale != 0;
+    double total = 0, through = 0;  // second_max: of the best row alone
+    if (counts)
+      groups.rows(g, [&](int64_t b) {
+        if (!groups.live(b)) return;
+        if (a.baseline != Baseline::second_max || b == s.high.row) total += up[b];
+        through += of_scale(s, b);
+      });
+    if (batch_wide) through = through_batch;
+    const int64_t any = a.baseline == Baseline::second_max ? s.high.row : -1;
+    groups.rows(g, [&](int64_t b) {
+      double grad = 0;
+      if (groups.live(b) && counts)
+        grad = s.inv_scale * (groups.gain(s, b) * up[b] - groups.weight(s, any < 0 ? b : any, b) * total);
+      if (groups.live(b)) grad -= groups.d_scale(s, b) * through;
       a.grad_rewards[b] = static_cast<T>(grad);
-    }
+      if (a.grad_given) a.grad_given[b] = static_cast<T>(groups.live(b) && counts && !groups.raw(s) ? -s.inv_scale * up[b] : 0.0);
+    });
   }
 }
 

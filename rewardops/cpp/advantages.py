@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ..reference.advantages import BASELINES, SCALES
 from .memory import NONE, Shape, address, allocate, as_bytes, dense, function, rows_dense, strided, threads
-
-_BASELINES = {"none": 0, "mean": 1, "leave_one_out": 2}
-_SCALES = {"none": 0, "std": 1}
 
 
 def _rows(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int
+    mask: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int
 ) -> tuple[Shape | None, tuple[int, ...]]:
     if mask is not None:
         return Shape(mask.shape, cu_seqlens), tuple(mask.shape)
@@ -20,38 +20,50 @@ def _rows(
     return None, ()
 
 
+class _Problem:
+    """What both directions have in common, as the compiled module takes it; keeps its tensors alive."""
+
+    def __init__(
+        self,
+        rewards: Tensor,
+        groups: Tensor,
+        given: Tensor | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        num_tokens: int,
+        *options: Any,
+    ) -> None:
+        baseline, quantile, scale, eps, ddof, raw = options
+        self.rows, self.shape = _rows(mask, cu_seqlens, num_tokens)
+        self.kept = (rewards.contiguous(), groups.contiguous(), dense(given), dense(lengths), as_bytes(mask))
+        labels, *per_row = (address(t) for t in self.kept[1:4])
+        relative = (
+            labels, *per_row, BASELINES.index(baseline), quantile, SCALES.index(scale), eps, ddof, raw,
+        )  # fmt: skip
+        shape = (rewards.shape[0], 0, 0, 0) if self.rows is None else self.rows.tuple
+        tokens = self.rows is not None
+        self.args = (shape, tokens, strided(self.kept[4]), address(self.kept[0]), relative)
+
+
 def group_advantages(
     rewards: Tensor,
     groups: Tensor,
+    given: Tensor | None,
+    lengths: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     num_tokens: int,
-    baseline: str,
-    scale: str,
-    eps: float,
-    ddof: int,
-) -> tuple[Tensor, Tensor]:
-    rewards, groups = rewards.contiguous(), groups.contiguous()
-    per_row, inv_scale = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    rows, shape = _rows(rewards, mask, cu_seqlens, num_tokens)
-    mask = as_bytes(mask)
-    out = per_row if rows is None else allocate(rewards, shape, cu_seqlens)
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = _Problem(rewards, groups, given, lengths, mask, cu_seqlens, num_tokens, *options)
+    per_row, inv_scale, numerator = (rewards.new_empty(rewards.shape) for _ in range(3))
+    out = per_row if p.rows is None else allocate(rewards, p.shape, cu_seqlens)
+    spread = NONE if p.rows is None else strided(out)
     function("group_advantages", rewards)(
-        (rewards.shape[0], 0, 0, 0) if rows is None else rows.tuple,
-        rows is not None,
-        strided(mask),
-        address(rewards),
-        address(groups),
-        _BASELINES[baseline],
-        _SCALES[scale],
-        eps,
-        ddof,
-        address(per_row),
-        address(inv_scale),
-        NONE if rows is None else strided(out),
-        threads(),
+        *p.args, address(per_row), address(inv_scale), address(numerator), spread, threads()
     )
-    return out, inv_scale
+    return out, inv_scale, numerator
 
 
 def group_advantages_backward(
@@ -59,31 +71,21 @@ def group_advantages_backward(
     grad_inv_scale: Tensor | None,
     rewards: Tensor,
     groups: Tensor,
+    given: Tensor | None,
+    lengths: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    baseline: str,
-    scale: str,
-    eps: float,
-    ddof: int,
-) -> Tensor:
-    rewards, groups, grad_inv_scale = rewards.contiguous(), groups.contiguous(), dense(grad_inv_scale)
-    rows, _ = _rows(rewards, mask, cu_seqlens, -1 if grad is None else grad.shape[0])
-    mask = as_bytes(mask)
-    grad = None if grad is None else rows_dense(grad)
+    inv_scale: Tensor,
+    numerator: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    count = -1 if grad is None else grad.shape[0]
+    p = _Problem(rewards, groups, given, lengths, mask, cu_seqlens, count, *options)
+    grad, grad_inv_scale = None if grad is None else rows_dense(grad), dense(grad_inv_scale)
     out = rewards.new_empty(rewards.shape)
+    on_given = rewards.new_empty(0 if given is None else rewards.shape)
     function("group_advantages_backward", rewards)(
-        (rewards.shape[0], 0, 0, 0) if rows is None else rows.tuple,
-        rows is not None,
-        strided(mask),
-        strided(grad),
-        address(grad_inv_scale),
-        address(rewards),
-        address(groups),
-        _BASELINES[baseline],
-        _SCALES[scale],
-        eps,
-        ddof,
-        address(out),
-        threads(),
-    )
-    return out
+        *p.args, strided(grad), address(grad_inv_scale), address(out),
+        0 if given is None else address(on_given), threads(),
+    )  # fmt: skip
+    return out, on_given

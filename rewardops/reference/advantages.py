@@ -9,19 +9,13 @@ from torch import Tensor
 
 from .layout import from_rows, same_group, to_rows
 
-
-class _Groups(NamedTuple):
-    same: Tensor  # [B, B]: of one group, both rows live
-    live: Tensor  # [B]
-    count: Tensor  # type: ignore[assignment]  # [B], in the dtype of the rewards
-    centred: Tensor  # reward - mean of the group; exactly 0 where the group's rewards are equal
-    numerator: Tensor  # reward - baseline
-    gain: Tensor  # d numerator / d centred; 0 for the baseline "none"
-    inv_scale: Tensor  # 1 / (std + eps); 0 where the group's rewards are equal; 1 for the scale "none"
-    std: Tensor
+BASELINES = (
+    "mean", "leave_one_out", "median", "quantile", "max", "second_max", "length_weighted", "given", "none",
+)  # fmt: skip
+SCALES = ("std", "batch_std", "mean_abs", "range", "none")
 
 
-def _live(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     if mask is None and cu_seqlens is None:
         return torch.ones_like(rewards, dtype=torch.bool)
     if mask is None:
@@ -30,57 +24,171 @@ def _live(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
     return to_rows(mask, mask, cu_seqlens)[1].any(1)
 
 
-def _statistics(
-    rewards: Tensor, groups: Tensor, live: Tensor, baseline: str, scale: str, eps: float, ddof: int
-) -> _Groups:
-    same = same_group(groups, live)
-    zero = torch.zeros_like(rewards)
-    r = torch.where(live, rewards, zero)
-    count = same.sum(1).to(r.dtype)
-    # Centred on the group's smallest reward first: rewards near 1000 keep their differences, and equal
-    # rewards, which have a std of rounding size, come out as exactly 0.
-    low = torch.where(same, r[None, :], torch.inf).amin(1) if r.numel() else zero
-    differs = (same & (r[None, :] != low[:, None])).any(1)
-    above = torch.where(same, r[None, :] - low[:, None], 0)
-    mean_above = above.sum(1) / count.clamp(min=1)
-    centred = torch.where(live & differs, r - low - mean_above, 0)
-    square = torch.where(same, above - mean_above[:, None], 0).square().sum(1)
-    std = torch.where(differs, square / (count - ddof).clamp(min=1), 0).sqrt()
+class _Members(NamedTuple):
+    """The live rows of each row's group ``[B, B]``, and what scales are made of."""
 
+    same: Tensor
+    rewards: Tensor  # [B, B], 0 where not of the group
+    count: Tensor  # type: ignore[assignment]
+    low: Tensor
+    high: Tensor
+    differs: Tensor
+    centred: Tensor  # of the row itself: reward - mean; exactly 0 where the group's rewards are equal
+    std: Tensor
+    mean_abs: Tensor
+
+    @staticmethod
+    def of(rewards: Tensor, same: Tensor, ddof: int) -> _Members:
+        r = torch.where(same, rewards[None, :], 0)
+        zero = torch.zeros_like(rewards)
+        count = same.sum(1).to(rewards.dtype)
+        some = rewards.numel() > 0
+        # Centred on the smallest reward first: rewards near 1000 keep their differences, and equal rewards,
+        # which have a std of rounding size, come out as exactly 0.
+        low = torch.where(same, r, torch.inf).amin(1) if some else zero
+        high = torch.where(same, r, -torch.inf).amax(1) if some else zero
+        differs = (same & (r != low[:, None])).any(1)
+        above = torch.where(same, r - low[:, None], 0)
+        mean_above = above.sum(1) / count.clamp(min=1)
+        centred = torch.where(differs & same.any(1), rewards - low - mean_above, 0)
+        square = torch.where(same, above - mean_above[:, None], 0).square().sum(1)
+        std = torch.where(differs, square / (count - ddof).clamp(min=1), 0).sqrt()
+        return _Members(same, r, count, low, high, differs, centred, std, r.abs().sum(1) / count.clamp(min=1))
+
+    def first(self, value: Tensor) -> Tensor:
+        """``[B, B]``, one for the earliest member of that reward."""
+        hit = self.same & (self.rewards == value[:, None])
+        return (hit & (hit.cumsum(1) == 1)).to(value.dtype)
+
+    def ranked(self, rank: Tensor) -> Tensor:
+        """The reward of that rank from below, ``rank`` in 0 .. count - 1."""
+        if not rank.numel():
+            return self.low
+        ordered = torch.where(self.same, self.rewards, torch.inf).sort(1).values
+        return ordered.gather(1, rank.long().clamp(0, rank.shape[0] - 1)[:, None])[:, 0]
+
+
+class _Statistics(NamedTuple):
+    live: Tensor
+    numerator: Tensor  # reward - baseline
+    inv_scale: (
+        Tensor  # 1 / (scale + eps); 0 where the rewards it is made of are equal; 1 for the scale "none"
+    )
+    gain: Tensor  # what the row's own reward moves its numerator, before the baseline moves
+    weights: Tensor  # [B, B], how the baseline of a row depends on the rewards
+    same: Tensor
+    d_scale: Tensor  # [B, B], how the scale of a row depends on the rewards
+    alone: Tensor  # rows that keep their raw reward
+
+
+def _statistics(
+    rewards: Tensor,
+    groups: Tensor,
+    given: Tensor | None,
+    lengths: Tensor | None,
+    live: Tensor,
+    baseline: str,
+    quantile: float,
+    scale: str,
+    eps: float,
+    ddof: int,
+    raw: bool,
+) -> _Statistics:
+    r = torch.where(live, rewards, 0)
+    one, none = torch.ones_like(r), r.new_zeros((r.shape[0], r.shape[0]))
+    same = same_group(groups, live)
+    g = _Members.of(r, same, ddof)
+    n = g.count.clamp(min=1)
+    gain, weights = one, none
     if baseline == "none":
-        numerator, gain = r, zero
+        numerator = r
+    elif baseline == "given":
+        assert given is not None
+        numerator = r - torch.where(live, given, 0)
+    elif baseline == "mean":
+        numerator, weights = g.centred, same / n[:, None]
+    elif baseline == "leave_one_out":
+        gain = torch.where(g.count > 1, g.count / (g.count - 1).clamp(min=1), 0)
+        numerator, weights = gain * g.centred, gain[:, None] * same / n[:, None]
+    elif baseline == "length_weighted":
+        assert lengths is not None
+        share = torch.where(same, lengths.to(r.dtype)[None, :], 0)
+        weights = share / torch.where(share.sum(1) > 0, share.sum(1), 1)[:, None]
+        above = torch.where(same, g.rewards - g.low[:, None], 0)
+        numerator = torch.where(g.differs, r - g.low - (weights * above).sum(1), 0)
+        weights = torch.where(share.sum(1)[:, None] > 0, weights, 0)
     else:
-        gain = torch.ones_like(r)
-        if baseline == "leave_one_out":
-            gain = torch.where(count > 1, count / (count - 1).clamp(min=1), 0)
-        numerator = gain * centred
-    inv_scale = torch.ones_like(r)
-    if scale == "std":
-        inv_scale = torch.where(differs, 1 / (std + eps), 0)
-    return _Groups(same, live, count, centred, numerator, gain, torch.where(live, inv_scale, 0), std)
+        if baseline == "quantile":
+            at = quantile * (g.count - 1).clamp(min=0)
+            rank = at.floor()
+            part = at - rank
+        else:
+            from_top = {"max": 1, "second_max": 2}.get(baseline)
+            rank = ((g.count - 1) / 2).floor() if from_top is None else (g.count - from_top).clamp(min=0)
+            part = torch.zeros_like(rank)
+        below = g.ranked(rank)
+        above = torch.where(part > 0, g.ranked(rank + 1), below)
+        # Interpolated from the difference: equal neighbours give exactly their value.
+        numerator = torch.where(g.differs, r - below - torch.where(part > 0, part * (above - below), 0), 0)
+        weights = (1 - part)[:, None] * g.first(below) + part[:, None] * g.first(above)
+        if baseline == "second_max":
+            # Only the best row has an advantage.
+            best = g.first(g.high).diagonal()
+            numerator, gain, weights = numerator * best, gain * best, weights * best[:, None]
+
+    everyone = _Members.of(r, live[:, None] & live[None, :], ddof) if scale == "batch_std" else g
+    inv_scale, d_scale = one, none
+    if scale != "none":
+        size = {
+            "std": g.std, "batch_std": everyone.std, "mean_abs": g.mean_abs, "range": g.high - g.low,
+        }[scale]  # fmt: skip
+        inv_scale = torch.where(everyone.differs, 1 / (size + eps), 0)
+        if scale == "range":
+            d_scale = g.first(g.high) - g.first(g.low)
+        elif scale == "mean_abs":
+            d_scale = same * r.sign()[None, :] / n[:, None]
+        else:
+            freedom = (everyone.count - ddof).clamp(min=1) * everyone.std
+            d_scale = torch.where(
+                freedom[:, None] > 0, everyone.same * everyone.centred[None, :] / freedom[:, None], 0
+            )
+    alone = live & (g.count == 1) if raw else torch.zeros_like(live)
+    if raw:
+        numerator, inv_scale = torch.where(alone, r, numerator), torch.where(alone, 1, inv_scale)
+        gain = torch.where(alone, 1, gain)
+        weights, d_scale = (torch.where(alone[:, None], 0, x) for x in (weights, d_scale))
+    elif baseline not in ("none", "given"):
+        numerator = torch.where(g.count > 1, numerator, 0)
+    numerator, inv_scale = torch.where(live, numerator, 0), torch.where(live, inv_scale, 0)
+    return _Statistics(live, numerator, inv_scale, gain, weights, same, d_scale, alone)
 
 
 def group_advantages(
     rewards: Tensor,
     groups: Tensor,
+    given: Tensor | None,
+    lengths: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     num_tokens: int,
     baseline: str,
+    quantile: float,
     scale: str,
     eps: float,
     ddof: int,
-) -> tuple[Tensor, Tensor]:
-    live = _live(rewards, mask, cu_seqlens)
-    g = _statistics(rewards, groups, live, baseline, scale, eps, ddof)
+    raw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, per row or per token; and per row 1 / scale, and reward less baseline."""
+    live = live_rows(rewards, mask, cu_seqlens)
+    options = (baseline, quantile, scale, eps, ddof, raw)
+    s = _statistics(rewards, groups, given, lengths, live, *options)
     # A degenerate group has inv_scale 0, and an infinite reward in it must still not make a NaN.
-    advantages = torch.where(g.inv_scale == 0, 0, g.numerator * g.inv_scale)
-    if mask is None and cu_seqlens is None:
-        return advantages, g.inv_scale
-    tokens = mask if mask is not None else torch.ones(num_tokens, dtype=torch.bool, device=rewards.device)
-    _, valid = to_rows(tokens, mask, cu_seqlens)
-    rows = torch.where(valid, advantages[:, None], 0)
-    return from_rows(rows, tokens.shape, cu_seqlens), g.inv_scale
+    advantages = torch.where(s.inv_scale == 0, 0, s.numerator * s.inv_scale)
+    if mask is not None or cu_seqlens is not None:
+        tokens = mask if mask is not None else torch.ones(num_tokens, dtype=torch.bool, device=rewards.device)
+        _, valid = to_rows(tokens, mask, cu_seqlens)
+        advantages = from_rows(torch.where(valid, advantages[:, None], 0), tokens.shape, cu_seqlens)
+    return advantages, s.inv_scale, s.numerator.clone()
 
 
 def group_advantages_backward(
@@ -88,32 +196,34 @@ def group_advantages_backward(
     grad_inv_scale: Tensor | None,
     rewards: Tensor,
     groups: Tensor,
+    given: Tensor | None,
+    lengths: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    inv_scale: Tensor,
+    numerator: Tensor,
     baseline: str,
+    quantile: float,
     scale: str,
     eps: float,
     ddof: int,
-) -> Tensor:
-    live = _live(rewards, mask, cu_seqlens)
-    g = _statistics(rewards, groups, live, baseline, scale, eps, ddof)
+    raw: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rewards, and of the given baselines (empty where there are none)."""
+    live = live_rows(rewards, mask, cu_seqlens)
+    s = _statistics(rewards, groups, given, lengths, live, baseline, quantile, scale, eps, ddof, raw)
     if grad is None:
         up = torch.zeros_like(rewards)
     elif mask is None and cu_seqlens is None:
         up = grad
     else:
         up = to_rows(grad, mask, cu_seqlens)[0].sum(1)
-    up = torch.where(g.inv_scale == 0, 0, up)
-
-    same = g.same.to(rewards.dtype)
-    out = g.inv_scale * up
-    if baseline != "none":
-        out = g.gain * (out - g.inv_scale * (same @ up) / g.count.clamp(min=1))
-    if scale == "std":
-        # Through the std: d std / d r_j = centred_j / ((n - ddof) std).
-        through = up * g.numerator
-        if grad_inv_scale is not None:
-            through = through + grad_inv_scale
-        d_std = torch.where(g.std > 0, g.centred / ((g.count - ddof).clamp(min=1) * g.std), 0)
-        out = out - d_std * g.inv_scale.square() * (same @ torch.where(g.inv_scale == 0, 0, through))
-    return torch.where(live, out, 0)
+    counts = s.inv_scale != 0
+    up = torch.where(counts, up, 0)
+    through = up * torch.where(counts, numerator, 0)
+    if grad_inv_scale is not None:
+        through = through + torch.where(counts, grad_inv_scale, 0)
+    on_numerator = s.inv_scale * up
+    out = s.gain * on_numerator - on_numerator @ s.weights - (through * s.inv_scale.square()) @ s.d_scale
+    on_given = rewards.new_empty(0) if given is None else torch.where(s.alone, 0, -on_numerator)
+    return torch.where(live, out, 0), on_given
