@@ -21,8 +21,9 @@ from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 # Rows joined at once; fewer where their masks have to be looked into, and of a mask so many tokens at a look: one
 # look decides for nearly every row.
 JOIN = 128 if INTERPRETED else 1024
+JOIN_BACKWARD = 128 if INTERPRETED else 512  # the sizes at which ptxas keeps everything in registers
 JOIN_MASKED = 128
-LOOK = 16 if INTERPRETED else 32
+LOOK = 16
 BLOCK = 256 if INTERPRETED else 1024
 
 # Baselines and scales as the kernels know them: their places in the tables of the specification.
@@ -503,9 +504,9 @@ def group_advantages_backward_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _settings(mask: Tensor | None, baseline: str, scale: str, raw: bool) -> dict[str, Any]:
+def _settings(mask: Tensor | None, unmasked: int, baseline: str, scale: str, raw: bool) -> dict[str, Any]:
     # Eight warps: a tile of masks held by four does not fit into registers.
-    join, warps = (JOIN, 4) if mask is None else (JOIN_MASKED, 8)
+    join, warps = (unmasked, 4) if mask is None else (JOIN_MASKED, 8)
     return {
         "BASELINE": BASELINES.index(baseline), "SCALE": SCALES.index(scale), "RAW": raw,
         "HAS_MASK": mask is not None, "JOIN": join, "LOOK": LOOK, "num_warps": warps,
@@ -546,7 +547,7 @@ def group_advantages(
         rewards, groups, pointer(given, rewards), pointer(lengths, rewards), pointer(mask, rewards), rows.cu, out,
         inv_scale, numerators, rows.batch, stride(mask), rows.width, rows.total, stride(out) if tokens else 0,
         *pair(quantile), *pair(eps), ddof, parts, TOKENS=tokens, PACKED=rows.packed, BLOCK=BLOCK,
-        **_settings(mask, baseline, scale, raw),
+        **_settings(mask, JOIN, baseline, scale, raw),
     )  # fmt: skip
     return out, inv_scale, numerators
 
@@ -599,6 +600,6 @@ def group_advantages_backward(
         inv_scale.contiguous(), numerator.contiguous(), pointer(mask, rewards), rows.cu, out, on_given,
         rows.batch, stride(mask), rows.width, rows.total, *pair(quantile), *pair(eps), ddof,
         TOKENS=tokens, PACKED=rows.packed, HAS_GRAD=up is not None, HAS_INV=inv is not None,
-        **_settings(mask, baseline, scale, raw),
+        **_settings(mask, JOIN_BACKWARD, baseline, scale, raw),
     )  # fmt: skip
     return out, on_given
