@@ -100,14 +100,27 @@ void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Addr
                [&](int64_t begin, int64_t end) { kernels().token_stats_backward(a, begin, end); });
 }
 
+// inputs: grad, logprob, ref_logprob, behavior, rewards, mask; options: estimator, largest_d, largest_value, scale, live.
 template <typename T>
-void token_kl(Address grad, Address logprob, Address ref_logprob, Address mask, int estimator, Address out,
-              int64_t count, int threads) {
-  const TokenKlArgs<T> a{at<const T>(grad),       at<const T>(logprob),
-                         at<const T>(ref_logprob), at<const uint8_t>(mask),
-                         static_cast<KlEstimator>(estimator), at<T>(out)};
-  const TypedKernels<T>& k = kernels().of<T>();
-  const auto kernel = grad ? k.token_kl_backward : k.token_kl;
+void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Address out_ref, int64_t count,
+              int threads) {
+  const auto input = [&](int k) { return inputs[k].cast<Address>(); };
+  TokenKlArgs<T> a{};
+  a.grad = at<const T>(input(0));
+  a.logprob = at<const T>(input(1));
+  a.ref_logprob = at<const T>(input(2));
+  a.behavior = at<const T>(input(3));
+  a.rewards = at<const T>(input(4));
+  a.mask = at<const uint8_t>(input(5));
+  a.estimator = static_cast<KlEstimator>(options[0].cast<int>());
+  a.largest_d = static_cast<T>(options[1].cast<double>());
+  a.largest_value = static_cast<T>(options[2].cast<double>());
+  a.scale = static_cast<T>(options[3].cast<double>());
+  a.live = options[4].cast<bool>();
+  a.stream = too_large_for_caches(count * static_cast<int64_t>(sizeof(T)));
+  a.out = at<T>(out);
+  a.out_ref = at<T>(out_ref);
+  const auto kernel = kernels().of<T>().token_kl;
   const py::gil_scoped_release release;
   parallel_for(count, 8192, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }

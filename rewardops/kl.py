@@ -1,84 +1,271 @@
-"""KL: per-token estimators on log-probabilities."""
+"""KL: per-token estimators on log-probabilities, and what is made of log-ratios."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import layout
 from .dispatch import define
+from .reference.kl import ESTIMATORS
+from .reference.layout import from_rows, to_rows
+from .returns import scan
 
-ESTIMATORS = ("k1", "k2", "k3")
+_INPUTS = "Tensor logprob, Tensor ref_logprob, Tensor? mask, Tensor? behavior"
+_OPTIONS = "str estimator, float largest_d, float largest_value, float scale, bool live"
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logprob, ref_logprob, mask, estimator = inputs
-    ctx.save_for_backward(logprob, ref_logprob, mask)
-    ctx.estimator = estimator
+    logprob, ref_logprob, mask, behavior, _, *options = inputs
+    ctx.save_for_backward(logprob, ref_logprob, mask, behavior)
+    ctx.options = options
 
 
 def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
-    logprob, ref_logprob, mask = ctx.saved_tensors
-    out = _backward(grad, logprob, ref_logprob, mask, ctx.estimator)
-    # Every estimator is a function of logprob - ref_logprob.
-    return (
-        out if ctx.needs_input_grad[0] else None,
-        -out if ctx.needs_input_grad[1] else None,
-        None,
-        None,
-    )
+    to_logprob, to_ref, _, _, to_rewards = ctx.needs_input_grad[:5]
+    mask = ctx.saved_tensors[2]
+    found: list[Tensor | None] = [None, None]
+    if to_logprob or to_ref:
+        made = _backward(grad, *ctx.saved_tensors, *ctx.options, to_logprob, to_ref)
+        found = [g if need else None for g, need in zip(made, (to_logprob, to_ref), strict=True)]
+    rewards = None
+    if to_rewards:
+        rewards = grad if mask is None else torch.where(mask, grad, 0)
+    return (*found, None, None, rewards, *[None] * 5)
+
+
+def _fake_backward(grad, logprob, *rest):  # type: ignore[no-untyped-def]
+    return tuple(logprob.new_empty(logprob.shape if want else 0) for want in rest[-2:])
 
 
 _backward = define(
     "kl",
-    "token_kl_backward(Tensor grad, Tensor logprob, Tensor ref_logprob, Tensor? mask, str estimator)"
-    " -> Tensor",
-    fake=lambda grad, logprob, *_: logprob.new_empty(logprob.shape),
+    f"token_kl_backward(Tensor grad, {_INPUTS}, {_OPTIONS}, bool to_logprob, bool to_ref) -> (Tensor, Tensor)",
+    fake=_fake_backward,
 )
 
 _forward = define(
     "kl",
-    "token_kl(Tensor logprob, Tensor ref_logprob, Tensor? mask, str estimator) -> Tensor",
+    f"token_kl({_INPUTS}, Tensor? rewards, {_OPTIONS}) -> Tensor",
     fake=lambda logprob, *_: logprob.new_empty(logprob.shape),
     setup_context=_setup,
     backward=_gradient,
 )
 
 
+def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
+    layout.check_float("logprob", logprob)
+    layout.check_float("ref_logprob", ref_logprob)
+    layout.check_shape("ref_logprob", ref_logprob, logprob.shape, "the shape of logprob")
+    layout.check_device("ref_logprob", ref_logprob, logprob.device, "logprob")
+
+
+def _same(name: str, value: Tensor | None, logprob: Tensor) -> None:
+    if value is not None:
+        layout.check_float(name, value)
+        layout.check_shape(name, value, logprob.shape, "the shape of logprob")
+        layout.check_device(name, value, logprob.device, "logprob")
+
+
+def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
+    if clamp is None:
+        return float("inf"), float("inf")
+    found = tuple(clamp) if isinstance(clamp, (tuple, list)) else (clamp, float("inf"))
+    if len(found) != 2 or not all(isinstance(c, (int, float)) and c > 0 for c in found):
+        raise ValueError(
+            f"clamp: got {clamp!r}, want a number above 0, or two: of the difference and of the value"
+        )
+    return float(found[0]), float(found[1])
+
+
 def token_kl(
-    logprob: Tensor, ref_logprob: Tensor, *, estimator: str = "k3", mask: Tensor | None = None
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    *,
+    estimator: str = "k3",
+    mask: Tensor | None = None,
+    clamp: float | tuple[float, float] | None = None,
+    importance: Tensor | None = None,
+    importance_grad: bool = True,
+    beta: float | None = None,
+    rewards: Tensor | None = None,
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference) from the sampled tokens' log-probabilities.
 
-    With ``d = logprob - ref_logprob``: ``k1 = d``; ``k2 = d**2 / 2``; ``k3 = exp(-d) - 1 + d``, to full
-    relative accuracy also where ``d`` is near 0 (Schulman, "Approximating KL divergence", 2020).
+    With ``d = logprob - ref_logprob``:
 
-    What one differentiates matters more than the value. Over samples from the policy the expected gradient
-    of ``k1`` is 0, that of ``k2`` is the gradient of KL(policy || reference), and that of ``k3`` is the
-    gradient of the other direction, KL(reference || policy). As a term of the reward, without gradient,
-    ``k1`` and ``k3`` are unbiased.
+    ==============  ====================================  ====================================================
+    estimator       value                                 over samples from the policy
+    ==============  ====================================  ====================================================
+    ``"k1"``        ``d``                                 unbiased; expected gradient 0
+    ``"abs"``       ``|d|``                               an upper bound
+    ``"k2"``        ``d**2 / 2``                          biased; its gradient is KL(policy || reference)'s
+    ``"k3"``        ``exp(-d) - 1 + d``                   unbiased, never negative; its gradient is that of the
+                                                          other direction, KL(reference || policy)
+    ``"k1_plus"``   k1                                    straight-through: the gradient of k2
+    ``"k3_plus"``   k3                                    straight-through: the gradient of k2
+    ``"binary_kl"`` of the token against all others       a lower bound of the exact KL (DPPO)
+    ``"binary_tv"`` ``|exp(logprob) - exp(ref)|``         total variation of the same two outcomes (DPPO)
+    ==============  ====================================  ====================================================
+
+    k3 keeps full relative accuracy near 0, where ``exp(-d) - 1`` does not (Schulman, "Approximating KL divergence",
+    2020; the straight-through forms are verl's ``k1+`` and ``k3+``). What one differentiates matters more than the
+    value: as a term of the reward, without gradient, k1 and k3 are right; as a term of the loss, k2, the
+    straight-through forms, or k3 with ``importance`` and its gradient.
+
+    These are estimates from one token of each distribution. Where the logits are at hand,
+    ``token_stats(..., ref_logits=, outputs=("kl",))`` has the exact value from the same memory pass.
+    ``docs/kl.md`` has the measured spread of each against it.
 
     Args:
         logprob: any shape, so ``[B, T]`` as well as packed ``[N]``; float32, bfloat16, float16 or float64,
             in nats.
         ref_logprob: the same shape.
-        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        estimator: a name of the table.
         mask: the same shape; bool, integer or float 0/1. Masked tokens are exactly 0, and so is their
             gradient.
+        clamp: the largest ``|d|``, or that and the largest ``|value|``; beyond them the gradient is 0. With a
+            clamp value and gradient are finite for any ``d``: ``(20, 10)`` is verl's for k3. (Binary forms have no
+            use for the first.)
+        importance: log-probabilities of the policy that sampled, the same shape, constant: the estimate is
+            weighted by ``exp(logprob - importance)``, which makes it unbiased off-policy.
+        importance_grad: whether that ratio has a gradient. With it, k3's expected gradient is KL(policy ||
+            reference)'s.
+        beta: a factor of the estimate; 1 by default.
+        rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass.
 
     Returns:
-        The shape of ``logprob``; float32 (float64 where an input is). Differentiable in both inputs.
+        The shape of ``logprob``; float32 (float64 where an input is). Differentiable in ``logprob``,
+        ``ref_logprob`` and ``rewards``.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown estimator.
+            unknown estimator, a clamp that is not above 0.
     """
-    layout.check_float("logprob", logprob)
-    layout.check_float("ref_logprob", ref_logprob)
-    layout.check_shape("ref_logprob", ref_logprob, logprob.shape, "the shape of logprob")
-    layout.check_device("ref_logprob", ref_logprob, logprob.device, "logprob")
+    _check_pair(logprob, ref_logprob)
     layout.check_choice("estimator", estimator, ESTIMATORS)
+    _same("importance", importance, logprob)
+    _same("rewards", rewards, logprob)
+    if beta is not None:
+        layout.check_non_negative("beta", beta)
+    largest = _limits(clamp)
     mask = layout.as_mask(mask, logprob.shape, logprob.device, "logprob")
-    logprob, ref_logprob = layout.promote(logprob, ref_logprob)
-    out: torch.Tensor = _forward(logprob, ref_logprob, mask, estimator)
+    given = [t for t in (importance, rewards) if t is not None]
+    logprob, ref_logprob, *given = layout.promote(logprob, ref_logprob, *given)
+    behavior = given.pop(0).detach() if importance is not None else None
+    added = given.pop(0) if rewards is not None else None
+    scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
+    out: Tensor = _forward(
+        logprob, ref_logprob, mask, behavior, added, estimator, *largest, scale, importance_grad
+    )
     return out
+
+
+def sequence_kl(
+    kl: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduce: str = "sum"
+) -> Tensor:
+    """Per-token values summed, or averaged, over the valid tokens of each row.
+
+    Args:
+        kl: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: of :func:`token_kl`, or the exact ``kl`` of
+            :func:`rewardops.token_stats`.
+        reduce: ``"sum"`` or ``"mean"``; a row without a valid token is 0 either way.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64). Differentiable.
+    """
+    layout.check_float("kl", kl)
+    layout.check_choice("reduce", reduce, ("sum", "mean"))
+    rows = layout.token_layout("kl", kl, mask, cu_seqlens)
+    (wide,) = layout.promote(kl)
+    values, valid = to_rows(wide, rows.mask, rows.cu_seqlens)
+    total = values.sum(1)
+    return total if reduce == "sum" else total / valid.sum(1).clamp(min=1)
+
+
+def implicit_rewards(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    *,
+    beta: float,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segments: Tensor | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """DPO's and PRIME's implicit token rewards, ``beta * (logprob - ref_logprob)``.
+
+    (2305.18290, 2502.01456; dense and clamped as in RTO, 2404.18922.)
+
+    Args:
+        logprob, ref_logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        segments: step ids (integer, non-decreasing along a row, negative for none) or flags at step ends (bool),
+            the same shape: rewards are summed per step and stand at its last valid token, 0 elsewhere.
+        clamp: the largest ``|logprob - ref_logprob|`` of a token.
+
+    Returns:
+        The layout of ``logprob``, 0 where masked. Differentiable in both.
+    """
+    _check_pair(logprob, ref_logprob)
+    layout.check_positive("beta", beta)
+    rows = layout.token_layout("logprob", logprob, mask, cu_seqlens)
+    markers = layout.step_markers(segments, logprob, rows, "logprob")
+    found = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
+    if markers is None:
+        return found
+    x, valid = to_rows(found, rows.mask, rows.cu_seqlens)
+    ids = to_rows(markers.to(torch.int64), rows.mask, rows.cu_seqlens)[0]
+    if markers.dtype is torch.bool:
+        ends = ids > 0
+        ids = ids.cumsum(1) - ids  # a step's id is the number of ends before
+    else:
+        ids = torch.where(valid, ids, -1)
+        # The last valid token of an id: the least one behind it is another.
+        largest = torch.iinfo(torch.int64).max
+        least = torch.where(valid & (ids >= 0), ids, largest).flip(1)
+        least = least.cummin(1).values.flip(1) if ids.numel() else least
+        after = torch.cat([least[:, 1:], torch.full_like(least[:, :1], largest)], 1)
+        ends = valid & (ids >= 0) & (after != ids)
+    counted = valid & (ids >= 0)
+    before = torch.where(counted, ids, -1)
+    before = before.cummax(1).values if ids.numel() else before
+    before = torch.cat([torch.full_like(before[:, :1], -1), before[:, :-1]], 1)
+    # Sums restart where the id is a new one.
+    keep = torch.where(counted & (ids != before), 0, torch.ones_like(x))
+    sums = scan(torch.where(counted, x, 0).flip(1), keep.flip(1)).flip(1)
+    return from_rows(torch.where(ends & valid, sums, 0), rows.shape, rows.cu_seqlens)
+
+
+class TdpoTerms(NamedTuple):
+    """Per row, ``[B]``: the sum of log-ratios, and TDPO's sequential KL(reference || policy)."""
+
+    log_ratio: Tensor
+    sequential_kl: Tensor
+
+
+def tdpo_terms(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    reverse_kl: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> TdpoTerms:
+    """What TDPO's loss (2404.11999) takes of each response.
+
+    With the terms of the chosen ``w`` and the rejected ``l`` response, TDPO2 is ``-log sigmoid(beta *
+    (w.log_ratio - l.log_ratio) - alpha * beta * (l.sequential_kl - w.sequential_kl.detach()))``.
+
+    Args:
+        logprob, ref_logprob: of the tokens, ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        reverse_kl: exact KL(reference || policy) at every token, ``reverse_kl`` of :func:`rewardops.token_stats`.
+    """
+    _check_pair(logprob, ref_logprob)
+    _same("reverse_kl", reverse_kl, logprob)
+    ratio = token_kl(logprob, ref_logprob, estimator="k1", mask=mask)
+    return TdpoTerms(
+        sequence_kl(ratio, mask=mask, cu_seqlens=cu_seqlens),
+        sequence_kl(reverse_kl, mask=mask, cu_seqlens=cu_seqlens),
+    )

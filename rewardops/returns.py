@@ -145,6 +145,16 @@ def softmin_rewards(
     return out
 
 
+def scan(x: Tensor, a: Tensor) -> Tensor:
+    """``G[t] = x[t] + a[t] * G[t + 1]`` along rows ``[B, T]``, the maps composed over distances 1, 2, 4, ..."""
+    step, width = 1, x.shape[1]
+    while step < width:
+        x = torch.cat([x[:, :-step] + a[:, :-step] * x[:, step:], x[:, -step:]], 1)
+        a = torch.cat([a[:, :-step] * a[:, step:], a[:, -step:]], 1)
+        step *= 2
+    return x
+
+
 def discounted_returns(
     rewards: Tensor, *, gamma: float = 1.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
@@ -162,11 +172,6 @@ def discounted_returns(
     rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
     (wide,) = layout.promote(rewards)
     x, valid = to_rows(wide, rows.mask, rows.cu_seqlens)
-    # A scan of the maps G -> x + a G, composed over distances 1, 2, 4, ...
     a = torch.where(valid, gamma, torch.ones((), dtype=x.dtype, device=x.device))
-    step, width = 1, x.shape[1]
-    while step < width:
-        x = torch.cat([x[:, :-step] + a[:, :-step] * x[:, step:], x[:, -step:]], 1)
-        a = torch.cat([a[:, :-step] * a[:, step:], a[:, -step:]], 1)
-        step *= 2
+    x = scan(x, a)
     return from_rows(torch.where(valid, x, 0), rows.shape, rows.cu_seqlens)

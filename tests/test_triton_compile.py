@@ -87,9 +87,10 @@ def record() -> list:
         (torch.zeros(batch, width), mask, None),
         (torch.zeros(batch * width), None, cu),
     ):
-        for estimator in ("k1", "k2", "k3"):
-            kl.token_kl(values, values, m, estimator)
-            kl.token_kl_backward(values, values, values, m, estimator)
+        for estimator in kl.ESTIMATORS:
+            how = (estimator, 20.0, float("inf"), 0.1, True)
+            kl.token_kl(values, values, m, values if estimator == "k3" else None, None, *how)
+            kl.token_kl_backward(values, values, values, m, None, *how, True, True)
         n = values.numel() if m is None else -1
         relative = [("mean", "std"), ("leave_one_out", "none"), ("none", "std")]
         if m is not None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, pointer
+from rewardops.reference.kl import ESTIMATORS
+
+from .arithmetic import log1p
+from .launch import cdiv, pair, pointer
 
 BLOCK = 1024
-_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+# Estimators as the kernel knows them: their places in the table of the specification.
+K1 = tl.constexpr(ESTIMATORS.index("k1"))
+ABS = tl.constexpr(ESTIMATORS.index("abs"))
+K2 = tl.constexpr(ESTIMATORS.index("k2"))
+K1_PLUS = tl.constexpr(ESTIMATORS.index("k1_plus"))
+K3_PLUS = tl.constexpr(ESTIMATORS.index("k3_plus"))
+BINARY_KL = tl.constexpr(ESTIMATORS.index("binary_kl"))
+BINARY_TV = tl.constexpr(ESTIMATORS.index("binary_tv"))
 
 
 @triton.jit
@@ -34,63 +47,176 @@ def expm1_minus(x, LINEAR: tl.constexpr, TERMS: tl.constexpr):
     return tl.where(near, s + small, large)
 
 
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def kl_term(logprob, ref, largest_d, largest_value, ESTIMATOR: tl.constexpr, TERMS: tl.constexpr):
+    """The estimate, and its slopes in both log-probabilities."""
+    whole = logprob - ref
+    if ESTIMATOR == BINARY_TV or ESTIMATOR == BINARY_KL:
+        a = tl.exp(logprob)
+        b = tl.exp(ref)
+        apart = tl.where(tl.abs(whole) < 1, b * expm1_minus(whole, False, TERMS), a - b)
+        if ESTIMATOR == BINARY_TV:
+            value = tl.abs(apart)
+            on_logprob = sign(apart) * a
+            on_ref = -sign(apart) * b
+        else:
+            # sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels.
+            rest = -expm1_minus(logprob, False, TERMS)
+            ref_rest = -expm1_minus(ref, False, TERMS)
+            some = tl.where(ref_rest > 0, ref_rest, 1.0)
+            change = -apart / some
+            small = tl.abs(change) < 0.5
+            y = tl.where(
+                small,
+                log1p(tl.where(small, change, 0.0)),
+                tl.log(tl.where(rest > 0, rest, 1.0)) - tl.log(some),
+            )
+            y = tl.where(ref_rest > 0, y, float("inf"))
+            value = tl.where(a > 0, a * expm1_minus(-whole, True, TERMS), b)
+            value += tl.where(rest > 0, rest * expm1_minus(-y, True, TERMS), ref_rest)
+            on_logprob = tl.where((rest > 0) & (a > 0), a * (whole - y), 0.0)
+            on_ref = tl.where(rest > 0, tl.where(ref_rest > 0, rest * b / some, float("inf")) - a, 0.0)
+        inside = tl.abs(value) <= largest_value
+        on_logprob = tl.where(inside, on_logprob, 0.0)
+        on_ref = tl.where(inside, on_ref, 0.0)
+    else:
+        d = tl.where(whole > largest_d, largest_d, tl.where(whole < -largest_d, -largest_d, whole))
+        if ESTIMATOR == K1 or ESTIMATOR == K1_PLUS:
+            value = d
+            slope = d * 0 + 1.0
+        elif ESTIMATOR == ABS:
+            value = tl.abs(d)
+            slope = sign(d)
+        elif ESTIMATOR == K2:
+            value = d * d * 0.5
+            slope = d
+        else:
+            value = expm1_minus(-d, True, TERMS)
+            slope = -expm1_minus(-d, False, TERMS)
+        slope = tl.where((tl.abs(whole) <= largest_d) & (tl.abs(value) <= largest_value), slope, 0.0)
+        if ESTIMATOR == K1_PLUS or ESTIMATOR == K3_PLUS:
+            slope = whole  # straight through: the gradient of k2
+        on_logprob = slope
+        on_ref = -slope
+    value = tl.where(
+        value > largest_value, largest_value, tl.where(value < -largest_value, -largest_value, value)
+    )
+    return value, on_logprob, on_ref
+
+
 @triton.jit(do_not_specialize=["count"])
 def token_kl_kernel(
-    grad, logprob, ref_logprob, mask, out, count,
-    ESTIMATOR: tl.constexpr, HAS_MASK: tl.constexpr, BACKWARD: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, logprob, ref_logprob, mask, behavior, rewards, out, out_ref, count,
+    d_high, d_low, value_high, value_low, scale_high, scale_low,
+    ESTIMATOR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BEHAVIOR: tl.constexpr, HAS_REWARDS: tl.constexpr,
+    LIVE: tl.constexpr, BACKWARD: tl.constexpr, TO_LOGPROB: tl.constexpr, TO_REF: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = logprob.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < count
     if HAS_MASK:
         valid = valid & (tl.load(mask + at, mask=valid, other=0) != 0)
-    d = tl.load(logprob + at, mask=valid, other=0.0) - tl.load(ref_logprob + at, mask=valid, other=0.0)
+    # An infinite limit has no low part.
+    largest_d = tl.full([], d_high, ACC) + tl.full([], d_low, ACC)
+    largest_value = tl.full([], value_high, ACC) + tl.full([], value_low, ACC)
+    scale = tl.full([], scale_high, ACC) + tl.full([], scale_low, ACC)
+    lp = tl.load(logprob + at, mask=valid, other=-1.0)
+    ref = tl.load(ref_logprob + at, mask=valid, other=-1.0)
+    value, on_logprob, on_ref = kl_term(lp, ref, largest_d, largest_value, ESTIMATOR, TERMS)
+    if HAS_BEHAVIOR:
+        ratio = tl.exp(lp - tl.load(behavior + at, mask=valid, other=-1.0))
+        if LIVE:
+            on_logprob += value
+        value *= ratio
+        on_logprob *= ratio
+        on_ref *= ratio
     if BACKWARD:
-        up = tl.load(grad + at, mask=valid, other=0.0)
-        if ESTIMATOR == 1:
-            value = up
-        elif ESTIMATOR == 2:
-            value = up * d
-        else:
-            value = -up * expm1_minus(-d, False, TERMS)
+        up = tl.load(grad + at, mask=valid, other=0.0) * scale
+        if TO_LOGPROB:
+            tl.store(out + at, tl.where(valid, up * on_logprob, 0.0), mask=at < count)
+        if TO_REF:
+            tl.store(out_ref + at, tl.where(valid, up * on_ref, 0.0), mask=at < count)
     else:
-        if ESTIMATOR == 1:
-            value = d
-        elif ESTIMATOR == 2:
-            value = d * d * 0.5
-        else:
-            value = expm1_minus(-d, True, TERMS)
-    tl.store(out + at, tl.where(valid, value, 0.0), mask=at < count)
+        value *= scale
+        if HAS_REWARDS:
+            value += tl.load(rewards + at, mask=valid, other=0.0)
+        tl.store(out + at, tl.where(valid, value, 0.0), mask=at < count)
+
+
+# ---- launch ------------------------------------------------------------------------------------------------
+
+
+def _split(value: float) -> tuple[float, float]:
+    return (value, 0.0) if math.isinf(value) else pair(value)
 
 
 def _run(
-    grad: Tensor | None, logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None, estimator: str
-) -> Tensor:
+    grad: Tensor | None,
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    mask: Tensor | None,
+    behavior: Tensor | None,
+    rewards: Tensor | None,
+    estimator: str,
+    scalars: tuple[float, float, float],
+    live: bool,
+    to_logprob: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
     logprob, ref_logprob = logprob.contiguous(), ref_logprob.contiguous()
-    out = logprob.new_empty(logprob.shape)
-    count = out.numel()
+    grad, behavior, rewards = (None if t is None else t.contiguous() for t in (grad, behavior, rewards))
+    out, out_ref = (logprob.new_empty(logprob.shape if want else 0) for want in (to_logprob, to_ref))
+    count = logprob.numel()
     if count:
         token_kl_kernel[(cdiv(count, BLOCK),)](
-            pointer(None if grad is None else grad.contiguous(), logprob),
-            logprob,
-            ref_logprob,
+            pointer(grad, logprob), logprob, ref_logprob,
             logprob if mask is None else mask.contiguous().view(torch.uint8),
-            out,
-            count,
-            ESTIMATOR=_ESTIMATORS[estimator],
-            HAS_MASK=mask is not None,
-            BACKWARD=grad is not None,
-            TERMS=18 if logprob.dtype is torch.float64 else 9,
-            BLOCK=BLOCK,
-        )
-    return out
+            pointer(behavior, logprob), pointer(rewards, logprob), out, out_ref, count,
+            *(part for value in scalars for part in _split(value)),
+            ESTIMATOR=ESTIMATORS.index(estimator), HAS_MASK=mask is not None, HAS_BEHAVIOR=behavior is not None,
+            HAS_REWARDS=rewards is not None, LIVE=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
+            TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK,
+        )  # fmt: skip
+    return out, out_ref
 
 
-def token_kl(logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
-    return _run(None, logprob, ref_logprob, mask, estimator)
+def token_kl(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    mask: Tensor | None,
+    behavior: Tensor | None,
+    rewards: Tensor | None,
+    estimator: str,
+    largest_d: float,
+    largest_value: float,
+    scale: float,
+    live: bool,
+) -> Tensor:
+    scalars = (largest_d, largest_value, scale)
+    return _run(None, logprob, ref_logprob, mask, behavior, rewards, estimator, scalars, live, True, False)[0]
 
 
 def token_kl_backward(
-    grad: Tensor, logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None, estimator: str
-) -> Tensor:
-    return _run(grad, logprob, ref_logprob, mask, estimator)
+    grad: Tensor,
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    mask: Tensor | None,
+    behavior: Tensor | None,
+    estimator: str,
+    largest_d: float,
+    largest_value: float,
+    scale: float,
+    live: bool,
+    to_logprob: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    scalars = (largest_d, largest_value, scale)
+    return _run(
+        grad, logprob, ref_logprob, mask, behavior, None, estimator, scalars, live, to_logprob, to_ref
+    )

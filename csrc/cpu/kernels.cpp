@@ -21,9 +21,9 @@ namespace {
 
 template <typename T>
 constexpr TypedKernels<T> typed() {
-  return {token_kl<T>,    token_kl_backward<T>,  spread<T>,      gtpo<T>,
-          gtpo_backward<T>, gtpo_backward_rows<T>, min_returns<T>, min_returns_backward<T>,
-          softmin<T>,     softmin_backward<T>};
+  return {token_kl<T>,           spread<T>,      gtpo<T>,
+          gtpo_backward<T>,      gtpo_backward_rows<T>, min_returns<T>,
+          min_returns_backward<T>, softmin<T>,   softmin_backward<T>};
 }
 
 }  // namespace

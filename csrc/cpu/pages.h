@@ -9,4 +9,7 @@ namespace rewardops::cpu {
 // and a fault for each 4 KiB of it takes several times as long as the kernel that writes it. Advice only.
 void prefer_huge_pages(void* begin, int64_t size);
 
+// Whether an output is better written past the caches.
+inline bool too_large_for_caches(int64_t size) { return size >= int64_t{8} << 20; }
+
 }  // namespace rewardops::cpu

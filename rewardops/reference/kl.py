@@ -21,26 +21,89 @@ def exp_minus_1_minus_x(x: Tensor) -> Tensor:
     return torch.where(small, series * near * near, x.exp() - 1 - x)
 
 
-def token_kl(logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
-    d = logprob - ref_logprob
-    if mask is not None:
-        d = torch.where(mask, d, 0)
-    if estimator == "k1":
-        return d.clone()
-    if estimator == "k2":
-        return d * d / 2
-    return exp_minus_1_minus_x(-d)
+ESTIMATORS = ("k1", "abs", "k2", "k3", "k1_plus", "k3_plus", "binary_kl", "binary_tv")
+
+
+def _terms(
+    logprob: Tensor, ref: Tensor, estimator: str, largest_d: float, largest_value: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The estimate, and its slopes in both log-probabilities."""
+    whole = logprob - ref
+    if estimator in ("binary_kl", "binary_tv"):
+        a, b = logprob.exp(), ref.exp()
+        apart = torch.where(whole.abs() < 1, b * torch.expm1(whole), a - b)
+        if estimator == "binary_tv":
+            value, on_logprob, on_ref = apart.abs(), apart.sign() * a, -apart.sign() * b
+        else:
+            # sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels.
+            rest, ref_rest = -torch.expm1(logprob), -torch.expm1(ref)
+            change = -apart / ref_rest
+            y = torch.where(change.abs() < 0.5, torch.log1p(change), rest.log() - ref_rest.log())
+            y = torch.where(ref_rest > 0, y, torch.inf)
+            own = torch.where(a > 0, a * exp_minus_1_minus_x(-whole), b)
+            value = own + torch.where(rest > 0, rest * exp_minus_1_minus_x(-y), ref_rest)
+            on_logprob = torch.where((rest > 0) & (a > 0), a * (whole - y), 0)
+            on_ref = torch.where(rest > 0, rest * b / ref_rest - a, 0)
+        inside = value.abs() <= largest_value
+        on_logprob, on_ref = torch.where(inside, on_logprob, 0), torch.where(inside, on_ref, 0)
+        return value.clamp(-largest_value, largest_value), on_logprob, on_ref
+    d = whole.clamp(-largest_d, largest_d)
+    if estimator in ("k1", "k1_plus"):
+        value, slope = d, torch.ones_like(d)
+    elif estimator == "abs":
+        value, slope = d.abs(), d.sign()
+    elif estimator == "k2":
+        value, slope = d * d / 2, d
+    else:
+        value, slope = exp_minus_1_minus_x(-d), -torch.expm1(-d)
+    slope = torch.where((whole.abs() <= largest_d) & (value.abs() <= largest_value), slope, 0)
+    if estimator in ("k1_plus", "k3_plus"):  # straight through: the gradient of k2
+        slope = whole
+    return value.clamp(-largest_value, largest_value), slope, -slope
+
+
+def token_kl(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    mask: Tensor | None,
+    behavior: Tensor | None,
+    rewards: Tensor | None,
+    estimator: str,
+    largest_d: float,
+    largest_value: float,
+    scale: float,
+    live: bool,
+) -> Tensor:
+    value, _, _ = _terms(logprob, ref_logprob, estimator, largest_d, largest_value)
+    if behavior is not None:
+        value = value * (logprob - behavior).exp()
+    out = scale * value
+    if rewards is not None:
+        out = rewards + out
+    return out if mask is None else torch.where(mask, out, 0)
 
 
 def token_kl_backward(
-    grad: Tensor, logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None, estimator: str
-) -> Tensor:
-    """The gradient in ``logprob``; that in ``ref_logprob`` is its negative."""
-    d = logprob - ref_logprob
-    if mask is not None:
-        d, grad = torch.where(mask, d, 0), torch.where(mask, grad, 0)
-    if estimator == "k1":
-        return grad.clone()
-    if estimator == "k2":
-        return grad * d
-    return grad * -torch.expm1(-d)
+    grad: Tensor,
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    mask: Tensor | None,
+    behavior: Tensor | None,
+    estimator: str,
+    largest_d: float,
+    largest_value: float,
+    scale: float,
+    live: bool,
+    to_logprob: bool,
+    to_ref: bool,
+) -> tuple[Tensor, Tensor]:
+    value, on_logprob, on_ref = _terms(logprob, ref_logprob, estimator, largest_d, largest_value)
+    if behavior is not None:
+        ratio = (logprob - behavior).exp()
+        on_logprob, on_ref = ratio * (on_logprob + live * value), ratio * on_ref
+
+    def gradient(slope: Tensor, wanted: bool) -> Tensor:
+        g = scale * grad * slope
+        return (g if mask is None else torch.where(mask, g, 0)) if wanted else g.new_empty(0)
+
+    return gradient(on_logprob, to_logprob), gradient(on_ref, to_ref)

@@ -65,14 +65,20 @@ struct TokenStatsBackwardArgs {
   LogitsRows grad_logits, grad_ref;    // either may be null, and be the logits themselves
 };
 
-enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2 };
+enum class KlEstimator : int { k1 = 0, abs = 1, k2 = 2, k3 = 3, k1_plus = 4, k3_plus = 5, binary_kl = 6, binary_tv = 7 };
 
 template <typename T>
 struct TokenKlArgs {
   const T *grad, *logprob, *ref_logprob;  // grad: backward only
+  const T* behavior;                      // log-probabilities of the sampling policy; may be null
+  const T* rewards;                       // forward: added; may be null
   const uint8_t* mask;
   KlEstimator estimator;
-  T* out;
+  T largest_d, largest_value;  // beyond these both are clamped
+  T scale;
+  bool live;     // the importance ratio has a gradient
+  bool stream;   // outputs are too large for the caches
+  T *out, *out_ref;  // backward: either may be null
 };
 
 // Rows grouped: members[offsets[g]:offsets[g + 1]] are the rows of group g, ascending.
@@ -123,7 +129,6 @@ struct ReturnsArgs {
 template <typename T>
 struct TypedKernels {
   void (*token_kl)(const TokenKlArgs<T>&, int64_t begin, int64_t end);           // items: tokens
-  void (*token_kl_backward)(const TokenKlArgs<T>&, int64_t begin, int64_t end);  // items: tokens
   void (*spread)(const SpreadArgs<T>&, int64_t begin, int64_t end);              // items: rows
   // Items: groups x blocks of kGtpoBlock positions.
   void (*gtpo)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);

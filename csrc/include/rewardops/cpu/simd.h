@@ -301,6 +301,35 @@ inline Lanes<float> exp(Lanes<float> x) {
   return scaled(y, n);
 }
 
+// Writes an output from a buffer. Streamed past the caches where it would not fit into them: storing a line there
+// reads it first.
+template <typename T>
+inline void store_out(T* out, const T* from, int64_t n, bool stream) {
+#if defined(__AVX2__)
+  if (stream) {
+#if defined(__AVX512F__)
+    constexpr int64_t kBytes = 64;
+    const auto move = [](T* to, const T* x) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(x));
+    };
+#else
+    constexpr int64_t kBytes = 32;
+    const auto move = [](T* to, const T* x) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    };
+#endif
+    constexpr int64_t kWidth = kBytes / static_cast<int64_t>(sizeof(T));
+    int64_t k = 0;
+    for (; k < n && reinterpret_cast<uintptr_t>(out + k) % kBytes; ++k) out[k] = from[k];
+    for (; k + kWidth <= n; k += kWidth) move(out + k, from + k);
+    for (; k < n; ++k) out[k] = from[k];
+    _mm_sfence();
+    return;
+  }
+#endif
+  std::memcpy(out, from, n * sizeof(T));
+}
+
 }  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu
