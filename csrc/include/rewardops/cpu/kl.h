@@ -9,32 +9,45 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-// (e^x - 1 - x) / x^2 on |x| < 1 by its Taylor series, to the precision of T. Unrolled:
+// (e^x - 1 - x) / x^2 on |x| < 1 by its Taylor series. Unrolled:
 // a loop inside would keep the loop over tokens from becoming SIMD code.
-template <typename T>
-inline T exp_remainder(T x) {
-  constexpr int kTerms = sizeof(T) == 8 ? 18 : 9;
-  T y = 1;
+inline double exp_series(double x) {
+  double y = 1;
 #pragma GCC unroll 20
-  for (int k = kTerms + 2; k > 2; --k) y = 1 + y * x * (T{1} / static_cast<T>(k));
+  for (int k = 20; k > 2; --k) y = 1 + y * x * (1.0 / k);
   return y / 2;
 }
 
-template <typename T>
-inline T exp_minus_1_minus_x(T x) {
+inline double exp_minus_1_minus_x(double x) {
   const bool near = x < 1 && x > -1;
-  const T s = near ? x : T{0};
-  const T small = s * s * exp_remainder(s), large = exp_any(x) - 1 - x;
+  const double s = near ? x : 0.0;
+  const double small = s * s * exp_series(s), large = exp_any(x) - 1 - x;
   return near ? small : large;
 }
 
-template <typename T>
-inline T expm1(T x) {
+inline double expm1(double x) {
   const bool near = x < 1 && x > -1;
-  const T s = near ? x : T{0};
-  const T small = s + s * s * exp_remainder(s), large = exp_any(x) - 1;
+  const double s = near ? x : 0.0;
+  const double small = s + s * s * exp_series(s), large = exp_any(x) - 1;
   return near ? small : large;
 }
+
+// With x = n ln 2 + r: 2^n (e^r - 1 - r) + ((2^n - 1) + (2^n r - x)), whose brackets are exact where they cancel. In
+// halves, as 2^128 is no number. kLinear: less x.
+template <bool kLinear>
+inline float exp_less(float x) {
+  float c = x < -87.0f ? -87.0f : x;
+  c = c > 89.0f ? 89.0f : c;
+  const float n = round_to_integer(c * 1.44269504f);
+  const float r = reduce(c, n);
+  const float half = power_of_two(static_cast<int32_t>(n) - 1);
+  const float rest = kLinear ? half * r - 0.5f * x : half * r;
+  const float y = 2.0f * (half * exp_remainder(r) + ((half - 0.5f) + rest));
+  return x > 89.0f ? infinity<float>() : y;
+}
+
+inline float exp_minus_1_minus_x(float x) { return exp_less<true>(x); }
+inline float expm1(float x) { return exp_less<false>(x); }
 
 template <typename T>
 inline T clamped(T x, T largest) {

@@ -67,16 +67,19 @@ inline float16 narrow<float16>(float x) {
 // The smallest x whose exponential is a normal float; below it exp_flushed is 0.
 constexpr float kFlush = -87.33654f;
 
-// e^r on |r| <= ln 2 / 2 (Cephes), within one ulp.
-inline float exp_reduced(float r) {
+// e^r - 1 - r on |r| <= ln 2 / 2 (Cephes).
+inline float exp_remainder(float r) {
   float y = 1.9875691500e-4f;
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
-  return y * r * r + r + 1.0f;
+  return y * r * r;
 }
+
+// e^r there, within one ulp.
+inline float exp_reduced(float r) { return exp_remainder(r) + r + 1.0f; }
 
 inline float round_to_integer(float x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
