@@ -81,6 +81,20 @@ def plain_group_advantages(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
     return (centred / (grouped.std(1, keepdim=True) + 1e-6)).view(-1, 1) * mask
 
 
+def loop_group_advantages(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    """As trainers write it: scores gathered by label, a loop over samples."""
+    labels = [b // group for b in range(rewards.shape[0])]
+    members: dict[int, list[Tensor]] = {}
+    scores = rewards.clone()
+    for b, label in enumerate(labels):
+        members.setdefault(label, []).append(scores[b])
+    mean = {label: torch.stack(found).mean() for label, found in members.items()}
+    std = {label: torch.stack(found).std() for label, found in members.items()}
+    for b, label in enumerate(labels):
+        scores[b] = (scores[b] - mean[label]) / (std[label] + 1e-6)
+    return scores[:, None] * mask
+
+
 def plain_gtpo(rewards: Tensor, entropy: Tensor, mask: Tensor, group: int) -> Tensor:
     shape = (-1, group, entropy.shape[1])
     right = (rewards > 0).view(-1, group, 1)
@@ -149,6 +163,12 @@ def trl_linear() -> dict[str, Function]:
         return found[0], found[1]
 
     return {"trl": chunked}
+
+
+def multiply(rows: int, length: int, device: torch.device) -> Callable[[], Tensor]:
+    """Two float32 tensors of the size multiplied into a third."""
+    x, y = (torch.ones(rows, length, device=device) for _ in range(2))
+    return lambda: torch.mul(x, y)
 
 
 def products(count: int, hidden: Tensor, weight: Tensor) -> Callable[[], None]:
@@ -279,6 +299,8 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
             lambda r, m: plain_group_advantages(r, m, k),
             (rewards, mask),
             size_of(mask) * 5,
+            peers={"loop over samples": lambda r, m: loop_group_advantages(r, m, k)},
+            floor=("torch.mul [B, T]", multiply(b, t, device)),
         )
     if name == "gtpo_rewards":
         entropy = rand(b, t) * 2

@@ -417,6 +417,19 @@ def test_many_rows(target, generator):
     check_op(advantages(groups), [rewards], backend=target.backend, device=target.device)
 
 
+def test_65536_rows_in_shuffled_groups(target, generator):
+    if target.interpreted:
+        pytest.skip("a program a row, by the interpreter")
+    if target.backend == "reference":
+        pytest.skip("the specification compares every row with every other")
+    rewards = torch.randn(65536, generator=generator) + 1000
+    order = torch.randperm(65536, generator=generator)
+    got = advantages(torch.arange(65536)[order] // 16 * 7919 - 3)(rewards[order].to(target.device)).cpu()
+    grouped = rewards.double().view(-1, 16)
+    want = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(got.double(), want.flatten()[order], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 def test_empty(target, shape):
     rewards, mask = torch.ones(shape[0]), torch.ones(shape).bool()
@@ -469,14 +482,22 @@ def test_recorded_pairs(target, shared, name):
         torch.testing.assert_close(ours.cpu(), torch.tensor(d[key]) * mask, rtol=1e-4, atol=1e-4, msg=key)
 
 
-@given(seed=st.integers(0, 10**6), size=st.integers(1, 12))
-def test_property_order_and_names_do_not_matter(seed, size):
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 12),
+    baseline=st.sampled_from(["mean", "leave_one_out", "median", 0.3, "max", "second_max", "none"]),
+    scale=st.sampled_from(SCALES),
+)
+def test_property_order_and_names_do_not_matter(seed, size, baseline, scale):
     g = torch.Generator().manual_seed(seed)
     groups = torch.randint(0, 3, (size,), generator=g)
     rewards = torch.randn(size, generator=g)
-    here = rewardops.group_advantages(rewards, groups)
+    options = {"baseline": baseline, "scale": scale}
+    here = rewardops.group_advantages(rewards, groups, **options)
     order = torch.randperm(size, generator=g)
-    there = rewardops.group_advantages(rewards[order], 17 - 5 * groups[order])
+    there = rewardops.group_advantages(rewards[order], 17 - 5 * groups[order], **options)
     torch.testing.assert_close(there, here[order], rtol=3e-7, atol=1e-9)
+    if (baseline, scale) != ("mean", "std"):
+        return
     sums = torch.zeros(3).index_add(0, groups, here)
     torch.testing.assert_close(sums, torch.zeros(3), rtol=0, atol=2e-6 * size)

@@ -164,12 +164,43 @@ def padded_calls(i: Inputs):
             lambda a, b: rewardops.token_kl(a, b, mask=i.mask, estimator="k2"),
             [i.values, i.values * 1.3 - 0.2],
         ),
+        (
+            "token_kl weighted",
+            lambda a, b, r: rewardops.token_kl(
+                a, b, mask=i.mask, importance=i.values.detach() * 0.9, beta=0.3, rewards=r, clamp=(20, 10)
+            ),
+            [i.values, i.values * 1.3 - 0.2, i.values + 1],
+        ),
+        (
+            "token_kl binary",
+            lambda a, b: rewardops.token_kl(a, b, mask=i.mask, estimator="binary_kl"),
+            [-i.values, -i.values * 1.3 - 0.1],
+        ),
         ("token_kl k3", lambda a, b: rewardops.token_kl(a, b, mask=i.mask), [i.values, i.values * 1.3 - 0.2]),
         ("group_advantages", lambda r: rewardops.group_advantages(r, i.groups), [i.rewards]),
         (
             "group_advantages rloo",
             lambda r: rewardops.group_advantages(r, i.groups, baseline="leave_one_out", scale="none"),
             [i.rewards],
+        ),
+        (
+            "group_advantages given",
+            lambda r, v: rewardops.group_advantages(
+                r, i.groups, baseline="given", given=v, scale="batch_std", mask=i.mask
+            ),
+            [i.rewards, i.rewards.flip(0) + 0.3],
+        ),
+        (
+            "group_advantages by length",
+            lambda r: rewardops.group_advantages(
+                r, i.groups, baseline="length_weighted", scale="mean_abs", mask=i.mask
+            ),
+            [i.rewards],
+        ),
+        (
+            "implicit_rewards",
+            lambda a, b: rewardops.implicit_rewards(a, b, beta=0.1, mask=i.mask, segments=i.steps),
+            [i.values, i.values.flip(1)],
         ),
         (
             "group_advantages tokens",

@@ -58,11 +58,11 @@ CASES = {
     # ---- token_kl
     "kl shape": (lambda: R.token_kl(F(2, 3), F(3, 2)), ValueError, "ref_logprob: got shape [3, 2], want [2, 3]"),
     "kl dtype": (lambda: R.token_kl(F(2), F(2).long()), TypeError, "ref_logprob: got dtype torch.int64"),
-    "kl estimator": (lambda: R.token_kl(F(2), F(2), estimator="k4"), ValueError, "estimator: got 'k4', want one of 'k1', 'k2', 'k3'"),
+    "kl estimator": (lambda: R.token_kl(F(2), F(2), estimator="k4"), ValueError, "estimator: got 'k4', want one of 'k1', 'abs', 'k2', 'k3'"),
     "kl mask": (lambda: R.token_kl(F(2), F(2), mask=F(3).bool()), ValueError, "mask: got shape [3], want [2]"),
     "kl device": (lambda: R.token_kl(F(2), meta(2)), ValueError, "ref_logprob: got device meta"),
     # ---- group_advantages
-    "rewards rank": (lambda: R.group_advantages(F(2, 3), group_size=1), ValueError, "rewards: got shape [2, 3], want [B]"),
+    "rewards rank": (lambda: R.group_advantages(F(2, 3, 1), group_size=1), ValueError, "rewards: got shape [2, 3, 1], want [B]"),
     "rewards dtype": (lambda: R.group_advantages(F(2).int(), group_size=1), TypeError, "rewards: got dtype torch.int32"),
     "no groups": (lambda: R.group_advantages(F(4)), ValueError, "groups: got None"),
     "both groups": (lambda: R.group_advantages(F(4), F(4).long(), group_size=2), ValueError, "group_size: got a value beside groups"),
@@ -140,7 +140,8 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
         torch.ops.rewardops.softmin_rewards(x, None, cu, None, 0.1, True)
         torch.ops.rewardops.gtpo_rewards(x[:2], x, groups, None, cu, 1.0, 0.1, 0.0, 1e-2)
         torch.ops.rewardops.prefix_values((x * 3).long(), x[:2], groups, None, cu, 2)
-        torch.ops.rewardops.group_advantages(x[:2], groups, None, cu, 5, "mean", "std", 1e-6, 1)
+        options = ("mean", 0.0, "std", 1e-6, 1, False)
+        torch.ops.rewardops.group_advantages(x[:2], groups, None, None, None, cu, 5, *options)
     if target.device.type == "cuda":
         torch.cuda.synchronize()
 

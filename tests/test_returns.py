@@ -225,3 +225,32 @@ def test_property_monotone_and_limits(seed, width):
     torch.testing.assert_close(low[clear], rewards.amin(1)[clear], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mean, rewards.mean(1), rtol=1e-4, atol=1e-4)
     assert math.isfinite(float(low.sum()))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_discounted_returns(generator, gamma):
+    """Against the loop; masked tokens are skipped and do not discount."""
+    rewards = torch.randn(5, 23, generator=generator, dtype=torch.float64)
+    mask = random_mask(5, 23, generator)
+    want = torch.zeros_like(rewards)
+    for b in range(5):
+        running = 0.0
+        for t in reversed(range(23)):
+            if mask[b, t]:
+                running = rewards[b, t] + gamma * running
+                want[b, t] = running
+    dirty = rewards.masked_fill(~mask, torch.nan)
+    got = rewardops.discounted_returns(dirty, gamma=gamma, mask=mask)
+    torch.testing.assert_close(got, want)
+    lengths = torch.full((5,), 23)
+    packed = rewardops.discounted_returns(
+        pack(dirty, lengths)[0], gamma=gamma, mask=pack(mask, lengths)[0], cu_seqlens=pack(mask, lengths)[1]
+    )
+    torch.testing.assert_close(packed, pack(want, lengths)[0])
+    leaf = rewards[:2, :6].clone().requires_grad_()
+    fn = lambda x: rewardops.discounted_returns(x, gamma=gamma, mask=mask[:2, :6])  # noqa: E731
+    assert torch.autograd.gradcheck(fn, leaf)
+    assert rewardops.discounted_returns(torch.ones(0, 4)).shape == (0, 4)
+    assert rewardops.discounted_returns(torch.ones(4, 0)).shape == (4, 0)
+    with pytest.raises(ValueError, match=r"gamma: got 1\.5, want a number from 0 to 1"):
+        rewardops.discounted_returns(rewards, gamma=1.5)
