@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import compiled_module
 from .reference import logits as spec
 from .reference.linear import pack_saved, unpack_saved
 
@@ -70,6 +71,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total[first:end].add_(torch.mm(a[first:end], b))
 
 
+def _large(count: int | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; on a CPU in huge pages, as a fault for every 4 KiB of it costs more than writing it."""
+    out = torch.empty(count, dtype=dtype, device=device)
+    module = compiled_module()
+    if device.type == "cpu" and module is not None:
+        module.prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())
+    return out
+
+
 class _Head:
     """One model's hidden states and head: logits of a block, and the sums of their gradients."""
 
@@ -96,9 +106,10 @@ class _Head:
         return self.logits_dtype.itemsize + (self.dtype.itemsize if self.logits_dtype != self.dtype else 0)
 
     def workspace(self, tokens: int, columns: int) -> None:
-        self.block = self.hidden.new_empty(tokens * columns, dtype=self.logits_dtype)
+        device, count = self.hidden.device, tokens * columns
+        self.block = _large(count, self.logits_dtype, device)
         same = self.logits_dtype == self.dtype
-        self.grad_block = self.block if same else self.hidden.new_empty(tokens * columns)
+        self.grad_block = self.block if same else _large(count, self.dtype, device)
 
     def part(self, first: int, end: int) -> Tensor:
         return self.weight[first:end].to(self.dtype)
@@ -124,7 +135,7 @@ class _Head:
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=wide)
         if to_weight:
             dtype = wide if summed else self.weight.dtype
-            self.grad_weight = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+            self.grad_weight = _large(self.weight.shape, dtype, self.weight.device)
             (self.grad_weight if summed else self.grad_weight[self.vocab :]).zero_()
         if to_bias:
             self.grad_bias = self.hidden.new_zeros(self.weight.shape[0], dtype=wide)

@@ -294,6 +294,10 @@ def linear_token_loss(
     (a clipped ratio is 1 with derivative 1 there). From the second step on the same samples on, the derivative of
     a ratio depends on the log-probabilities of the step: use :func:`linear_token_stats`.
 
+    What is saved is a product, what is paid is the weight's gradient summed over blocks in float32. Measured on two
+    CPU cores (1024 tokens, D = 1024, V = 151936), it wins in float32 (7.0 against 8.1 s) and loses in bfloat16 (2.0
+    against 1.7 s), where products are five times faster and that sum is not.
+
     Args:
         hidden, weight, tokens and all options: as in :func:`linear_token_stats`; blocks are of whole rows.
         coefficients: names of outputs (not ``is_top1``), each with a float tensor of the shape of ``tokens``;
