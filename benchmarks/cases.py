@@ -110,6 +110,14 @@ def plain_gtpo(rewards: Tensor, entropy: Tensor, mask: Tensor, group: int) -> Te
     return torch.where(live, shaped, 0).view(entropy.shape)
 
 
+def plain_high_entropy_mask(entropy: Tensor, mask: Tensor) -> Tensor:
+    flat = entropy.masked_fill(~mask, -torch.inf).flatten()
+    count = int(0.2 * int(mask.sum()) + 0.5)
+    out = torch.zeros_like(flat, dtype=torch.bool)
+    out[flat.topk(count, sorted=False).indices] = True
+    return out.view(mask.shape)
+
+
 def plain_min_returns(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
     x = torch.where(steps & mask, rewards, torch.inf)
     low = x.flip(1).cummin(1).values.flip(1)
@@ -199,6 +207,7 @@ NAMES = (
     "token_kl_backward",
     "group_advantages",
     "gtpo_rewards",
+    "high_entropy_mask",
     "min_returns",
     "softmin_rewards",
     "prefix_values",
@@ -310,6 +319,15 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
             lambda r, h, m: plain_gtpo(r, h, m, k),
             (rewards, entropy, mask),
             size_of(entropy) * 2 + size_of(mask),
+        )
+    if name == "high_entropy_mask":
+        entropy = rand(b, t) * 2
+        return Case(
+            name,
+            lambda h, m: rewardops.high_entropy_mask(h, m),
+            plain_high_entropy_mask,
+            (entropy, mask),
+            size_of(entropy) + size_of(mask) * 2,
         )
     if name in ("min_returns", "softmin_rewards"):
         step_rewards, steps = rand(b, t), rand(b, t) > 0.9

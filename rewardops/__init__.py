@@ -2,7 +2,21 @@
 
 from .advantages import advantages_to_tokens, group_advantages, whiten
 from .dispatch import BackendUnavailable, show_config, use_backend
-from .entropy import gtpo_rewards
+from .entropy import (
+    clip_cov_mask,
+    covariance,
+    entropy_bonus,
+    entropy_reward,
+    entropy_weights,
+    grpo_s_rewards,
+    gtpo_rewards,
+    high_entropy_mask,
+    kl_cov_mask,
+    signed_group_normalize,
+    steer_metric,
+    steer_weights,
+    unlikeliness_rewards,
+)
 from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
 from .layout import debug
 from .linear import linear_token_loss, linear_token_stats
@@ -17,11 +31,19 @@ __all__ = [
     "PrefixValues",
     "TokenStats",
     "advantages_to_tokens",
+    "clip_cov_mask",
+    "covariance",
     "debug",
     "discounted_returns",
+    "entropy_bonus",
+    "entropy_reward",
+    "entropy_weights",
     "group_advantages",
+    "grpo_s_rewards",
     "gtpo_rewards",
+    "high_entropy_mask",
     "implicit_rewards",
+    "kl_cov_mask",
     "linear_token_loss",
     "linear_token_stats",
     "merge_token_stats",
@@ -29,12 +51,16 @@ __all__ = [
     "prefix_values",
     "sequence_kl",
     "show_config",
+    "signed_group_normalize",
     "softmin_rewards",
+    "steer_metric",
+    "steer_weights",
     "tdpo_terms",
     "tempo_advantages",
     "token_kl",
     "token_stats",
     "token_stats_partial",
+    "unlikeliness_rewards",
     "use_backend",
     "whiten",
 ]

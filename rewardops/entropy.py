@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import layout
 from .advantages import check_rewards
+from .advantages import forward as group_forward
 from .dispatch import define
+from .reference.layout import from_rows, to_rows
+from .selection import SCOPES, largest, scope_counts, scope_ids
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -111,3 +116,455 @@ def gtpo_rewards(
         float(entropy_floor),
     )
     return out
+
+
+# ---- rewards of rows, and class-wise normalisation -----------------------------------------------------------
+
+
+def _rows_of(
+    name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[layout.Layout, Tensor, Tensor]:
+    """The layout; the values in full precision as ``[B, T]``, 0 where masked; and which count."""
+    layout.check_float(name, values)
+    rows = layout.token_layout(name, values, mask, cu_seqlens)
+    (wide,) = layout.promote(values)
+    return rows, *to_rows(wide, rows.mask, rows.cu_seqlens)
+
+
+def _row_means(x: Tensor, valid: Tensor) -> Tensor:
+    return x.sum(1) / valid.sum(1).clamp(min=1)
+
+
+def _like_tokens(name: str, value: Tensor, like: Tensor, other: str) -> None:
+    layout.check_float(name, value)
+    layout.check_shape(name, value, like.shape, f"the shape of {other}")
+    layout.check_device(name, value, like.device, other)
+
+
+def grpo_s_rewards(
+    rewards: Tensor,
+    entropy: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta1: float = 1.0,
+    beta2: float = 0.1,
+    positive: float | None = None,
+    entropy_floor: float = 1e-2,
+    entropy_grad: bool = False,
+) -> Tensor:
+    """Row rewards of GRPO-S: as :func:`gtpo_rewards`, from the rows' mean entropy (2508.04349, eq. 8 to 11).
+
+    - right row i: ``beta1 * rewards[i] + beta2 * |P| * H[i] / sum over P of H[k]``
+    - wrong row j: ``-beta1 - beta2 * |N| * (1 / H[j]) / sum over N of (1 / H[k])``
+
+    with P and N the right and wrong rows of the group. Arguments as in :func:`gtpo_rewards`; a row without a valid
+    token is in neither, and 0.
+
+    Returns:
+        ``[B]``; :func:`rewardops.group_advantages` makes advantages of them.
+    """
+    _, x, valid = _rows_of("entropy", entropy, mask, cu_seqlens)
+    live = valid.any(1)
+    return gtpo_rewards(
+        rewards, _row_means(x, valid)[:, None], groups, group_size=group_size, mask=live[:, None], alpha1=beta1,
+        alpha2=beta2, positive=positive, entropy_floor=entropy_floor, entropy_grad=entropy_grad,
+    )[:, 0]  # fmt: skip
+
+
+def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Tensor:
+    """Of per-row means the mean over their groups' tokens, for every live row."""
+    above, _, _ = group_forward(
+        means, ids, None, counts.to(means.dtype), live[:, None], None, -1,
+        "length_weighted", 0.0, "none", 0.0, 1, False,
+    )  # fmt: skip
+    return means - above[:, 0]
+
+
+def signed_group_normalize(
+    values: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    positive: float | None = None,
+    eps: float = 1e-8,
+    joint: bool = False,
+) -> Tensor:
+    """GTPO's advantages from its token rewards: z-scores over a group's tokens, of right and wrong rows apart.
+
+    ``(value - mean) / sqrt(var + eps)`` with the population variance, over all valid tokens of the group's right
+    rows, and of its wrong rows (2508.04349, eq. 6). Tokens of right rows then have mean 0: about half of a right
+    response is pushed down, and equal entropies give 0. ``joint=True`` normalises over both at once, and keeps
+    the sign of the outcome.
+
+    Args:
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as of :func:`gtpo_rewards`. rewards: ``[B]``, which tell
+            right rows (above ``positive``, 0 by default) from wrong ones. groups, group_size: as there.
+
+    Returns:
+        The layout of ``values``, 0 where masked. Differentiable in ``values``.
+    """
+    check_rewards(rewards)
+    rows, x, valid = _rows_of("values", values, mask, cu_seqlens)
+    layout.check_shape("rewards", rewards, (rows.batch,), "one per row of values")
+    layout.check_non_negative("eps", eps)
+    ids = layout.group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
+    right = rewards.detach() > (0.0 if positive is None else positive)
+    counts, live = valid.sum(1), valid.any(1)
+    wide = x.double()
+    out = torch.zeros_like(wide)
+    for members in (live,) if joint else (live & right, live & ~right):
+        mean = _group_means(_row_means(wide, valid), counts, ids, members)
+        centred = torch.where(valid & members[:, None], wide - mean[:, None], 0)
+        var = _group_means(_row_means(centred.square(), valid), counts, ids, members)
+        # Equal values have a variance of rounding size, or none, where the root has no gradient.
+        some = var > torch.finfo(x.dtype).eps ** 2 * mean.square()
+        scale = torch.where(some, (torch.where(some, var, 1) + eps).rsqrt(), 0)
+        out = out + centred * scale[:, None]
+    return from_rows(out.to(x.dtype), rows.shape, rows.cu_seqlens)
+
+
+# ---- selections ----------------------------------------------------------------------------------------------
+
+
+def _scope(
+    scope: str,
+    groups: layout.Labels,
+    group_size: int | Sequence[int] | None,
+    batch: int,
+    device: torch.device,
+) -> Tensor:
+    layout.check_choice("scope", scope, SCOPES)
+    labels = None
+    if scope == "group":
+        labels = layout.group_ids(groups, group_size, batch, device, "entropy")
+    elif groups is not None or group_size is not None:
+        raise ValueError(f"groups: got a value with scope={scope!r}, want scope='group'")
+    return scope_ids(scope, labels, batch, device)
+
+
+def _share(fraction: float, counts: Tensor, least: int = 1) -> Tensor:
+    """The fraction of counts, to the nearest; at least so many where there are any."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        raise ValueError(f"fraction: got {fraction!r}, want a number from 0 to 1")
+    wanted = (counts.double() * fraction + 0.5).floor().to(torch.int64)
+    return torch.minimum(wanted.clamp(min=least), counts)
+
+
+def high_entropy_mask(
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    fraction: float = 0.2,
+    scope: str = "batch",
+    groups: layout.Labels = None,
+    group_size: int | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The tokens of highest entropy ("80/20", 2506.01939): exactly a fraction of the valid ones.
+
+    ``round(fraction * count)`` tokens, at least one, of the batch, of every row, or of every group; of equal ones
+    the earliest. The papers' codes threshold at a quantile, which keeps all ties and fails beyond 2^24 tokens.
+    The loss's denominator stays all valid tokens there, and a KL term is on all tokens.
+
+    Args:
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. fraction: 0 to 1. scope: ``"batch"``, ``"row"`` or
+            ``"group"`` (with ``groups`` or ``group_size``).
+
+    Returns:
+        bool, the layout of ``entropy``. Nothing is read back from the device.
+    """
+    rows, x, valid = _rows_of("entropy", entropy.detach(), mask, cu_seqlens)
+    ids = _scope(scope, groups, group_size, rows.batch, entropy.device)
+    chosen = largest(x, valid, ids, _share(fraction, scope_counts(valid, ids)))
+    return from_rows(chosen, rows.shape, rows.cu_seqlens)
+
+
+def covariance(
+    advantages: Tensor, logprob: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """``(A - mean A) * (logprob - mean logprob)`` with means over all valid tokens; 0 where masked, no gradient.
+
+    Its mean is the covariance that drives the entropy's fall (2505.22617).
+    """
+    rows, a, valid = _rows_of("advantages", advantages.detach(), mask, cu_seqlens)
+    _like_tokens("logprob", logprob, advantages, "advantages")
+    lp = to_rows(logprob.detach().to(a.dtype), rows.mask, rows.cu_seqlens)[0]
+    count = valid.sum().clamp(min=1)
+    parts = [x.double() - x.sum(dtype=torch.float64) / count for x in (a, lp)]
+    out = torch.where(valid, parts[0] * parts[1], 0).to(a.dtype)
+    return from_rows(out, rows.shape, rows.cu_seqlens)
+
+
+def clip_cov_mask(
+    cov: Tensor,
+    mask: Tensor | None = None,
+    *,
+    low: float = 1.0,
+    high: float = 5.0,
+    fraction: float = 2e-4,
+    generator: torch.Generator | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Clip-Cov (2505.22617): a random ``fraction`` of the valid tokens, out of those with ``low < cov < high``.
+
+    At least one, where there are any. They are to have no gradient. ``mask`` may leave out tokens that PPO has
+    clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
+    """
+    rows, x, valid = _rows_of("cov", cov.detach(), mask, cu_seqlens)
+    ids = _scope("batch", None, None, rows.batch, cov.device)
+    inside = valid & (x > low) & (x < high)
+    wanted = torch.minimum(_floor_share(fraction, scope_counts(valid, ids)), scope_counts(inside, ids))
+    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    return from_rows(largest(draw, inside, ids, wanted), rows.shape, rows.cu_seqlens)
+
+
+def kl_cov_mask(
+    cov: Tensor, mask: Tensor | None = None, *, fraction: float = 2e-4, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """KL-Cov (2505.22617): the ``fraction`` of the valid tokens with the largest ``cov``, at least one.
+
+    They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
+    """
+    rows, x, valid = _rows_of("cov", cov.detach(), mask, cu_seqlens)
+    ids = _scope("batch", None, None, rows.batch, cov.device)
+    chosen = largest(x, valid, ids, _floor_share(fraction, scope_counts(valid, ids)))
+    return from_rows(chosen, rows.shape, rows.cu_seqlens)
+
+
+def _floor_share(fraction: float, counts: Tensor) -> Tensor:
+    """As the authors' ``max(int(fraction * count), 1)``."""
+    _share(fraction, counts)
+    return torch.minimum((counts.double() * fraction).floor().to(torch.int64).clamp(min=1), counts)
+
+
+# ---- on advantages and rewards -------------------------------------------------------------------------------
+
+
+def entropy_bonus(
+    advantages: Tensor, entropy: Tensor, mask: Tensor | None = None, *, alpha: float = 0.4, kappa: float = 2.0
+) -> Tensor:
+    """``A + min(alpha * H, |A| / kappa)``, no gradient through ``H`` (2506.14758).
+
+    Added to the signed advantage, so negative ones shrink; with ``kappa`` above 1 no sign flips. alpha is 0.4 for
+    GRPO and 0.1 for PPO in the paper.
+
+    Args:
+        advantages, entropy: one shape, padded or packed.
+
+    Returns:
+        That shape, 0 where masked. Differentiable in ``advantages``.
+    """
+    layout.check_float("advantages", advantages)
+    _like_tokens("entropy", entropy, advantages, "advantages")
+    layout.check_positive("kappa", kappa)
+    layout.check_non_negative("alpha", alpha)
+    valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
+    a, h = layout.promote(advantages, entropy.detach())
+    if valid is not None:
+        a, h = torch.where(valid, a, 0), torch.where(valid, h, 0)
+    return a + torch.minimum(alpha * h, a.abs() / kappa)
+
+
+def unlikeliness_rewards(
+    rewards: Tensor,
+    sequence_logprob: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    beta: float = 0.25,
+) -> Tensor:
+    """``r * (1 - beta * (n - rank) / n)``, rank 1 the likeliest row of its group (2506.02355).
+
+    Right rows that the policy found likely are paid less; rewards of 0 stay 0. Of equal log-probabilities the
+    earlier row counts as the likelier.
+
+    Args:
+        rewards, sequence_logprob: ``[B]``; the authors rank by the mean log-probability of a row's tokens.
+
+    Returns:
+        ``[B]``. Differentiable in ``rewards``.
+    """
+    check_rewards(rewards)
+    _like_tokens("sequence_logprob", sequence_logprob, rewards, "rewards")
+    layout.check_non_negative("beta", beta)
+    ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
+    r, lp = layout.promote(rewards, sequence_logprob.detach())
+    # By likelihood within the groups: two stable sorts.
+    order = lp.argsort(descending=True, stable=True)
+    order = order[ids[order].argsort(stable=True)]
+    place = scope_ids("group", ids, ids.shape[0], ids.device)
+    sizes = scope_counts(torch.ones_like(place)[:, None], place)
+    start = (sizes.cumsum(0) - sizes)[place]
+    rank = (
+        torch.empty_like(order).index_copy_(0, order, torch.arange(ids.shape[0], device=ids.device))
+        - start
+        + 1
+    )
+    n = sizes[place]
+    return r * (1 - beta * (n - rank).to(r.dtype) / n.to(r.dtype))
+
+
+def entropy_reward(
+    entropy: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None, per: str = "row"
+) -> Tensor:
+    """Entropy minimisation as a reward: ``-H`` per token, or minus a row's mean entropy ``[B]`` (RENT, 2505.22660).
+
+    No gradient flows into ``entropy``: as a loss use the entropy itself.
+    """
+    layout.check_choice("per", per, ("row", "token"))
+    rows, x, valid = _rows_of("entropy", entropy.detach(), mask, cu_seqlens)
+    return -_row_means(x, valid) if per == "row" else from_rows(-x, rows.shape, rows.cu_seqlens)
+
+
+# ---- weights with mean 1 -------------------------------------------------------------------------------------
+
+MODES = ("linear", "softmax", "rank", "quantile")
+
+
+def entropy_weights(
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    mode: str = "linear",
+    normalize: str = "batch",
+    groups: layout.Labels = None,
+    group_size: int | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    inverse: bool = False,
+    temperature: float = 1.0,
+    fraction: float = 0.2,
+    entropy_floor: float = 1e-2,
+    entropy_grad: bool = False,
+) -> Tensor:
+    """A weight for each token by its entropy, with mean 1 over the valid tokens, so that a loss keeps its scale.
+
+    ``"linear"``: the entropy (inverse: one over it, floored first); ``"softmax"``: ``exp(H / temperature)``
+    (inverse: ``exp(-H / temperature)``); ``"rank"``: the rank, 1 the lowest entropy (inverse: 1 the highest), of
+    equal ones in order of position; ``"quantile"``: only the ``fraction`` of highest (inverse: lowest) entropy.
+    Where all raw weights are 0 the weights are 1.
+
+    Args:
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        normalize: over what the mean is 1: ``"batch"``, ``"row"`` or ``"group"`` (with ``groups`` or
+            ``group_size``).
+        inverse: for wrong rows: more where the policy was sure.
+        entropy_grad: let the gradient flow into the entropy (linear and softmax); off by default, as it is a hidden
+            entropy term in a loss.
+
+    Returns:
+        The layout of ``entropy``, 0 where masked.
+    """
+    layout.check_choice("mode", mode, MODES)
+    layout.check_positive("temperature", temperature)
+    layout.check_positive("entropy_floor", entropy_floor)
+    rows, h, valid = _rows_of("entropy", entropy if entropy_grad else entropy.detach(), mask, cu_seqlens)
+    ids = _scope(normalize, groups, group_size, rows.batch, entropy.device)
+    if mode == "linear":
+        raw = 1 / h.clamp(min=entropy_floor) if inverse else h
+    elif mode == "softmax":
+        sign = -1.0 if inverse else 1.0
+        score = torch.where(valid, sign * h / temperature, -torch.inf)
+        # Relative to the row's largest, and then to the scope's: no row vanishes against another scope's.
+        top = score.detach().amax(1) if h.shape[1] else score.new_zeros(h.shape[0])
+        most = torch.full_like(top, -torch.inf).scatter_reduce(0, ids, top, "amax")[ids]
+        raw = (score - torch.where(most.isfinite(), most, 0)[:, None]).exp()
+    elif mode == "rank":
+        raw = _ranks(-h if inverse else h, valid, ids).to(h.dtype)
+    else:
+        wanted = _share(fraction, scope_counts(valid, ids))
+        raw = largest(-h if inverse else h, valid, ids, wanted).to(h.dtype)
+    raw = torch.where(valid, raw, 0).double()
+    if normalize == "row":
+        mean = _row_means(raw, valid)
+    elif normalize == "batch":
+        mean = (raw.sum() / valid.sum().clamp(min=1)).expand(rows.batch)
+    else:
+        mean = _group_means(_row_means(raw, valid), valid.sum(1), ids, valid.any(1))
+    some = (mean > 0)[:, None]
+    out = torch.where(some, raw / torch.where(some, mean[:, None], 1), 1)
+    return from_rows(torch.where(valid, out, 0).to(h.dtype), rows.shape, rows.cu_seqlens)
+
+
+def _ranks(x: Tensor, valid: Tensor, ids: Tensor) -> Tensor:
+    """``[B, T]``, 1 for the least valid value of the scope; of equal ones the earliest first."""
+    flat = torch.where(valid, x, torch.inf).flatten()
+    place = ids[:, None].expand(x.shape).flatten()
+    order = flat.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    sizes = scope_counts(torch.ones_like(valid), ids)
+    start = (sizes.cumsum(0) - sizes)[place]
+    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
+    return (rank - start + 1).view(x.shape)
+
+
+def steer_metric(
+    advantages: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    old_logprob: Tensor | None = None,
+) -> Tensor:
+    """STEER's estimate of how much a token's update changes the entropy, as published in its code.
+
+    ``|(A / pi_old) * p * (1 - p) * (log p + H)|`` with p the token's probability (``pi_old`` is p where no
+    ``old_logprob`` is given). It is not the first-order change: that has a term of the whole distribution which
+    this leaves out. No gradient.
+
+    Args:
+        advantages, logprob, entropy, old_logprob: one shape, padded or packed.
+    """
+    layout.check_float("advantages", advantages)
+    given = [advantages, logprob, entropy] + ([] if old_logprob is None else [old_logprob])
+    for name, value in zip(("logprob", "entropy", "old_logprob"), given[1:], strict=False):
+        _like_tokens(name, value, advantages, "advantages")
+    valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
+    a, lp, h, *old = layout.promote(*(t.detach() for t in given))
+    ratio = (lp - old[0]).exp() if old else torch.ones_like(lp)
+    out = (a * ratio * -torch.expm1(lp) * (lp + h)).abs()
+    return out if valid is None else torch.where(valid, out, 0)
+
+
+def steer_weights(
+    metric: Tensor,
+    mask: Tensor | None = None,
+    *,
+    mode: str = "linear",
+    low: float = 0.8,
+    high: float = 1.2,
+) -> Tensor:
+    """Token weights of STEER from its metric: less weight for tokens that would move the entropy more.
+
+    ``"linear"``: from ``high`` at the batch's smallest metric to ``low`` at its largest (equal metrics: ``high``);
+    ``"exp"``: ``exp(-k * metric)`` with ``k = -ln(low) / max(largest metric, 0.02)``, no less than ``low``.
+
+    Args:
+        metric: any shape, as of :func:`steer_metric`. low, high: 0 to high.
+
+    Returns:
+        That shape, 0 where masked.
+    """
+    layout.check_float("metric", metric)
+    layout.check_choice("mode", mode, ("linear", "exp"))
+    layout.check_positive("low", low)
+    if high < low:
+        raise ValueError(f"high: got {high}, want at least low ({low})")
+    valid = layout.as_mask(mask, metric.shape, metric.device, "metric")
+    (x,) = layout.promote(metric.detach())
+    valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
+    if not x.numel():
+        return x
+    top = torch.where(valid, x, -torch.inf).amax()
+    if mode == "exp":
+        out = (math.log(low) / top.clamp(min=0.02) * x).exp().clamp(low, 1)
+    else:
+        least = torch.where(valid, x, torch.inf).amin()
+        span = torch.where(top > least, top - least, 1)
+        out = high - (x - least) * ((high - low) / span)
+    return torch.where(valid, out, 0)

@@ -180,3 +180,216 @@ def test_property_mass_is_conserved(seed, batch, width):
         rewards[order].double(), entropy[order].double(), groups + 5, mask=mask[order], alpha1=0.9
     )
     torch.testing.assert_close(again, out[order], rtol=1e-12, atol=1e-12)
+
+
+# ---- what is made of entropies -------------------------------------------------------------------------------
+
+
+def test_grpo_s_by_hand(target):
+    """The paper's numbers: mean entropies 0.3 and 0.5 of two right rows, and one wrong row."""
+    entropy = torch.tensor([[0.2, 0.4], [0.6, 0.4], [0.3, 0.3]]).to(target.device)
+    rewards = torch.tensor([1.0, 1.0, 0.0]).to(target.device)
+    got = rewardops.grpo_s_rewards(rewards, entropy, group_size=3)
+    torch.testing.assert_close(got.cpu(), torch.tensor([1.075, 1.125, -1.1]))
+    mask = torch.tensor([[1, 0], [0, 0], [1, 1]]).bool().to(target.device)
+    got = rewardops.grpo_s_rewards(rewards, entropy, group_size=3, mask=mask)
+    torch.testing.assert_close(got.cpu(), torch.tensor([1.1, 0.0, -1.1]))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_signed_group_normalize(target, generator, joint):
+    groups = torch.tensor([3, 3, 3, -9, -9, 5, 5, 5]).to(target.device)
+    rewards = torch.tensor([1.0, 0, 1, 1, 1, 0, 0, 1]).to(target.device)
+    values = torch.randn(8, 13, generator=generator)
+    mask = random_mask(8, 13, generator)
+    want = torch.zeros(8, 13, dtype=torch.float64)
+    for g in groups.unique():
+        for right in (None,) if joint else (True, False):
+            rows = (
+                groups.cpu() == g.cpu()
+                if right is None
+                else (groups.cpu() == g.cpu()) & ((rewards.cpu() > 0) == right)
+            )
+            chosen = rows[:, None] & mask
+            x = values.double()[chosen]
+            if len(x) > 1:
+                want[chosen] = (x - x.mean()) / (x.var(correction=0) + 1e-8).sqrt()
+    dirty = values.masked_fill(~mask, torch.nan).to(target.device)
+    got = rewardops.signed_group_normalize(dirty, rewards, groups, mask=mask.to(target.device), joint=joint)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-5)
+    same = torch.full((4, 5), 0.7).to(target.device)
+    flat = rewardops.signed_group_normalize(same, rewards[:4], group_size=4, joint=joint)
+    assert not flat.any()
+
+
+def test_signed_group_normalize_has_a_gradient(generator):
+    values = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]).bool()
+    fn = lambda x: rewardops.signed_group_normalize(x, rewards, group_size=4, mask=mask)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, values)
+
+
+def chosen_by_sort(values, valid, count):
+    """The flat places of the ``count`` largest, the earliest of equal ones."""
+    flat = torch.where(valid, values.double(), -torch.inf).flatten()
+    order = flat.argsort(descending=True, stable=True)
+    out = torch.zeros(flat.shape, dtype=torch.bool)
+    out[order[:count]] = True
+    return out.view(values.shape)
+
+
+@pytest.mark.parametrize("scope", ["batch", "row", "group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.55, 1.0])
+def test_high_entropy_mask(generator, scope, dtype, fraction):
+    entropy = (torch.rand(9, 31, generator=generator) * 3).round(decimals=1).to(dtype)  # many ties
+    mask = random_mask(9, 31, generator)
+    groups = torch.tensor([7, -1, 7, 7, 2**40, -1, 7, 2**40, -1]) if scope == "group" else None
+    got = rewardops.high_entropy_mask(
+        entropy.masked_fill(~mask, torch.nan), mask, fraction=fraction, scope=scope, groups=groups
+    )
+    parts = {"batch": [torch.arange(9)], "row": list(torch.arange(9)[:, None])}.get(scope)
+    if parts is None:
+        parts = [(groups == g).nonzero()[:, 0] for g in groups.unique()]
+    for rows in parts:
+        n = int(mask[rows].sum())
+        count = min(max(int(n * fraction + 0.5), 1), n)
+        assert torch.equal(got[rows], chosen_by_sort(entropy[rows], mask[rows], count))
+    lengths = torch.full((9,), 31)
+    packed = rewardops.high_entropy_mask(
+        pack(entropy, lengths)[0], pack(mask, lengths)[0], fraction=fraction, scope=scope, groups=groups,
+        cu_seqlens=pack(mask, lengths)[1],
+    )  # fmt: skip
+    assert torch.equal(packed, pack(got, lengths)[0])
+
+
+def test_high_entropy_mask_by_hand():
+    h = torch.tensor([[0.1, 0.9, 0.3, 0.2, 2.0]])
+    assert rewardops.high_entropy_mask(h).tolist() == [[False, False, False, False, True]]
+    assert not rewardops.high_entropy_mask(h, torch.zeros(1, 5)).any()
+    assert rewardops.high_entropy_mask(torch.ones(0, 3)).shape == (0, 3)
+    odd = torch.tensor([[-torch.inf, 0.0, -0.0, torch.inf, -1.0]])
+    assert rewardops.high_entropy_mask(odd, fraction=0.4).tolist() == [[False, True, False, True, False]]
+    with pytest.raises(ValueError, match=r"fraction: got 1\.2, want a number from 0 to 1"):
+        rewardops.high_entropy_mask(h, fraction=1.2)
+    with pytest.raises(ValueError, match="groups: got a value with scope='row'"):
+        rewardops.high_entropy_mask(h, scope="row", group_size=1)
+
+
+def test_covariance_and_its_masks(generator):
+    a, lp = torch.tensor([[1.0, 1, -1, -1]]), torch.tensor([[-0.1, -2, -0.5, -1]])
+    torch.testing.assert_close(rewardops.covariance(a, lp), torch.tensor([[0.8, -1.1, -0.4, 0.1]]))
+    mask = random_mask(6, 40, generator)
+    a, lp = torch.randn(2, 6, 40, generator=generator)
+    cov = rewardops.covariance(a.masked_fill(~mask, torch.nan), lp, mask)
+    want = (a[mask] - a[mask].mean()) * (lp[mask] - lp[mask].mean())
+    torch.testing.assert_close(cov[mask], want, rtol=1e-5, atol=1e-6)
+    assert not cov[~mask].any()
+
+    top = rewardops.kl_cov_mask(cov, mask, fraction=0.05)
+    assert torch.equal(top, chosen_by_sort(cov, mask, max(int(0.05 * int(mask.sum())), 1)))
+    band = dict(low=0.1, high=0.8, fraction=0.03)
+    drawn = rewardops.clip_cov_mask(cov, mask, generator=torch.Generator().manual_seed(1), **band)
+    inside = mask & (cov > 0.1) & (cov < 0.8)
+    assert not (drawn & ~inside).any()
+    assert int(drawn.sum()) == min(max(int(0.03 * int(mask.sum())), 1), int(inside.sum()))
+    again = rewardops.clip_cov_mask(cov, mask, generator=torch.Generator().manual_seed(1), **band)
+    other = rewardops.clip_cov_mask(cov, mask, generator=torch.Generator().manual_seed(2), **band)
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, other)
+    assert not rewardops.clip_cov_mask(cov, mask, low=90.0, high=99.0).any()
+
+
+def test_entropy_bonus(generator):
+    a, h = torch.tensor([1.0, -1.0, 0.1]), torch.tensor([2.0, 2.0, 2.0])
+    torch.testing.assert_close(rewardops.entropy_bonus(a, h), torch.tensor([1.5, -0.5, 0.15]))
+    mask = torch.tensor([True, False, True])
+    dirty = torch.tensor([1.0, torch.nan, 0.1])
+    assert rewardops.entropy_bonus(dirty, h, mask)[1] == 0
+    leaf = torch.randn(5, dtype=torch.float64, generator=generator, requires_grad=True)
+    ent = torch.rand(5, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda x: rewardops.entropy_bonus(x, ent), leaf)
+
+
+def test_unlikeliness_rewards():
+    lp = torch.tensor([-0.3, -1.2, -0.7, -0.1])
+    got = rewardops.unlikeliness_rewards(torch.ones(4), lp, group_size=4)
+    torch.testing.assert_close(got, torch.tensor([0.875, 1.0, 0.9375, 0.8125]))
+    groups = torch.tensor([5, 1, 5, 1])
+    got = rewardops.unlikeliness_rewards(torch.tensor([1.0, 1.0, 0.0, 2.0]), lp, groups, beta=0.5)
+    torch.testing.assert_close(got, torch.tensor([0.75, 1.0, 0.0, 1.5]))
+
+
+def test_entropy_reward(generator):
+    h = torch.rand(3, 5, generator=generator)
+    mask = random_mask(3, 5, generator)
+    torch.testing.assert_close(rewardops.entropy_reward(h, mask, per="token"), -torch.where(mask, h, 0))
+    want = -torch.where(mask, h, 0).sum(1) / mask.sum(1).clamp(min=1)
+    torch.testing.assert_close(rewardops.entropy_reward(h, mask), want)
+
+
+@pytest.mark.parametrize("mode", rewardops.entropy.MODES)
+@pytest.mark.parametrize("normalize", ["batch", "row", "group"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_entropy_weights(target, generator, mode, normalize, inverse):
+    entropy = torch.rand(7, 19, generator=generator) * 3
+    entropy[2] += 200  # another scope's tokens must not vanish against these
+    mask = random_mask(7, 19, generator)
+    groups = torch.tensor([4, 4, -3, 4, 4, -3, 0]) if normalize == "group" else None
+    options = {"mode": mode, "normalize": normalize, "inverse": inverse, "temperature": 0.7, "fraction": 0.3}
+    got = rewardops.entropy_weights(
+        entropy.masked_fill(~mask, torch.nan).to(target.device), mask.to(target.device),
+        groups=None if groups is None else groups.to(target.device), **options,
+    ).cpu()  # fmt: skip
+    parts = {"batch": [torch.arange(7)], "row": list(torch.arange(7)[:, None])}.get(normalize)
+    if parts is None:
+        parts = [(groups == g).nonzero()[:, 0] for g in groups.unique()]
+    assert not got[~mask].any()
+    for rows in parts:
+        m = mask[rows]
+        h = entropy[rows][m].double()
+        n = len(h)
+        if n == 0:
+            continue
+        sign = -1 if inverse else 1
+        if mode == "linear":
+            raw = 1 / h.clamp(min=1e-2) if inverse else h
+        elif mode == "softmax":
+            raw = (sign * h / 0.7 - (sign * h / 0.7).max()).exp()
+        elif mode == "rank":
+            raw = (sign * h).argsort(stable=True).argsort().double() + 1
+        else:
+            raw = torch.zeros_like(h)
+            raw[(sign * h).argsort(descending=True, stable=True)[: max(int(0.3 * n + 0.5), 1)]] = 1
+        torch.testing.assert_close(got[rows][m].double(), raw / raw.mean(), rtol=1e-4, atol=1e-5)
+        assert abs(float(got[rows][m].double().mean()) - 1) < 1e-5
+
+
+def test_entropy_weights_edges(generator):
+    assert torch.equal(rewardops.entropy_weights(torch.zeros(2, 3)), torch.ones(2, 3))
+    assert rewardops.entropy_weights(torch.ones(0, 3), mode="softmax").shape == (0, 3)
+    assert not rewardops.entropy_weights(torch.ones(2, 3), torch.zeros(2, 3), mode="rank").any()
+    leaf = torch.rand(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    for mode in ("linear", "softmax"):
+        fn = lambda x, mode=mode: rewardops.entropy_weights(x, mode=mode, normalize="row", entropy_grad=True)  # noqa: E731
+        assert torch.autograd.gradcheck(fn, leaf)
+    assert not rewardops.entropy_weights(leaf).requires_grad
+    with pytest.raises(ValueError, match="mode: got 'square'"):
+        rewardops.entropy_weights(leaf, mode="square")
+
+
+def test_steer(generator):
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    entropy = -(p * p.log()).sum()
+    got = rewardops.steer_metric(torch.ones(1).double(), p[1].log()[None], entropy[None])
+    torch.testing.assert_close(got, torch.tensor([0.6460954879126105], dtype=torch.float64))
+    x = torch.tensor([0.0, 0.5, 1.0, torch.nan])
+    mask = torch.tensor([True, True, True, False])
+    torch.testing.assert_close(rewardops.steer_weights(x, mask), torch.tensor([1.2, 1.0, 0.8, 0.0]))
+    torch.testing.assert_close(
+        rewardops.steer_weights(x, mask, mode="exp"), torch.tensor([1.0, 0.8**0.5, 0.8, 0.0])
+    )
+    torch.testing.assert_close(rewardops.steer_weights(torch.full((3,), 0.3)), torch.full((3,), 1.2))
+    with pytest.raises(ValueError, match=r"high: got 0\.5, want at least low"):
+        rewardops.steer_weights(x, high=0.5)
