@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .cases import size_of
+
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -21,8 +23,7 @@ def _resident(field: str) -> int:
 
 
 def _size(result: Any) -> int:
-    tensors = [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return size_of(*([result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]))
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import layout, returns
 from .dispatch import define
-from .reference.advantages import BASELINES, SCALES
+from .reference.advantages import BASELINES, SCALES, live_rows
 from .reference.layout import to_rows
 
 _GROUP = "Tensor rewards, Tensor groups, Tensor? given, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens"
@@ -251,7 +251,6 @@ def _of_several(rewards, groups, group_size, weights, options, tokens) -> Tensor
     if options["lengths"] is None and options["baseline"] == "length_weighted":
         options = {**options, "lengths": _lengths(None, rows, rewards[:, 0])}
     (wide,) = layout.promote(rewards)
-    # Rows without a token are members of no group, here as of one that nobody else is in.
     total = wide.new_zeros(rewards.shape[0])
     for k in range(count):
         total = total + weights[k] * _rows_of(wide[:, k], ids, options, rows)
@@ -263,11 +262,7 @@ def _rows_of(rewards: Tensor, ids: Tensor, options: dict[str, Any], rows: layout
     if rows is None:
         return _of_one(rewards, ids, None, tokens=_NO_TOKENS, **options)[0]
     # One token a row: valid where any of the row's is.
-    if rows.mask is None:
-        assert rows.cu_seqlens is not None
-        live = rows.cu_seqlens[1:] > rows.cu_seqlens[:-1]
-    else:
-        live = to_rows(rows.mask, rows.mask, rows.cu_seqlens)[1].any(1)
+    live = live_rows(rewards, rows.mask, rows.cu_seqlens)
     tokens = {**_NO_TOKENS, "mask": live[:, None]}
     return _of_one(rewards, ids, None, tokens=tokens, **options)[0][:, 0]
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cpp.memory import fresh
 from .dispatch import compiled_module
 from .reference import logits as spec
 from .reference.linear import pack_saved, unpack_saved
@@ -71,13 +72,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total[first:end].add_(torch.mm(a[first:end], b))
 
 
-def _large(count: int | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; on a CPU in huge pages, as a fault for every 4 KiB of it costs more than writing it."""
-    out = torch.empty(count, dtype=dtype, device=device)
-    module = compiled_module()
-    if device.type == "cpu" and module is not None:
-        module.prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())
-    return out
+def _large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; on a CPU in huge pages, where the compiled module can ask for them."""
+    if device.type == "cpu" and compiled_module() is not None:
+        return fresh(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Head:
@@ -106,10 +105,10 @@ class _Head:
         return self.logits_dtype.itemsize + (self.dtype.itemsize if self.logits_dtype != self.dtype else 0)
 
     def workspace(self, tokens: int, columns: int) -> None:
-        device, count = self.hidden.device, tokens * columns
-        self.block = _large(count, self.logits_dtype, device)
+        device, shape = self.hidden.device, (tokens * columns,)
+        self.block = _large(shape, self.logits_dtype, device)
         same = self.logits_dtype == self.dtype
-        self.grad_block = self.block if same else _large(count, self.dtype, device)
+        self.grad_block = self.block if same else _large(shape, self.dtype, device)
 
     def part(self, first: int, end: int) -> Tensor:
         return self.weight[first:end].to(self.dtype)
@@ -192,16 +191,14 @@ class _Rows:
             self.index = torch.nonzero_static(valid, size=num_tokens, fill_value=self.total)[:, 0]
         self.hinted = num_tokens >= 0
         self.count = self.total if self.index is None else self.index.numel()
+        # Where to gather from: places beyond the valid tokens read some token.
+        self.places = self.index
+        if self.hinted and self.index is not None:
+            self.places = self.index.clamp(max=max(self.total - 1, 0))
         self.tokens = self.gather(tokens)
         if self.hinted and self.index is not None:
             # Places beyond the valid tokens are masked rows.
             self.tokens = torch.where(self.index < self.total, self.tokens, spec.IGNORED)
-
-    @property
-    def places(self) -> Tensor | None:
-        if self.index is None or not self.hinted:
-            return self.index
-        return self.index.clamp(max=max(self.total - 1, 0))
 
     def gather(self, x: Tensor, trailing: int = 0) -> Tensor:
         """Per-token values ``[count, ...]``, from ``tokens.shape`` and ``trailing`` more dimensions."""
@@ -423,7 +420,7 @@ def linear_token_stats_backward(
                 _row_gradients(kernels, p, a, b, weights, block, unpacked[:, a:b].contiguous(), names, ups)
         elif p.rows.count:
             _tile_gradients(kernels, p, kept, spec.record_gradient(kept, given))
-        elif p.vocab:
+        else:
             for head in p.heads:
                 if head.grad_weight is not None:
                     head.grad_weight.zero_()

@@ -135,12 +135,6 @@ def _row_means(x: Tensor, valid: Tensor) -> Tensor:
     return x.sum(1) / valid.sum(1).clamp(min=1)
 
 
-def _like_tokens(name: str, value: Tensor, like: Tensor, other: str) -> None:
-    layout.check_float(name, value)
-    layout.check_shape(name, value, like.shape, f"the shape of {other}")
-    layout.check_device(name, value, like.device, other)
-
-
 def grpo_s_rewards(
     rewards: Tensor,
     entropy: Tensor,
@@ -248,12 +242,12 @@ def _scope(
     return scope_ids(scope, labels, batch, device)
 
 
-def _share(fraction: float, counts: Tensor, least: int = 1) -> Tensor:
-    """The fraction of counts, to the nearest; at least so many where there are any."""
+def _share(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
+    """The fraction of counts, to the nearest (``rounding=0``: downwards); at least one where there are any."""
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
         raise ValueError(f"fraction: got {fraction!r}, want a number from 0 to 1")
-    wanted = (counts.double() * fraction + 0.5).floor().to(torch.int64)
-    return torch.minimum(wanted.clamp(min=least), counts)
+    wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
+    return torch.minimum(wanted.clamp(min=1), counts)
 
 
 def high_entropy_mask(
@@ -293,7 +287,7 @@ def covariance(
     Its mean is the covariance that drives the entropy's fall (2505.22617).
     """
     rows, a, valid = _rows_of("advantages", advantages.detach(), mask, cu_seqlens)
-    _like_tokens("logprob", logprob, advantages, "advantages")
+    layout.check_like("logprob", logprob, advantages, "advantages")
     lp = to_rows(logprob.detach().to(a.dtype), rows.mask, rows.cu_seqlens)[0]
     count = valid.sum().clamp(min=1)
     parts = [x.double() - x.sum(dtype=torch.float64) / count for x in (a, lp)]
@@ -319,7 +313,7 @@ def clip_cov_mask(
     rows, x, valid = _rows_of("cov", cov.detach(), mask, cu_seqlens)
     ids = _scope("batch", None, None, rows.batch, cov.device)
     inside = valid & (x > low) & (x < high)
-    wanted = torch.minimum(_floor_share(fraction, scope_counts(valid, ids)), scope_counts(inside, ids))
+    wanted = torch.minimum(_share(fraction, scope_counts(valid, ids), 0.0), scope_counts(inside, ids))
     draw = torch.rand(x.shape, generator=generator, device=x.device)
     return from_rows(largest(draw, inside, ids, wanted), rows.shape, rows.cu_seqlens)
 
@@ -333,14 +327,8 @@ def kl_cov_mask(
     """
     rows, x, valid = _rows_of("cov", cov.detach(), mask, cu_seqlens)
     ids = _scope("batch", None, None, rows.batch, cov.device)
-    chosen = largest(x, valid, ids, _floor_share(fraction, scope_counts(valid, ids)))
+    chosen = largest(x, valid, ids, _share(fraction, scope_counts(valid, ids), 0.0))
     return from_rows(chosen, rows.shape, rows.cu_seqlens)
-
-
-def _floor_share(fraction: float, counts: Tensor) -> Tensor:
-    """As the authors' ``max(int(fraction * count), 1)``."""
-    _share(fraction, counts)
-    return torch.minimum((counts.double() * fraction).floor().to(torch.int64).clamp(min=1), counts)
 
 
 # ---- on advantages and rewards -------------------------------------------------------------------------------
@@ -361,7 +349,7 @@ def entropy_bonus(
         That shape, 0 where masked. Differentiable in ``advantages``.
     """
     layout.check_float("advantages", advantages)
-    _like_tokens("entropy", entropy, advantages, "advantages")
+    layout.check_like("entropy", entropy, advantages, "advantages")
     layout.check_positive("kappa", kappa)
     layout.check_non_negative("alpha", alpha)
     valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
@@ -391,7 +379,7 @@ def unlikeliness_rewards(
         ``[B]``. Differentiable in ``rewards``.
     """
     check_rewards(rewards)
-    _like_tokens("sequence_logprob", sequence_logprob, rewards, "rewards")
+    layout.check_like("sequence_logprob", sequence_logprob, rewards, "rewards")
     layout.check_non_negative("beta", beta)
     ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
     r, lp = layout.promote(rewards, sequence_logprob.detach())
@@ -523,7 +511,7 @@ def steer_metric(
     layout.check_float("advantages", advantages)
     given = [advantages, logprob, entropy] + ([] if old_logprob is None else [old_logprob])
     for name, value in zip(("logprob", "entropy", "old_logprob"), given[1:], strict=False):
-        _like_tokens(name, value, advantages, "advantages")
+        layout.check_like(name, value, advantages, "advantages")
     valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
     a, lp, h, *old = layout.promote(*(t.detach() for t in given))
     ratio = (lp - old[0]).exp() if old else torch.ones_like(lp)

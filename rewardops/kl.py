@@ -57,16 +57,7 @@ _forward = define(
 
 def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
     layout.check_float("logprob", logprob)
-    layout.check_float("ref_logprob", ref_logprob)
-    layout.check_shape("ref_logprob", ref_logprob, logprob.shape, "the shape of logprob")
-    layout.check_device("ref_logprob", ref_logprob, logprob.device, "logprob")
-
-
-def _same(name: str, value: Tensor | None, logprob: Tensor) -> None:
-    if value is not None:
-        layout.check_float(name, value)
-        layout.check_shape(name, value, logprob.shape, "the shape of logprob")
-        layout.check_device(name, value, logprob.device, "logprob")
+    layout.check_like("ref_logprob", ref_logprob, logprob, "logprob")
 
 
 def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -146,8 +137,9 @@ def token_kl(
     """
     _check_pair(logprob, ref_logprob)
     layout.check_choice("estimator", estimator, ESTIMATORS)
-    _same("importance", importance, logprob)
-    _same("rewards", rewards, logprob)
+    for name, value in (("importance", importance), ("rewards", rewards)):
+        if value is not None:
+            layout.check_like(name, value, logprob, "logprob")
     if beta is not None:
         layout.check_non_negative("beta", beta)
     largest = _limits(clamp)
@@ -263,7 +255,7 @@ def tdpo_terms(
         reverse_kl: exact KL(reference || policy) at every token, ``reverse_kl`` of :func:`rewardops.token_stats`.
     """
     _check_pair(logprob, ref_logprob)
-    _same("reverse_kl", reverse_kl, logprob)
+    layout.check_like("reverse_kl", reverse_kl, logprob, "logprob")
     ratio = token_kl(logprob, ref_logprob, estimator="k1", mask=mask)
     return TdpoTerms(
         sequence_kl(ratio, mask=mask, cu_seqlens=cu_seqlens),

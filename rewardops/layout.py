@@ -90,6 +90,13 @@ def check_device(name: str, value: Tensor, device: torch.device, other: str) -> 
         raise ValueError(f"{name}: got device {value.device}, want {device} (that of {other})")
 
 
+def check_like(name: str, value: Tensor, like: Tensor, other: str) -> None:
+    """A float tensor of the shape and on the device of another argument."""
+    check_float(name, value)
+    check_shape(name, value, like.shape, f"the shape of {other}")
+    check_device(name, value, like.device, other)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(repr(c) for c in choices)}")

@@ -12,6 +12,7 @@ from . import layout
 from .dispatch import define
 from .logits import OUTPUTS, TokenStats, check_beta, check_outputs, softcap_of, temperatures_of, vocab_of
 from .reference import logits as spec
+from .reference.linear import precision
 
 # ---- the ops -----------------------------------------------------------------------------------------------
 
@@ -23,14 +24,9 @@ _INPUTS = (
 _SIDES = 6  # tensors with a gradient come first
 
 
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    found = any(t is not None and t.dtype is torch.float64 for t in tensors)
-    return torch.float64 if found else torch.float32
-
-
 def _fake_outputs(args: Sequence[Any]) -> list[Tensor]:
     hidden, weight, _, ref_hidden, ref_weight, _, tokens = args[:7]
-    wide = _wide(hidden, weight, ref_hidden, ref_weight)
+    wide = precision(hidden, weight, ref_hidden, ref_weight)
     return [
         hidden.new_empty(tokens.shape, dtype=torch.bool if name == "is_top1" else wide) for name in args[13]
     ]
@@ -55,7 +51,7 @@ def _fake_backward(grads: Sequence[Tensor | None], saved: Tensor, *args: Any) ->
 
 
 def _fake_loss(coefficients: Sequence[Tensor], terms: Any, needs: Any, *args: Any) -> list[Tensor]:
-    loss = args[0].new_empty((), dtype=_wide(*args[:_SIDES]))
+    loss = args[0].new_empty((), dtype=precision(*args[:_SIDES]))
     return [loss, *_fake_gradients(args[:3], needs, args[0]), *_fake_outputs(args)]
 
 

@@ -1036,14 +1036,12 @@ def token_stats_backward(
     to_logits: bool,
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
-    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
-    given = {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
     out = logits.new_empty(logits.shape if to_logits else 0)
-    ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
-    _backward(
-        p, given, saved.contiguous(), None, None, out if to_logits else None, ref_out if to_ref else
-        None, 0, vocab,
-        beta, ref_logits is not None,
+    like = logits if ref_logits is None else ref_logits
+    ref_out = like.new_empty(like.shape if to_ref else 0)
+    token_stats_backward_to(
+        grads, logits, tokens, ref_logits, mask, temperatures, saved, temperature, softcap, vocab, beta, outputs,
+        out if to_logits else None, ref_out if to_ref else None,
     )  # fmt: skip
     return out, ref_out
 
@@ -1092,13 +1090,12 @@ def token_stats_partial_backward(
     to_logits: bool,
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
-    p = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab)
     out = logits.new_empty(logits.shape if to_logits else 0)
-    ref_out = p.ref.new_empty(p.ref.shape if to_ref else 0)
-    nothing = logits.new_empty(1, dtype=torch.float64)
-    _backward(
-        p, {}, nothing, grad_record.contiguous(), record.contiguous(), out if to_logits else None,
-        ref_out if to_ref else None, first, vocab, 0.5, ref_logits is not None,
+    like = logits if ref_logits is None else ref_logits
+    ref_out = like.new_empty(like.shape if to_ref else 0)
+    token_stats_partial_backward_to(
+        grad_record, record, logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab,
+        out if to_logits else None, ref_out if to_ref else None,
     )  # fmt: skip
     return out, ref_out
 

@@ -119,7 +119,6 @@ class Relative {
 
   int64_t count() const { return index_.view().count; }
   bool live(int64_t b) const { return live_[b]; }
-  const Statistics& batch() const { return batch_; }
 
   template <typename Visit>
   void rows(int64_t group, Visit visit) const {

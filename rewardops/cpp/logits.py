@@ -126,6 +126,26 @@ def _backward(
     )
 
 
+def _from_saved(
+    problem: _Problem,
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[str],
+    saved: Tensor,
+    out: Tensor | None,
+    ref_out: Tensor | None,
+) -> None:
+    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
+    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
+    _backward(problem, addresses, saved.contiguous(), None, None, out, ref_out)
+
+
+def _from_record(
+    problem: _Problem, grad_record: Tensor, record: Tensor, out: Tensor | None, ref_out: Tensor | None
+) -> None:
+    nothing = (0,) * len(OUTPUTS)
+    _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), out, ref_out)
+
+
 def _gradients(problem: _Problem, to_logits: bool, to_ref: bool) -> tuple[Tensor | None, Tensor | None]:
     logits, ref = problem.logits, problem.ref
     return (
@@ -156,9 +176,7 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor]:
     problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     made = _gradients(problem, to_logits, to_ref)
-    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
-    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
-    _backward(problem, addresses, saved.contiguous(), None, None, *made)
+    _from_saved(problem, grads, outputs, saved, *made)
     return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
 
 
@@ -182,9 +200,7 @@ def token_stats_backward_(
     problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     assert problem.logits is not None
     _, ref = _gradients(problem, False, to_ref)
-    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
-    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
-    _backward(problem, addresses, saved.contiguous(), None, None, problem.logits, ref)
+    _from_saved(problem, grads, outputs, saved, problem.logits, ref)
     if problem.logits is not logits:
         logits.copy_(problem.logits)  # columns that were no unit stride apart
     return _or_empty(ref, ref_logits, logits)
@@ -209,8 +225,7 @@ def token_stats_partial_backward(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
     )
     made = _gradients(problem, to_logits, to_ref)
-    nothing = (0,) * len(OUTPUTS)
-    _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), *made)
+    _from_record(problem, grad_record, record, *made)
     return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
 
 
@@ -235,9 +250,7 @@ def token_stats_backward_to(
 ) -> None:
     """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
     problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
-    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
-    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
-    _backward(problem, addresses, saved.contiguous(), None, None, out, ref_out)
+    _from_saved(problem, grads, outputs, saved, out, ref_out)
 
 
 def token_stats_partial_backward_to(
@@ -259,5 +272,4 @@ def token_stats_partial_backward_to(
     problem = _Problem(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
     )
-    nothing = (0,) * len(OUTPUTS)
-    _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), out, ref_out)
+    _from_record(problem, grad_record, record, out, ref_out)

@@ -69,14 +69,12 @@ class _Members(NamedTuple):
 
 
 class _Statistics(NamedTuple):
-    live: Tensor
     numerator: Tensor  # reward - baseline
     inv_scale: (
         Tensor  # 1 / (scale + eps); 0 where the rewards it is made of are equal; 1 for the scale "none"
     )
     gain: Tensor  # what the row's own reward moves its numerator, before the baseline moves
     weights: Tensor  # [B, B], how the baseline of a row depends on the rewards
-    same: Tensor
     d_scale: Tensor  # [B, B], how the scale of a row depends on the rewards
     alone: Tensor  # rows that keep their raw reward
 
@@ -160,7 +158,7 @@ def _statistics(
     elif baseline not in ("none", "given"):
         numerator = torch.where(g.count > 1, numerator, 0)
     numerator, inv_scale = torch.where(live, numerator, 0), torch.where(live, inv_scale, 0)
-    return _Statistics(live, numerator, inv_scale, gain, weights, same, d_scale, alone)
+    return _Statistics(numerator, inv_scale, gain, weights, d_scale, alone)
 
 
 def group_advantages(

@@ -20,7 +20,8 @@ def unpack_saved(saved: Tensor, paired: bool) -> Tensor:
     return saved[..., : len(spec.SAVED) if paired else 4].movedim(-1, 0)
 
 
-def _wide(*tensors: Tensor | None) -> torch.dtype:
+def precision(*tensors: Tensor | None) -> torch.dtype:
+    """Of sums and outputs: float64 if any input is, else float32."""
     given = [t for t in tensors if t is not None]
     return torch.float64 if any(t.dtype is torch.float64 for t in given) else torch.float32
 
@@ -57,7 +58,7 @@ class _Problem:
         self.sides = [(hidden, weight, bias)]
         if ref_hidden is not None and ref_weight is not None:
             self.sides.append((ref_hidden, ref_weight, ref_bias))
-        self.wide = _wide(hidden, weight, ref_hidden, ref_weight)
+        self.wide = precision(hidden, weight, ref_hidden, ref_weight)
         self.valid = spec.valid_rows(tokens, mask)
         made = [_logits(*side, self.valid, self.wide) for side in self.sides]
         self.inputs = (made[0], tokens, made[1] if len(made) > 1 else None, mask, temperatures)
