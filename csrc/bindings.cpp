@@ -10,6 +10,7 @@
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/prefix_tree.h"
+#include "cpu/selection.h"
 #include "rewardops/cpu/kernels.h"
 
 namespace py = pybind11;
@@ -240,8 +241,7 @@ void prefix_values_backward(const py::tuple& shape, const py::tuple& mask, const
 template <typename T>
 void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
                   Address groups, double alpha1, double alpha2, double threshold, double floor,
-                  const py::tuple& grad, Address grad_rewards, const py::tuple& out, int64_t longest,
-                  int threads) {
+                  const py::tuple& grad, const py::tuple& out, int64_t longest, int threads) {
   GtpoArgs<T> a{};
   a.rows = rows(shape);
   a.mask = tokens<const uint8_t>(mask);
@@ -252,11 +252,27 @@ void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards
   a.threshold = threshold;
   a.floor = floor;
   a.grad = tokens<const T>(grad);
-  a.grad_rewards = at<T>(grad_rewards);
   a.out = tokens<T>(out);
   const int64_t* labels = at<const int64_t>(groups);
   const py::gil_scoped_release release;
   rewardops::cpu::launch_gtpo(a, labels, longest, threads);
+}
+
+template <typename T>
+void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address out, int threads) {
+  const RowSumsArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const T>(values), at<T>(out)};
+  const py::gil_scoped_release release;
+  parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
+               [&](int64_t begin, int64_t end) { kernels().of<T>().row_sums(a, begin, end); });
+}
+
+template <typename T>
+void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address scopes, Address wanted,
+             const py::tuple& out, int threads) {
+  const LargestArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const T>(values),
+                         at<const int64_t>(scopes), at<const int64_t>(wanted), tokens<uint8_t>(out)};
+  const py::gil_scoped_release release;
+  rewardops::cpu::largest(a, threads);
 }
 
 template <typename T>
@@ -267,6 +283,8 @@ void define_typed(py::module_& m, const char* suffix) {
   m.def(name("group_advantages_backward").c_str(), group_advantages_backward<T>);
   m.def(name("gtpo_rewards").c_str(), gtpo_rewards<T>);
   m.def(name("returns").c_str(), returns<T>);
+  m.def(name("row_sums").c_str(), row_sums<T>);
+  m.def(name("largest").c_str(), largest<T>);
   m.def((name("prefix_values") + "_i32").c_str(), prefix_values<int32_t, T>);
   m.def((name("prefix_values") + "_i64").c_str(), prefix_values<int64_t, T>);
   m.def((name("prefix_values_backward") + "_i32").c_str(), prefix_values_backward<int32_t, T>);

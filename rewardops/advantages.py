@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layout, returns
+from . import layout, returns, segments
 from .dispatch import define
 from .reference.advantages import BASELINES, SCALES, live_rows
-from .reference.layout import to_rows
 
 _GROUP = "Tensor rewards, Tensor groups, Tensor? given, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens"
 _OPTIONS = "str baseline, float quantile, str scale, float eps, int ddof, bool raw"
@@ -103,10 +102,7 @@ def _lengths(lengths: Tensor | None, rows: layout.Layout | None, rewards: Tensor
         return found.detach()
     if rows is None:
         raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
-    if rows.mask is None:
-        assert rows.cu_seqlens is not None
-        return rows.cu_seqlens[1:] - rows.cu_seqlens[:-1]
-    return to_rows(rows.mask, rows.mask, rows.cu_seqlens)[0].sum(1)
+    return segments.row_counts(rows, rewards.device)
 
 
 # ---- the op ------------------------------------------------------------------------------------------------
@@ -430,6 +426,52 @@ def gdpo(
         return whiten(out, mask) if whitening == "tokens" else out
     out = whiten(group_advantages(rewards, groups, weights=weights, **options))
     return out if mask is None and cu_seqlens is None else advantages_to_tokens(out, **tokens)
+
+
+def gtpo(
+    rewards: Tensor,
+    entropy: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    positive: float | None = None,
+    eps: float = 1e-8,
+    joint: bool = False,
+    **options: Any,
+) -> Tensor:
+    """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`; ``[B, T]`` or packed."""
+    from . import entropy as family  # which is built on this one
+
+    where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
+    shaped = family.gtpo_rewards(rewards, entropy, groups, positive=positive, **where, **options)
+    return family.signed_group_normalize(
+        shaped, rewards, groups, positive=positive, eps=eps, joint=joint, **where
+    )
+
+
+def grpo_s(
+    rewards: Tensor,
+    entropy: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps: float = 1e-8,
+    **options: Any,
+) -> Tensor:
+    """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`; ``[B, T]`` or packed, a row's on each of its tokens."""
+    from . import entropy as family
+
+    where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
+    shaped = family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
+    if cu_seqlens is not None:
+        where["num_tokens"] = entropy.shape[0]
+    elif mask is None:
+        where["mask"] = torch.ones_like(entropy, dtype=torch.bool)
+    return group_advantages(shaped, groups, eps=eps, **where)
 
 
 def remax(

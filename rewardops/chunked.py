@@ -337,9 +337,7 @@ def linear_token_stats(kernels: ModuleType, *args: Any) -> list[Tensor]:
             record = _records(kernels, p)
             values = spec.finish(spec.merge(record[None]), p.outputs)
             return [p.saved(record), *p.finish(values)]
-        saved: list[Tensor] = [
-            p.policy.hidden.new_empty((len(spec.SAVED) if p.paired else 4, 0), dtype=torch.float64)
-        ]
+        saved: list[Tensor] = [p.policy.hidden.new_empty((spec.saved_rows(p.paired), 0), dtype=torch.float64)]
         found = {name: [p.nothing(name)] for name in p.outputs}
         for _, _, _, block in _whole_rows(p):
             kept, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from . import layout
 from .advantages import check_rewards
 from .advantages import forward as group_forward
 from .dispatch import define
-from .reference.layout import from_rows, to_rows
+from .segments import row_counts, row_sums
 from .selection import SCOPES, largest, scope_counts, scope_ids
 
 
@@ -121,18 +122,31 @@ def gtpo_rewards(
 # ---- rewards of rows, and class-wise normalisation -----------------------------------------------------------
 
 
-def _rows_of(
-    name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[layout.Layout, Tensor, Tensor]:
-    """The layout; the values in full precision as ``[B, T]``, 0 where masked; and which count."""
-    layout.check_float(name, values)
-    rows = layout.token_layout(name, values, mask, cu_seqlens)
-    (wide,) = layout.promote(values)
-    return rows, *to_rows(wide, rows.mask, rows.cu_seqlens)
+@dataclass(frozen=True)
+class _Tokens:
+    """Per-token values in full precision, in the layout they came in."""
 
+    rows: layout.Layout
+    values: Tensor
+    counts: Tensor  # [B], valid tokens
 
-def _row_means(x: Tensor, valid: Tensor) -> Tensor:
-    return x.sum(1) / valid.sum(1).clamp(min=1)
+    @staticmethod
+    def of(name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Tokens:
+        layout.check_float(name, values)
+        rows = layout.token_layout(name, values, mask, cu_seqlens)
+        (wide,) = layout.promote(values)
+        return _Tokens(rows, wide, row_counts(rows, values.device))
+
+    def valid(self) -> Tensor:
+        return self.rows.valid(self.values.device)
+
+    def zeroed(self) -> Tensor:
+        """The values, 0 where masked."""
+        return self.values if self.rows.mask is None else torch.where(self.rows.mask, self.values, 0)
+
+    def means(self, x: Tensor) -> Tensor:
+        """``[B]``"""
+        return row_sums(x, self.rows) / self.counts.clamp(min=1).to(x.dtype)
 
 
 def grpo_s_rewards(
@@ -160,11 +174,11 @@ def grpo_s_rewards(
     Returns:
         ``[B]``; :func:`rewardops.group_advantages` makes advantages of them.
     """
-    _, x, valid = _rows_of("entropy", entropy, mask, cu_seqlens)
-    live = valid.any(1)
+    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
+    live = tokens.counts > 0
     return gtpo_rewards(
-        rewards, _row_means(x, valid)[:, None], groups, group_size=group_size, mask=live[:, None], alpha1=beta1,
-        alpha2=beta2, positive=positive, entropy_floor=entropy_floor, entropy_grad=entropy_grad,
+        rewards, tokens.means(tokens.values)[:, None], groups, group_size=group_size, mask=live[:, None],
+        alpha1=beta1, alpha2=beta2, positive=positive, entropy_floor=entropy_floor, entropy_grad=entropy_grad,
     )[:, 0]  # fmt: skip
 
 
@@ -204,23 +218,24 @@ def signed_group_normalize(
         The layout of ``values``, 0 where masked. Differentiable in ``values``.
     """
     check_rewards(rewards)
-    rows, x, valid = _rows_of("values", values, mask, cu_seqlens)
+    tokens = _Tokens.of("values", values, mask, cu_seqlens)
+    rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
     layout.check_shape("rewards", rewards, (rows.batch,), "one per row of values")
     layout.check_non_negative("eps", eps)
     ids = layout.group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
     right = rewards.detach() > (0.0 if positive is None else positive)
-    counts, live = valid.sum(1), valid.any(1)
+    live = tokens.counts > 0
     wide = x.double()
     out = torch.zeros_like(wide)
     for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(_row_means(wide, valid), counts, ids, members)
-        centred = torch.where(valid & members[:, None], wide - mean[:, None], 0)
-        var = _group_means(_row_means(centred.square(), valid), counts, ids, members)
+        mean = _group_means(tokens.means(wide), tokens.counts, ids, members)
+        centred = torch.where(valid & rows.expand(members), wide - rows.expand(mean), 0)
+        var = _group_means(tokens.means(centred.square()), tokens.counts, ids, members)
         # Equal values have a variance of rounding size, or none, where the root has no gradient.
         some = var > torch.finfo(x.dtype).eps ** 2 * mean.square()
         scale = torch.where(some, (torch.where(some, var, 1) + eps).rsqrt(), 0)
-        out = out + centred * scale[:, None]
-    return from_rows(out.to(x.dtype), rows.shape, rows.cu_seqlens)
+        out = out + centred * rows.expand(scale)
+    return out.to(x.dtype)
 
 
 # ---- selections ----------------------------------------------------------------------------------------------
@@ -273,10 +288,9 @@ def high_entropy_mask(
     Returns:
         bool, the layout of ``entropy``. Nothing is read back from the device.
     """
-    rows, x, valid = _rows_of("entropy", entropy.detach(), mask, cu_seqlens)
-    ids = _scope(scope, groups, group_size, rows.batch, entropy.device)
-    chosen = largest(x, valid, ids, _share(fraction, scope_counts(valid, ids)))
-    return from_rows(chosen, rows.shape, rows.cu_seqlens)
+    tokens = _Tokens.of("entropy", entropy.detach(), mask, cu_seqlens)
+    ids = _scope(scope, groups, group_size, tokens.rows.batch, entropy.device)
+    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts, ids)))
 
 
 def covariance(
@@ -286,13 +300,13 @@ def covariance(
 
     Its mean is the covariance that drives the entropy's fall (2505.22617).
     """
-    rows, a, valid = _rows_of("advantages", advantages.detach(), mask, cu_seqlens)
+    tokens = _Tokens.of("advantages", advantages.detach(), mask, cu_seqlens)
     layout.check_like("logprob", logprob, advantages, "advantages")
-    lp = to_rows(logprob.detach().to(a.dtype), rows.mask, rows.cu_seqlens)[0]
-    count = valid.sum().clamp(min=1)
+    valid, a = tokens.valid(), tokens.zeroed()
+    lp = torch.where(valid, logprob.detach().to(a.dtype), 0)
+    count = tokens.counts.sum().clamp(min=1)
     parts = [x.double() - x.sum(dtype=torch.float64) / count for x in (a, lp)]
-    out = torch.where(valid, parts[0] * parts[1], 0).to(a.dtype)
-    return from_rows(out, rows.shape, rows.cu_seqlens)
+    return torch.where(valid, parts[0] * parts[1], 0).to(lp.dtype)
 
 
 def clip_cov_mask(
@@ -310,12 +324,14 @@ def clip_cov_mask(
     At least one, where there are any. They are to have no gradient. ``mask`` may leave out tokens that PPO has
     clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
     """
-    rows, x, valid = _rows_of("cov", cov.detach(), mask, cu_seqlens)
-    ids = _scope("batch", None, None, rows.batch, cov.device)
-    inside = valid & (x > low) & (x < high)
-    wanted = torch.minimum(_share(fraction, scope_counts(valid, ids), 0.0), scope_counts(inside, ids))
-    draw = torch.rand(x.shape, generator=generator, device=x.device)
-    return from_rows(largest(draw, inside, ids, wanted), rows.shape, rows.cu_seqlens)
+    tokens = _Tokens.of("cov", cov.detach(), mask, cu_seqlens)
+    ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
+    inside = tokens.valid() & (tokens.values > low) & (tokens.values < high)
+    band = replace(tokens.rows, mask=inside)
+    found = scope_counts(row_counts(band, cov.device), ids)
+    wanted = torch.minimum(_share(fraction, scope_counts(tokens.counts, ids), 0.0), found)
+    draw = torch.rand(inside.shape, generator=generator, device=cov.device)
+    return largest(draw, band, ids, wanted)
 
 
 def kl_cov_mask(
@@ -325,10 +341,9 @@ def kl_cov_mask(
 
     They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
     """
-    rows, x, valid = _rows_of("cov", cov.detach(), mask, cu_seqlens)
-    ids = _scope("batch", None, None, rows.batch, cov.device)
-    chosen = largest(x, valid, ids, _share(fraction, scope_counts(valid, ids), 0.0))
-    return from_rows(chosen, rows.shape, rows.cu_seqlens)
+    tokens = _Tokens.of("cov", cov.detach(), mask, cu_seqlens)
+    ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
+    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts, ids), 0.0))
 
 
 # ---- on advantages and rewards -------------------------------------------------------------------------------
@@ -387,7 +402,7 @@ def unlikeliness_rewards(
     order = lp.argsort(descending=True, stable=True)
     order = order[ids[order].argsort(stable=True)]
     place = scope_ids("group", ids, ids.shape[0], ids.device)
-    sizes = scope_counts(torch.ones_like(place)[:, None], place)
+    sizes = scope_counts(torch.ones_like(place), place)
     start = (sizes.cumsum(0) - sizes)[place]
     rank = (
         torch.empty_like(order).index_copy_(0, order, torch.arange(ids.shape[0], device=ids.device))
@@ -406,8 +421,8 @@ def entropy_reward(
     No gradient flows into ``entropy``: as a loss use the entropy itself.
     """
     layout.check_choice("per", per, ("row", "token"))
-    rows, x, valid = _rows_of("entropy", entropy.detach(), mask, cu_seqlens)
-    return -_row_means(x, valid) if per == "row" else from_rows(-x, rows.shape, rows.cu_seqlens)
+    tokens = _Tokens.of("entropy", entropy.detach(), mask, cu_seqlens)
+    return -tokens.means(tokens.values) if per == "row" else -tokens.zeroed()
 
 
 # ---- weights with mean 1 -------------------------------------------------------------------------------------
@@ -451,44 +466,81 @@ def entropy_weights(
     layout.check_choice("mode", mode, MODES)
     layout.check_positive("temperature", temperature)
     layout.check_positive("entropy_floor", entropy_floor)
-    rows, h, valid = _rows_of("entropy", entropy if entropy_grad else entropy.detach(), mask, cu_seqlens)
+    tokens = _Tokens.of("entropy", entropy if entropy_grad else entropy.detach(), mask, cu_seqlens)
+    rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
     ids = _scope(normalize, groups, group_size, rows.batch, entropy.device)
     if mode == "linear":
         raw = 1 / h.clamp(min=entropy_floor) if inverse else h
     elif mode == "softmax":
         sign = -1.0 if inverse else 1.0
         score = torch.where(valid, sign * h / temperature, -torch.inf)
-        # Relative to the row's largest, and then to the scope's: no row vanishes against another scope's.
-        top = score.detach().amax(1) if h.shape[1] else score.new_zeros(h.shape[0])
-        most = torch.full_like(top, -torch.inf).scatter_reduce(0, ids, top, "amax")[ids]
-        raw = (score - torch.where(most.isfinite(), most, 0)[:, None]).exp()
+        # Relative to the scope's largest, so that nothing overflows, nor vanishes against another scope's.
+        top = score.new_full((rows.batch,), -torch.inf)
+        top = top.scatter_reduce(0, rows.expand(ids).flatten(), score.detach().flatten(), "amax")
+        raw = (score - rows.expand(torch.where(top.isfinite(), top, 0)[ids])).exp()
     elif mode == "rank":
-        raw = _ranks(-h if inverse else h, valid, ids).to(h.dtype)
+        raw = _ranks(-h if inverse else h, valid, rows.expand(ids)).to(h.dtype)
     else:
-        wanted = _share(fraction, scope_counts(valid, ids))
-        raw = largest(-h if inverse else h, valid, ids, wanted).to(h.dtype)
+        wanted = _share(fraction, scope_counts(tokens.counts, ids))
+        raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
     raw = torch.where(valid, raw, 0).double()
     if normalize == "row":
-        mean = _row_means(raw, valid)
+        mean = tokens.means(raw)
     elif normalize == "batch":
-        mean = (raw.sum() / valid.sum().clamp(min=1)).expand(rows.batch)
+        mean = (raw.sum() / tokens.counts.sum().clamp(min=1)).expand(rows.batch)
     else:
-        mean = _group_means(_row_means(raw, valid), valid.sum(1), ids, valid.any(1))
-    some = (mean > 0)[:, None]
-    out = torch.where(some, raw / torch.where(some, mean[:, None], 1), 1)
-    return from_rows(torch.where(valid, out, 0).to(h.dtype), rows.shape, rows.cu_seqlens)
+        mean = _group_means(tokens.means(raw), tokens.counts, ids, tokens.counts > 0)
+    mean = rows.expand(mean)
+    out = torch.where(mean > 0, raw / torch.where(mean > 0, mean, 1), 1)
+    return torch.where(valid, out, 0).to(h.dtype)
 
 
-def _ranks(x: Tensor, valid: Tensor, ids: Tensor) -> Tensor:
-    """``[B, T]``, 1 for the least valid value of the scope; of equal ones the earliest first."""
-    flat = torch.where(valid, x, torch.inf).flatten()
-    place = ids[:, None].expand(x.shape).flatten()
-    order = flat.argsort(stable=True)
+def _ranks(x: Tensor, valid: Tensor, scopes: Tensor) -> Tensor:
+    """1 for the least valid value of the token's scope; of equal ones the earliest first."""
+    order = torch.where(valid, x, torch.inf).flatten().argsort(stable=True)
+    place = scopes.flatten()
     order = order[place[order].argsort(stable=True)]
-    sizes = scope_counts(torch.ones_like(valid), ids)
-    start = (sizes.cumsum(0) - sizes)[place]
-    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
-    return (rank - start + 1).view(x.shape)
+    # Where the scope of each starts in that order.
+    position = torch.arange(order.shape[0], device=order.device)
+    sorted_place = place[order]
+    start = torch.searchsorted(sorted_place, sorted_place)
+    return torch.empty_like(order).index_copy_(0, order, position - start + 1).view(x.shape)
+
+
+# ---- the entropy's change ------------------------------------------------------------------------------------
+
+
+def entropy_change(
+    advantages: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    sum_sq: Tensor,
+    sum_sq_logprob: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """How a token's own policy-gradient step changes the entropy of its distribution, to first order, exactly.
+
+    ``A * (sum p^2 (log p + H) - p_a (log p_a + H))`` per unit of step: the step on the logits is
+    ``A * (onehot(a) - p)``, and ``dH / dz = -p (log p + H)``. What the covariance of 2505.22617 is the mean of over
+    the policy's own samples; :func:`steer_metric` leaves out the sum. No gradient.
+
+    Args:
+        advantages, logprob, entropy, sum_sq, sum_sq_logprob: one shape, padded or packed; all but the first as
+            :func:`rewardops.token_stats` returns them.
+
+    Returns:
+        That shape, 0 where masked; positive where the entropy rises.
+    """
+    layout.check_float("advantages", advantages)
+    given = {"logprob": logprob, "entropy": entropy, "sum_sq": sum_sq, "sum_sq_logprob": sum_sq_logprob}
+    for name, value in given.items():
+        layout.check_like(name, value, advantages, "advantages")
+    valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
+    a, lp, h, q, s = layout.promote(*(t.detach() for t in (advantages, *given.values())))
+    # p log p of a token of probability 0 is 0.
+    own = torch.where(lp == -torch.inf, 0, lp.exp() * (lp + h))
+    out = a * (s + h * q - own)
+    return out if valid is None else torch.where(valid, out, 0)
 
 
 def steer_metric(

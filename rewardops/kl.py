@@ -12,6 +12,7 @@ from .dispatch import define
 from .reference.kl import ESTIMATORS
 from .reference.layout import from_rows, to_rows
 from .returns import scan
+from .segments import row_counts, row_sums
 
 _INPUTS = "Tensor logprob, Tensor ref_logprob, Tensor? mask, Tensor? behavior"
 _OPTIONS = "str estimator, float largest_d, float largest_value, float scale, bool live"
@@ -172,9 +173,10 @@ def sequence_kl(
     layout.check_choice("reduce", reduce, ("sum", "mean"))
     rows = layout.token_layout("kl", kl, mask, cu_seqlens)
     (wide,) = layout.promote(kl)
-    values, valid = to_rows(wide, rows.mask, rows.cu_seqlens)
-    total = values.sum(1)
-    return total if reduce == "sum" else total / valid.sum(1).clamp(min=1)
+    total = row_sums(wide, rows)
+    if reduce == "sum":
+        return total
+    return total / row_counts(rows, kl.device).clamp(min=1).to(total.dtype)
 
 
 def implicit_rewards(

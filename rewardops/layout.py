@@ -169,6 +169,12 @@ class Layout:
     mask: Tensor | None
     cu_seqlens: Tensor | None
 
+    def valid(self, device: torch.device) -> Tensor:
+        """Which tokens count, as a tensor."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.shape, dtype=torch.bool, device=device)
+
     def expand(self, rows: Tensor) -> Tensor:
         """Per-row values ``[B]`` on every token, padded or packed (masked tokens too)."""
         if self.cu_seqlens is None:

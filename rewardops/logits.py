@@ -26,6 +26,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None = None
     logsumexp: Tensor | None = None
     sum_sq: Tensor | None = None
+    sum_sq_logprob: Tensor | None = None
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
     ref_logprob: Tensor | None = None
@@ -42,7 +43,7 @@ _SCALARS = "float temperature, float softcap"
 
 def _fake(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta, outputs):  # type: ignore[no-untyped-def]
     acc = spec.accumulator(logits)
-    saved = len(spec.SAVED) if ref_logits is not None else 4
+    saved = spec.saved_rows(ref_logits is not None)
     made = [logits.new_empty((saved, *tokens.shape), dtype=torch.float64)]
     for name in outputs:
         made.append(logits.new_empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc))
@@ -256,26 +257,28 @@ def token_stats(
     With ``z = softcap * tanh(logits / softcap) / temperature`` (without a softcap ``logits / temperature``),
     ``L = log sum exp z``, ``p = exp(z - L)``, and ``q`` the same of ``ref_logits``:
 
-    ===============  =====================================================  ===============================
-    output           value                                                  gradient in ``z``
-    ===============  =====================================================  ===============================
-    ``logprob``      ``z[token] - L``                                       ``onehot(token) - p``
-    ``entropy``      ``-sum p log p``                                       ``-p (log p + entropy)``
-    ``logsumexp``    ``L``                                                  ``p``
-    ``sum_sq``       ``sum p^2``; the Renyi-2 entropy is ``-log sum_sq``    ``2 p (p - sum_sq)``
-    ``mean_logit``   mean of ``z`` over the vocabulary; ``L - mean_logit    ``1 / V``
-                     - log V`` is KL(uniform || policy)
-    ``is_top1``      whether no logit is above the token's (bool)           none
-    ``ref_logprob``  ``log q[token]``                                       none in ``z``; as ``logprob``
-                                                                            in the reference's
-    ``kl``           KL(policy || ref), ``sum p (log p - log q)``           ``p (log p - log q - kl)``;
-                                                                            reference: ``q - p``
-    ``reverse_kl``   KL(ref || policy), ``sum q (log q - log p)``           ``p - q``; reference:
-                                                                            ``q (log q - log p - reverse_kl)``
-    ``jsd``          ``beta KL(q || m) + (1 - beta) KL(p || m)`` with       ``(1 - beta) p (log p - log m -
-                     ``m = beta q + (1 - beta) p``, the generalised         KL(p || m))``; reference: the
-                     Jensen-Shannon divergence (as in GKD, 2306.13649)      mirror image
-    ===============  =====================================================  ===============================
+    ==================  =====================================================  ===============================
+    output              value                                                  gradient in ``z``
+    ==================  =====================================================  ===============================
+    ``logprob``         ``z[token] - L``                                       ``onehot(token) - p``
+    ``entropy``         ``-sum p log p``                                       ``-p (log p + entropy)``
+    ``logsumexp``       ``L``                                                  ``p``
+    ``sum_sq``          ``sum p^2``; the Renyi-2 entropy is ``-log sum_sq``    ``2 p (p - sum_sq)``
+    ``sum_sq_logprob``  ``sum p^2 log p``, see :func:`entropy_change`          ``p (2 p log p + p -
+                                                                               2 sum_sq_logprob - sum_sq)``
+    ``mean_logit``      mean of ``z`` over the vocabulary; ``L - mean_logit    ``1 / V``
+                        - log V`` is KL(uniform || policy)
+    ``is_top1``         whether no logit is above the token's (bool)           none
+    ``ref_logprob``     ``log q[token]``                                       none in ``z``; as ``logprob``
+                                                                               in the reference's
+    ``kl``              KL(policy || ref), ``sum p (log p - log q)``           ``p (log p - log q - kl)``;
+                                                                               reference: ``q - p``
+    ``reverse_kl``      KL(ref || policy), ``sum q (log q - log p)``           ``p - q``; reference:
+                                                                               ``q (log q - log p - reverse_kl)``
+    ``jsd``             ``beta KL(q || m) + (1 - beta) KL(p || m)`` with       ``(1 - beta) p (log p - log m -
+                        ``m = beta q + (1 - beta) p``, the generalised         KL(p || m))``; reference: the
+                        Jensen-Shannon divergence (as in GKD, 2306.13649)      mirror image
+    ==================  =====================================================  ===============================
 
     in nats, and all as sums relative to the row's largest logit, which keep their digits for logits of any
     offset. A logit of ``-inf`` has probability 0 and contributes nothing (under a softcap it is ``-softcap``,

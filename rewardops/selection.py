@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import define
+from .layout import Layout
+
 SCOPES = ("batch", "row", "group")
 
 
@@ -20,54 +23,27 @@ def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.devic
     return torch.empty_like(order).index_copy_(0, order, fresh.cumsum(0))
 
 
-def scope_counts(valid: Tensor, ids: Tensor) -> Tensor:
-    """``[B]``, at the place of each scope: how many of its tokens are valid."""
-    return ids.new_zeros(ids.shape).index_add_(0, ids, valid.sum(1))
+def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
+    """``[B]``, at the place of each scope: the sum of its rows' counts, integers."""
+    return ids.new_zeros(ids.shape).index_add_(0, ids, counts.to(torch.int64))
 
 
-def _sort_keys(values: Tensor, valid: Tensor) -> Tensor:
-    """Integers in the order of the numbers; the least where not valid."""
-    kind = torch.int64 if values.dtype is torch.float64 else torch.int32
-    info = torch.iinfo(kind)
-    key = (values.detach() + 0.0).view(kind)
-    return torch.where(valid, torch.where(key < 0, key ^ info.max, key), info.min)
+_largest = define(
+    "selection",
+    "largest(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor scopes, Tensor wanted) -> Tensor",
+    fake=lambda values, *_: values.new_empty(values.shape, dtype=torch.bool),
+)
 
 
-def largest(values: Tensor, valid: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+def largest(values: Tensor, rows: Layout, ids: Tensor, wanted: Tensor) -> Tensor:
     """A mask of the ``wanted[ids]`` largest valid values of each scope; of equal ones the earliest.
 
-    By bisection over the bit patterns of the numbers: 32 counts (64 for float64), integers throughout, so exact,
-    deterministic, of any size, and nothing is read back.
+    By selection over the bit patterns of the numbers: integers throughout, so exact, deterministic, of any size,
+    and nothing is read back.
 
     Args:
-        values, valid: ``[B, T]``; float32 or float64. ids: ``[B]``, see :func:`scope_ids`. wanted: ``[B]``, at the
-            place of each scope.
+        values: float32 or float64, in the layout ``rows``. ids: ``[B]``, see :func:`scope_ids`. wanted: ``[B]``, at
+            the place of each scope, at most as many as it has valid tokens.
     """
-    if not values.numel():
-        return valid.clone()
-    key = _sort_keys(values, valid)
-    info = torch.iinfo(key.dtype)
-    low, high = torch.full_like(ids, info.min), torch.full_like(ids, info.max)
-
-    def count(hit: Tensor) -> Tensor:
-        return ids.new_zeros(ids.shape).index_add_(0, ids, hit.sum(1))
-
-    aim = wanted.clamp(min=1)
-    for _ in range(64 if key.dtype is torch.int64 else 32):
-        middle = (low & high) + ((low ^ high) >> 1)
-        enough = count(key > middle[ids, None].to(key.dtype)) < aim
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, torch.minimum(middle, high - 1) + 1)
-    least = high[ids, None].to(key.dtype)
-    above = (key > least) & valid
-    ties = (key == least) & valid
-    # Of the ties the earliest: those of the scope's earlier rows come first.
-    each = ties.sum(1)
-    order = ids.argsort(stable=True)
-    sums = each[order].cumsum(0) - each[order]
-    first = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), ids[order][1:] != ids[order][:-1]])
-    start = torch.where(first, sums, 0).cummax(0).values
-    before = torch.empty_like(order).index_copy_(0, order, sums - start)
-    need = (aim - count(above))[ids]
-    chosen = ties & (ties.cumsum(1) + before[:, None] <= need[:, None])
-    return (above | chosen) & (wanted[ids] > 0)[:, None]
+    out: Tensor = _largest(values.detach(), rows.mask, rows.cu_seqlens, ids, wanted)
+    return out

@@ -126,7 +126,7 @@ def padded_calls(i: Inputs):
                     temperature=0.7,
                     chunk_tokens=5,
                     chunk_vocab=4,
-                    outputs=rewardops.logits.OUTPUTS[:6],
+                    outputs=rewardops.logits.OUTPUTS[:7],
                 )
             ),
             [i.logits[..., :3], i.logits[0, :, :3].repeat(2, 1)[:VOCAB], i.logits[0, 0]],
@@ -212,6 +212,21 @@ def padded_calls(i: Inputs):
             lambda r, h: rewardops.gtpo_rewards(r, h, i.groups, mask=i.mask, entropy_grad=True),
             [i.rewards, i.values],
         ),
+        (
+            "gtpo",
+            lambda h: rewardops.advantages.gtpo(i.rewards, h, i.groups, mask=i.mask, entropy_grad=True),
+            [i.values],
+        ),
+        (
+            "entropy_weights",
+            lambda h: rewardops.entropy_weights(
+                h * rewardops.high_entropy_mask(h, i.mask, fraction=0.4),
+                i.mask,
+                normalize="row",
+                entropy_grad=True,
+            ),
+            [i.values],
+        ),
         ("min_returns", lambda r: rewardops.min_returns(r, mask=i.mask, steps=i.steps), [i.values]),
         (
             "softmin_rewards",
@@ -251,6 +266,16 @@ def packed_calls(i: Inputs):
             "gtpo_rewards",
             lambda r, h: rewardops.gtpo_rewards(r, h, i.groups, entropy_grad=True, **options),
             [i.rewards, values],
+        ),
+        (
+            "entropy_weights",
+            lambda h: rewardops.entropy_weights(
+                h * rewardops.high_entropy_mask(h, fraction=0.4, **options),
+                normalize="row",
+                entropy_grad=True,
+                **options,
+            ),
+            [values],
         ),
         ("min_returns", lambda r: rewardops.min_returns(r, steps=steps, **options), [values]),
         (

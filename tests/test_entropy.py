@@ -393,3 +393,99 @@ def test_steer(generator):
     torch.testing.assert_close(rewardops.steer_weights(torch.full((3,), 0.3)), torch.full((3,), 1.2))
     with pytest.raises(ValueError, match=r"high: got 0\.5, want at least low"):
         rewardops.steer_weights(x, high=0.5)
+
+
+# ---- the entropy's change, and presets ---------------------------------------------------------------------
+
+CHANGE = ("logprob", "entropy", "sum_sq", "sum_sq_logprob")
+
+
+def test_entropy_change(target):
+    p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
+    stats = rewardops.token_stats(
+        p.log().to(target.device), torch.tensor([1]).to(target.device), outputs=CHANGE
+    )
+    got = rewardops.entropy_change(
+        torch.ones(1, dtype=torch.float64), *[getattr(stats, n).cpu() for n in CHANGE]
+    )
+    torch.testing.assert_close(got, torch.tensor([0.3323318], dtype=torch.float64), rtol=0, atol=5e-8)
+
+
+def test_entropy_change_is_the_first_order_change(generator):
+    logits = torch.randn(6, 40, generator=generator, dtype=torch.float64) * 2
+    tokens = torch.randint(0, 40, (6,), generator=generator)
+    advantages = torch.randn(6, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1])
+    stats = rewardops.token_stats(logits, tokens, outputs=CHANGE)
+    values = [getattr(stats, n) for n in CHANGE]
+    got = rewardops.entropy_change(advantages.masked_fill(mask == 0, torch.nan), *values, mask)
+    step = advantages[:, None] * (torch.nn.functional.one_hot(tokens, 40) - logits.softmax(-1))
+    size = 1e-5
+    after, before = (rewardops.token_stats(logits + sign * size * step, tokens).entropy for sign in (1, -1))
+    torch.testing.assert_close(got, ((after - before) / (2 * size)).where(mask > 0, 0), rtol=1e-6, atol=1e-9)
+    impossible = rewardops.token_stats(
+        torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([2]), outputs=CHANGE
+    )
+    got = rewardops.entropy_change(torch.ones(1), *[getattr(impossible, n) for n in CHANGE])
+    torch.testing.assert_close(got, torch.zeros(1), rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"sum_sq: got shape \[3\], want \[6\]"):
+        rewardops.entropy_change(advantages, values[0], values[1], values[2][:3], values[3])
+
+
+def test_presets(target, generator):
+    entropy = torch.rand(8, 9, generator=generator).to(target.device) + 0.1
+    mask = random_mask(8, 9, generator).to(target.device)
+    rewards = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 1]).to(target.device)
+    where = {"group_size": 4, "mask": mask}
+    shaped = rewardops.gtpo_rewards(rewards, entropy, **where)
+    want = rewardops.signed_group_normalize(shaped, rewards, **where)
+    assert torch.equal(rewardops.advantages.gtpo(rewards, entropy, **where), want)
+    rows = rewardops.grpo_s_rewards(rewards, entropy, **where)
+    want = rewardops.group_advantages(rows, group_size=4, mask=mask, eps=1e-8)
+    assert torch.equal(rewardops.advantages.grpo_s(rewards, entropy, **where), want)
+    cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    got = rewardops.advantages.grpo_s(rewards, entropy[mask], group_size=4, cu_seqlens=cu)
+    torch.testing.assert_close(got, want[mask])
+    full = rewardops.advantages.grpo_s(rewards, entropy, group_size=4)
+    assert torch.equal(full, full[:, :1].expand(8, 9))
+
+
+# ---- properties of the family ------------------------------------------------------------------------------
+
+PER_TOKEN = {
+    "gtpo_rewards": lambda r, h, g, **at: rewardops.gtpo_rewards(r, h, g, **at),
+    "gtpo": lambda r, h, g, **at: rewardops.advantages.gtpo(r, h, g, **at),
+    "grpo_s": lambda r, h, g, **at: rewardops.advantages.grpo_s(r, h, g, **at),
+    "signed_group_normalize": lambda r, h, g, **at: rewardops.signed_group_normalize(h, r, g, **at),
+    "high_entropy_mask": lambda r, h, g, **at: rewardops.high_entropy_mask(h, scope="group", groups=g, **at),
+    "entropy_weights": lambda r, h, g, **at: rewardops.entropy_weights(h, normalize="group", groups=g, **at),
+    "softmax_weights": lambda r, h, g, **at: rewardops.entropy_weights(h, mode="softmax", **at),
+    "rank_weights": lambda r, h, g, **at: rewardops.entropy_weights(h, mode="rank", normalize="row", **at),
+    "entropy_reward": lambda r, h, g, **at: rewardops.entropy_reward(h, per="token", **at),
+    "covariance": lambda r, h, g, **at: rewardops.covariance(h - 1, -h, **at),
+    "kl_cov_mask": lambda r, h, g, **at: rewardops.kl_cov_mask(h, fraction=0.1, **at),
+}
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+@given(seed=st.integers(0, 10**6))
+def test_property_layouts_rows_and_labels(name, seed):
+    """The same for packed rows, for rows in another order (values are distinct), and for other labels."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, width = 7, 11
+    fn = PER_TOKEN[name]
+    h = torch.rand(batch, width, generator=generator, dtype=torch.float64) + 0.05
+    rewards = (torch.rand(batch, generator=generator) > 0.5).double()
+    groups = random_groups(batch, generator)
+    lengths = torch.randint(1, width + 1, (batch,), generator=generator)
+    mask = torch.arange(width) < lengths[:, None]  # without holes: packing keeps positions
+    want = fn(rewards, h, groups, mask=mask)
+
+    def same(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+    packed, cu = pack(h, lengths)
+    same(fn(rewards, packed, groups, cu_seqlens=cu), want[mask])
+    same(fn(rewards, h, groups * 17 - 3, mask=mask), want)
+    order = torch.randperm(batch, generator=generator)
+    same(fn(rewards[order], h[order], groups[order], mask=mask[order]), want[order])

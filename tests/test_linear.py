@@ -14,7 +14,7 @@ from rewardops.reference import logits as spec
 from rewardops.testing import assert_within_budget
 
 EVERY = rewardops.logits.OUTPUTS
-POLICY = EVERY[:6]
+POLICY = EVERY[:7]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 
@@ -98,7 +98,7 @@ def test_matches_float64(target, generator, dtype, chunks):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outputs", [EVERY[:9], ("logprob", "kl", "jsd")], ids=["records", "jsd"])
+@pytest.mark.parametrize("outputs", [EVERY[:10], ("logprob", "kl", "jsd")], ids=["records", "jsd"])
 def test_two_models(target, generator, dtype, outputs):
     inputs, tokens = draw(generator, dtype=dtype)
     check(target, inputs, tokens, outputs, chunk_tokens=4, chunk_vocab=64)

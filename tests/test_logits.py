@@ -16,7 +16,7 @@ import rewardops
 from rewardops.testing import assert_within_budget, check_op, evaluate, random_mask
 
 EVERY = rewardops.logits.OUTPUTS
-POLICY = EVERY[:6]  # what needs no reference
+POLICY = EVERY[:7]  # what needs no reference
 PARTIAL = rewardops.logits.PARTIAL_OUTPUTS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -211,6 +211,7 @@ def plain(logits, tokens, ref_logits, temperature, beta):
         "entropy": -(p * logp).sum(-1),
         "logsumexp": z.logsumexp(-1),
         "sum_sq": (p * p).sum(-1),
+        "sum_sq_logprob": (p * p * logp).sum(-1),
         "mean_logit": z.mean(-1),
         "ref_logprob": logq.gather(-1, tokens[:, None])[:, 0],
         "kl": (p * (logp - logq)).sum(-1),
@@ -291,7 +292,7 @@ def test_beats_eager_on_half_precision(target, generator):
     logits, tokens = draw((16,), 2000, generator, dtype=torch.bfloat16)
     exact = evaluate(stats(tokens), [logits], backend="reference", dtype=torch.float64)
     ours = evaluate(stats(tokens), [logits], backend=target.backend, device=target.device)
-    assert [o.dtype for o in ours.outputs] == [torch.float32] * 5 + [torch.bool]
+    assert [o.dtype for o in ours.outputs] == [torch.float32] * 6 + [torch.bool]
     assert ours.gradients[0].dtype is torch.bfloat16
     for name, a, b in zip(POLICY, ours.outputs, exact.outputs, strict=True):
         if name != "mean_logit":  # a sum that nearly cancels is held to eager's error, elsewhere
@@ -401,6 +402,8 @@ def test_by_hand(target):
     assert got.kl.item() == pytest.approx(0.36006, abs=1e-5)
     assert got.reverse_kl.item() == pytest.approx(0.39482, abs=1e-5)
     assert got.sum_sq.item() == pytest.approx(0.38, abs=1e-6)
+    moment = 0.25 * math.log(0.5) + 0.09 * math.log(0.3) + 0.04 * math.log(0.2)
+    assert got.sum_sq_logprob.item() == pytest.approx(moment, abs=1e-6)
     assert got.logprob.item() == pytest.approx(math.log(0.5), abs=1e-6)
     assert got.ref_logprob.item() == pytest.approx(math.log(0.2), abs=1e-6)
     assert got.mean_logit.item() == pytest.approx(math.log(0.03) / 3, abs=1e-6)

@@ -7,9 +7,11 @@ That happens in processes of their own, because in this one the kernels are inte
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -28,8 +30,9 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
 
 def recorder() -> list:
     """Replaces every kernel by a recorder; the list that fills with (kernel, arguments, keywords)."""
-    from rewardops.triton_kernels import advantages, entropy, kl, logits, prefix_tree, returns
     from triton.runtime.jit import JITFunction
+
+    from rewardops import triton_kernels
 
     launches = []
 
@@ -40,7 +43,8 @@ def recorder() -> list:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
 
-    for module in (advantages, entropy, kl, logits, prefix_tree, returns):
+    for module_info in pkgutil.iter_modules(triton_kernels.__path__):
+        module = importlib.import_module(f"{triton_kernels.__name__}.{module_info.name}")
         for name, value in vars(module).copy().items():
             if isinstance(value, JITFunction) and ("kernel" in name or "combine" in name):
                 setattr(module, name, Recorder(value))
@@ -50,12 +54,23 @@ def recorder() -> list:
 def record() -> list:
     """Every distinct launch that the callers make."""
     import torch
-    from rewardops.triton_kernels import advantages, entropy, kl, logits, prefix_tree, returns
+    from rewardops.triton_kernels import (
+        advantages,
+        entropy,
+        kl,
+        logits,
+        prefix_tree,
+        returns,
+        segments,
+        selection,
+    )  # fmt: skip
+
+    from rewardops.logits import OUTPUTS
 
     launches = recorder()
     vocab, batch, width = 151936, 8, 4096
     ids = torch.zeros(40, dtype=torch.int64)
-    policy = ("logprob", "entropy", "logsumexp", "sum_sq", "mean_logit", "is_top1")
+    policy = OUTPUTS[:7]
     both = (*policy, "ref_logprob", "kl", "reverse_kl")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.empty(40, vocab, dtype=dtype)
@@ -108,6 +123,10 @@ def record() -> list:
         shaping = (1.0, 0.1, 0.0, 1e-2)
         entropy.gtpo_rewards(rewards, values, groups, m, offsets, *shaping)
         entropy.gtpo_rewards_backward(values, rewards, values, groups, m, offsets, *shaping)
+        segments.row_counts(values > 0, offsets)
+        for numbers in (values, values.double()):
+            segments.row_sums(numbers, m, offsets)
+            selection.largest(numbers, m, offsets, groups, groups)
         for steps in (None, values > 0, values.long()):
             _, where = returns.min_returns(values, m, offsets, steps)
             returns.min_returns_backward(values, where, offsets)
@@ -272,7 +291,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {row["kernel"] for row in compiled}
-    assert len(kernels) == 17, sorted(kernels)
+    assert len(kernels) == 20, sorted(kernels)
     for target in TARGETS:
         assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
 
@@ -281,8 +300,9 @@ def test_no_kernel_spills(compiled):
     assert not [row for row in compiled if row["spill"]]
 
 
-def test_no_kernel_uses_atomics(compiled):
-    assert not [row for row in compiled if row.get("atomics")]
+def test_no_kernel_adds_numbers_by_atomics(compiled):
+    """Whose order would show in the sum; the digits' counts are integers."""
+    assert not [row for row in compiled if row.get("atomics") and row["kernel"] != "digits_kernel"]
 
 
 @pytest.mark.parametrize("kernel", LOGITS_KERNELS)

@@ -16,7 +16,8 @@ from torch import Tensor
 from rewardops.reference.advantages import BASELINES, SCALES
 
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
-from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
+from .segments import row_sums
 
 # Rows joined at once; fewer where their masks have to be looked into, and of a mask so many tokens at a look: one
 # look decides for nearly every row.
@@ -383,22 +384,6 @@ def group_advantages_kernel(
         tl.store(advantages + b, value)
 
 
-@triton.jit(do_not_specialize=["grad_stride", "mask_stride", "width", "total"])
-def row_sums_kernel(
-    grad, mask, cu, sums, grad_stride, mask_stride, width, total,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program b: the upstream gradient of row b, summed over its tokens."""
-    b = tl.program_id(0)
-    base, length = row_bounds(cu, b, width, total, PACKED)
-    lanes = tl.zeros([BLOCK], sums.dtype.element_ty)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        valid = load_valid(mask, base + b.to(tl.int64) * mask_stride + at, at < length, HAS_MASK)
-        lanes += tl.load(grad + base + b.to(tl.int64) * grad_stride + at, mask=valid, other=0.0)
-    tl.store(sums + b, tl.sum(lanes, 0))
-
-
 @triton.jit(do_not_specialize=["batch", "mask_stride", "width", "total", "ddof"])
 def group_advantages_backward_kernel(
     up, grad_inv_scale, rewards, groups, lengths, inv_scales, numerators, mask, cu, out, out_given,
@@ -586,12 +571,7 @@ def group_advantages_backward(
     mask = as_bytes(mask)
     up = grad
     if grad is not None and tokens:
-        grad = dense(grad)
-        up = rewards.new_empty(rewards.shape)
-        row_sums_kernel[(rows.batch,)](
-            grad, pointer(mask, rewards), rows.cu, up, stride(grad), stride(mask), rows.width, rows.total,
-            PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
-        )  # fmt: skip
+        up = row_sums(grad, mask, cu_seqlens)
     elif up is not None:
         up = up.contiguous()
     inv = None if grad_inv_scale is None else grad_inv_scale.contiguous()

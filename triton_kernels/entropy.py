@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .advantages import row_sums_kernel
 from .groups import LABELS, next_member
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+from .segments import row_sums
 
 BLOCK = 256 if INTERPRETED else 512
 
@@ -165,12 +165,5 @@ def gtpo_rewards_backward(
     options = (alpha1, alpha2, threshold, floor)
     grad, rewards = dense(grad), rewards.contiguous()
     grad_entropy = _run(grad, rewards, entropy, groups.contiguous(), mask, cu_seqlens, options)
-    rows = Rows.of(entropy.shape, cu_seqlens, rewards)
-    sums = rewards.new_empty(rewards.shape)
-    if rows.batch:
-        valid = as_bytes(mask)
-        row_sums_kernel[(rows.batch,)](
-            grad, pointer(valid, rewards), rows.cu, sums, stride(grad), stride(valid), rows.width, rows.total,
-            PACKED=rows.packed, HAS_MASK=valid is not None, BLOCK=BLOCK,
-        )  # fmt: skip
+    sums = row_sums(grad, mask, cu_seqlens)
     return (sums * alpha1).masked_fill(~(rewards > threshold), 0.0), grad_entropy

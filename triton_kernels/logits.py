@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.logits import OUTPUTS, RECORD, SAVED, accumulator
+from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows
 from .arithmetic import expm1_negative, log1p
 from .launch import INTERPRETED, cdiv, multiprocessors, pair, splits
 
@@ -27,9 +27,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4e38)  # in place of -inf, where inf - inf could arise
 
 # Bits of what is wanted or given, in the order of OUTPUTS.
-LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, MEAN, TOP1, REF_LOGPROB, KL, REVERSE, JSD = (
-    tl.constexpr(1 << k) for k in range(10)
+LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, SQUARE_LOGS, MEAN, TOP1, REF_LOGPROB, KL, REVERSE, JSD = (
+    tl.constexpr(1 << k) for k in range(11)
 )
+MOMENTS = tl.constexpr(SUM_SQ.value | SQUARE_LOGS.value)
 
 
 def _block(logits: Tensor, crowded: bool) -> int:
@@ -142,7 +143,8 @@ def sum_terms(e, x, top, shift):
 
 @triton.jit
 def accumulate(
-    z, x, inside, origin, shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse, scale,
+    z, x, inside, origin, shift, total, weighted, squares, square_logs, distance, ref_shift, ref_total, kl,
+    reverse, scale,
     WANT: tl.constexpr, HAS_REF: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Take a block into the running maxima and sums; the sums are float64 scalars, relative to the maxima."""
@@ -150,6 +152,7 @@ def accumulate(
     if top > shift:
         f, gap = factor_between(shift, top, scale)
         weighted = f * (weighted + total * gap * scale.to(tl.float64))
+        square_logs = f * f * (square_logs + squares * gap * scale.to(tl.float64))
         squares *= f * f
         if HAS_REF:
             kl = kept_infinite(kl, f * (kl + total * gap))
@@ -186,20 +189,23 @@ def accumulate(
         e = tl.exp2(t)
     if ENTROPY & WANT:
         weighted += tl.sum(e * t, 0).to(tl.float64)
-    if SUM_SQ & WANT:
+    if MOMENTS & WANT:
         squares += tl.sum(e * e, 0).to(tl.float64)
+    if SQUARE_LOGS & WANT:
+        square_logs += tl.sum(e * e * t, 0).to(tl.float64)
     if MEAN & WANT:
         d = (z - origin).to(tl.float64)
         if TAIL:
             d = tl.where(inside, d, 0.0)
         distance += tl.sum(d, 0)
     total += sum_terms(e, z, top, shift)
-    return shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse
+    return shift, total, weighted, squares, square_logs, distance, ref_shift, ref_total, kl, reverse
 
 
 @triton.jit
 def store_record(
-    at, shift, total, weighted, squares, distance, columns, token, found, ref_shift, ref_total, ref_token, kl,
+    at, shift, total, weighted, squares, square_logs, distance, columns, token, found, ref_shift, ref_total,
+    ref_token, kl,
     reverse,
 ):  # fmt: skip
     tl.store(at, shift)
@@ -215,6 +221,7 @@ def store_record(
     tl.store(at + 10, ref_token)
     tl.store(at + 11, kl)
     tl.store(at + 12, reverse)
+    tl.store(at + 13, square_logs)
 
 
 @triton.jit
@@ -225,6 +232,7 @@ def store_masked(
     o_entropy,
     o_logsumexp,
     o_sum_sq,
+    o_square_logs,
     o_mean,
     o_ref_logprob,
     o_kl,
@@ -249,6 +257,8 @@ def store_masked(
             tl.store(o_logsumexp + n, 0.0)
         if SUM_SQ & WANT:
             tl.store(o_sum_sq + n, 0.0)
+        if SQUARE_LOGS & WANT:
+            tl.store(o_square_logs + n, 0.0)
         if MEAN & WANT:
             tl.store(o_mean + n, 0.0)
         if REF_LOGPROB & WANT:
@@ -263,9 +273,11 @@ def store_masked(
 
 @triton.jit
 def finish(
-    n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob, o_kl, o_reverse, tops,
+    n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_square_logs, o_mean, o_ref_logprob, o_kl,
+    o_reverse, tops,
     saved, stored_shift, ref_stored_shift,
-    shift, total, weighted, squares, distance, columns, token, found, ref_shift, ref_total, ref_token, kl,
+    shift, total, weighted, squares, square_logs, distance, columns, token, found, ref_shift, ref_total,
+    ref_token, kl,
     reverse,
     WANT: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
@@ -289,7 +301,12 @@ def finish(
         tl.store(o_logsumexp + n, (tl.where(empty, 0.0, shift) + log_sum).to(ACC))
     if SUM_SQ & WANT:
         tl.store(o_sum_sq + n, sum_sq.to(ACC))
+    if MOMENTS & WANT:
         tl.store(saved + 3 * count + n, sum_sq)
+    if SQUARE_LOGS & WANT:
+        value = square_logs / (total * total) - log_sum * sum_sq
+        tl.store(o_square_logs + n, value.to(ACC))
+        tl.store(saved + 4 * count + n, value)
     if MEAN & WANT:
         mean = tl.where(empty, float("-inf"), shift + distance / columns)
         tl.store(o_mean + n, mean.to(ACC))
@@ -298,24 +315,25 @@ def finish(
     if HAS_REF:
         ref_empty = ref_shift == float("-inf")
         ref_log_sum = tl.where(ref_empty, nan, tl.log(ref_total))
-        tl.store(saved + 4 * count + n, ref_stored_shift)
-        tl.store(saved + 5 * count + n, tl.where(ref_empty, nan, ref_total))
+        tl.store(saved + 5 * count + n, ref_stored_shift)
+        tl.store(saved + 6 * count + n, tl.where(ref_empty, nan, ref_total))
         if REF_LOGPROB & WANT:
             ref_token = tl.where(found > 0, ref_token, nan)
             tl.store(o_ref_logprob + n, (ref_token - ref_shift - ref_log_sum).to(ACC))
         if KL & WANT:
             value = kl / total + (ref_log_sum - log_sum)
             tl.store(o_kl + n, value.to(ACC))
-            tl.store(saved + 6 * count + n, value)
+            tl.store(saved + 7 * count + n, value)
         if REVERSE & WANT:
             value = reverse / ref_total - (ref_log_sum - log_sum)
             tl.store(o_reverse + n, value.to(ACC))
-            tl.store(saved + 7 * count + n, value)
+            tl.store(saved + 8 * count + n, value)
 
 
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "blocks", "parts"])
 def token_stats_kernel(
-    logits, tokens, ref_logits, mask, temperatures, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean,
+    logits, tokens, ref_logits, mask, temperatures, o_logprob, o_entropy, o_logsumexp, o_sum_sq,
+    o_square_logs, o_mean,
     o_ref_logprob, o_kl, o_reverse, tops, saved, record,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     first, vocab, blocks, parts, inv_high, inv_low, cap_high, cap_low,
@@ -335,6 +353,7 @@ def token_stats_kernel(
                 o_entropy,
                 o_logsumexp,
                 o_sum_sq,
+                o_square_logs,
                 o_mean,
                 o_ref_logprob,
                 o_kl,
@@ -363,6 +382,7 @@ def token_stats_kernel(
         total = tl.zeros([], tl.float64)
         weighted = tl.zeros([], tl.float64)
         squares = tl.zeros([], tl.float64)
+        square_logs = tl.zeros([], tl.float64)
         distance = tl.zeros([], tl.float64)
         ref_total = tl.zeros([], tl.float64)
         kl = tl.zeros([], tl.float64)
@@ -378,8 +398,8 @@ def token_stats_kernel(
             x = z
             if HAS_REF:
                 x = capped(tl.load(ref_row + start + columns).to(ACC), cap, CAPPED)
-            shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse = accumulate(
-                z, x, columns, origin, shift, total, weighted, squares, distance, ref_shift,
+            shift, total, weighted, squares, square_logs, distance, ref_shift, ref_total, kl, reverse = accumulate(
+                z, x, columns, origin, shift, total, weighted, squares, square_logs, distance, ref_shift,
                 ref_total, kl, reverse,
                 scale, WANT, HAS_REF, False,
             )  # fmt: skip
@@ -391,8 +411,8 @@ def token_stats_kernel(
             if HAS_REF:
                 x = capped(tl.load(ref_row + full + columns, mask=inside, other=0.0).to(ACC), cap, CAPPED)
                 x = tl.where(inside, x, float("-inf"))
-            shift, total, weighted, squares, distance, ref_shift, ref_total, kl, reverse = accumulate(
-                z, x, inside, origin, shift, total, weighted, squares, distance, ref_shift,
+            shift, total, weighted, squares, square_logs, distance, ref_shift, ref_total, kl, reverse = accumulate(
+                z, x, inside, origin, shift, total, weighted, squares, square_logs, distance, ref_shift,
                 ref_total, kl, reverse,
                 scale, WANT, HAS_REF, True,
             )  # fmt: skip
@@ -403,6 +423,7 @@ def token_stats_kernel(
         moved = tl.where(shift64 == float("-inf"), 0.0, (origin.to(tl.float64) - shift64) * width)
         distance = (distance + moved) * inv
         weighted *= LN2
+        square_logs *= LN2
         shift64 *= inv
         ref_shift64 = ref_shift.to(tl.float64) * inv
         kl *= inv
@@ -419,8 +440,10 @@ def token_stats_kernel(
         if SPLIT or RECORD:
             if not ENTROPY & WANT:
                 weighted = tl.full([], float("nan"), tl.float64)
-            if not SUM_SQ & WANT:
+            if not MOMENTS & WANT:
                 squares = tl.full([], float("nan"), tl.float64)
+            if not SQUARE_LOGS & WANT:
+                square_logs = tl.full([], float("nan"), tl.float64)
             if not MEAN & WANT:
                 distance = tl.full([], float("nan"), tl.float64)
             if HAS_REF:
@@ -431,15 +454,16 @@ def token_stats_kernel(
             else:
                 ref_shift64 = tl.zeros([], tl.float64)
             store_record(
-                record + (n.to(tl.int64) * parts + part) * FIELDS, shift64, total, weighted, squares, distance,
+                record + (n.to(tl.int64) * parts + part) * FIELDS, shift64, total, weighted, squares,
+                square_logs, distance,
                 width.to(tl.float64), token, found.to(tl.float64), ref_shift64, ref_total,
                 ref_token, kl, reverse,
             )  # fmt: skip
         else:
             finish(
-                n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob,
+                n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_square_logs, o_mean, o_ref_logprob,
                 o_kl, o_reverse, tops, saved, shift.to(tl.float64), ref_shift.to(tl.float64),
-                shift64, total, weighted, squares, distance, width.to(tl.float64), token,
+                shift64, total, weighted, squares, square_logs, distance, width.to(tl.float64), token,
                 found.to(tl.float64), ref_shift64, ref_total, ref_token, kl, reverse,
                 WANT, HAS_REF,
             )  # fmt: skip
@@ -461,7 +485,8 @@ def sum_moved(factor, value):
 
 @triton.jit(do_not_specialize=["count", "parts"])
 def token_stats_combine(
-    tokens, mask, temperatures, partial, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob,
+    tokens, mask, temperatures, partial, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_square_logs, o_mean,
+    o_ref_logprob,
     o_kl, o_reverse, tops, saved, record, count, parts, inv_high, inv_low,
     WANT: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
     RECORD: tl.constexpr, MOST: tl.constexpr,
@@ -476,6 +501,7 @@ def token_stats_combine(
             o_entropy,
             o_logsumexp,
             o_sum_sq,
+            o_square_logs,
             o_mean,
             o_ref_logprob,
             o_kl,
@@ -504,7 +530,9 @@ def token_stats_combine(
         total = tl.sum(factor * totals, 0)
         ref_total = tl.sum(ref_factor * ref_totals, 0)
         weighted = sum_moved(factor, tl.load(at + 2, mask=there, other=0.0) + gap * totals)
-        squares = sum_moved(factor * factor, tl.load(at + 3, mask=there, other=0.0))
+        squares = tl.load(at + 3, mask=there, other=0.0)
+        square_logs = sum_moved(factor * factor, tl.load(at + 13, mask=there, other=0.0) + gap * squares)
+        squares = sum_moved(factor * factor, squares)
         distance = tl.sum(tl.load(at + 4, mask=there, other=0.0) + gap * widths, 0)
         token = tl.sum(tl.load(at + 6, mask=there, other=0.0), 0)
         found = tl.sum(tl.load(at + 7, mask=there, other=0.0), 0)
@@ -515,15 +543,15 @@ def token_stats_combine(
         width = tl.sum(widths, 0)
         if RECORD:
             store_record(
-                record + n.to(tl.int64) * FIELDS, shift, total, weighted, squares, distance,
+                record + n.to(tl.int64) * FIELDS, shift, total, weighted, squares, square_logs, distance,
                 width, token, found,
                 ref_shift, ref_total, ref_token, kl, reverse,
             )  # fmt: skip
         else:
             finish(
-                n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_mean, o_ref_logprob, o_kl,
+                n, count, o_logprob, o_entropy, o_logsumexp, o_sum_sq, o_square_logs, o_mean, o_ref_logprob, o_kl,
                 o_reverse, tops, saved, shift / inv, ref_shift / inv,
-                shift, total, weighted, squares, distance, width, token, found,
+                shift, total, weighted, squares, square_logs, distance, width, token, found,
                 ref_shift, ref_total, ref_token, kl, reverse, WANT, HAS_REF,
             )  # fmt: skip
 
@@ -570,8 +598,8 @@ def token_stats_mixture_kernel(
         rows = count.to(tl.int64)
         shift = tl.load(saved + n).to(ACC)
         log_sum = tl.log(tl.load(saved + rows + n)).to(ACC)
-        ref_shift = tl.load(saved + 4 * rows + n).to(ACC)
-        ref_log_sum = tl.log(tl.load(saved + 5 * rows + n)).to(ACC)
+        ref_shift = tl.load(saved + 5 * rows + n).to(ACC)
+        ref_log_sum = tl.log(tl.load(saved + 6 * rows + n)).to(ACC)
         row = logits + row_offset(n, inner, stride_outer, stride_inner)
         ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
         begin = part * blocks * BLOCK
@@ -617,13 +645,16 @@ def finite_part(grad, value):
 @triton.jit
 def side_gradient(
     column, token, d, other, e, other_e, excess,
-    on_e, on_distance, on_gap, mean_gap, on_mixed, on_square, on_other, on_one, on_token,
-    LOG: tl.constexpr, SQUARE: tl.constexpr, PAIRED: tl.constexpr, MIXED: tl.constexpr,
+    on_e, on_distance, on_gap, mean_gap, on_mixed, on_square, on_square_distance,
+    on_other, on_one, on_token, LOG: tl.constexpr, SQUARE: tl.constexpr, SQUARE_LOG: tl.constexpr,
+    PAIRED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one side's scaled logits, from distances to the largest and their exponentials."""
     inner = on_e
     if LOG:
         inner += on_distance * d
+    if SQUARE_LOG:
+        on_square += on_square_distance * d
     if SQUARE:
         inner += on_square * e
     if PAIRED:
@@ -649,7 +680,7 @@ def unscaled(g, x, inv, cap, CAPPED: tl.constexpr):
     do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"]
 )
 def token_stats_backward_kernel(
-    g_logprob, g_entropy, g_logsumexp, g_sum_sq, g_mean, g_ref_logprob, g_kl, g_reverse, g_jsd,
+    g_logprob, g_entropy, g_logsumexp, g_sum_sq, g_square_logs, g_mean, g_ref_logprob, g_kl, g_reverse, g_jsd,
     grad_record, record, saved, logits, tokens, ref_logits, mask, temperatures, out, ref_out,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     out_inner, out_stride_outer, out_stride_inner, ref_out_stride,
@@ -662,7 +693,8 @@ def token_stats_backward_kernel(
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     # Of a record anything may have a gradient.
     LOG: tl.constexpr = RECORD or (ENTROPY & GIVEN) != 0
-    SQUARE: tl.constexpr = RECORD or (SUM_SQ & GIVEN) != 0
+    SQUARE: tl.constexpr = RECORD or (MOMENTS & GIVEN) != 0
+    SQUARE_LOG: tl.constexpr = RECORD or (SQUARE_LOGS & GIVEN) != 0
     MIXED: tl.constexpr = (not RECORD) and (JSD & GIVEN) != 0
     PAIRED: tl.constexpr = HAS_REF and (RECORD or TO_REF or ((KL | REVERSE | JSD) & GIVEN) != 0)
     n = tl.program_id(0)
@@ -709,7 +741,8 @@ def token_stats_backward_kernel(
             shift = tl.where(shift == float("-inf"), 0.0, shift / inv64).to(ACC)
             on_log = tl.load(at + 2)
             on_p = tl.load(at + 1) + on_log
-            on_square = 2.0 * tl.load(at + 3)
+            on_square_log = 2.0 * tl.load(at + 13)
+            on_square = 2.0 * tl.load(at + 3) + 0.5 * on_square_log
             on_one = tl.load(at + 4)
             on_token = tl.where(found, tl.load(at + 6), 0.0)
             on_gap = zero
@@ -735,12 +768,16 @@ def token_stats_backward_kernel(
             entropy = upstream(g_entropy, n, ENTROPY & GIVEN)
             sum_sq = upstream(g_sum_sq, n, SUM_SQ & GIVEN)
             on_log = -entropy
-            on_square = 2.0 * sum_sq
+            moment = upstream(g_square_logs, n, SQUARE_LOGS & GIVEN)
+            on_square = 2.0 * sum_sq + moment
+            on_square_log = 2.0 * moment
             on_p = upstream(g_logsumexp, n, LOGSUMEXP & GIVEN) - on_token
             if ENTROPY & GIVEN:
                 on_p -= entropy * tl.load(saved + 2 * rows + n)
-            if SUM_SQ & GIVEN:
+            if MOMENTS & GIVEN:
                 on_p -= on_square * tl.load(saved + 3 * rows + n)
+            if SQUARE_LOGS & GIVEN:
+                on_p -= on_square_log * tl.load(saved + 4 * rows + n)
             on_one = upstream(g_mean, n, MEAN & GIVEN) / vocab
             ref_on_token = upstream(g_ref_logprob, n, REF_LOGPROB & GIVEN)
             if REF_LOGPROB & GIVEN:
@@ -749,15 +786,15 @@ def token_stats_backward_kernel(
             ref_on_gap = upstream(g_reverse, n, REVERSE & GIVEN)
             ref_on_p = -ref_on_token
             if HAS_REF:
-                ref_shift = tl.load(saved + 4 * rows + n).to(ACC)
-                ref_total = tl.load(saved + 5 * rows + n)
+                ref_shift = tl.load(saved + 5 * rows + n).to(ACC)
+                ref_total = tl.load(saved + 6 * rows + n)
             if KL & GIVEN:
-                value = tl.load(saved + 6 * rows + n)
+                value = tl.load(saved + 7 * rows + n)
                 on_gap = finite_part(on_gap, value)
                 mean_gap = finite_part(value, value)
                 ref_on_p += on_gap
             if REVERSE & GIVEN:
-                value = tl.load(saved + 7 * rows + n)
+                value = tl.load(saved + 8 * rows + n)
                 ref_on_gap = finite_part(ref_on_gap, value)
                 ref_mean_gap = finite_part(value, value)
                 on_p += ref_on_gap
@@ -765,8 +802,8 @@ def token_stats_backward_kernel(
                 jsd = upstream(g_jsd, n, JSD & GIVEN)
                 on_mixed = (1.0 - beta) * jsd
                 ref_on_mixed = beta * jsd
-                on_p -= on_mixed * tl.load(saved + 8 * rows + n)
-                ref_on_p -= ref_on_mixed * tl.load(saved + 9 * rows + n)
+                on_p -= on_mixed * tl.load(saved + 9 * rows + n)
+                ref_on_p -= ref_on_mixed * tl.load(saved + 10 * rows + n)
         token = tl.where(found, token, -1)
         # The normalisers are folded into the coefficients in float64, and with them the constants of
         # log p = distance - log total: near the largest logit, where the mass is, distances are small and carry
@@ -775,6 +812,8 @@ def token_stats_backward_kernel(
         ref_log_total = tl.log(ref_total)
         if LOG:
             on_p -= on_log * log_total
+        if SQUARE_LOG:
+            on_square -= on_square_log * log_total
         if PAIRED:
             # log p - log q = d - r + log (ref_total / total); less its mean it is small where the mass is.
             mean_gap, rounding = split(mean_gap - (ref_log_total - log_total), ACC)
@@ -783,6 +822,7 @@ def token_stats_backward_kernel(
             ref_on_p -= ref_on_gap * rounding.to(tl.float64)
         on_e, on_distance = (on_p / total).to(ACC), (on_log / total).to(ACC)
         on_square, on_one, on_token = (on_square / (total * total)).to(ACC), on_one.to(ACC), on_token.to(ACC)
+        on_square_distance = (on_square_log / (total * total)).to(ACC)
         on_other, ref_on_other = (-ref_on_gap / ref_total).to(ACC), (-on_gap / total).to(ACC)
         on_gap, on_mixed = (on_gap / total).to(ACC), (on_mixed / total).to(ACC)
         ref_on_gap, ref_on_mixed = (ref_on_gap / ref_total).to(ACC), (ref_on_mixed / ref_total).to(ACC)
@@ -818,8 +858,8 @@ def token_stats_backward_kernel(
             if TO_LOGITS:
                 g = side_gradient(
                     column, token, d, r, e, f, excess, on_e, on_distance, on_gap, mean_gap,
-                    on_mixed, on_square, on_other,
-                    on_one, on_token, LOG, SQUARE, PAIRED, MIXED,
+                    on_mixed, on_square, on_square_distance, on_other,
+                    on_one, on_token, LOG, SQUARE, SQUARE_LOG, PAIRED, MIXED,
                 )  # fmt: skip
                 g = unscaled(g, z, inv, cap, CAPPED).to(out.dtype.element_ty)
                 if start < full:
@@ -830,7 +870,8 @@ def token_stats_backward_kernel(
                 h = side_gradient(
                     column, token, r, d, f, e, ref_excess, ref_on_e, on_distance,
                     ref_on_gap, ref_mean_gap, ref_on_mixed,
-                    on_square, ref_on_other, 0.0, ref_on_token, False, False, PAIRED, MIXED,
+                    on_square, on_square_distance, ref_on_other, 0.0, ref_on_token,
+                    False, False, False, PAIRED, MIXED,
                 )  # fmt: skip
                 h = unscaled(h, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
                 if start < full:
@@ -942,7 +983,7 @@ def token_stats(
     acc = accumulator(logits)
     shape = tokens.shape
     # Zeros: not every row of it is filled.
-    saved = logits.new_zeros((4 if ref_logits is None else len(SAVED), *shape), dtype=torch.float64)
+    saved = logits.new_zeros((saved_rows(ref_logits is not None), *shape), dtype=torch.float64)
     made = {
         name: logits.new_empty(shape, dtype=torch.uint8 if name == "is_top1" else acc)
         for name in outputs
@@ -968,7 +1009,7 @@ def _mixture(p: _Problem, saved: Tensor, vocab: int, beta: float) -> Tensor:
             vocab, each, parts, *p.scalars, *pair(beta), **p.flags, **p.capped, BLOCK=p.block, num_warps=WARPS,
         )  # fmt: skip
     mixed, ref_mixed = partial.sum(1).view(*saved.shape[1:], 2).unbind(-1)
-    saved[8], saved[9] = mixed, ref_mixed
+    saved[9], saved[10] = mixed, ref_mixed
     return (beta * ref_mixed + (1 - beta) * mixed).to(accumulator(p.logits))
 
 

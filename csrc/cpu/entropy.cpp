@@ -14,9 +14,6 @@ void launch_gtpo(GtpoArgs<T> a, const int64_t* labels, int64_t longest, int thre
   const auto kernel = a.grad.data ? k.gtpo_backward : k.gtpo;
   parallel_for(a.groups.count * blocks, 1, threads,
                [&](int64_t begin, int64_t end) { kernel(a, blocks, begin, end); });
-  if (a.grad.data)
-    parallel_for(a.rows.batch, 16, threads,
-                 [&](int64_t begin, int64_t end) { k.gtpo_backward_rows(a, begin, end); });
 }
 
 template void launch_gtpo<float>(GtpoArgs<float>, const int64_t*, int64_t, int);

@@ -11,6 +11,7 @@
 #include "rewardops/cpu/logits_backward.h"
 #include "rewardops/cpu/prefix_tree.h"
 #include "rewardops/cpu/returns.h"
+#include "rewardops/cpu/segments.h"
 
 #define REWARDOPS_TEXT_(x) #x
 #define REWARDOPS_TEXT(x) REWARDOPS_TEXT_(x)
@@ -21,9 +22,9 @@ namespace {
 
 template <typename T>
 constexpr TypedKernels<T> typed() {
-  return {token_kl<T>,           spread<T>,      gtpo<T>,
-          gtpo_backward<T>,      gtpo_backward_rows<T>, min_returns<T>,
-          min_returns_backward<T>, softmin<T>,   softmin_backward<T>};
+  return {token_kl<T>,           spread<T>,             row_sums<T>,
+          gtpo<T>,               gtpo_backward<T>,      min_returns<T>,
+          min_returns_backward<T>, softmin<T>,          softmin_backward<T>};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .memory import Shape, address, allocate, as_bytes, function, rows_dense, strided, threads
+from .segments import row_sums
 
 
 def _run(
@@ -15,12 +16,11 @@ def _run(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     options: tuple[float, float, float, float],
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     rows = Shape(entropy.shape, cu_seqlens)
     rewards, groups, mask = rewards.contiguous(), groups.contiguous(), as_bytes(mask)
     entropy = rows_dense(entropy)
     grad = None if grad is None else rows_dense(grad)
-    grad_rewards = rewards.new_empty(rewards.shape)
     out = allocate(entropy, entropy.shape, cu_seqlens)
     function("gtpo_rewards", rewards)(
         rows.tuple,
@@ -30,12 +30,11 @@ def _run(
         address(groups),
         *options,
         strided(grad),
-        address(grad_rewards),
         strided(out),
         rows.longest,
         threads(),
     )
-    return grad_rewards, out
+    return out
 
 
 def gtpo_rewards(
@@ -50,7 +49,7 @@ def gtpo_rewards(
     floor: float,
 ) -> Tensor:
     options = (alpha1, alpha2, threshold, floor)
-    return _run(None, rewards, entropy, groups, mask, cu_seqlens, options)[1]
+    return _run(None, rewards, entropy, groups, mask, cu_seqlens, options)
 
 
 def gtpo_rewards_backward(
@@ -68,4 +67,6 @@ def gtpo_rewards_backward(
     if grad.numel() == 0:  # an empty tensor has no address, by which the kernels tell the two passes apart
         return rewards.new_zeros(rewards.shape), entropy.new_zeros(entropy.shape)
     options = (alpha1, alpha2, threshold, floor)
-    return _run(grad, rewards, entropy, groups, mask, cu_seqlens, options)
+    grad_entropy = _run(grad, rewards, entropy, groups, mask, cu_seqlens, options)
+    sums = row_sums(grad, mask, cu_seqlens)
+    return (sums * alpha1).masked_fill(~(rewards > threshold), 0.0), grad_entropy

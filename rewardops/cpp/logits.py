@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
 from ..dispatch import compiled_module
-from ..reference.logits import OUTPUTS, RECORD, SAVED, accumulator
+from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows
 from .memory import address, dense, fresh, threads
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_ROWS = (0, 0, 1, 0, 0)
-_TERMS = {"entropy": 1, "sum_sq": 2, "mean_logit": 4, "kl": 8, "reverse_kl": 16}
+_TERMS = {"entropy": 1, "sum_sq": 2, "sum_sq_logprob": 2 | 32, "mean_logit": 4, "kl": 8, "reverse_kl": 16}
 
 Rows = tuple[int, int, int, int, int]
 
@@ -72,7 +74,7 @@ def token_stats(
     problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     acc = accumulator(logits)
     # Zeros: not every row of it is filled.
-    saved = torch.zeros((4 if ref_logits is None else len(SAVED), *tokens.shape), dtype=torch.float64)
+    saved = torch.zeros((saved_rows(ref_logits is not None), *tokens.shape), dtype=torch.float64)
     made = {
         name: torch.empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc) for name in outputs
     }
@@ -97,7 +99,7 @@ def token_stats_partial(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
     )
     record = torch.empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
-    terms = sum(_TERMS.get(name, 0) for name in outputs)
+    terms = reduce(or_, (_TERMS.get(name, 0) for name in outputs), 0)
     nothing = (0,) * len(OUTPUTS)
     compiled_module().token_stats(problem.tuple, nothing, 0, address(record), terms, threads())  # type: ignore[union-attr]
     return record

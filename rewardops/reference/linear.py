@@ -12,12 +12,12 @@ from . import logits as spec
 
 
 def pack_saved(saved: Tensor) -> Tensor:
-    """What a backward pass of whole rows needs ``[4 or 10, ...]``, as wide as a record: ``[..., 13]``."""
+    """What a backward pass of whole rows needs ``[saved_rows, ...]``, as wide as a record."""
     return torch.nn.functional.pad(saved.movedim(0, -1), (0, len(spec.RECORD) - saved.shape[0]))
 
 
 def unpack_saved(saved: Tensor, paired: bool) -> Tensor:
-    return saved[..., : len(spec.SAVED) if paired else 4].movedim(-1, 0)
+    return saved[..., : spec.saved_rows(paired)].movedim(-1, 0)
 
 
 def precision(*tensors: Tensor | None) -> torch.dtype:
@@ -87,7 +87,7 @@ class _Problem:
 
 
 def linear_token_stats(*args: Any) -> list[Tensor]:
-    """What is saved, ``[..., 13]``, and the outputs asked for."""
+    """What is saved, ``[..., len(RECORD)]``, and the outputs asked for."""
     p = _Problem(*args)
     if "jsd" in p.outputs:
         saved, *found = spec.token_stats(*p.inputs, *p.scalars, p.vocab, p.beta, p.outputs)

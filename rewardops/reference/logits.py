@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 
 OUTPUTS = (
-    "logprob", "entropy", "logsumexp", "sum_sq", "mean_logit", "is_top1", "ref_logprob", "kl", "reverse_kl", "jsd",
+    "logprob", "entropy", "logsumexp", "sum_sq", "sum_sq_logprob", "mean_logit", "is_top1",
+    "ref_logprob", "kl", "reverse_kl", "jsd",
 )  # fmt: skip
-REF_OUTPUTS = OUTPUTS[6:]
+REF_OUTPUTS = OUTPUTS[7:]
 
 # With y = z - shift and u = x - ref_shift, z the scaled logits and x the reference's: total = sum e^y,
-# weighted = sum e^y y, squares = sum e^2y, distance = sum y, kl = sum e^y (y - u), reverse = sum e^u (u - y).
+# weighted = sum e^y y, squares = sum e^2y, squares_weighted = sum e^2y y, distance = sum y,
+# kl = sum e^y (y - u), reverse = sum e^u (u - y).
 RECORD = (
     "shift", "total", "weighted", "squares", "distance", "columns", "token", "found",
-    "ref_shift", "ref_total", "ref_token", "kl", "reverse",
+    "ref_shift", "ref_total", "ref_token", "kl", "reverse", "squares_weighted",
 )  # fmt: skip
 
-# What a backward pass needs of a row; the first four where there is no reference. Shifts are stored logits, and
+# What a backward pass needs of a row; the first five where there is no reference. Shifts are stored logits, and
 # apart from log total: with logits near 1e4 their sum has lost the digits that the backward needs.
 SAVED = (
-    "shift", "total", "entropy", "sum_sq",
+    "shift", "total", "entropy", "sum_sq", "sum_sq_logprob",
     "ref_shift", "ref_total", "kl", "reverse_kl", "mixed_kl", "ref_mixed_kl",
 )  # fmt: skip
 
 IGNORED = -100
+
+
+def saved_rows(paired: bool) -> int:
+    return len(SAVED) if paired else 5
 
 
 def accumulator(logits: Tensor) -> torch.dtype:
@@ -109,6 +115,7 @@ def token_stats_partial(
     column = tokens - first
     found = (column >= 0) & (column < vocab)
     none = t.new_full(t.shape, torch.nan)
+    moments = "sum_sq" in outputs or "sum_sq_logprob" in outputs
 
     x = capped(logits, softcap, vocab, valid, acc)
     y, shift = distances(x, t)
@@ -117,7 +124,8 @@ def token_stats_partial(
         "shift": shift / t,
         "total": weight.sum(-1),
         "weighted": product(weight, y).sum(-1) if "entropy" in outputs else none,
-        "squares": (weight * weight).sum(-1) if "sum_sq" in outputs else none,
+        "squares": (weight * weight).sum(-1) if moments else none,
+        "squares_weighted": product(weight * weight, y).sum(-1) if "sum_sq_logprob" in outputs else none,
         "distance": y.sum(-1) if "mean_logit" in outputs else none,
         "columns": torch.full_like(t, vocab),
         "token": at_column(x, column, found) / t,
@@ -163,6 +171,9 @@ def merge(records: Tensor) -> dict[str, Tensor]:
         "ref_total": (ref_factor * r["ref_total"]).sum(0),
         "weighted": scaled(factor, has_mass, r["weighted"] + apart * r["total"]).sum(0),
         "squares": (factor * factor * r["squares"]).sum(0),
+        "squares_weighted": scaled(
+            factor * factor, has_mass, r["squares_weighted"] + apart * r["squares"]
+        ).sum(0),
         "distance": (r["distance"] + apart * r["columns"]).sum(0),
         "columns": r["columns"].sum(0),
         "token": r["token"].sum(0),
@@ -203,6 +214,10 @@ def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
         terms = terms + up["entropy"] * r["weighted"] / total
     if "sum_sq" in grads:
         terms = terms - 2 * up["sum_sq"] * r["squares"] / total**2
+    on_moment = up["sum_sq_logprob"]
+    if "sum_sq_logprob" in grads:
+        value = r["squares_weighted"] - total.log() * r["squares"]
+        terms = terms - on_moment * (2 * value + r["squares"]) / total**2
     if "kl" in grads:
         terms = terms - on_kl * kl / total
     if "reverse_kl" in grads:
@@ -210,7 +225,8 @@ def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
     found = {
         "total": terms / total,
         "weighted": -up["entropy"] / total,
-        "squares": up["sum_sq"] / total**2,
+        "squares": (up["sum_sq"] - (on_moment * total.log() if "sum_sq_logprob" in grads else 0)) / total**2,
+        "squares_weighted": on_moment / total**2,
         "distance": up["mean_logit"] / r["columns"],
         "token": on_token,
     }
@@ -251,6 +267,11 @@ def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         "entropy": lambda: log_sum - divided(r["weighted"], r["total"], empty),
         "logsumexp": lambda: torch.where(empty, 0, r["shift"]) + log_sum,
         "sum_sq": lambda: torch.where(empty, torch.nan, divided(r["squares"], r["total"] ** 2, empty)),
+        "sum_sq_logprob": lambda: torch.where(
+            empty,
+            torch.nan,
+            divided(r["squares_weighted"] - log_sum * r["squares"], r["total"] ** 2, empty),
+        ),
         "mean_logit": lambda: torch.where(
             empty, -torch.inf, r["shift"] + divided(r["distance"], r["columns"], empty)
         ),
@@ -287,7 +308,7 @@ def token_stats(
     outputs: Sequence[str],
     inplace: bool = False,
 ) -> list[Tensor]:
-    """Return what is saved, ``[len(SAVED), ...]`` (4 rows without a reference), and the outputs asked for."""
+    """Return what is saved, ``[saved_rows, ...]``, and the outputs asked for."""
     acc = accumulator(logits)
     args = (temperatures, temperature, softcap)
     record = token_stats_partial(logits, tokens, ref_logits, mask, *args, 0, vocab, outputs)
@@ -295,6 +316,8 @@ def token_stats(
     t = row_temperatures(tokens, temperatures, temperature)
     names = [name for name in outputs if name != "jsd"]
     needed = ["log_sum"] if ref_logits is None else ["log_sum", "ref_log_sum"]
+    if "sum_sq_logprob" in names:
+        needed.append("sum_sq")  # of its backward pass
     found = finish(whole, [*needed, *names])
     for side in ("", "ref_"):
         found[f"{side}shift"] = whole[f"{side}shift"] * t
@@ -312,7 +335,7 @@ def token_stats(
         valid = valid_rows(tokens, mask)
         for name in ("mixed_kl", "ref_mixed_kl", "jsd"):
             found[name] = torch.where(valid, found[name], 0)
-    rows = SAVED[:4] if ref_logits is None else SAVED
+    rows = SAVED[: saved_rows(ref_logits is not None)]
     saved = torch.stack([found.get(name, torch.zeros_like(found["log_sum"])).double() for name in rows])
     return [saved, *(found[name] if name == "is_top1" else found[name].to(acc) for name in outputs)]
 
@@ -345,12 +368,14 @@ def side_gradient(
 ) -> Tensor:
     """The gradient of one side's logits from the coefficients of its terms.
 
-    ``p (on_p + on_log log p + on_gap (log p - log q) + on_mixed (log p - log m)) + on_square p^2 + on_q q
-    + on_one + [column = token] on_token``, times the slope of the softcap over the temperature.
+    ``p (on_p + on_log log p + on_gap (log p - log q) + on_mixed (log p - log m))
+    + p^2 (on_square + on_square_log log p) + on_q q + on_one + [column = token] on_token``, times the slope of
+    the softcap over the temperature.
     """
     on = {name: value.to(logp.dtype)[..., None] for name, value in on.items()}
     p = logp.exp()
     g = on["p"] * p + on["log"] * product(p, logp) + on["square"] * p * p + on["one"]
+    g = g + on["square_log"] * product(p * p, logp)
     if logq is not None:
         # Where the gap is infinite, so is the divergence, which then has no gradient.
         apart = gap(logp, logq)
@@ -402,9 +427,11 @@ def token_stats_backward(
 
     policy = {
         "p": up["logsumexp"] - up["logprob"]
-        - up["entropy"] * known["entropy"] - 2 * up["sum_sq"] * known["sum_sq"],
+        - up["entropy"] * known["entropy"] - 2 * up["sum_sq"] * known["sum_sq"]
+        - up["sum_sq_logprob"] * (2 * known["sum_sq_logprob"] + known["sum_sq"]),
         "log": -up["entropy"],
-        "square": 2 * up["sum_sq"],
+        "square": 2 * up["sum_sq"] + up["sum_sq_logprob"],
+        "square_log": 2 * up["sum_sq_logprob"],
         "one": up["mean_logit"] / vocab,
         "token": up["logprob"],
     }  # fmt: skip
@@ -425,7 +452,7 @@ def token_stats_backward(
     ref = {
         "p": up["kl"] - up["ref_logprob"]
         - up["reverse_kl"] * known["reverse_kl"] - beta * up["jsd"] * known["ref_mixed_kl"],
-        "log": zero, "square": zero, "one": zero,
+        "log": zero, "square": zero, "square_log": zero, "one": zero,
         "token": up["ref_logprob"],
         "gap": up["reverse_kl"], "mixed": beta * up["jsd"], "q": -up["kl"],
     }  # fmt: skip
@@ -459,7 +486,7 @@ def token_stats_partial_backward(
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the logits from that of their record: the same terms, of sums that are not normalised."""
-    acc = accumulator(logits)
+    acc = torch.float64  # of sums that are not normalised: large terms cancel
     valid = valid_rows(tokens, mask)
     t = row_temperatures(tokens, temperatures, temperature)
     column = tokens - first
@@ -468,7 +495,8 @@ def token_stats_partial_backward(
     y, _ = distances(capped(logits, softcap, vocab, valid, acc), t)
     zero = torch.zeros_like(g["total"])
     policy = {
-        "p": g["total"] + g["weighted"] + g["kl"], "log": g["weighted"], "square": 2 * g["squares"],
+        "p": g["total"] + g["weighted"] + g["kl"], "log": g["weighted"],
+        "square": 2 * g["squares"] + g["squares_weighted"], "square_log": 2 * g["squares_weighted"],
         "one": g["distance"], "token": g["token"], "gap": g["kl"], "q": -g["reverse"],
     }  # fmt: skip
     rest = (column, found, valid, t, softcap, vocab)
@@ -476,7 +504,8 @@ def token_stats_partial_backward(
         return side_gradient(logits, y, None, None, policy, *rest), logits.new_empty(0)
     u, _ = distances(capped(ref_logits, softcap, vocab, valid, acc), t)
     ref = {
-        "p": g["ref_total"] + g["reverse"], "log": zero, "square": zero, "one": zero, "token": g["ref_token"],
+        "p": g["ref_total"] + g["reverse"], "log": zero, "square": zero, "square_log": zero, "one": zero,
+        "token": g["ref_token"],
         "gap": g["reverse"], "q": -g["kl"],
     }  # fmt: skip
     return (

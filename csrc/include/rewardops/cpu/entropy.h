@@ -103,21 +103,6 @@ void gtpo_backward(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t 
   gtpo_blocks<true>(a, blocks, begin, end);
 }
 
-template <typename T>
-void gtpo_backward_rows(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t n = a.rows.size(b);
-    const uint8_t* mask = a.mask.row(a.rows, b);
-    const T* grad = a.grad.row(a.rows, b);
-    double sum = 0;
-    if (static_cast<double>(a.rewards[b]) > a.threshold) {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t t = 0; t < n; ++t) sum += !mask || mask[t] ? static_cast<double>(grad[t]) : 0.0;
-    }
-    a.grad_rewards[b] = static_cast<T>(a.alpha1 * sum);
-  }
-}
-
 }  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

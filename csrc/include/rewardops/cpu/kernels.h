@@ -34,23 +34,24 @@ struct LogitsArgs {
 constexpr int64_t kIgnored = -100;  // a token of this id counts as masked
 
 // What can be asked for, in the order of rewardops.logits.OUTPUTS; each array may be null.
-enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kMeanLogit, kIsTop1, kRefLogprob, kKl, kReverseKl, kJsd,
-                    kOutputs };
+enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kSumSqLogprob, kMeanLogit, kIsTop1, kRefLogprob,
+                    kKl, kReverseKl, kJsd, kOutputs };
 
 // What the backward pass needs to know of a row, in the order of rewardops.reference.logits.SAVED.
-enum Saved : int { kShift, kTotal, kSavedEntropy, kSavedSumSq, kRefShift, kRefTotal, kSavedKl, kSavedReverseKl,
-                   kMixedKl, kRefMixedKl, kSaved };
+enum Saved : int { kShift, kTotal, kSavedEntropy, kSavedSumSq, kSavedSumSqLogprob, kRefShift, kRefTotal,
+                   kSavedKl, kSavedReverseKl, kMixedKl, kRefMixedKl, kSaved };
 
 // Partial statistics of a row, in the order of rewardops.reference.logits.RECORD.
 enum Field : int { kFieldShift, kFieldTotal, kFieldWeighted, kFieldSquares, kFieldDistance, kFieldColumns, kFieldToken,
-                   kFieldFound, kFieldRefShift, kFieldRefTotal, kFieldRefToken, kFieldKl, kFieldReverse, kFields };
+                   kFieldFound, kFieldRefShift, kFieldRefTotal, kFieldRefToken, kFieldKl, kFieldReverse,
+                   kFieldSquaresWeighted, kFields };
 
 // Outputs are float, or double for double logits; is_top1 is bytes; what is saved and records are double.
 struct TokenStatsArgs {
   LogitsArgs in;
   int64_t count;
   void* outputs[kOutputs];
-  double* saved;   // [kSaved, count], or its first four rows where there is no reference
+  double* saved;   // [kSaved, count], or its first five rows where there is no reference
   double* record;  // [count, kFields]: partial statistics instead of outputs; null otherwise
   int terms;       // partial statistics: which sums (bits of Term)
 };
@@ -96,6 +97,14 @@ struct SpreadArgs {
 };
 
 template <typename T>
+struct RowSumsArgs {
+  Rows rows;
+  Tokens<const uint8_t> mask;
+  Tokens<const T> values;  // null: the valid tokens are counted
+  T* out;                  // [B]
+};
+
+template <typename T>
 struct GtpoArgs {
   Rows rows;
   Groups groups;
@@ -104,7 +113,6 @@ struct GtpoArgs {
   Tokens<const T> entropy;
   double alpha1, alpha2, threshold, floor;
   Tokens<const T> grad;  // backward only
-  T* grad_rewards;       // backward only, [B]
   Tokens<T> out;         // the shaped rewards, or the gradient in entropy
 };
 
@@ -130,10 +138,10 @@ template <typename T>
 struct TypedKernels {
   void (*token_kl)(const TokenKlArgs<T>&, int64_t begin, int64_t end);           // items: tokens
   void (*spread)(const SpreadArgs<T>&, int64_t begin, int64_t end);              // items: rows
+  void (*row_sums)(const RowSumsArgs<T>&, int64_t begin, int64_t end);           // items: rows
   // Items: groups x blocks of kGtpoBlock positions.
   void (*gtpo)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
   void (*gtpo_backward)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
-  void (*gtpo_backward_rows)(const GtpoArgs<T>&, int64_t begin, int64_t end);    // items: rows
   void (*min_returns)(const ReturnsArgs<T>&, int64_t begin, int64_t end);        // items: rows
   void (*min_returns_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
   void (*softmin)(const ReturnsArgs<T>&, int64_t begin, int64_t end);

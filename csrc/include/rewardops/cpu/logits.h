@@ -84,8 +84,9 @@ inline Acc logit_at(const LogitsRows& rows, int64_t n, int64_t column, double so
 // ---- sums ---------------------------------------------------------------------------------------------------
 
 // Which sums are taken beside the total.
-enum Term : int { kTermEntropy = 1, kTermSquares = 2, kTermMean = 4, kTermKl = 8, kTermReverse = 16 };
-constexpr int kPolicyTerms = kTermEntropy | kTermSquares | kTermMean;
+enum Term : int { kTermEntropy = 1, kTermSquares = 2, kTermMean = 4, kTermKl = 8, kTermReverse = 16,
+                  kTermSquareLogs = 32 };  // the last with kTermSquares alone
+constexpr int kPolicyTerms = kTermEntropy | kTermSquares | kTermSquareLogs | kTermMean;
 constexpr int kAllTerms = kPolicyTerms | kTermKl | kTermReverse;
 
 // With y = z - shift, u = x - ref_shift (z the logits, x the reference's) and e^ relative to the temperature:
@@ -94,6 +95,7 @@ struct Sums {
   double total = 0, ref_total = 0;  // of e^y, e^u
   double weighted = 0;              // of e^y y, in powers of two
   double squares = 0;               // of e^2y
+  double squares_weighted = 0;      // of e^2y y, in powers of two
   double origin = 0, distance = 0;  // of z - origin, the row's first logit (0 where that is not finite)
   double kl = 0, reverse = 0;       // of e^y (y - u), e^u (u - y)
   bool kl_broken = false, reverse_broken = false;  // a column with mass on one side and none on the other
@@ -104,6 +106,7 @@ struct Sums {
       weighted = factor * (weighted + total * gap * scale);
       kl = factor * (kl + total * gap);
       reverse -= ref_total * gap;
+      squares_weighted = factor * factor * (squares_weighted + squares * gap * scale);
       squares *= factor * factor;
       total *= factor;
     }
@@ -153,7 +156,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const Exponents<Acc> exponents(sums.shift, scale);
   const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
-  L total = zero, weighted = zero, squares = zero, distance = zero, below = L::splat(Acc(-1));
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, distance = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
     __builtin_prefetch(x + k + kAhead);
     if (sizeof(T) >= 4) __builtin_prefetch(x + k + kAhead + L::kWidth);
@@ -165,6 +168,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
       total = total + e;
       if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
       if (kTerms & kTermSquares) squares = fma(e, e, squares);
+      if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
       if (kTerms & kTermMean) distance = distance + (v - origin);
     }
   }
@@ -172,7 +176,11 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   if (!(below.all_negative() && t + w - (t + w) == 0)) return false;
   sums.total += factor * t;
   if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
-  if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
+  if (kTerms & kTermSquares) {
+    const double s = squares.sum(), square = factor * factor;
+    sums.squares += square * s;
+    if (kTerms & kTermSquareLogs) sums.squares_weighted += square * (square_logs.sum() + exponents.off * s);
+  }
   if (kTerms & kTermMean) sums.distance += distance.sum();
   return true;
 }
@@ -183,7 +191,7 @@ inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale);
   const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
-  L total = zero, weighted = zero, squares = zero, ones = zero;
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, ones = zero;
   for (int64_t k = 0; k < n; k += L::kWidth) {
     const L y = L::load(x + k) - shift, exponent = larger(low, y * scales), e = exp2(exponent);
     // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the digits of a
@@ -192,11 +200,13 @@ inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
     ones = ones + if_zero(y, one, zero);
     if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
     if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
   }
   sums.total += ones.sum();
   sums.total += total.sum();
   if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
   if (kTerms & kTermSquares) sums.squares += squares.sum();
+  if (kTerms & kTermSquareLogs) sums.squares_weighted += square_logs.sum();
 }
 
 template <int kTerms, typename T>
@@ -253,7 +263,7 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
   const Exponents<Acc> exponents(sums.shift, scale), ref_exponents(sums.ref_shift, scale);
   const L shift = L::splat(static_cast<Acc>(sums.shift)), ref_shift = L::splat(static_cast<Acc>(sums.ref_shift));
   const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
-  L total = zero, weighted = zero, squares = zero, distance = zero, kl = zero;
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, distance = zero, kl = zero;
   L ref_total = zero, reverse = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
     __builtin_prefetch(z + k + kAhead);
@@ -273,6 +283,7 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
       kl = fma(e, gap, kl);
       if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
       if (kTerms & kTermSquares) squares = fma(e, e, squares);
+      if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
       if (kTerms & kTermMean) distance = distance + (zs[i] - origin);
       if (kTerms & kTermReverse) reverse = reverse - r * gap;
     }
@@ -285,7 +296,11 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
   sums.ref_total += ref_factor * r;
   sums.kl += factor * g;
   if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
-  if (kTerms & kTermSquares) sums.squares += factor * factor * squares.sum();
+  if (kTerms & kTermSquares) {
+    const double s = squares.sum(), square = factor * factor;
+    sums.squares += square * s;
+    if (kTerms & kTermSquareLogs) sums.squares_weighted += square * (square_logs.sum() + exponents.off * s);
+  }
   if (kTerms & kTermMean) sums.distance += d;
   if (kTerms & kTermReverse) sums.reverse += ref_factor * h;
   return true;
@@ -298,7 +313,7 @@ inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, S
   const L shift = shift_of(sums.shift), ref_shift = shift_of(sums.ref_shift), scales = L::splat(scale);
   const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
   const L lowest = L::splat(std::numeric_limits<Acc>::lowest());  // in place of -inf, so that no inf - inf arises
-  L total = zero, weighted = zero, squares = zero, ones = zero, kl = zero;
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, ones = zero, kl = zero;
   L ref_total = zero, ref_ones = zero, reverse = zero;
   for (int64_t k = 0; k < n; k += L::kWidth) {
     const L y = larger(lowest, L::load(z + k)) - shift, u = larger(lowest, L::load(x + k)) - ref_shift;
@@ -311,6 +326,7 @@ inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, S
     kl = fma(e, gap, kl);
     if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
     if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
     if (kTerms & kTermReverse) reverse = reverse - r * gap;
   }
   sums.total += ones.sum();
@@ -320,6 +336,7 @@ inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, S
   sums.kl += kl.sum();
   if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
   if (kTerms & kTermSquares) sums.squares += squares.sum();
+  if (kTerms & kTermSquareLogs) sums.squares_weighted += square_logs.sum();
   if (kTerms & kTermReverse) sums.reverse += reverse.sum();
 }
 
@@ -447,6 +464,7 @@ inline int terms_of(const TokenStatsArgs& a) {
   int terms = 0;
   if (a.outputs[kEntropy]) terms |= kTermEntropy;
   if (a.outputs[kSumSq]) terms |= kTermSquares;
+  if (a.outputs[kSumSqLogprob]) terms |= kTermSquares | kTermSquareLogs;
   if (a.outputs[kMeanLogit]) terms |= kTermMean;
   if (a.outputs[kKl]) terms |= kTermKl;
   if (a.outputs[kReverseKl]) terms |= kTermReverse;
@@ -467,6 +485,7 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   r[kFieldTotal] = s.total;
   r[kFieldWeighted] = a.terms & kTermEntropy ? kLn2 * s.weighted : none;
   r[kFieldSquares] = a.terms & kTermSquares ? s.squares : none;
+  r[kFieldSquaresWeighted] = a.terms & kTermSquareLogs ? kLn2 * s.squares_weighted : none;
   const double moved = s.shift == -infinity<double>() ? 0 : (s.origin - s.shift) * static_cast<double>(a.in.vocab);
   r[kFieldDistance] = a.terms & kTermMean ? (s.distance + moved) / t : none;
   r[kFieldColumns] = static_cast<double>(a.in.vocab);
@@ -504,16 +523,19 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   const bool found = column >= 0 && column < a.in.vocab;
   const double at_token = found ? static_cast<double>(logit_at<Acc>(a.in.logits, n, column, a.in.softcap)) : none;
   const double entropy = log_sum - kLn2 * s.weighted / s.total, sum_sq = s.squares / (s.total * s.total);
+  const double sum_sq_logprob = kLn2 * s.squares_weighted / (s.total * s.total) - log_sum * sum_sq;
   put(kLogprob, (at_token - s.shift) / t - log_sum);
   put(kEntropy, entropy);
   put(kLogsumexp, s.shift / t + log_sum);
   put(kSumSq, empty ? none : sum_sq);
+  put(kSumSqLogprob, sum_sq_logprob);
   put(kMeanLogit, (s.origin + s.distance / static_cast<double>(a.in.vocab)) / t);
   put_top1(at_token == s.shift && !empty && s.total == s.total);
   save(kShift, s.shift);
   save(kTotal, empty ? none : s.total);
   if (a.outputs[kEntropy]) save(kSavedEntropy, entropy);
-  if (a.outputs[kSumSq]) save(kSavedSumSq, sum_sq);
+  if (a.outputs[kSumSq] || a.outputs[kSumSqLogprob]) save(kSavedSumSq, sum_sq);
+  if (a.outputs[kSumSqLogprob]) save(kSavedSumSqLogprob, sum_sq_logprob);
   if (!a.in.ref.data) return;
 
   const bool ref_empty = s.ref_shift == -infinity<double>();

@@ -17,8 +17,8 @@ namespace {
 // and the same for the reference with the sides exchanged.
 struct Side {
   double on_p = 0, on_log = 0, on_gap = 0, mean_gap = 0, on_mixed = 0;
-  double on_square = 0, on_q = 0, on_one = 0, on_token = 0;
-  bool plain() const { return on_log == 0 && pair_free() && on_square == 0 && on_one == 0; }
+  double on_square = 0, on_square_log = 0, on_q = 0, on_one = 0, on_token = 0;
+  bool plain() const { return on_log == 0 && pair_free() && on_square == 0 && on_square_log == 0 && on_one == 0; }
   bool pair_free() const { return on_gap == 0 && on_mixed == 0 && on_q == 0; }
 };
 
@@ -37,10 +37,12 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   const double none = std::numeric_limits<double>::quiet_NaN();
   // Where the token's log-probability is NaN, so is its gradient.
   const double logprob = a.grads[kLogprob] && !found ? none : up(kLogprob);
-  const double entropy = up(kEntropy), sum_sq = up(kSumSq);
-  policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) - 2 * sum_sq * saved(kSavedSumSq);
+  const double entropy = up(kEntropy), sum_sq = up(kSumSq), moment = up(kSumSqLogprob);
+  policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) -
+                (2 * sum_sq + moment) * saved(kSavedSumSq) - 2 * moment * saved(kSavedSumSqLogprob);
   policy.on_log = -entropy;
-  policy.on_square = 2 * sum_sq;
+  policy.on_square = 2 * sum_sq + moment;
+  policy.on_square_log = 2 * moment;
   policy.on_one = up(kMeanLogit) / static_cast<double>(a.in.vocab);
   policy.on_token = logprob;
   if (!a.in.ref.data) return;
@@ -62,7 +64,8 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
 inline void gather_record(const double* grad, bool found, bool has_ref, Side& policy, Side& ref) {
   policy.on_p = grad[kFieldTotal] + grad[kFieldWeighted];
   policy.on_log = grad[kFieldWeighted];
-  policy.on_square = 2 * grad[kFieldSquares];
+  policy.on_square = 2 * grad[kFieldSquares] + grad[kFieldSquaresWeighted];
+  policy.on_square_log = 2 * grad[kFieldSquaresWeighted];
   policy.on_one = grad[kFieldDistance];
   policy.on_token = found ? grad[kFieldToken] : 0;
   if (!has_ref) return;
@@ -81,12 +84,14 @@ inline void gather_record(const double* grad, bool found, bool has_ref, Side& po
 template <typename Acc>
 struct Gradient {
   using L = Lanes<Acc>;
-  const L on_e, on_distance, on_gap, mean_gap, on_square, on_other, on_one, shift, high, low, furthest;
+  const L on_e, on_distance, on_gap, mean_gap, on_square, on_square_distance, on_other, on_one, shift, high, low, furthest;
 
   Gradient(const Side& s, double shift, double total, double other_total, double temperature)
       : on_e(lanes(folded(s, total, other_total) / total)), on_distance(lanes(s.on_log / total)),
         on_gap(lanes(s.on_gap / total)), mean_gap(lanes(mean_of(s, total, other_total))),
-        on_square(lanes(s.on_square / (total * total))), on_other(lanes(s.on_q / other_total)),
+        on_square(lanes((s.on_square - (s.on_square_log == 0 ? 0 : s.on_square_log * std::log(total))) /
+                        (total * total))),
+        on_square_distance(lanes(s.on_square_log / (total * total))), on_other(lanes(s.on_q / other_total)),
         on_one(lanes(s.on_one)), shift(lanes(shift)), high(L::splat(Inverse<Acc>(temperature).high)),
         low(L::splat(Inverse<Acc>(temperature).low)), furthest(lanes(-1e30)) {}
 
@@ -107,11 +112,12 @@ struct Gradient {
   L plain(L x) const { return on_e * exp(distance(x)); }
   L policy(L x) const {
     const L d = distance(x), e = exp(d);
-    return fma(fma(on_square, e, fma(on_distance, d, on_e)), e, on_one);
+    return fma(inner(d, e), e, on_one);
   }
+  L inner(L d, L e) const { return fma(fma(on_square_distance, d, on_square), e, fma(on_distance, d, on_e)); }
   // From this side's distances and their exponentials, and the other's.
   L pair(L d, L e, L other, L other_e) const {
-    const L sum = fma(on_gap, d - other - mean_gap, fma(on_square, e, fma(on_distance, d, on_e)));
+    const L sum = fma(on_gap, d - other - mean_gap, inner(d, e));
     return fma(on_other, other_e, fma(sum, e, on_one));
   }
 };

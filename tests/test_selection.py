@@ -1,0 +1,107 @@
+"""The largest of a scope, exactly so many, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewardops import dispatch, layout, selection
+from rewardops.testing import random_mask
+
+
+def choose(x, mask, cu, ids, wanted, target):
+    to = [None if t is None else t.to(target.device) for t in (x, mask, cu, ids, wanted)]
+    batch = x.shape[0] if cu is None else cu.shape[0] - 1
+    rows = layout.Layout(batch, tuple(x.shape), to[1], to[2])
+    with dispatch.use_backend(target.backend):
+        return selection.largest(to[0], rows, to[3], to[4]).cpu()
+
+
+def by_sorting(x, mask, ids, wanted):
+    out = torch.zeros_like(mask)
+    for scope in ids.unique().tolist():
+        where = [
+            (b, t) for b in (ids == scope).nonzero()[:, 0].tolist() for t in mask[b].nonzero()[:, 0].tolist()
+        ]
+        where.sort(key=lambda at: -x[at].item())  # stable
+        for at in where[: int(wanted[scope])]:
+            out[at] = True
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["distinct", "ties", "extremes"])
+def test_by_sorting(target, generator, dtype, kind):
+    x = torch.randn(6, 41, generator=generator, dtype=dtype)
+    if kind == "ties":
+        x = (x * 2).round()
+        x[x == 0] = -0.0 * x[x == 0].sign()  # zeros of both signs are equal
+    if kind == "extremes":
+        x[0, :5], x[1, 3], x[2, 2] = torch.inf, -torch.inf, 1e-40
+    mask = random_mask(6, 41, generator)
+    mask[4] = False
+    ids = torch.tensor([0, 2, 0, 1, 2, 3])
+    counts = selection.scope_counts(mask.sum(1), ids)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        wanted = (counts * share).long()
+        want = by_sorting(x, mask, ids, wanted)
+        got = choose(x.masked_fill(~mask, torch.nan), mask, None, ids, wanted, target)
+        assert torch.equal(got, want)
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        assert torch.equal(choose(x[mask], None, cu, ids, wanted, target), want[mask])
+
+
+def test_strides_and_empty(target, generator):
+    x = torch.randn(4, 30, generator=generator)[:, 3:20]
+    ids, wanted = torch.arange(4), torch.tensor([1, 0, 17, 5])
+    got = choose(x, None, None, ids, wanted, target)
+    assert torch.equal(got, by_sorting(x, torch.ones_like(x, dtype=torch.bool), ids, wanted))
+    none = torch.zeros(0, dtype=torch.int64)
+    assert choose(torch.zeros(0, 3), None, None, none, none, target).shape == (0, 3)
+    assert choose(torch.zeros(2, 0), None, None, ids[:2], ids[:2] * 0, target).shape == (2, 0)
+    cu = torch.tensor([0, 0, 3, 3])
+    got = choose(
+        torch.tensor([1.0, 3.0, 2.0]), None, cu, torch.zeros(3).long(), torch.tensor([2, 0, 0]), target
+    )
+    assert got.tolist() == [False, True, True]
+
+
+def test_long_rows(target, generator):
+    """Several stretches of a row, with ties across them."""
+    n = 700 if target.interpreted else 200_000
+    x = torch.randint(0, 50, (1, n), generator=generator).float()
+    ids, wanted = torch.zeros(1, dtype=torch.int64), torch.tensor([n // 3])
+    got = choose(x, None, None, ids, wanted, target)[0]
+    order = x[0].argsort(descending=True, stable=True)[: n // 3]
+    assert torch.equal(got.nonzero()[:, 0], order.sort().values)
+
+
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 9), width=st.integers(1, 40))
+def test_property_backends_agree(seed, batch, width):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, width, generator=generator).mul(3).round()
+    mask = random_mask(batch, width, generator)
+    ids = torch.randint(0, batch, (batch,), generator=generator)
+    wanted = (selection.scope_counts(mask.sum(1), ids) * torch.rand(batch, generator=generator)).long()
+    found = []
+    for backend in ("reference", "cpp"):
+        with dispatch.use_backend(backend):
+            found.append(selection.largest(x, layout.Layout(batch, (batch, width), mask, None), ids, wanted))
+    assert torch.equal(*found)
+    assert torch.equal(selection.scope_counts(found[0].sum(1), ids), wanted)
+
+
+def test_more_tokens_than_a_float_counts():
+    """Beyond 2^24 tokens, where torch.quantile stops; one row, so several threads on it."""
+    n = (1 << 24) + 4099
+    x = torch.zeros(1, n)
+    x[0, 5::2] = 1.0
+    high = int(x.sum())
+    ids = torch.zeros(1, dtype=torch.int64)
+    with dispatch.use_backend("cpp"):
+        got = selection.largest(x, layout.Layout(1, (1, n), None, None), ids, torch.tensor([high + 7]))
+    assert int(got.sum()) == high + 7
+    assert got[0, 5::2].all()
+    assert got[0, :11].tolist() == [True] * 10 + [False]  # 0 to 4, 6 and 8: the earliest of the ties

@@ -1,0 +1,139 @@
+"""Selection on the GPU: a radix select, with the state of every scope on the device.
+
+Moved: the values once for each 8 bits of a key, once to count ties, once to write. Counts are integers, whose sum
+does not depend on the order of the atomic additions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED, cdiv, pointer, splits
+from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
+
+BLOCK = 256 if INTERPRETED else 1024
+DIGIT = 8
+
+
+@triton.jit
+def sort_key(x):
+    """Unsigned integers in the order of the numbers, NaN the largest; 0 and -0 are one number."""
+    x = x + 0.0
+    if x.dtype == tl.float64:
+        bits = x.to(tl.uint64, bitcast=True)
+        sign = tl.full([], 1, tl.uint64) << 63
+    else:
+        bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
+        sign = tl.full([], 1, tl.uint64) << 31
+    key = tl.where(bits >= sign, (sign - 1) * 2 + 1 - bits, bits + sign)
+    return tl.where(x != x, (sign - 1) * 2 + 1, key)
+
+
+@triton.jit(do_not_specialize=["width", "total", "values_stride", "mask_stride", "shift", "parts"])
+def digits_kernel(
+    values, mask, cu, scopes, prefixes, counts, width, total, values_stride, mask_stride, shift, parts,
+    FIRST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (b, k): the next digit of the keys of row b that have the digits found so far, counted."""
+    BINS: tl.constexpr = 1 << DIGIT
+    b = tl.program_id(0)
+    row = b.to(tl.int64)
+    base, length = row_bounds(cu, b, width, total, PACKED)
+    scope = tl.load(scopes + b)
+    prefix = tl.load(prefixes + scope).to(tl.uint64, bitcast=True)
+    bins = tl.arange(0, BINS)
+    found = tl.zeros([BINS], tl.int32)
+    for start in range(tl.program_id(1) * BLOCK, length, parts * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        here = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+        key = sort_key(tl.load(values + base + row * values_stride + at, mask=here, other=0.0))
+        moved = key >> shift.to(tl.uint64)
+        if not FIRST:
+            here = here & ((moved >> DIGIT) == prefix)
+        digit = tl.where(here, (moved & (BINS - 1)).to(tl.int32), 0)
+        # What does not count was put into bin 0.
+        found += tl.histogram(digit, BINS)
+        found -= tl.where(bins == 0, BLOCK - tl.sum(here.to(tl.int32), 0), 0)
+    tl.atomic_add(counts + scope * BINS + bins, found.to(tl.int64), mask=found != 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["width", "total", "values_stride", "mask_stride", "out_stride"])
+def chosen_kernel(
+    values, mask, cu, scopes, prefixes, wanted, before, out, width, total, values_stride, mask_stride, out_stride,
+    WRITE: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program b: the ties of row b with the least chosen key, counted; or, with those of the scope's earlier rows
+    known, the mask."""
+    b = tl.program_id(0)
+    row = b.to(tl.int64)
+    base, length = row_bounds(cu, b, width, total, PACKED)
+    scope = tl.load(scopes + b)
+    least = tl.load(prefixes + scope).to(tl.uint64, bitcast=True)
+    room = tl.load(wanted + scope)
+    ties = tl.zeros([], tl.int64)
+    if WRITE:
+        ties = tl.load(before + b)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        valid = load_valid(mask, base + row * mask_stride + at, inside, HAS_MASK)
+        key = sort_key(tl.load(values + base + row * values_stride + at, mask=valid, other=0.0))
+        tie = (valid & (key == least)).to(tl.int32)
+        if WRITE:
+            early = ties + tl.cumsum(tie, 0) <= room
+            chosen = valid & (room > 0) & ((key > least) | ((key == least) & early))
+            tl.store(out + base + row * out_stride + at, chosen.to(tl.uint8), mask=inside)
+        ties += tl.sum(tie, 0)
+    if not WRITE:
+        tl.store(before + b, ties)
+
+
+def largest(
+    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, scopes: Tensor, wanted: Tensor
+) -> Tensor:
+    rows = Rows.of(values.shape, cu_seqlens, values)
+    values, mask = dense(values), as_bytes(mask)
+    make = torch.zeros if rows.packed else torch.empty
+    out = make(values.shape, dtype=torch.uint8, device=values.device)
+    if not rows.batch or not values.numel():
+        return out.view(torch.bool)
+    scopes = scopes.contiguous()
+    room, prefix = wanted.clone(), torch.zeros_like(wanted)
+    inputs = (values, pointer(mask, values), rows.cu, scopes, prefix)
+    sizes = (rows.width, rows.total, stride(values), stride(mask))
+    flags = {"PACKED": rows.packed, "HAS_MASK": mask is not None, "BLOCK": BLOCK}
+    parts = splits(values, rows.batch, max(1, cdiv(rows.width, BLOCK)))
+    bits = 64 if values.dtype is torch.float64 else 32
+    for shift in range(bits - DIGIT, -1, -DIGIT):
+        counts = torch.zeros((rows.batch, 1 << DIGIT), dtype=torch.int64, device=values.device)
+        digits_kernel[(rows.batch, parts)](
+            *inputs,
+            counts,
+            *sizes,
+            shift,
+            parts,
+            FIRST=shift == bits - DIGIT,
+            DIGIT=DIGIT,
+            **flags,
+            num_warps=4,
+        )
+        # The largest digit with enough keys from it on, and how many of those that have it are still wanted.
+        onward = counts.flip(1).cumsum(1).flip(1)
+        digit = ((onward >= room[:, None]).sum(1) - 1).clamp(min=0)
+        above = torch.nn.functional.pad(onward, (0, 1)).gather(1, digit[:, None] + 1)[:, 0]
+        room -= above
+        prefix.copy_(prefix << DIGIT | digit)
+    before = torch.empty_like(scopes)
+    chosen = (*inputs, torch.where(wanted > 0, room, 0), before, out, *sizes, stride(out))
+    chosen_kernel[(rows.batch,)](*chosen, WRITE=False, **flags, num_warps=4)
+    # Of the ties the earliest: those of the scope's earlier rows come first.
+    order = scopes.argsort(stable=True)
+    sums = before[order].cumsum(0) - before[order]
+    first = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), scopes[order][1:] != scopes[order][:-1]])
+    start = torch.where(first, sums, 0).cummax(0).values
+    before.index_copy_(0, order, sums - start)
+    chosen_kernel[(rows.batch,)](*chosen, WRITE=True, **flags, num_warps=4)
+    return out.view(torch.bool)
