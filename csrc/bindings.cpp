@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cpu/advantages.h"
 #include "cpu/entropy.h"
@@ -176,11 +177,27 @@ void group_advantages_backward(const py::tuple& shape, bool tokens_given, const 
   group_advantages_backward(a, threads);
 }
 
+template <typename Args>
+void run_scan(const Scan<Args>& scan, const Args& a, int threads) {
+  const auto over = [&](void (*kernel)(const Args&, int64_t, int64_t), int64_t items, int64_t grain) {
+    if (kernel) parallel_for(items, grain, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  };
+  if (a.chunks <= 1) return over(scan.rows, a.rows.batch, token_rows_grain(a.rows));
+  over(scan.aggregates, a.rows.batch * a.chunks, 1);
+  over(scan.carries, a.rows.batch, 1);
+  over(scan.chunks, a.rows.batch * a.chunks, 1);
+  over(scan.joins, a.rows.batch, 1);
+}
+
+// How many chunks the rows are scanned in: by their shape alone, so that the threads do not show in the result.
+int64_t chunks_of(const Rows& r, int64_t longest) {
+  return r.batch <= 16 && longest >= 2 * kScanChunk ? (longest + kScanChunk - 1) / kScanChunk : 1;
+}
+
 template <typename T>
-void returns(const py::tuple& shape, const py::tuple& mask, const py::tuple& rewards, int kind,
-             const py::tuple& steps, const py::tuple& grad, const py::tuple& where, double temperature,
-             bool through_weights, const py::tuple& out, const py::tuple& argmin, const std::string& which,
-             int threads) {
+void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& rewards, int kind,
+             const py::tuple& steps, const py::tuple& grad, const py::tuple& found, bool largest, double temperature,
+             bool flag, const py::tuple& log_sums, const py::tuple& out, const std::string& which, int threads) {
   ReturnsArgs<T> a{};
   a.rows = rows(shape);
   a.mask = tokens<const uint8_t>(mask);
@@ -189,19 +206,67 @@ void returns(const py::tuple& shape, const py::tuple& mask, const py::tuple& rew
   if (a.kind == Steps::flags) a.flags = tokens<const uint8_t>(steps);
   if (a.kind == Steps::ids) a.ids = tokens<const int64_t>(steps);
   a.grad = tokens<const T>(grad);
-  a.where = tokens<const int32_t>(where);
+  a.returns = tokens<const T>(found);
+  a.largest = largest;
   a.temperature = temperature;
-  a.through_weights = through_weights;
+  a.through_weights = a.mean = flag;
+  a.log_sums = tokens<double>(log_sums);
   a.out = tokens<T>(out);
-  a.argmin = tokens<int32_t>(argmin);
+  a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(T)));
+  a.chunks = chunks_of(a.rows, longest);
+  std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
+  a.state = state.data();
   const TypedKernels<T>& k = kernels().of<T>();
-  const auto kernel = which == "min"            ? k.min_returns
-                      : which == "min_backward" ? k.min_returns_backward
-                      : which == "softmin"      ? k.softmin
-                                                : k.softmin_backward;
   const py::gil_scoped_release release;
+  if (which == "extremes") return run_scan(k.extremes, a, threads);
+  if (which == "extremes_backward") return run_scan(k.extremes_backward, a, threads);
+  const auto kernel = which == "softmin"            ? k.softmin
+                      : which == "softmin_backward" ? k.softmin_backward
+                      : which == "softmin_returns"  ? k.softmin_returns
+                                                    : k.softmin_returns_backward;
   parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+// inputs: rewards, values, rho, trace, gammas, lambdas per token; per_row: gammas, lambdas, bootstrap.
+// outputs: forward out, returns; backward grad, grad_returns, grad_rewards, grad_values.
+template <typename T>
+void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& inputs,
+             const py::tuple& per_row, double gamma, double lambda, bool decay, bool backward,
+             const py::tuple& outputs, Address grad_bootstrap, int threads) {
+  const auto strided = [](const py::tuple& t, int k) { return t[k].cast<py::tuple>(); };
+  TdArgs<T> a{};
+  a.rows = rows(shape);
+  a.mask = tokens<const uint8_t>(mask);
+  a.rewards = tokens<const T>(strided(inputs, 0));
+  a.values = tokens<const T>(strided(inputs, 1));
+  a.rho = tokens<const T>(strided(inputs, 2));
+  a.trace = tokens<const T>(strided(inputs, 3));
+  a.gammas = tokens<const double>(strided(inputs, 4));
+  a.lambdas = tokens<const double>(strided(inputs, 5));
+  a.row_gammas = at<const double>(per_row[0].cast<Address>());
+  a.row_lambdas = at<const double>(per_row[1].cast<Address>());
+  a.bootstrap = at<const T>(per_row[2].cast<Address>());
+  a.gamma = gamma;
+  a.lambda = lambda;
+  a.decay = decay;
+  a.backward = backward;
+  if (backward) {
+    a.grad = tokens<const T>(strided(outputs, 0));
+    a.grad_returns = tokens<const T>(strided(outputs, 1));
+    a.grad_rewards = tokens<T>(strided(outputs, 2));
+    a.grad_values = tokens<T>(strided(outputs, 3));
+    a.grad_bootstrap = at<T>(grad_bootstrap);
+  } else {
+    a.out = tokens<T>(strided(outputs, 0));
+    a.returns = tokens<T>(strided(outputs, 1));
+  }
+  a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(T)));
+  a.chunks = chunks_of(a.rows, longest);
+  std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
+  a.state = state.data();
+  const py::gil_scoped_release release;
+  run_scan(kernels().of<T>().td, a, threads);
 }
 
 template <typename Token, typename T>
@@ -283,6 +348,7 @@ void define_typed(py::module_& m, const char* suffix) {
   m.def(name("group_advantages_backward").c_str(), group_advantages_backward<T>);
   m.def(name("gtpo_rewards").c_str(), gtpo_rewards<T>);
   m.def(name("returns").c_str(), returns<T>);
+  m.def(name("td_scan").c_str(), td_scan<T>);
   m.def(name("row_sums").c_str(), row_sums<T>);
   m.def(name("largest").c_str(), largest<T>);
   m.def((name("prefix_values") + "_i32").c_str(), prefix_values<int32_t, T>);

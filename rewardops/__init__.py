@@ -23,7 +23,16 @@ from .layout import debug
 from .linear import linear_token_loss, linear_token_stats
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_partial
 from .prefix_tree import PrefixValues, prefix_values, tempo_advantages
-from .returns import discounted_returns, min_returns, softmin_rewards
+from .returns import (
+    discounted_returns,
+    gae,
+    lambda_returns,
+    max_returns,
+    min_returns,
+    softmin_returns,
+    softmin_rewards,
+    vtrace,
+)
 
 __version__ = "0.1.0"
 
@@ -40,20 +49,24 @@ __all__ = [
     "entropy_change",
     "entropy_reward",
     "entropy_weights",
+    "gae",
     "group_advantages",
     "grpo_s_rewards",
     "gtpo_rewards",
     "high_entropy_mask",
     "implicit_rewards",
     "kl_cov_mask",
+    "lambda_returns",
     "linear_token_loss",
     "linear_token_stats",
+    "max_returns",
     "merge_token_stats",
     "min_returns",
     "prefix_values",
     "sequence_kl",
     "show_config",
     "signed_group_normalize",
+    "softmin_returns",
     "softmin_rewards",
     "steer_metric",
     "steer_weights",
@@ -64,5 +77,6 @@ __all__ = [
     "token_stats_partial",
     "unlikeliness_rewards",
     "use_backend",
+    "vtrace",
     "whiten",
 ]

@@ -10,8 +10,7 @@ from torch import Tensor
 from . import layout
 from .dispatch import define
 from .reference.kl import ESTIMATORS
-from .reference.layout import from_rows, to_rows
-from .returns import scan
+from .returns import prefix_scan, step_ends
 from .segments import row_counts, row_sums
 
 _INPUTS = "Tensor logprob, Tensor ref_logprob, Tensor? mask, Tensor? behavior"
@@ -209,27 +208,10 @@ def implicit_rewards(
     found = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
     if markers is None:
         return found
-    x, valid = to_rows(found, rows.mask, rows.cu_seqlens)
-    ids = to_rows(markers.to(torch.int64), rows.mask, rows.cu_seqlens)[0]
-    if markers.dtype is torch.bool:
-        ends = ids > 0
-        ids = ids.cumsum(1) - ids  # a step's id is the number of ends before
-    else:
-        ids = torch.where(valid, ids, -1)
-        # The last valid token of an id: the least one behind it is another.
-        largest = torch.iinfo(torch.int64).max
-        least = torch.where(valid & (ids >= 0), ids, largest).flip(1)
-        least = least.cummin(1).values.flip(1) if ids.numel() else least
-        after = torch.cat([least[:, 1:], torch.full_like(least[:, :1], largest)], 1)
-        ends = valid & (ids >= 0) & (after != ids)
-    counted = valid & (ids >= 0)
-    before = torch.where(counted, ids, -1)
-    before = before.cummax(1).values if ids.numel() else before
-    before = torch.cat([torch.full_like(before[:, :1], -1), before[:, :-1]], 1)
-    # Sums restart where the id is a new one.
-    keep = torch.where(counted & (ids != before), 0, torch.ones_like(x))
-    sums = scan(torch.where(counted, x, 0).flip(1), keep.flip(1)).flip(1)
-    return from_rows(torch.where(ends & valid, sums, 0), rows.shape, rows.cu_seqlens)
+    ends = step_ends(markers, rows)
+    counted = found if markers.dtype is torch.bool else torch.where(markers >= 0, found, 0)
+    sums = prefix_scan(counted, torch.where(ends, 0.0, 1.0).to(torch.float64), rows.mask, rows.cu_seqlens)
+    return torch.where(ends, sums, 0)
 
 
 class TdpoTerms(NamedTuple):

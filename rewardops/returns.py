@@ -1,41 +1,40 @@
-"""Returns: what is still to come, as reverse scans over the rewards of a row."""
+"""Returns: what is still to come, as reverse scans over the tokens or the steps of a row."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import layout
 from .dispatch import define
-from .reference.layout import from_rows, to_rows
+
+# ---- the ops -----------------------------------------------------------------------------------------------
 
 
-def _setup_min(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, argmin = output
-    ctx.mark_non_differentiable(argmin)
-    ctx.save_for_backward(argmin, inputs[2])
+def _setup_extremes(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    rewards, *tensors, ctx.largest = inputs
+    ctx.save_for_backward(rewards, output, *tensors)
 
 
-def _gradient_min(ctx, grad, _grad_argmin):  # type: ignore[no-untyped-def]
-    return _min_backward(grad, *ctx.saved_tensors), None, None, None
+def _gradient_extremes(ctx, grad):  # type: ignore[no-untyped-def]
+    return _extremes_backward(grad, *ctx.saved_tensors, ctx.largest), None, None, None, None
 
 
-_min_backward = define(
+_extremes_backward = define(
     "returns",
-    "min_returns_backward(Tensor grad, Tensor argmin, Tensor? cu_seqlens) -> Tensor",
-    fake=lambda grad, *_: grad.new_empty(grad.shape),
+    "extreme_returns_backward(Tensor grad, Tensor rewards, Tensor returns, Tensor? mask, Tensor? cu_seqlens,"
+    " Tensor? steps, bool largest) -> Tensor",
+    fake=lambda grad, rewards, *_: rewards.new_empty(rewards.shape),
 )
 
-_min_forward = define(
+_extremes = define(
     "returns",
-    "min_returns(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? steps)"
-    " -> (Tensor returns, Tensor argmin)",
-    fake=lambda rewards, *_: (
-        rewards.new_empty(rewards.shape),
-        rewards.new_empty(rewards.shape, dtype=torch.int32),
-    ),
-    setup_context=_setup_min,
-    backward=_gradient_min,
+    "extreme_returns(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? steps, bool largest) -> Tensor",
+    fake=lambda rewards, *_: rewards.new_empty(rewards.shape),
+    setup_context=_setup_extremes,
+    backward=_gradient_extremes,
 )
 
 
@@ -66,6 +65,137 @@ _softmin_forward = define(
 )
 
 
+def _setup_soft_returns(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    rewards, mask, cu_seqlens, steps, temperature, _ = inputs
+    _, log_sums = output
+    ctx.mark_non_differentiable(log_sums)
+    ctx.save_for_backward(rewards, log_sums, mask, cu_seqlens, steps)
+    ctx.temperature = temperature
+
+
+def _gradient_soft_returns(ctx, grad, _):  # type: ignore[no-untyped-def]
+    return (_soft_returns_backward(grad, *ctx.saved_tensors, ctx.temperature), *[None] * 5)
+
+
+_soft_returns_backward = define(
+    "returns",
+    "softmin_returns_backward(Tensor grad, Tensor rewards, Tensor log_sums, Tensor? mask, Tensor? cu_seqlens,"
+    " Tensor? steps, float temperature) -> Tensor",
+    fake=lambda grad, rewards, *_: rewards.new_empty(rewards.shape),
+)
+
+_soft_returns = define(
+    "returns",
+    "softmin_returns(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? steps, float temperature,"
+    " bool mean) -> (Tensor returns, Tensor log_sums)",
+    fake=lambda rewards, *_: (
+        rewards.new_empty(rewards.shape),
+        rewards.new_empty(rewards.shape, dtype=torch.float64),
+    ),
+    setup_context=_setup_soft_returns,
+    backward=_gradient_soft_returns,
+)
+
+_TD = "Tensor? rho, Tensor? trace, Tensor? gammas, Tensor? lambdas, Tensor? mask, Tensor? cu_seqlens"
+_TD_OPTIONS = "float gamma, float lam, bool decay"
+
+
+def _setup_td(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    rewards, values, bootstrap, *tensors = inputs[:9]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(rewards, *tensors)
+    ctx.given = values is not None, bootstrap is not None
+    ctx.options = inputs[9:]
+
+
+def _gradient_td(ctx, grad, grad_returns):  # type: ignore[no-untyped-def]
+    has_values, has_bootstrap = ctx.given
+    if grad is None and grad_returns is None:
+        return (None,) * 12
+    rewards, *tensors = ctx.saved_tensors
+    found = _td_backward(grad, grad_returns, rewards, *tensors, *ctx.options, *ctx.given)
+    on_values, on_bootstrap = found[1] if has_values else None, found[2] if has_bootstrap else None
+    return (found[0], on_values, on_bootstrap, *[None] * 9)
+
+
+def _fake_td_backward(grad, grad_returns, rewards, *rest):  # type: ignore[no-untyped-def]
+    cu_seqlens, has_values, has_bootstrap = rest[5], *rest[-2:]
+    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        rewards.new_empty(rewards.shape),
+        rewards.new_empty(rewards.shape if has_values else 0),
+        rewards.new_empty(batch if has_bootstrap else 0),
+    )
+
+
+_td_backward = define(
+    "returns",
+    f"td_scan_backward(Tensor? grad, Tensor? grad_returns, Tensor rewards, {_TD}, {_TD_OPTIONS},"
+    " bool has_values, bool has_bootstrap) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_td_backward,
+)
+
+_td = define(
+    "returns",
+    f"td_scan(Tensor rewards, Tensor? values, Tensor? bootstrap, {_TD}, {_TD_OPTIONS})"
+    " -> (Tensor advantages, Tensor returns)",
+    fake=lambda rewards, values, *_: (
+        rewards.new_empty(rewards.shape),
+        rewards.new_empty(0 if values is None else rewards.shape),
+    ),
+    setup_context=_setup_td,
+    backward=_gradient_td,
+)
+
+
+_prefix_scan = define(
+    "returns",
+    "prefix_scan(Tensor x, Tensor factors, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    fake=lambda x, *_: x.new_empty(x.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+    backward=lambda ctx, grad: (
+        _td(grad, *[None] * 4, ctx.saved_tensors[0], None, *ctx.saved_tensors[1:], 1.0, 1.0, False)[0],
+        *[None] * 3,
+    ),
+)
+
+
+def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``u[t] = x[t] + factors[t-] u[t-]`` with ``t-`` the valid token before; factors float64, as ``x``."""
+    out: Tensor = _prefix_scan(x, factors, mask, cu_seqlens)
+    return out
+
+
+def step_ends(markers: Tensor, rows: layout.Layout) -> Tensor:
+    """Which tokens end a step, from :func:`rewardops.layout.step_markers`: bool, the layout of the markers.
+
+    Of ids, the last valid token before another id; negative ids are of no step.
+    """
+    if markers.dtype is torch.bool:
+        return markers if rows.mask is None else markers & rows.mask
+    # The distance to the next valid token's id; beyond a row that is -1.
+    ids = markers.to(torch.float64)
+    beyond = ids.new_full((rows.batch,), -1.0)
+    apart, _ = _td(
+        torch.zeros_like(ids),
+        ids,
+        beyond,
+        None,
+        None,
+        None,
+        None,
+        rows.mask,
+        rows.cu_seqlens,
+        1.0,
+        0.0,
+        False,
+    )
+    return (markers >= 0) & (apart != 0)
+
+
+# ---- over steps --------------------------------------------------------------------------------------------
+
+
 def _prepare(
     rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -87,7 +217,8 @@ def min_returns(
 
     The credit assignment of PURE (arXiv 2504.15275, section 4), exact. Every valid token carries the return
     of the step it is in; where no step is left (the tokens after the last step end) it is 0. Rewards at
-    positions that end no step are not read, so they never act as a reward of 0.
+    positions that end no step are not read, so they never act as a reward of 0 (a zero-filled minimum, as in
+    one published version, loses every positive reward).
 
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
@@ -105,7 +236,46 @@ def min_returns(
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
     """
-    out: Tensor = _min_forward(*_prepare(rewards, mask, cu_seqlens, steps))[0]
+    out: Tensor = _extremes(*_prepare(rewards, mask, cu_seqlens, steps), False)
+    return out
+
+
+def max_returns(
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    steps: Tensor | None = None,
+) -> Tensor:
+    """The largest step reward still to come; everything else as in :func:`min_returns`."""
+    out: Tensor = _extremes(*_prepare(rewards, mask, cu_seqlens, steps), True)
+    return out
+
+
+def softmin_returns(
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    steps: Tensor | None = None,
+    temperature: float = 0.1,
+    mean: bool = False,
+) -> Tensor:
+    """The soft minimum of the step rewards still to come, ``G_k = -T log sum_{j >= k} exp(-r_j / T)``.
+
+    It tends to :func:`min_returns` as the temperature falls. ``mean=True`` divides the sum by the number of steps
+    that are left, so that equal rewards have their own value as the return.
+
+    Args:
+        rewards, mask, cu_seqlens, steps: as in :func:`min_returns`. temperature: above 0.
+
+    Returns:
+        The layout of ``rewards``; float32 (float64 for float64); 0 where masked, and where no step is left.
+        Differentiable in ``rewards``, by the weights ``softmax(-r / T)`` over the steps that are left.
+    """
+    layout.check_positive("temperature", temperature)
+    arguments = _prepare(rewards, mask, cu_seqlens, steps)
+    out: Tensor = _soft_returns(*arguments, float(temperature), bool(mean))[0]
     return out
 
 
@@ -145,33 +315,229 @@ def softmin_rewards(
     return out
 
 
-def scan(x: Tensor, a: Tensor) -> Tensor:
-    """``G[t] = x[t] + a[t] * G[t + 1]`` along rows ``[B, T]``, the maps composed over distances 1, 2, 4, ..."""
-    step, width = 1, x.shape[1]
-    while step < width:
-        x = torch.cat([x[:, :-step] + a[:, :-step] * x[:, step:], x[:, -step:]], 1)
-        a = torch.cat([a[:, :-step] * a[:, step:], a[:, -step:]], 1)
-        step *= 2
-    return x
+# ---- over tokens -------------------------------------------------------------------------------------------
+
+HOLES = ("hold", "decay")
+
+
+class GAE(NamedTuple):
+    """Advantages, and ``advantages + values``: the targets of the values."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class VTrace(NamedTuple):
+    """The targets of the values, and the advantages of the policy gradient."""
+
+    targets: Tensor
+    advantages: Tensor
+
+
+def _factor(name: str, value: float | Tensor, rows: layout.Layout, hole: str) -> tuple[float, Tensor | None]:
+    """A number for all, or float64 per row ``[B, 1]`` or per token."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1, or a tensor")
+        return float(value), None
+    if value.dim() == 0:
+        raise ValueError(
+            f"{name}: got a tensor of no dimensions, want a number, or a value per row or per token"
+        )
+    if tuple(value.shape) == (rows.batch,):
+        found = value.detach()[:, None]
+    elif tuple(value.shape) == rows.shape:
+        if hole == "decay":
+            raise ValueError(
+                f"{name}: got a value per token with hole='decay', want one per row, or hole='hold'"
+            )
+        found = value.detach()
+    else:
+        raise ValueError(
+            f"{name}: got shape {layout.show(value.shape)}, want [{rows.batch}] or {layout.show(rows.shape)}"
+        )
+    if layout.may_read(found):
+        read = found if rows.mask is None or tuple(value.shape) == (rows.batch,) else found[rows.mask]
+        if bool(((read < 0) | (read > 1)).any()):
+            raise ValueError(f"{name}: got a value outside 0 to 1")
+    return 1.0, found.to(torch.float64)
+
+
+def _scan(  # type: ignore[no-untyped-def]
+    rewards: Tensor,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    hole: str,
+    rho: Tensor | None = None,
+    trace: Tensor | None = None,
+):
+    layout.check_float("rewards", rewards)
+    layout.check_choice("hole", hole, HOLES)
+    rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
+    if values is not None:
+        layout.check_like("values", values, rewards, "rewards")
+    if bootstrap is not None:
+        layout.check_shape(
+            "bootstrap", layout.check_tensor("bootstrap", bootstrap), (rows.batch,), "one per row"
+        )
+        layout.check_float("bootstrap", bootstrap)
+        layout.check_device("bootstrap", bootstrap, rewards.device, "rewards")
+        if values is None:
+            values = torch.zeros_like(rewards)
+    factors = [_factor("gamma", gamma, rows, hole), _factor("lam", lam, rows, hole)]
+    given = [t for t in (rewards, values, bootstrap, rho, trace) if t is not None]
+    wide = iter(layout.promote(*given))
+    tensors = [None if t is None else next(wide) for t in (rewards, values, bootstrap, rho, trace)]
+    return rows, _td(
+        *tensors, factors[0][1], factors[1][1], rows.mask, rows.cu_seqlens, factors[0][0], factors[1][0],
+        hole == "decay",
+    )  # fmt: skip
 
 
 def discounted_returns(
-    rewards: Tensor, *, gamma: float = 1.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    rewards: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    hole: str = "hold",
 ) -> Tensor:
-    """``G[t] = r[t] + gamma * G[t + 1]`` along every row; masked tokens are skipped and do not discount.
+    """``G[t] = r[t] + gamma * G[t + 1]`` along every row.
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. gamma: 0 to 1.
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        gamma, mask, cu_seqlens, hole: as in :func:`gae`. bootstrap: ``[B]``, the return after the last token.
 
     Returns:
-        The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable.
+        The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in ``rewards`` and
+        ``bootstrap``.
+    """
+    _, (out, _) = _scan(rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, hole)
+    return out  # type: ignore[no-any-return]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    hole: str = "hold",
+) -> GAE:
+    """Generalised advantage estimation (arXiv 1506.02438), not whitened.
+
+    ``A[t] = delta[t] + gamma * lam * A[t + 1]`` with ``delta[t] = r[t] + gamma * V[t + 1] - V[t]``, and
+    ``returns = A + V``. Over masked tokens inside a row, ``hole="hold"`` passes: the next token is the next valid
+    one (verl, NeMo-RL, AReaL). ``hole="decay"`` takes them for steps of reward and value 0 (OpenRLHF, slime).
+    Masked tokens after a row's last valid one are no part of it.
+
+    Args:
+        rewards, values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        gamma, lam: 0 to 1; a number, or a tensor with one per row ``[B]`` or per token (where both fit: per row).
+            No gradient flows into them.
+        bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
+        mask: the shape of ``rewards``; bool, integer or float 0/1; may have holes.
+        cu_seqlens: ``[B + 1]`` for packed rows.
+
+    Returns:
+        :class:`GAE`, the layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Sums are
+        taken in float64. Differentiable in ``rewards``, ``values`` and ``bootstrap``. A factor of 0 cuts: what lies
+        beyond it does not matter, not even when it is infinite.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a number out of
+            its range, factors per token with ``hole="decay"``.
+    """
+    _, found = _scan(rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, hole)
+    return GAE(*found)
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    hole: str = "hold",
+) -> Tensor:
+    """``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``, TD(lambda): :func:`gae`'s."""
+    found = gae(
+        rewards,
+        values,
+        gamma=gamma,
+        lam=lam,
+        bootstrap=bootstrap,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        hole=hole,
+    )
+    return found.returns
+
+
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    log_ratio: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    rho_clip: float | None = 1.0,
+    trace_clip: float | None = 1.0,
+    advantage_rho_clip: float | None = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> VTrace:
+    """V-trace (arXiv 1802.01561): off-policy targets, and the advantages that go with them.
+
+    With ``ratio = exp(log_ratio)``, ``rho = min(rho_clip, ratio)`` and ``c = min(trace_clip, ratio)``:
+    ``target[t] - V[t] = rho[t] (r[t] + gamma V[t+1] - V[t]) + gamma lam c[t] (target[t+1] - V[t+1])``, and
+    ``advantage[t] = min(advantage_rho_clip, ratio) (r[t] + gamma (lam target[t+1] + (1 - lam) V[t+1]) - V[t])``, as
+    in rlax. Masked tokens inside a row are passed over.
+
+    Args:
+        rewards, values, gamma, lam, bootstrap, mask, cu_seqlens: as in :func:`gae`.
+        log_ratio: the shape of ``rewards``: log-probability under the policy less that under the behaviour policy.
+            No gradient flows into it.
+        rho_clip, trace_clip, advantage_rho_clip: None for no bound.
+
+    Returns:
+        :class:`VTrace`, the layout of ``rewards``, 0 where masked. Differentiable in ``rewards``, ``values`` and
+        ``bootstrap``.
     """
     layout.check_float("rewards", rewards)
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
-        raise ValueError(f"gamma: got {gamma!r}, want a number from 0 to 1")
-    rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
-    (wide,) = layout.promote(rewards)
-    x, valid = to_rows(wide, rows.mask, rows.cu_seqlens)
-    a = torch.where(valid, gamma, torch.ones((), dtype=x.dtype, device=x.device))
-    x = scan(x, a)
-    return from_rows(torch.where(valid, x, 0), rows.shape, rows.cu_seqlens)
+    layout.check_like("log_ratio", log_ratio, rewards, "rewards")
+    layout.check_like("values", values, rewards, "rewards")
+    ratio = layout.promote(log_ratio.detach())[0].exp()
+    bounds = []
+    clips = {"rho_clip": rho_clip, "trace_clip": trace_clip, "advantage_rho_clip": advantage_rho_clip}
+    for name, clip in clips.items():
+        if clip is not None:
+            layout.check_non_negative(name, clip)
+        bounds.append(ratio if clip is None else ratio.clamp(max=clip))
+    rho, trace, own = bounds
+    options = (gamma, lam, mask, cu_seqlens, "hold")
+    rows, (excess, targets) = _scan(rewards, values, bootstrap, *options, rho, trace)
+    scale = lam
+    if isinstance(lam, Tensor):
+        scale = lam.detach().to(excess.dtype)
+        scale = rows.expand(scale) if tuple(lam.shape) == (rows.batch,) else scale
+    carried = excess * scale
+    ahead = values.to(excess.dtype) + carried
+    # r + gamma ahead[t+] - V, as the difference in `ahead` and what that puts before V.
+    _, (found, _) = _scan(rewards, ahead, bootstrap, gamma, 0.0, *options[2:])
+    advantages = own * (found + carried)
+    if rows.mask is not None:
+        advantages = torch.where(rows.mask, advantages, 0)
+    return VTrace(targets, advantages)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .launch import INTERPRETED, cdiv, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
 
-BLOCK = 256 if INTERPRETED else 1024
+BLOCK = 256 if INTERPRETED else 512
 DIGIT = 8
 
 

@@ -12,6 +12,7 @@
 #include "rewardops/cpu/prefix_tree.h"
 #include "rewardops/cpu/returns.h"
 #include "rewardops/cpu/segments.h"
+#include "rewardops/cpu/td.h"
 
 #define REWARDOPS_TEXT_(x) #x
 #define REWARDOPS_TEXT(x) REWARDOPS_TEXT_(x)
@@ -22,9 +23,19 @@ namespace {
 
 template <typename T>
 constexpr TypedKernels<T> typed() {
-  return {token_kl<T>,           spread<T>,             row_sums<T>,
-          gtpo<T>,               gtpo_backward<T>,      min_returns<T>,
-          min_returns_backward<T>, softmin<T>,          softmin_backward<T>};
+  return {token_kl<T>,
+          spread<T>,
+          row_sums<T>,
+          gtpo<T>,
+          gtpo_backward<T>,
+          {extremes_rows<T>, extremes_aggregates<T>, extremes_carries<T>, extremes_chunks<T>, nullptr},
+          {extremes_backward_rows<T>, extremes_backward_aggregates<T>, extremes_backward_carries<T>,
+           extremes_backward_chunks<T>, nullptr},
+          {td_rows<T>, td_aggregates<T>, td_carries<T>, td_chunks<T>, td_joins<T>},
+          softmin<T>,
+          softmin_backward<T>,
+          softmin_returns<T>,
+          softmin_returns_backward<T>};
 }
 
 }  // namespace

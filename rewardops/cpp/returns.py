@@ -5,61 +5,102 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .memory import NONE, Shape, Strided, allocate, as_bytes, function, rows_dense, strided, threads
+from .memory import (
+    NONE,
+    Shape,
+    Strided,
+    address,
+    allocate,
+    as_bytes,
+    fresh,
+    function,
+    rows_dense,
+    strided,
+    threads,
+)  # fmt: skip
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else rows_dense(x)
 
 
 def _run(
     which: str,
-    rewards: Tensor | None,
+    rewards: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     steps: Tensor | None,
     *,
-    like: Tensor,
     grad: Tensor | None = None,
-    where: Tensor | None = None,
+    returns: Tensor | None = None,
+    largest: bool = False,
     temperature: float = 1.0,
-    through_weights: bool = False,
-    argmin: Strided = NONE,
+    flag: bool = False,
+    log_sums: Strided = NONE,
 ) -> Tensor:
-    rows = Shape(like.shape, cu_seqlens)
-    rewards = None if rewards is None else rows_dense(rewards)
-    grad = None if grad is None else rows_dense(grad)
-    where = None if where is None else rows_dense(where)
-    mask = as_bytes(mask)
+    rows = Shape(rewards.shape, cu_seqlens)
+    rewards, grad, returns, mask = rows_dense(rewards), _dense(grad), _dense(returns), as_bytes(mask)
     kind = 0
     if steps is not None:
         kind = 1 if steps.dtype is torch.bool else 2
         steps = as_bytes(steps) if kind == 1 else rows_dense(steps)
-    out = allocate(like, like.shape, cu_seqlens)
-    function("returns", like)(
-        rows.tuple,
-        strided(mask),
-        strided(rewards),
-        kind,
-        strided(steps),
-        strided(grad),
-        strided(where),
-        temperature,
-        through_weights,
-        strided(out),
-        argmin,
-        which,
-        threads(),
-    )
+    out = allocate(rewards, rewards.shape, cu_seqlens)
+    function("returns", rewards)(
+        rows.tuple, rows.longest, strided(mask), strided(rewards), kind, strided(steps), strided(grad),
+        strided(returns), largest, temperature, flag, log_sums, strided(out), which, threads(),
+    )  # fmt: skip
     return out
 
 
-def min_returns(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
+def extreme_returns(
+    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None, largest: bool
+) -> Tensor:
+    return _run("extremes", rewards, mask, cu_seqlens, steps, largest=largest)
+
+
+def extreme_returns_backward(
+    grad: Tensor,
+    rewards: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    largest: bool,
+) -> Tensor:
+    return _run("extremes_backward", rewards, mask, cu_seqlens, steps, grad=grad, returns=returns)
+
+
+def softmin_returns(
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    temperature: float,
+    mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    argmin = torch.full(rewards.shape, -1, dtype=torch.int32)
-    out = _run("min", rewards, mask, cu_seqlens, steps, like=rewards, argmin=strided(argmin))
-    return out, argmin
+    make = fresh if cu_seqlens is None else torch.zeros
+    logs = make(rewards.shape, dtype=torch.float64)
+    out = _run(
+        "softmin_returns", rewards, mask, cu_seqlens, steps, temperature=temperature, flag=mean,
+        log_sums=strided(logs),
+    )  # fmt: skip
+    return out, logs
 
 
-def min_returns_backward(grad: Tensor, argmin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return _run("min_backward", None, None, cu_seqlens, None, like=grad, grad=grad, where=argmin)
+def softmin_returns_backward(
+    grad: Tensor,
+    rewards: Tensor,
+    log_sums: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    logs = rows_dense(log_sums)
+    return _run(
+        "softmin_returns_backward", rewards, mask, cu_seqlens, steps, grad=grad, temperature=temperature,
+        log_sums=strided(logs),
+    )  # fmt: skip
 
 
 def softmin_rewards(
@@ -70,7 +111,7 @@ def softmin_rewards(
     temperature: float,
     through_weights: bool,
 ) -> Tensor:
-    return _run("softmin", rewards, mask, cu_seqlens, steps, like=rewards, temperature=temperature)
+    return _run("softmin", rewards, mask, cu_seqlens, steps, temperature=temperature)
 
 
 def softmin_rewards_backward(
@@ -83,13 +124,100 @@ def softmin_rewards_backward(
     through_weights: bool,
 ) -> Tensor:
     return _run(
-        "softmin_backward",
-        rewards,
-        mask,
-        cu_seqlens,
-        steps,
-        like=rewards,
-        grad=grad,
-        temperature=temperature,
-        through_weights=through_weights,
+        "softmin_backward", rewards, mask, cu_seqlens, steps, grad=grad, temperature=temperature,
+        flag=through_weights,
+    )  # fmt: skip
+
+
+# ---- discounted sums and temporal differences --------------------------------------------------------------
+
+
+def _per_row(factors: Tensor | None) -> Tensor | None:
+    return (
+        factors.contiguous() if factors is not None and factors.dim() == 2 and factors.shape[1] == 1 else None
     )
+
+
+def _td(
+    tokens: tuple[Tensor | None, ...],
+    factors: tuple[Tensor | None, Tensor | None],
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: tuple[float, float, bool, bool],
+    outputs: tuple[Tensor | None, ...],
+    grad_bootstrap: Tensor | None,
+) -> None:
+    rewards = tokens[0]
+    assert rewards is not None
+    rows = Shape(rewards.shape, cu_seqlens)
+    per_row = [_per_row(x) for x in factors]
+    per_token = [None if row is not None else x for x, row in zip(factors, per_row, strict=True)]
+    kept = [_dense(x) for x in (*tokens, *per_token)]
+    mask, bootstrap = as_bytes(mask), None if bootstrap is None else bootstrap.contiguous()
+    function("td_scan", rewards)(
+        rows.tuple, rows.longest, strided(mask), tuple(strided(x) for x in kept),
+        (*(address(x) for x in per_row), address(bootstrap)), *options, tuple(strided(x) for x in outputs),
+        address(grad_bootstrap), threads(),
+    )  # fmt: skip
+
+
+def td_scan(
+    rewards: Tensor,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    rho: Tensor | None,
+    trace: Tensor | None,
+    gammas: Tensor | None,
+    lambdas: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    decay: bool,
+) -> tuple[Tensor, Tensor]:
+    out = allocate(rewards, rewards.shape, cu_seqlens)
+    returns = None if values is None else allocate(rewards, rewards.shape, cu_seqlens)
+    options = (gamma, lam, decay, False)
+    tokens = (rewards, values, rho, trace)
+    _td(tokens, (gammas, lambdas), bootstrap, mask, cu_seqlens, options, (out, returns), None)
+    return out, rewards.new_empty(0) if returns is None else returns
+
+
+def td_scan_backward(
+    grad: Tensor | None,
+    grad_returns: Tensor | None,
+    rewards: Tensor,
+    rho: Tensor | None,
+    trace: Tensor | None,
+    gammas: Tensor | None,
+    lambdas: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    decay: bool,
+    has_values: bool,
+    has_bootstrap: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, grad_returns = _dense(grad), _dense(grad_returns)
+    on_rewards = allocate(rewards, rewards.shape, cu_seqlens)
+    on_values = allocate(rewards, rewards.shape, cu_seqlens) if has_values else None
+    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    on_bootstrap = rewards.new_zeros(batch) if has_bootstrap else None
+    options, outputs = (gamma, lam, decay, True), (grad, grad_returns, on_rewards, on_values)
+    _td(
+        (rewards, None, rho, trace), (gammas, lambdas), None, mask, cu_seqlens, options, outputs, on_bootstrap
+    )
+    none = rewards.new_empty(0)
+    return (
+        on_rewards,
+        none if on_values is None else on_values,
+        none if on_bootstrap is None else on_bootstrap,
+    )
+
+
+def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The adjoint of a discounted sum."""
+    given = (None, None, factors, None, mask, cu_seqlens)
+    return td_scan_backward(x, None, x, *given, 1.0, 1.0, False, False, False)[0]

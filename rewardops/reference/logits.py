@@ -93,7 +93,7 @@ def product(weight: Tensor, value: Tensor) -> Tensor:
 def divergence(y: Tensor, u: Tensor) -> Tensor:
     """``sum e^y (y - u)``: infinite where the second has no mass and the first has, however little."""
     broken = ((u == -torch.inf) & (y > -torch.inf)).any(-1)
-    return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1))
+    return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1, dtype=torch.float64))
 
 
 def token_stats_partial(
@@ -122,11 +122,13 @@ def token_stats_partial(
     weight = y.exp()
     fields = {
         "shift": shift / t,
-        "total": weight.sum(-1),
-        "weighted": product(weight, y).sum(-1) if "entropy" in outputs else none,
-        "squares": (weight * weight).sum(-1) if moments else none,
-        "squares_weighted": product(weight * weight, y).sum(-1) if "sum_sq_logprob" in outputs else none,
-        "distance": y.sum(-1) if "mean_logit" in outputs else none,
+        "total": weight.sum(-1, dtype=torch.float64),
+        "weighted": product(weight, y).sum(-1, dtype=torch.float64) if "entropy" in outputs else none,
+        "squares": (weight * weight).sum(-1, dtype=torch.float64) if moments else none,
+        "squares_weighted": product(weight * weight, y).sum(-1, dtype=torch.float64)
+        if "sum_sq_logprob" in outputs
+        else none,
+        "distance": y.sum(-1, dtype=torch.float64) if "mean_logit" in outputs else none,
         "columns": torch.full_like(t, vocab),
         "token": at_column(x, column, found) / t,
         "found": found,
@@ -135,7 +137,7 @@ def token_stats_partial(
         x = capped(ref_logits, softcap, vocab, valid, acc)
         u, shift = distances(x, t)
         fields["ref_shift"] = shift / t
-        fields["ref_total"] = u.exp().sum(-1)
+        fields["ref_total"] = u.exp().sum(-1, dtype=torch.float64)
         fields["ref_token"] = at_column(x, column, found) / t
         fields["kl"] = divergence(y, u) if "kl" in outputs else none
         fields["reverse"] = divergence(u, y) if "reverse_kl" in outputs else none

@@ -118,6 +118,9 @@ struct GtpoArgs {
 
 enum class Steps : int { every_token = 0, flags = 1, ids = 2 };
 
+// A few long rows are scanned in chunks: so many tokens each, whatever the number of threads.
+constexpr int64_t kScanChunk = 1 << 15;
+
 template <typename T>
 struct ReturnsArgs {
   Rows rows;
@@ -126,12 +129,48 @@ struct ReturnsArgs {
   Steps kind;
   Tokens<const uint8_t> flags;
   Tokens<const int64_t> ids;
-  Tokens<const T> grad;           // backward only
-  Tokens<const int32_t> where;    // min backward only
-  double temperature;             // soft-min only
-  bool through_weights;           // soft-min only
+  Tokens<const T> grad;            // backward only
+  Tokens<const T> returns;         // extremes, backward only
+  bool largest;                    // extremes: the largest, and not the smallest
+  double temperature;              // soft-min
+  bool through_weights;            // soft-min rewards
+  bool mean;                       // soft-min returns: of the steps that are left, and not their sum
+  Tokens<double> log_sums;         // soft-min returns: of the steps that are left; forward out, backward in
   Tokens<T> out;
-  Tokens<int32_t> argmin;         // min forward only
+  bool stream;                     // the outputs are too large for the caches
+  int64_t chunks;                  // of a row; 1 for whole rows
+  double* state;                   // [rows, chunks, 2]
+};
+
+template <typename T>
+struct TdArgs {
+  Rows rows;
+  Tokens<const uint8_t> mask;
+  Tokens<const T> rewards, values, rho, trace;  // all but the first may be null
+  Tokens<const double> gammas, lambdas;         // per token; may be null
+  const double *row_gammas, *row_lambdas;       // [B]; may be null
+  double gamma, lambda;                         // where neither is given
+  const T* bootstrap;                           // [B], the value after a row; may be null
+  bool decay;                                   // masked tokens are steps of reward and value 0
+  bool backward;
+  Tokens<T> out, returns;                       // forward; the second may be null
+  Tokens<const T> grad, grad_returns;           // backward; either may be null
+  Tokens<T> grad_rewards, grad_values;          // backward; the second may be null
+  T* grad_bootstrap;                            // backward; may be null
+  bool stream;
+  int64_t chunks;
+  double* state;
+};
+
+// A scan over whole rows, or over chunks of them: their aggregates, the carries between them, the chunks themselves,
+// and, where `joins`, what one hands to the next.
+template <typename Args>
+struct Scan {
+  void (*rows)(const Args&, int64_t begin, int64_t end);
+  void (*aggregates)(const Args&, int64_t begin, int64_t end);  // items: rows x chunks
+  void (*carries)(const Args&, int64_t begin, int64_t end);     // items: rows
+  void (*chunks)(const Args&, int64_t begin, int64_t end);      // items: rows x chunks
+  void (*joins)(const Args&, int64_t begin, int64_t end);       // items: rows; may be null
 };
 
 template <typename T>
@@ -142,10 +181,12 @@ struct TypedKernels {
   // Items: groups x blocks of kGtpoBlock positions.
   void (*gtpo)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
   void (*gtpo_backward)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
-  void (*min_returns)(const ReturnsArgs<T>&, int64_t begin, int64_t end);        // items: rows
-  void (*min_returns_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
-  void (*softmin)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
+  Scan<ReturnsArgs<T>> extremes, extremes_backward;
+  Scan<TdArgs<T>> td;
+  void (*softmin)(const ReturnsArgs<T>&, int64_t begin, int64_t end);            // items: rows
   void (*softmin_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
+  void (*softmin_returns)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
+  void (*softmin_returns_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kGtpoBlock = 512;

@@ -1,0 +1,317 @@
+// Discounted sums of rewards and of temporal differences: discounted returns, GAE, lambda-returns, V-trace.
+//
+// Over the valid tokens of a row, with t+ the next of them:
+//   delta[t] = rho[t] (r[t] + gamma[t] V[t+] - V[t]),  y[t] = delta[t] + gamma[t] lambda[t] trace[t] y[t+]
+// With `decay` a masked token before the last valid one is a step as well, of reward and value 0.
+#pragma once
+
+#include "rewardops/cpu/kernels.h"
+#include "rewardops/cpu/scan.h"
+
+namespace rewardops::cpu {
+namespace REWARDOPS_ISA {
+namespace {
+
+// A row, and its coefficients as they apply to a block.
+template <typename T>
+struct TdRow {
+  const TdArgs<T>& a;
+  int64_t b;
+  const uint8_t* mask;
+  const T *rewards, *values, *rho, *trace;
+  const double *gammas, *lambdas;  // per token, or null
+  double gamma, lambda;            // of the row
+  double decay;                    // gamma * lambda
+
+  TdRow(const TdArgs<T>& args, int64_t row)
+      : a(args), b(row), mask(a.mask.row(a.rows, b)), rewards(a.rewards.row(a.rows, b)),
+        values(a.values.row(a.rows, b)), rho(a.rho.row(a.rows, b)), trace(a.trace.row(a.rows, b)),
+        gammas(a.gammas.row(a.rows, b)), lambdas(a.lambdas.row(a.rows, b)),
+        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lambda),
+        decay(gamma * lambda) {}
+
+  bool simple() const { return !rho && !trace && !gammas && !lambdas; }
+  bool valid(int64_t t) const { return !mask || mask[t]; }
+
+  // One past the last valid token: what follows is no part of the row.
+  int64_t live() const {
+    int64_t n = a.rows.size(b);
+    while (n > 0 && !valid(n - 1)) --n;
+    return n;
+  }
+  bool all_valid(int64_t begin, int64_t n) const {
+    if (!mask) return true;
+    int bad = 0;
+    for (int64_t i = 0; i < n; ++i) bad |= mask[begin + i] == 0;
+    return !bad;
+  }
+  // The value that token `end - 1` looks ahead to.
+  double value_after(int64_t end, int64_t live) const {
+    if (!values) return 0;
+    if (end >= live) return a.bootstrap ? static_cast<double>(a.bootstrap[b]) : 0;
+    if (a.decay) return valid(end) ? static_cast<double>(values[end]) : 0;
+    while (!valid(end)) ++end;
+    return values[end];
+  }
+  double gamma_at(int64_t t) const { return gammas ? gammas[t] : gamma; }
+  double rho_at(int64_t t) const { return rho ? static_cast<double>(rho[t]) : 1; }
+  // How much of y[t+] is in y[t].
+  double factor_at(int64_t t) const {
+    return gamma_at(t) * (lambdas ? lambdas[t] : lambda) * (trace ? static_cast<double>(trace[t]) : 1);
+  }
+};
+
+struct TdBlock {
+  alignas(64) double x[kScanBlock];
+  alignas(64) double factor[kScanBlock];
+  alignas(64) double next[kScanBlock];  // V[t+]
+};
+
+// Fills a block's factors; whether they are all `decay`.
+template <typename T>
+inline bool fill_factors(const TdRow<T>& row, int64_t begin, int64_t n, bool full, TdBlock& s) {
+  const bool uniform = row.simple() && (full || row.a.decay);
+  if (uniform && n % kEight == 0) return true;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t t = begin + i;
+    s.factor[i] = full || row.valid(t) ? row.factor_at(t) : row.a.decay ? row.decay : 1.0;
+  }
+  for (int64_t i = n; i < padded_to_eight(n); ++i) s.factor[i] = 1;
+  return false;
+}
+
+template <typename Way, typename T>
+inline double scan_block(const TdRow<T>& row, bool uniform, int64_t n, TdBlock& s, double carry) {
+  for (int64_t i = n; i < padded_to_eight(n); ++i) s.x[i] = 0;
+  return uniform ? scan_map<Way>(s.x, row.decay, n, carry) : scan_maps<Way>(s.x, s.factor, padded_to_eight(n), carry);
+}
+
+// The temporal differences of a block; `ahead` is the value after it and becomes that after the one before.
+template <typename T>
+inline void fill_differences(const TdRow<T>& row, int64_t begin, int64_t n, bool full, TdBlock& s, double* ahead) {
+  const T* r = row.rewards + begin;
+  const T* v = row.values ? row.values + begin : nullptr;
+  const uint8_t* m = full ? nullptr : row.mask + begin;
+  if (!v) {
+    if (full)
+      for (int64_t i = 0; i < n; ++i) s.x[i] = static_cast<double>(r[i]);
+    else
+      for (int64_t i = 0; i < n; ++i) s.x[i] = m[i] ? static_cast<double>(r[i]) : 0.0;
+  } else if (full && row.simple() && row.gamma != 0) {
+    const double gamma = row.gamma, after = *ahead;
+    for (int64_t i = 0; i + 1 < n; ++i)
+      s.x[i] = static_cast<double>(r[i]) + gamma * static_cast<double>(v[i + 1]) - static_cast<double>(v[i]);
+    s.x[n - 1] = static_cast<double>(r[n - 1]) + gamma * after - static_cast<double>(v[n - 1]);
+    *ahead = v[0];
+  } else {
+    double after = *ahead;
+    for (int64_t i = n - 1; i >= 0; --i) {
+      const bool valid = !m || m[i];
+      const double gain = row.rho_at(begin + i), here = valid ? static_cast<double>(v[i]) : 0.0;
+      const double gamma = valid ? row.gamma_at(begin + i) : row.gamma;
+      const double reward = valid ? static_cast<double>(r[i]) : 0.0;
+      s.x[i] = valid ? times(gain, reward + times(gamma, after) - here) : row.a.decay ? times(gamma, after) : 0.0;
+      if (valid || row.a.decay) after = here;
+    }
+    *ahead = after;
+    return;
+  }
+  if (!v && row.rho)
+    for (int64_t i = 0; i < n; ++i)
+      if (full || m[i]) s.x[i] = times(static_cast<double>(row.rho[begin + i]), s.x[i]);
+}
+
+template <typename T>
+inline void store_tokens(const TdRow<T>& row, Tokens<T> out, int64_t begin, int64_t n, bool full, const double* y,
+                         const T* plus) {
+  if (!out.data) return;
+  alignas(64) T buffer[kScanBlock];
+  const uint8_t* m = full ? nullptr : row.mask + begin;
+  if (plus) {
+    if (full) for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i] + static_cast<double>(plus[i]));
+    else for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? static_cast<T>(y[i] + static_cast<double>(plus[i])) : T{0};
+  } else {
+    if (full) for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i]);
+    else for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? static_cast<T>(y[i]) : T{0};
+  }
+  store_out(out.row(row.a.rows, row.b) + begin, buffer, n, row.a.stream);
+}
+
+template <typename T>
+inline void store_zeros(const TdRow<T>& row, Tokens<T> out, int64_t begin, int64_t end) {
+  if (out.data && end > begin) std::memset(out.row(row.a.rows, row.b) + begin, 0, (end - begin) * sizeof(T));
+}
+
+// Tokens [begin, end) of a row of `live` tokens, from the carry y[end]. Without `store` only the aggregate is wanted:
+// y[begin] for a carry of 0, and by how much the carry is multiplied on the way.
+template <typename T>
+inline double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t live, double carry, bool store,
+                       double* product) {
+  TdBlock s;
+  double ahead = row.value_after(end, live);
+  // The ragged block comes first, so that the others end where registers do.
+  for (int64_t stop = end; stop > begin;) {
+    const int64_t left = stop - begin, n = left % kScanBlock ? left % kScanBlock : kScanBlock, at = stop - n;
+    const bool full = row.all_valid(at, n);
+    fill_differences(row, at, n, full, s, &ahead);
+    const bool uniform = fill_factors(row, at, n, full, s);
+    carry = scan_block<FromRight>(row, uniform, n, s, carry);
+    if (product)
+      *product *= uniform ? std::pow(row.decay, static_cast<double>(n)) : product_of(s.factor, padded_to_eight(n));
+    if (store) {
+      store_tokens<T>(row, row.a.out, at, n, full, s.x, nullptr);
+      if (row.values) store_tokens(row, row.a.returns, at, n, full, s.x, row.values + at);
+    }
+    stop = at;
+  }
+  return carry;
+}
+
+// ---- backward: the same sums, from the left -----------------------------------------------------------------
+//
+// u[t] = g[t] + factor[t-] u[t-], with t- the valid token before, g all that comes from above:
+//   grad r[t] = rho[t] u[t],  grad V[t] = gamma[t-] rho[t-] u[t-] - rho[t] u[t] + (what comes from the returns).
+
+// s.x becomes u of [begin, end) from the carry factor[t-] u[t-]; `passed` is gamma[t-] rho[t-] u[t-], before and after.
+template <typename T>
+inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end, double carry, bool store,
+                                double* product, double* passed) {
+  TdBlock s;
+  alignas(64) double up[kScanBlock];
+  alignas(64) double on_value[kScanBlock];
+  const T* g = row.a.grad.row(row.a.rows, row.b);
+  const T* h = row.a.grad_returns.row(row.a.rows, row.b);
+  for (int64_t at = begin; at < end;) {
+    const int64_t n = end - at < kScanBlock ? end - at : kScanBlock;
+    const bool full = row.all_valid(at, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const bool valid = full || row.valid(at + i);
+      const double sum = (g ? static_cast<double>(g[at + i]) : 0) + (h ? static_cast<double>(h[at + i]) : 0);
+      up[i] = valid ? sum : 0;
+    }
+    const bool uniform = fill_factors(row, at, n, full, s);
+    // s[t] = factor[t] (g[t] + s[t-]): what token t hands on.
+    if (uniform) for (int64_t i = 0; i < n; ++i) s.x[i] = times(row.decay, up[i]);
+    else for (int64_t i = 0; i < n; ++i) s.x[i] = times(s.factor[i], up[i]);
+    const double before = carry;
+    carry = scan_block<FromLeft>(row, uniform, n, s, carry);
+    if (product)
+      *product *= uniform ? std::pow(row.decay, static_cast<double>(n)) : product_of(s.factor, padded_to_eight(n));
+    if (store) {
+      // up becomes rho u, on_value the gradient in the value.
+      for (int64_t i = n - 1; i > 0; --i) up[i] += s.x[i - 1];
+      up[0] += before;
+      double held = *passed;
+      if (full && row.simple()) {
+        const double gamma = row.gamma;
+        on_value[0] = held - up[0];
+        for (int64_t i = 1; i < n; ++i) on_value[i] = times(gamma, up[i - 1]) - up[i];
+        held = times(gamma, up[n - 1]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) {
+          const bool valid = row.valid(at + i);
+          if (valid) up[i] = times(row.rho_at(at + i), up[i]);
+          on_value[i] = held - up[i];
+          if (valid) held = times(row.gamma_at(at + i), up[i]);
+          else if (row.a.decay) held = times(row.gamma, up[i]);
+        }
+      }
+      *passed = held;
+      store_tokens<T>(row, row.a.grad_rewards, at, n, full, up, nullptr);
+      store_tokens<T>(row, row.a.grad_values, at, n, full, on_value, h ? h + at : nullptr);
+    }
+    at += n;
+  }
+  return carry;
+}
+
+// ---- items: rows, or rows times chunks ----------------------------------------------------------------------
+
+template <typename T>
+void td_rows(const TdArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    const TdRow<T> row(a, b);
+    const int64_t live = row.live(), size = a.rows.size(b);
+    if (a.backward) {
+      double passed = 0;
+      td_backward_range<T>(row, 0, live, 0, true, nullptr, &passed);
+      if (a.grad_bootstrap) a.grad_bootstrap[b] = static_cast<T>(passed);
+      store_zeros(row, a.grad_rewards, live, size);
+      store_zeros(row, a.grad_values, live, size);
+    } else {
+      td_range(row, 0, live, live, 0.0, true, nullptr);
+      store_zeros(row, a.out, live, size);
+      store_zeros(row, a.returns, live, size);
+    }
+  }
+}
+
+// A few long rows, in chunks: `a.state` holds for each its aggregate, then its carry. Items: rows x chunks.
+template <typename T>
+void td_aggregates(const TdArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const TdRow<T> row(a, item / a.chunks);
+    const int64_t live = row.live(), from = item % a.chunks * kScanChunk;
+    const int64_t to = from + kScanChunk < live ? from + kScanChunk : live;
+    double product = 1, value = 0;
+    if (from < to)
+      value = a.backward ? td_backward_range<T>(row, from, to, 0, false, &product, nullptr)
+                         : td_range(row, from, to, live, 0.0, false, &product);
+    a.state[2 * item] = value;
+    a.state[2 * item + 1] = product;
+  }
+}
+
+template <typename T>
+void td_chunks(const TdArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const TdRow<T> row(a, item / a.chunks);
+    const int64_t live = row.live(), size = a.rows.size(row.b), from = item % a.chunks * kScanChunk;
+    const int64_t last = from + kScanChunk < size ? from + kScanChunk : size, to = last < live ? last : live;
+    if (a.backward) {
+      // What the first valid token of the chunk has from the one before it is added afterwards.
+      double passed = 0;
+      if (from < to) td_backward_range<T>(row, from, to, a.state[2 * item], true, nullptr, &passed);
+      a.state[2 * item + 1] = passed;
+      store_zeros(row, a.grad_rewards, to > from ? to : from, last);
+      store_zeros(row, a.grad_values, to > from ? to : from, last);
+    } else {
+      if (from < to) td_range(row, from, to, live, a.state[2 * item], true, nullptr);
+      store_zeros(row, a.out, to > from ? to : from, last);
+      store_zeros(row, a.returns, to > from ? to : from, last);
+    }
+  }
+}
+
+template <typename T>
+void td_carries(const TdArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) linear_carries(a.state + 2 * b * a.chunks, a.chunks, !a.backward);
+}
+
+// The values' gradients across chunks, and that of what follows the row. Items: rows.
+template <typename T>
+void td_joins(const TdArgs<T>& a, int64_t begin, int64_t end) {
+  if (!a.backward) return;
+  for (int64_t b = begin; b < end; ++b) {
+    const TdRow<T> row(a, b);
+    const double* state = a.state + 2 * b * a.chunks;
+    const int64_t live = row.live();
+    double passed = state[1];
+    for (int64_t c = 1; c < a.chunks && c * kScanChunk < live; ++c) {
+      int64_t t = c * kScanChunk;
+      const int64_t to = t + kScanChunk < live ? t + kScanChunk : live;
+      if (!a.decay) while (t < to && !row.valid(t)) ++t;
+      if (t == to) continue;  // a chunk of holes hands on what it got
+      if (a.grad_values.data && row.valid(t)) {
+        T& value = a.grad_values.row(a.rows, b)[t];
+        value = static_cast<T>(static_cast<double>(value) + passed);
+      }
+      passed = state[2 * c + 1];
+    }
+    if (a.grad_bootstrap) a.grad_bootstrap[b] = static_cast<T>(passed);
+  }
+}
+
+}  // namespace
+}  // namespace REWARDOPS_ISA
+}  // namespace rewardops::cpu
