@@ -45,7 +45,8 @@ struct StepRow {
     if (flags) {
       for (int64_t i = 0; i < n; ++i) ends[i] = (flags[begin + i] != 0) & (!mask || mask[begin + i]);
     } else if (!ids) {
-      for (int64_t i = 0; i < n; ++i) ends[i] = !mask || mask[begin + i];
+      if (mask) for (int64_t i = 0; i < n; ++i) ends[i] = mask[begin + i] != 0;
+      else std::memset(ends, 1, n);
     } else if (!mask) {
       for (int64_t i = 0; i + 1 < n; ++i) ends[i] = (ids[begin + i] >= 0) & (ids[begin + i] != ids[begin + i + 1]);
       if (n) ends[n - 1] = ends_step(begin + n - 1);
@@ -124,23 +125,34 @@ inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, in
   StepRow<T> steps(a, b);
   steps.start(end);
   const T* rewards = a.rewards.row(a.rows, b);
-  for (int64_t stop = end; stop > begin;) {
+  const int64_t live = begin + live_tokens(steps.mask ? steps.mask + begin : nullptr, end - begin);
+  if (store && live < end) std::memset(a.out.row(a.rows, b) + live, 0, (end - live) * sizeof(T));
+  for (int64_t stop = live; stop > begin;) {
     const int64_t left = stop - begin, n = left % kScanBlock ? left % kScanBlock : kScanBlock, at = stop - n;
     stop = at;
-    steps.ends_of(at, n, ends);
+    prefetch_before(rewards + at);
+    prefetch_before(steps.mask ? steps.mask + at : nullptr);
     const T* r = rewards + at;
-    bool nan = false;
-    for (int64_t i = 0; i < n; ++i) {
-      v[i] = ends[i] ? r[i] : kNone;
-      nan |= v[i] != v[i];
+    const bool full = all_valid(steps.mask ? steps.mask + at : nullptr, n), every = full && !steps.ids && !steps.flags;
+    if (!every || !begun) steps.ends_of(at, n, ends);
+    int nans = 0;
+    if (every) {
+      std::memcpy(v, r, n * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const T reward = r[i];
+        v[i] = ends[i] ? reward : kNone;
+      }
     }
+#pragma omp simd reduction(+ : nans)
+    for (int64_t i = 0; i < n; ++i) nans += v[i] != v[i] ? 1 : 0;
     int64_t none = 0;  // tokens at the end of the block with no step left
     if (!begun) {
       carry = kNone;
       while (none < n && !ends[n - 1 - none]) ++none;
       begun = none < n;
     }
-    if (nan || carry != carry) {
+    if (nans || carry != carry) {
       for (int64_t i = n - 1; i >= 0; --i) v[i] = carry = carry != carry || v[i] != v[i] ? v[i] + carry : extreme<kLargest>(v[i], carry);
     } else {
       const int64_t padded = (n + kWidth - 1) / kWidth * kWidth;
@@ -149,7 +161,8 @@ inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, in
     }
     if (!store) continue;
     for (int64_t i = n - none; i < n; ++i) v[i] = 0;
-    if (steps.mask) for (int64_t i = 0; i < n; ++i) v[i] = steps.mask[at + i] ? v[i] : T{0};
+    if (!full)
+      for (int64_t i = 0; i < n; ++i) v[i] = steps.mask[at + i] ? v[i] : T{0};
     store_out(a.out.row(a.rows, b) + at, v, n, a.stream);
   }
 }

@@ -10,7 +10,7 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-constexpr int64_t kScanBlock = 512;
+constexpr int64_t kScanBlock = 1024;
 
 typedef double Eight __attribute__((vector_size(64)));
 typedef int64_t EightInts __attribute__((vector_size(64)));
@@ -23,6 +23,27 @@ inline Eight load_eight(const double* x) {
 }
 inline void store_eight(double* x, Eight v) { std::memcpy(x, &v, sizeof(v)); }
 inline Eight splat_eight(double x) { return Eight{x, x, x, x, x, x, x, x}; }
+
+// Masks are bytes of 0 and 1.
+inline bool all_valid(const uint8_t* mask, int64_t n) { return !mask || !n || !std::memchr(mask, 0, n); }
+// One past the last valid token of n.
+inline int64_t live_tokens(const uint8_t* mask, int64_t n) {
+  if (!mask) return n;
+  for (uint64_t word; n >= 8; n -= 8) {
+    std::memcpy(&word, mask + n - 8, 8);
+    if (word) break;
+  }
+  while (n > 0 && !mask[n - 1]) --n;
+  return n;
+}
+
+// The block before this one, while this one is worked on: the hardware looks ahead upwards.
+template <typename T>
+inline void prefetch_before(const T* block) {
+  if (!block) return;
+  const char* at = reinterpret_cast<const char*>(block);
+  for (int64_t k = 64; k <= kScanBlock * static_cast<int64_t>(sizeof(T)); k += 64) __builtin_prefetch(at - k);
+}
 
 #if defined(__clang__)
 #define REWARDOPS_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -34,17 +34,7 @@ struct TdRow {
   bool valid(int64_t t) const { return !mask || mask[t]; }
 
   // One past the last valid token: what follows is no part of the row.
-  int64_t live() const {
-    int64_t n = a.rows.size(b);
-    while (n > 0 && !valid(n - 1)) --n;
-    return n;
-  }
-  bool all_valid(int64_t begin, int64_t n) const {
-    if (!mask) return true;
-    int bad = 0;
-    for (int64_t i = 0; i < n; ++i) bad |= mask[begin + i] == 0;
-    return !bad;
-  }
+  int64_t live() const { return live_tokens(mask, a.rows.size(b)); }
   // The value that token `end - 1` looks ahead to.
   double value_after(int64_t end, int64_t live) const {
     if (!values) return 0;
@@ -64,7 +54,7 @@ struct TdRow {
 struct TdBlock {
   alignas(64) double x[kScanBlock];
   alignas(64) double factor[kScanBlock];
-  alignas(64) double next[kScanBlock];  // V[t+]
+  alignas(64) double next[kScanBlock + kEight];  // V[t+], one further on
 };
 
 // Fills a block's factors; whether they are all `decay`.
@@ -72,9 +62,12 @@ template <typename T>
 inline bool fill_factors(const TdRow<T>& row, int64_t begin, int64_t n, bool full, TdBlock& s) {
   const bool uniform = row.simple() && (full || row.a.decay);
   if (uniform && n % kEight == 0) return true;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t t = begin + i;
-    s.factor[i] = full || row.valid(t) ? row.factor_at(t) : row.a.decay ? row.decay : 1.0;
+  const double hole = row.a.decay ? row.decay : 1.0;
+  if (row.simple()) {
+    const uint8_t* m = full ? nullptr : row.mask + begin;
+    for (int64_t i = 0; i < n; ++i) s.factor[i] = !m || m[i] ? row.decay : hole;
+  } else {
+    for (int64_t i = 0; i < n; ++i) s.factor[i] = full || row.valid(begin + i) ? row.factor_at(begin + i) : hole;
   }
   for (int64_t i = n; i < padded_to_eight(n); ++i) s.factor[i] = 1;
   return false;
@@ -96,13 +89,38 @@ inline void fill_differences(const TdRow<T>& row, int64_t begin, int64_t n, bool
     if (full)
       for (int64_t i = 0; i < n; ++i) s.x[i] = static_cast<double>(r[i]);
     else
-      for (int64_t i = 0; i < n; ++i) s.x[i] = m[i] ? static_cast<double>(r[i]) : 0.0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double reward = r[i];
+        s.x[i] = m[i] ? reward : 0.0;
+      }
   } else if (full && row.simple() && row.gamma != 0) {
     const double gamma = row.gamma, after = *ahead;
     for (int64_t i = 0; i + 1 < n; ++i)
       s.x[i] = static_cast<double>(r[i]) + gamma * static_cast<double>(v[i + 1]) - static_cast<double>(v[i]);
     s.x[n - 1] = static_cast<double>(r[n - 1]) + gamma * after - static_cast<double>(v[n - 1]);
     *ahead = v[0];
+  } else if (row.simple() && row.gamma != 0) {
+    // The value of the next valid token: a scan that starts anew at each. With `decay` it is that of the next token.
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = v[i];
+      s.next[i] = m[i] ? value : 0.0;
+      s.factor[i] = m[i] ? 0.0 : 1.0;
+    }
+    for (int64_t i = n; i < padded_to_eight(n); ++i) s.next[i] = 0, s.factor[i] = 1;
+    if (!row.a.decay) scan_maps<FromRight>(s.next, s.factor, padded_to_eight(n), *ahead);
+    s.next[n] = *ahead;
+    *ahead = s.next[0];
+    const double gamma = row.gamma;
+    if (row.a.decay)
+      for (int64_t i = 0; i < n; ++i) {
+        const double reward = r[i];
+        s.x[i] = (m[i] ? reward : 0.0) + gamma * s.next[i + 1] - s.next[i];
+      }
+    else
+      for (int64_t i = 0; i < n; ++i) {
+        const double delta = static_cast<double>(r[i]) + gamma * s.next[i + 1] - static_cast<double>(v[i]);
+        s.x[i] = m[i] ? delta : 0.0;
+      }
   } else {
     double after = *ahead;
     for (int64_t i = n - 1; i >= 0; --i) {
@@ -128,12 +146,11 @@ inline void store_tokens(const TdRow<T>& row, Tokens<T> out, int64_t begin, int6
   alignas(64) T buffer[kScanBlock];
   const uint8_t* m = full ? nullptr : row.mask + begin;
   if (plus) {
-    if (full) for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i] + static_cast<double>(plus[i]));
-    else for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? static_cast<T>(y[i] + static_cast<double>(plus[i])) : T{0};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i] + static_cast<double>(plus[i]));
   } else {
-    if (full) for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i]);
-    else for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? static_cast<T>(y[i]) : T{0};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i]);
   }
+  if (m) for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? buffer[i] : T{0};
   store_out(out.row(row.a.rows, row.b) + begin, buffer, n, row.a.stream);
 }
 
@@ -152,7 +169,10 @@ inline double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t 
   // The ragged block comes first, so that the others end where registers do.
   for (int64_t stop = end; stop > begin;) {
     const int64_t left = stop - begin, n = left % kScanBlock ? left % kScanBlock : kScanBlock, at = stop - n;
-    const bool full = row.all_valid(at, n);
+    prefetch_before(row.rewards + at);
+    prefetch_before(row.values ? row.values + at : nullptr);
+    prefetch_before(row.mask ? row.mask + at : nullptr);
+    const bool full = all_valid(row.mask ? row.mask + at : nullptr, n);
     fill_differences(row, at, n, full, s, &ahead);
     const bool uniform = fill_factors(row, at, n, full, s);
     carry = scan_block<FromRight>(row, uniform, n, s, carry);
@@ -183,7 +203,7 @@ inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end,
   const T* h = row.a.grad_returns.row(row.a.rows, row.b);
   for (int64_t at = begin; at < end;) {
     const int64_t n = end - at < kScanBlock ? end - at : kScanBlock;
-    const bool full = row.all_valid(at, n);
+    const bool full = all_valid(row.mask ? row.mask + at : nullptr, n);
     for (int64_t i = 0; i < n; ++i) {
       const bool valid = full || row.valid(at + i);
       const double sum = (g ? static_cast<double>(g[at + i]) : 0) + (h ? static_cast<double>(h[at + i]) : 0);
