@@ -1,7 +1,7 @@
 """Returns on the GPU: scans along a row, a block at a time with a carry.
 
-Moved forward: rewards, mask and steps once, returns and arg-min once; backward: gradient and arg-min once, one
-write. Blocks are walked from the right and read in decreasing time, so that every reverse scan is a forward one.
+Moved forward: rewards, mask and steps once, one write. Blocks are walked from the right and read in decreasing
+time, so that every reverse scan is a forward one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .launch import INTERPRETED, pair, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+from .td import CHUNK, chunks_of, td_scan, td_scan_backward
 
 BLOCK = 64 if INTERPRETED else 1024
 
@@ -56,30 +57,118 @@ def step_ends(
     return ends, following
 
 
-# ---- min-form ----------------------------------------------------------------------------------------------
+# ---- the smallest, or largest, step reward still to come ---------------------------------------------------
 
 
 @triton.jit
-def earlier_or_smaller(a, a_at, b, b_at):
-    """The smaller of a later (a) and an earlier (b) stretch; of equals the earlier; a NaN stays."""
-    take = (b_at >= 0) & ((a_at < 0) | (b <= a) | (b != b))
-    return tl.where(take, b, a), tl.where(take, b_at, a_at)
+def earlier_or_smaller(a, a_any, b, b_any):
+    """The smaller of a later (a) and an earlier (b) stretch; a NaN stays."""
+    take = (b_any != 0) & ((a_any == 0) | (b <= a) | (b != b))
+    return tl.where(take, b, a), a_any | b_any
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width", "total", "chunks", "rewards_stride", "mask_stride", "steps_stride", "out_stride",
+    ]
+)  # fmt: skip
+def extremes_kernel(
+    rewards, mask, cu, steps, out, state, width, total, chunks,
+    rewards_stride, mask_stride, steps_stride, out_stride,
+    LARGEST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr, STAGE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (b, c): row b, or its chunk c. STAGE 0: the whole row; 1: aggregates only; 2: from what follows.
+
+    The largest is the smallest of the negated rewards.
+    """
+    ACC: tl.constexpr = out.dtype.element_ty
+    b = tl.program_id(0)
+    c = tl.program_id(1)
+    row = b.to(tl.int64)
+    base, length = row_bounds(cu, b, width, total, PACKED)
+    begin = length * 0
+    end = length
+    if STAGE > 0:
+        begin = tl.minimum(length, c.to(tl.int64) * CHUNK)
+        end = tl.minimum(length, begin + CHUNK)
+    best = tl.zeros([], ACC)
+    begun = tl.zeros([], tl.int32)
+    if STAGE == 2:
+        for k in range(c + 1, chunks):
+            # The chunks that follow; the nearest last, so that its NaN is met last.
+            later = state + (row * chunks + (chunks + c - k)) * 2
+            best, begun = earlier_or_smaller(
+                best, begun, tl.load(later).to(ACC), tl.load(later + 1).to(tl.int32)
+            )
+    following = tl.full([], -1, tl.int64)
+    if KIND == 2 and STAGE > 0:
+        start = end
+        while (start < length) & (following == -1):
+            at = start + tl.arange(0, BLOCK)
+            valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+            first = tl.min(tl.where(valid, at, length), 0)
+            if first < length:
+                # Of no step, which is -1 or below, is like the end of the row.
+                following = tl.load(steps + base + row * steps_stride + first)
+                start = length
+            start += BLOCK
+    for done in range(0, end - begin, BLOCK):
+        at = end - 1 - done - tl.arange(0, BLOCK)
+        inside = at >= begin
+        valid = load_valid(mask, base + row * mask_stride + at, inside, HAS_MASK)
+        ends, following = step_ends(
+            steps, base + row * steps_stride, at, end, valid, mask, base + row * mask_stride, following,
+            KIND, HAS_MASK,
+        )  # fmt: skip
+        r = tl.load(rewards + base + row * rewards_stride + at, mask=ends, other=0.0)
+        if LARGEST:
+            r = -r
+        value, any_here = tl.associative_scan((r, ends.to(tl.int32)), 0, earlier_or_smaller)
+        value, any_here = earlier_or_smaller(best, begun, value, any_here)
+        if STAGE != 1:
+            found = value
+            if LARGEST:
+                found = -value
+            found = tl.where(valid & (any_here != 0), found, 0.0)
+            tl.store(out + base + row * out_stride + at, found, mask=inside)
+        last = tl.arange(0, BLOCK) == BLOCK - 1
+        best = tl.sum(tl.where(last, value, 0.0), 0)
+        begun = tl.max(tl.where(last, any_here, 0), 0)
+    if STAGE == 1:
+        tl.store(state + (row * chunks + c) * 2, best.to(tl.float64))
+        tl.store(state + (row * chunks + c) * 2 + 1, begun.to(tl.float64))
+
+
+# ---- the soft minimum of the steps still to come -----------------------------------------------------------
+
+
+@triton.jit
+def log_add(a, x, b, y):
+    """Of sums ``x e^a`` and ``y e^b``: the larger exponent, and the sum relative to it."""
+    top = tl.maximum(a, b)
+    left = tl.where(a == top, x, tl.where(x == 0.0, 0.0, x * tl.exp(a - top)))
+    right = tl.where(b == top, y, tl.where(y == 0.0, 0.0, y * tl.exp(b - top)))
+    return top, left + right
 
 
 @triton.jit(
     do_not_specialize=["width", "total", "rewards_stride", "mask_stride", "steps_stride", "out_stride"]
 )
-def min_returns_kernel(
-    rewards, mask, cu, steps, out, argmin, width, total, rewards_stride, mask_stride, steps_stride, out_stride,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+def softmin_returns_kernel(
+    rewards, mask, cu, steps, out, log_sums, width, total, rewards_stride, mask_stride, steps_stride, out_stride,
+    inv_high, inv_low, temperature_high, temperature_low,
+    MEAN: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: row b."""
-    ACC: tl.constexpr = out.dtype.element_ty
+    """Program b: row b, in float64."""
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
-    best = tl.zeros([], ACC)
-    best_at = tl.full([], -1, tl.int32)
+    inverse = tl.full([], inv_high, tl.float64) + tl.full([], inv_low, tl.float64)
+    temperature = tl.full([], temperature_high, tl.float64) + tl.full([], temperature_low, tl.float64)
+    top = tl.full([], float("-inf"), tl.float64)
+    mass = tl.zeros([], tl.float64)
+    steps_left = tl.zeros([], tl.float64)
     following = tl.full([], -1, tl.int64)
     for done in range(0, length, BLOCK):
         at = length - 1 - done - tl.arange(0, BLOCK)
@@ -89,45 +178,25 @@ def min_returns_kernel(
             steps, base + row * steps_stride, at, length, valid, mask, base + row * mask_stride, following,
             KIND, HAS_MASK,
         )  # fmt: skip
-        r = tl.load(rewards + base + row * rewards_stride + at, mask=ends, other=0.0)
-        value, where = tl.associative_scan((r, tl.where(ends, at, -1).to(tl.int32)), 0, earlier_or_smaller)
-        value, where = earlier_or_smaller(best, best_at, value, where)
-        tl.store(out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside)
-        tl.store(argmin + base + row * out_stride + at, tl.where(valid, where, -1), mask=inside)
+        r = tl.load(rewards + base + row * rewards_stride + at, mask=ends, other=0.0).to(tl.float64)
+        u = tl.where(ends, -r * inverse, float("-inf"))
+        one = ends.to(tl.float64)
+        tops, masses = tl.associative_scan((u, one), 0, log_add)
+        tops, masses = log_add(top, mass, tops, masses)
+        counts = steps_left + tl.cumsum(one, 0)
+        some = valid & (counts > 0)
+        log_sum = tops + tl.log(tl.where(some, masses, 1.0))
+        log_sum = tl.where(tops == float("-inf"), tops, log_sum)
+        value = log_sum
+        if MEAN:
+            value = value - tl.log(tl.where(some, counts, 1.0))
+        where = base + row * out_stride + at
+        tl.store(out + where, tl.where(some, -temperature * value, 0.0).to(out.dtype.element_ty), mask=inside)
+        tl.store(log_sums + where, tl.where(some, log_sum, 0.0), mask=inside)
         last = tl.arange(0, BLOCK) == BLOCK - 1
-        best = tl.sum(tl.where(last, value, 0.0), 0)
-        best_at = tl.sum(tl.where(last, where, 0), 0)
-
-
-@triton.jit
-def segmented_sum(a_new, a, b_new, b):
-    """Running sums that start anew at marked places."""
-    return a_new | b_new, tl.where(b_new != 0, b, a + b)
-
-
-@triton.jit(do_not_specialize=["width", "total", "grad_stride", "where_stride", "out_stride"])
-def min_returns_backward_kernel(
-    grad, argmin, cu, out, width, total, grad_stride, where_stride, out_stride,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program b: row b. The tokens whose arg-min is j are neighbours, and j is the last of them."""
-    ACC: tl.constexpr = out.dtype.element_ty
-    b = tl.program_id(0)
-    row = b.to(tl.int64)
-    base, length = row_bounds(cu, b, width, total, PACKED)
-    carry = tl.zeros([], ACC)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < length
-        wheres = argmin + base + row * where_stride + at
-        where = tl.load(wheres, mask=inside, other=-1)
-        before = tl.load(wheres - 1, mask=inside & (at > 0), other=-1)
-        g = tl.load(grad + base + row * grad_stride + at, mask=inside & (where >= 0), other=0.0)
-        first = ((before == at - 1) & (at > 0)).to(tl.int32)
-        new, total_here = tl.associative_scan((first, g), 0, segmented_sum)
-        total_here = tl.where(new != 0, total_here, total_here + carry)
-        tl.store(out + base + row * out_stride + at, tl.where(where == at, total_here, 0.0), mask=inside)
-        carry = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, total_here, 0.0), 0)
+        top = tl.max(tl.where(last, tops, float("-inf")), 0)
+        mass = tl.sum(tl.where(last, masses, 0.0), 0)
+        steps_left = tl.max(counts, 0)
 
 
 # ---- soft-min ----------------------------------------------------------------------------------------------
@@ -196,33 +265,107 @@ def _steps(steps: Tensor | None) -> tuple[int, Tensor | None]:
     return (1, as_bytes(steps)) if steps.dtype is torch.bool else (2, dense(steps))
 
 
-def min_returns(
+def extreme_returns(
+    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None, largest: bool
+) -> Tensor:
+    rows = Rows.of(rewards.shape, cu_seqlens, rewards)
+    rewards, mask = dense(rewards), as_bytes(mask)
+    kind, steps = _steps(steps)
+    out = output(rewards, rewards.shape, rows.packed)
+    if not out.numel() or not rows.batch:
+        return out
+    chunks = chunks_of(rows, rewards)
+    state = torch.empty((rows.batch, chunks, 2), dtype=torch.float64, device=rewards.device)
+    for stage in (0,) if chunks == 1 else (1, 2):
+        extremes_kernel[(rows.batch, chunks)](
+            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, state, rows.width, rows.total,
+            chunks, stride(rewards), stride(mask), stride(steps), stride(out), LARGEST=largest,
+            PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, STAGE=stage, CHUNK=CHUNK, BLOCK=BLOCK,
+        )  # fmt: skip
+    return out
+
+
+def _ends(
     rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Which tokens end a step, and which are valid."""
+    valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    if steps is None:
+        return valid, valid
+    if steps.dtype is torch.bool:
+        return steps & valid, valid
+    # The distance to the next valid token's id; beyond a row that is -1.
+    ids = steps.to(torch.float64)
+    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    factors = (None, None, None, None, mask, cu_seqlens, 1.0, 0.0, False)
+    apart, _ = td_scan(torch.zeros_like(ids), ids, ids.new_full((batch,), -1.0), *factors)
+    return valid & (steps >= 0) & (apart != 0), valid
+
+
+def extreme_returns_backward(
+    grad: Tensor,
+    rewards: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    largest: bool,
+) -> Tensor:
+    """A step end whose reward is the return there takes what came since the last such: a sum that starts anew."""
+    ends, _ = _ends(rewards, mask, cu_seqlens, steps)
+    takes = ends & ((rewards == returns) | (rewards.isnan() & returns.isnan()))
+    sums = prefix_scan(grad, (~takes).to(torch.float64), mask, cu_seqlens)
+    return torch.where(takes, sums, 0)
+
+
+def softmin_returns(
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    temperature: float,
+    mean: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = Rows.of(rewards.shape, cu_seqlens, rewards)
     rewards, mask = dense(rewards), as_bytes(mask)
     kind, steps = _steps(steps)
     out = output(rewards, rewards.shape, rows.packed)
-    argmin = torch.full(rewards.shape, -1, dtype=torch.int32, device=rewards.device)
+    log_sums = output(rewards, rewards.shape, rows.packed, torch.float64)
     if out.numel() and rows.batch:
-        min_returns_kernel[(rows.batch,)](
-            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, argmin,
-            rows.width, rows.total, stride(rewards), stride(mask), stride(steps), stride(out),
-            PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, BLOCK=BLOCK,
+        softmin_returns_kernel[(rows.batch,)](
+            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, log_sums, rows.width,
+            rows.total, stride(rewards), stride(mask), stride(steps), stride(out), *pair(1.0 / temperature),
+            *pair(temperature), MEAN=mean, PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, BLOCK=BLOCK,
         )  # fmt: skip
-    return out, argmin
+    return out, log_sums
 
 
-def min_returns_backward(grad: Tensor, argmin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    rows = Rows.of(grad.shape, cu_seqlens, grad)
-    grad, argmin = dense(grad), dense(argmin)
-    out = output(grad, grad.shape, rows.packed)
-    if out.numel() and rows.batch:
-        min_returns_backward_kernel[(rows.batch,)](
-            grad, argmin, rows.cu, out, rows.width, rows.total, stride(grad), stride(argmin), stride(out),
-            PACKED=rows.packed, BLOCK=BLOCK,
-        )  # fmt: skip
-    return out
+def softmin_returns_backward(
+    grad: Tensor,
+    rewards: Tensor,
+    log_sums: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``, and at step ends ``exp(-r / T - log_sum) S``."""
+    ends, valid = _ends(rewards, mask, cu_seqlens, steps)
+    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    none = torch.zeros_like(log_sums)
+    factors = (None, None, None, None, mask, cu_seqlens, 1.0, 0.0, False)
+    apart, _ = td_scan(none, log_sums, log_sums.new_zeros(batch), *factors)
+    fall = torch.where(apart.isnan(), 0, apart.clamp(max=0).exp())
+    sums = prefix_scan(grad.double(), fall, mask, cu_seqlens)
+    weight = (-torch.where(ends, rewards, 0).double() / temperature - log_sums).exp()
+    kept = ends & ~log_sums.isinf()
+    return torch.where(kept, weight * torch.where(kept, sums, 0), 0).to(rewards.dtype)
+
+
+def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The adjoint of a discounted sum."""
+    given = (None, None, factors, None, mask, cu_seqlens)
+    return td_scan_backward(x, None, x, *given, 1.0, 1.0, False, False, False)[0]
 
 
 def _softmin(
