@@ -241,7 +241,7 @@ def td_backward_kernel(
 ):  # fmt: skip
     """Program (b, c), stages as in :func:`td_kernel`: ``u[t] = g[t] + s[t-]`` with ``s = factor (g + s[t-])``.
 
-    The scan over s runs one token behind. ``passed`` is what a token hands to the value after it, gamma rho u.
+    The scan over s runs one token behind. ``passed`` is rho u in float64, holes and all, for the values' gradient.
     """
     b = tl.program_id(0)
     c = tl.program_id(1)
@@ -298,63 +298,55 @@ def td_backward_kernel(
             where = base + row * out_stride + at
             tl.store(out + where, tl.where(valid, u, 0.0).to(out.dtype.element_ty), mask=inside)
             if PASS:
-                g = load_or(gamma, gammas + base + row * gammas_stride + at, valid, GAMMA == 2)
-                if DECAY:
-                    g = tl.where(valid, g, gamma)
-                tl.store(passed + where, times(g, u), mask=inside)
+                tl.store(passed + where, u, mask=inside)
     if STAGE == 1:
         tl.store(state + (row * chunks + c) * 2, carry)
         tl.store(state + (row * chunks + c) * 2 + 1, product)
 
 
-@triton.jit(do_not_specialize=["width", "total", "mask_stride", "through_stride", "out_stride"])
+@triton.jit(
+    do_not_specialize=["width", "total", "mask_stride", "gammas_stride", "through_stride", "out_stride"]
+)
 def td_values_kernel(
-    passed, grad_rewards, grad_returns, mask, cu, out, on_bootstrap, width, total, mask_stride, through_stride,
-    out_stride,
-    THROUGH: tl.constexpr, VALUES: tl.constexpr, BOOT: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    passed, grad_returns, gammas, mask, cu, out, on_bootstrap, width, total, mask_stride, gammas_stride,
+    through_stride, out_stride, gamma_high, gamma_low,
+    THROUGH: tl.constexpr, VALUES: tl.constexpr, BOOT: tl.constexpr, GAMMA: tl.constexpr, DECAY: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: what the token before hands on, less the token's own reward gradient, plus that of its return."""
+    """Program b: gamma rho u of the token before, less the token's own rho u, plus the gradient of its return."""
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
     mask_base = base + row * mask_stride
     where = base + row * out_stride
+    gamma = number(gamma_high, gamma_low, gammas, b, GAMMA == 1)
     live = length
     if DECAY:
         live = live_tokens(mask, mask_base, length, HAS_MASK, BLOCK)
     held = tl.zeros([], tl.float64)
-    for start in range(0, length, BLOCK):
+    # One place more than there are tokens: what follows the row.
+    for start in range(0, length + 1, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < length
-        valid = load_valid(mask, mask_base + at, inside, HAS_MASK)
-        before = load_valid(mask, mask_base + at - 1, inside & (at > 0), HAS_MASK)
+        valid = load_valid(mask, mask_base + at, at < length, HAS_MASK)
+        there = (at > 0) & (at <= length)
+        before = load_valid(mask, mask_base + at - 1, there, HAS_MASK)
+        g = load_or(gamma, gammas + base + row * gammas_stride + at - 1, before, GAMMA == 2)
         if DECAY:
-            before = inside & (at > 0) & (at <= live)
-        handed = tl.load(passed + where + at - 1, mask=before, other=0.0)
+            before = there & (at <= live)
+            g = gamma
+        handed = times(g, tl.load(passed + where + at - 1, mask=before, other=0.0))
         near, seen = tl.associative_scan((handed, before.to(tl.int32)), 0, latest)
         near = tl.where(seen != 0, near, held)
         if VALUES:
-            own = tl.load(grad_rewards + where + at, mask=valid, other=0.0).to(tl.float64)
+            value = near - tl.load(passed + where + at, mask=valid, other=0.0)
             if THROUGH:
-                own -= tl.load(grad_returns + base + row * through_stride + at, mask=valid, other=0.0).to(
-                    tl.float64
-                )
-            tl.store(out + where + at, tl.where(valid, near - own, 0.0).to(out.dtype.element_ty), mask=inside)
+                through = grad_returns + base + row * through_stride + at
+                value += tl.load(through, mask=valid, other=0.0).to(tl.float64)
+            kind = out.dtype.element_ty
+            tl.store(out + where + at, tl.where(valid, value, 0.0).to(kind), mask=at < length)
         held = last_of(near, BLOCK)
     if BOOT:
-        # Past the last step of the row.
-        value = held
-        if live > 0:
-            last = live - 1
-            if DECAY:
-                value = tl.load(passed + where + last)
-            elif HAS_MASK:
-                if tl.load(mask + mask_base + last) != 0:
-                    value = tl.load(passed + where + last)
-            else:
-                value = tl.load(passed + where + last)
-        tl.store(on_bootstrap + b, value.to(on_bootstrap.dtype.element_ty))
+        tl.store(on_bootstrap + b, held.to(on_bootstrap.dtype.element_ty))
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
@@ -487,8 +479,9 @@ def td_scan_backward(
     _in_stages(run, state, rows.batch, chunks, False)
     if passes:
         td_values_kernel[(rows.batch,)](
-            passed, out, pointer(grad_returns, rewards), pointer(mask, rewards), rows.cu, on_values, on_bootstrap,
-            rows.width, rows.total, stride(mask), stride(grad_returns), stride(out),
-            THROUGH=grad_returns is not None, VALUES=has_values, BOOT=has_bootstrap, **flags,
+            passed, pointer(grad_returns, rewards), pointer(gammas, rewards), pointer(mask, rewards), rows.cu,
+            on_values, on_bootstrap, rows.width, rows.total, stride(mask), _token_stride(gammas),
+            stride(grad_returns), stride(out), *pair(gamma), THROUGH=grad_returns is not None, VALUES=has_values,
+            BOOT=has_bootstrap, GAMMA=_kind(gammas), **flags,
         )  # fmt: skip
     return out, on_values, on_bootstrap
