@@ -11,6 +11,7 @@
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/prefix_tree.h"
+#include "cpu/segments.h"
 #include "cpu/selection.h"
 #include "rewardops/cpu/kernels.h"
 
@@ -331,6 +332,19 @@ void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& va
                [&](int64_t begin, int64_t end) { kernels().of<T>().row_sums(a, begin, end); });
 }
 
+// Backward where grad is given.
+template <typename T>
+void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, const py::tuple& values,
+                    int64_t segments, int op, Address out, Address kept, Address grad, const py::tuple& grad_values,
+                    int threads) {
+  const SegmentArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const int64_t>(ids),
+                         tokens<const T>(values), segments, static_cast<Reduce>(op), at<T>(out), at<double>(kept),
+                         at<const T>(grad), tokens<T>(grad_values)};
+  const py::gil_scoped_release release;
+  if (a.grad_values.data) rewardops::cpu::segment_reduce_backward(a, threads);
+  else rewardops::cpu::segment_reduce(a, threads);
+}
+
 template <typename T>
 void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address scopes, Address wanted,
              const py::tuple& out, int threads) {
@@ -350,6 +364,7 @@ void define_typed(py::module_& m, const char* suffix) {
   m.def(name("returns").c_str(), returns<T>);
   m.def(name("td_scan").c_str(), td_scan<T>);
   m.def(name("row_sums").c_str(), row_sums<T>);
+  m.def(name("segment_reduce").c_str(), segment_reduce<T>);
   m.def(name("largest").c_str(), largest<T>);
   m.def((name("prefix_values") + "_i32").c_str(), prefix_values<int32_t, T>);
   m.def((name("prefix_values") + "_i64").c_str(), prefix_values<int64_t, T>);

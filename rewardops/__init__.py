@@ -33,6 +33,7 @@ from .returns import (
     softmin_rewards,
     vtrace,
 )
+from .segments import place_at_step_end, segment_broadcast, segment_reduce
 
 __version__ = "0.1.0"
 
@@ -62,7 +63,10 @@ __all__ = [
     "max_returns",
     "merge_token_stats",
     "min_returns",
+    "place_at_step_end",
     "prefix_values",
+    "segment_broadcast",
+    "segment_reduce",
     "sequence_kl",
     "show_config",
     "signed_group_normalize",

@@ -1,11 +1,13 @@
-"""Reductions over rows, on every backend."""
+"""Reductions over rows and steps, on every backend."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import rewardops
 from rewardops import dispatch, layout, segments
+from rewardops.reference.segments import REDUCTIONS
 from rewardops.testing import check_op, random_mask
 
 
@@ -57,3 +59,133 @@ def test_empty(target):
     for shape, cu in (((0, 4), None), ((3, 0), None), ((0,), torch.tensor([0, 0, 0]))):
         found = sums(None, cu)(torch.zeros(shape, device=target.device))
         assert found.tolist() == [0.0] * (shape[0] if cu is None else 2)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+def step_ids(batch, width, generator):
+    ids = (torch.rand(batch, width, generator=generator) > 0.6).long().cumsum(1)
+    return torch.where(torch.rand(batch, 1, generator=generator) > 0.5, ids - 2, ids)  # some start at -2
+
+
+def reduce(op, ids, mask=None, cu=None, num=None):
+    def fn(x):
+        i, m, c = (None if t is None else t.to(x.device) for t in (ids, mask, cu))
+        return rewardops.segment_reduce(x, i, op, num_segments=num, mask=m, cu_seqlens=c)
+
+    return fn
+
+
+def by_hand(op, x, ids, mask, num):
+    out = torch.zeros(x.shape[0], num, dtype=torch.float64)
+    plain = {
+        "sum": torch.sum, "mean": torch.mean, "min": torch.amin, "max": torch.amax, "prod": torch.prod,
+        "first": lambda v: v[0], "last": lambda v: v[-1], "any": lambda v: (v != 0).any(),
+    }[op]  # fmt: skip
+    for b in range(x.shape[0]):
+        for s in range(num):
+            chosen = x[b].double()[(ids[b] == s) & mask[b]]
+            if len(chosen):
+                out[b, s] = plain(chosen)
+    return out
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_segment_reduce(target, generator, op):
+    x = torch.randn(5, 90, generator=generator).mul(2).round()  # with ties and zeros
+    x[0] += 0.25
+    mask = random_mask(5, 90, generator)
+    ids = step_ids(5, 90, generator)
+    where = {"backend": target.backend, "device": target.device}
+    num = int(ids[mask].max()) + 1
+    ours = check_op(reduce(op, ids, mask, num=num), [x], **where).outputs[0].cpu()
+    torch.testing.assert_close(ours.double(), by_hand(op, x, ids, mask, num), rtol=1e-6, atol=1e-6)
+    # Fewer than there are, and more; packed.
+    fewer = check_op(reduce(op, ids, mask, num=3), [x], **where).outputs[0].cpu()
+    assert torch.equal(fewer, ours[:, :3])
+    assert not reduce(op, ids, mask, num=num + 20)(x.to(target.device))[:, num:].any()
+    cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    packed = check_op(reduce(op, ids[mask], None, cu, num), [x[mask]], **where).outputs[0].cpu()
+    torch.testing.assert_close(packed, ours, rtol=1e-6, atol=1e-6)
+    dirty = reduce(op, ids, mask, num=num)(x.masked_fill(~mask, torch.nan).to(target.device))
+    assert torch.equal(dirty.cpu(), reduce(op, ids, mask, num=num)(x.to(target.device)).cpu())
+
+
+def test_extremes_of_nan_and_infinities(target):
+    nan, inf = torch.nan, torch.inf
+    x = torch.tensor([[1.0, nan, 0.0, nan, inf, inf, -inf, 2.0]], device=target.device, requires_grad=True)
+    ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=target.device)
+    with dispatch.use_backend(target.backend):
+        for op, want in (("min", [nan, inf, -inf]), ("max", [nan, inf, 2.0])):
+            out = rewardops.segment_reduce(x, ids, op, num_segments=3)
+            torch.testing.assert_close(out.detach().cpu(), torch.tensor([want]), equal_nan=True)
+            (grad,) = torch.autograd.grad(out, x, torch.tensor([[1.0, 2.0, 3.0]], device=target.device))
+            last = [3.0, 0.0] if op == "min" else [0.0, 3.0]
+            assert grad.tolist() == [[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, *last]]
+
+
+def test_products_have_a_gradient_at_zero(target):
+    x = torch.tensor([[2.0, 0.0, 3.0, 0.0, 0.0, 5.0, 4.0, 0.5]], dtype=torch.float64, device=target.device)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]], device=target.device)
+    leaf = x.requires_grad_()
+    with dispatch.use_backend(target.backend):
+        (grad,) = torch.autograd.grad(rewardops.segment_reduce(leaf, ids, "prod", num_segments=3).sum(), leaf)
+    assert grad.tolist() == [[0.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.5, 4.0]]
+
+
+def test_steps_to_tokens(target, generator):
+    """Broadcast and placed at step ends, from ids and from flags; each the adjoint of a reduction."""
+    mask = random_mask(4, 30, generator)
+    ids = step_ids(4, 30, generator)
+    flags = torch.rand(4, 30, generator=generator) > 0.7
+    steps = torch.randn(4, 12, generator=generator)
+    for markers in (ids, flags):
+        own = ids
+        if markers is flags:
+            seen = (flags & mask).long()
+            own = torch.where(seen.cumsum(1) - seen < seen.sum(1, keepdim=True), seen.cumsum(1) - seen, -1)
+        for fn, place in ((rewardops.segment_broadcast, False), (rewardops.place_at_step_end, True)):
+            call = lambda s, fn=fn, m=markers: fn(s, m.to(s.device), mask=mask.to(s.device))  # noqa: E731
+            got = check_op(call, [steps], backend=target.backend, device=target.device).outputs[0].cpu()
+            for b in range(4):
+                valid = mask[b].nonzero()[:, 0].tolist()
+                want = torch.zeros(30)
+                for k, t in enumerate(valid):
+                    s = int(own[b, t])
+                    following = int(own[b, valid[k + 1]]) if k + 1 < len(valid) else None
+                    if 0 <= s < 12 and (not place or following != s):
+                        want[t] = steps[b, s]
+                assert torch.equal(got[b], want)
+    cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(target.device)
+    padded = rewardops.place_at_step_end(
+        steps.to(target.device), flags.to(target.device), mask=mask.to(target.device)
+    )
+    packed = rewardops.place_at_step_end(
+        steps.to(target.device), flags[mask].to(target.device), cu_seqlens=cu
+    )
+    assert torch.equal(packed, padded[mask.to(target.device)])
+
+
+def test_step_errors(generator):
+    x, ids = torch.randn(3, 4, generator=generator), torch.zeros(3, 4).long()
+    assert rewardops.segment_reduce(x, ids - 1).shape == (3, 0)
+    assert rewardops.segment_reduce(x[:0], ids[:0]).shape == (0, 0)
+    assert rewardops.segment_broadcast(x[:, :0], ids).tolist() == [[0.0] * 4] * 3
+    for call, kind, message in (
+        (lambda: rewardops.segment_reduce(x, ids, "median"), ValueError, "op: got 'median'"),
+        (
+            lambda: rewardops.segment_reduce(x, ids[:2]),
+            ValueError,
+            r"steps: got shape \[2, 4\], want \[3, 4\]",
+        ),
+        (lambda: rewardops.segment_reduce(x, ids, num_segments=-1), ValueError, "num_segments: got -1"),
+        (lambda: rewardops.segment_reduce(x, None), TypeError, "segments: got None"),
+        (
+            lambda: rewardops.segment_broadcast(x[:2], ids),
+            ValueError,
+            r"step_values: got shape \[2, 4\], want \[3, steps\]",
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            call()

@@ -195,7 +195,8 @@ def test_matches_verl(shared, target, name):
         remax = rewardops.discounted_returns(load("token_level_rewards"), mask=mask)
     kept = mask.cpu()
     for key, ours in (
-        ("gae_returns", got.returns), ("gae", whitened), ("reinforce_pp_returns", reinforce), ("remax_returns", remax),
+        ("gae_returns", got.returns), ("gae", whitened), ("reinforce_pp_returns", reinforce),
+        ("remax_returns", remax),
     ):  # fmt: skip
         want = torch.from_numpy(d[key]).float()
         torch.testing.assert_close(ours.cpu()[kept], want[kept], rtol=2e-4, atol=2e-4, msg=key)

@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, pointer
-from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
+from ..reference.segments import REDUCTIONS, segment_broadcast
+from .launch import INTERPRETED, cdiv, pointer
+from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+
+__all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "segment_reduce_backward"]
 
 BLOCK = 256 if INTERPRETED else 1024
 
@@ -57,3 +60,165 @@ def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     dense_mask = as_bytes(mask)
     assert dense_mask is not None
     return _run(dense_mask, dense_mask, cu_seqlens, counts, True)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+SEGMENTS = 16  # of a program
+SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (tl.constexpr(k) for k in range(8))
+
+
+@triton.jit
+def multiplied(a, b):
+    return a * b
+
+
+@triton.jit(do_not_specialize=["width", "total", "segments", "values_stride", "ids_stride", "mask_stride"])
+def segment_reduce_kernel(
+    values, ids, mask, cu, out, kept, width, total, segments, values_stride, ids_stride, mask_stride,
+    OP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (b, k): the segments [k * SEGMENTS, (k + 1) * SEGMENTS) of row b, in float64."""
+    b = tl.program_id(0)
+    row = b.to(tl.int64)
+    base, length = row_bounds(cu, b, width, total, PACKED)
+    segment = tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)
+    count = tl.zeros([SEGMENTS], tl.float64)
+    value = tl.zeros([SEGMENTS], tl.float64)
+    if OP == PROD:
+        value += 1.0
+    zeros = tl.zeros([SEGMENTS], tl.float64)
+    place = tl.full([SEGMENTS], -1.0, tl.float64)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+        own = tl.load(ids + base + row * ids_stride + at, mask=valid, other=-1)
+        x = tl.load(values + base + row * values_stride + at, mask=valid, other=0.0).to(tl.float64)
+        inside = own[None, :] == segment[:, None]
+        x = tl.broadcast_to(x[None, :], [SEGMENTS, BLOCK])
+        here = tl.sum(inside.to(tl.float64), 1)
+        where = tl.broadcast_to(at[None, :].to(tl.float64), [SEGMENTS, BLOCK])
+        if OP == SUM or OP == MEAN:
+            value += tl.sum(tl.where(inside, x, 0.0), 1)
+        if OP == ANY:
+            value = tl.maximum(value, tl.max((inside & (x != 0.0)).to(tl.float64), 1))
+        if OP == PROD:
+            value *= tl.reduce(tl.where(inside & (x != 0.0), x, 1.0), 1, multiplied)
+            zeros += tl.sum((inside & (x == 0.0)).to(tl.float64), 1)
+        if OP == LAST:
+            place = tl.maximum(place, tl.max(tl.where(inside, where, -1.0), 1))
+        if OP == FIRST:
+            first = tl.min(tl.where(inside, where, float("inf")), 1)
+            place = tl.where((place < 0) & (here > 0), first, place)
+        if OP == MIN or OP == MAX:
+            # The extreme of the block and where it first is; a NaN is more extreme than any number.
+            if OP == MAX:
+                x = -x
+            nan = inside & (x != x)
+            any_nan = tl.max(nan.to(tl.int32), 1)
+            least = tl.min(tl.where(inside & (nan == 0), x, float("inf")), 1)
+            first = tl.min(tl.where(inside & (x == least[:, None]), where, float("inf")), 1)
+            first = tl.where(any_nan != 0, tl.min(tl.where(nan, where, float("inf")), 1), first)
+            least = tl.where(any_nan != 0, float("nan"), least)
+            better = (count == 0) | ((value == value) & ((least < value) | (least != least)))
+            take = (here > 0) & better
+            value = tl.where(take, least, value)
+            place = tl.where(take, first, place)
+        count += here
+    some = count > 0
+    if OP == MAX:
+        value = -value
+    if OP == MEAN:
+        value = value / tl.where(some, count, 1.0)
+        place = tl.where(some, count, place)
+    if OP == PROD:
+        place = tl.where(some, tl.where(zeros > 1, 0.0, value), place)
+        value = tl.where(zeros > 0, 0.0, value)
+    if OP == FIRST or OP == LAST:
+        found = base + row * values_stride + tl.where(some, place, 0.0).to(tl.int64)
+        value = tl.load(values + found, mask=some, other=0.0).to(tl.float64)
+    there = segment < segments
+    tl.store(out + row * segments + segment, tl.where(some, value, 0.0).to(out.dtype.element_ty), mask=there)
+    tl.store(kept + row * segments + segment, place, mask=there)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width",
+        "total",
+        "segments",
+        "values_stride",
+        "ids_stride",
+        "mask_stride",
+        "out_stride",
+    ]
+)
+def segment_reduce_backward_kernel(
+    grad, values, ids, reduced, kept, mask, cu, out, width, total, segments, values_stride, ids_stride, mask_stride,
+    out_stride,
+    OP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program b: the tokens of row b."""
+    b = tl.program_id(0)
+    row = b.to(tl.int64)
+    base, length = row_bounds(cu, b, width, total, PACKED)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+        own = tl.load(ids + base + row * ids_stride + at, mask=valid, other=-1)
+        inside = (own >= 0) & (own < segments)
+        place = row * segments + own
+        up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float64)
+        keep = tl.load(kept + place, mask=inside, other=1.0)
+        value = up
+        if OP == MEAN:
+            value = up / keep
+        if OP == PROD:
+            x = tl.load(values + base + row * values_stride + at, mask=inside, other=1.0).to(tl.float64)
+            all_of_it = tl.load(reduced + place, mask=inside, other=0.0)
+            others = tl.where(all_of_it == 0.0, 0.0, keep / tl.where(x == 0.0, 1.0, x))
+            value = up * tl.where(x == 0.0, keep, others)
+        if OP == ANY:
+            value = up * 0.0
+        if OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
+            value = tl.where(at.to(tl.float64) == keep, up, 0.0)
+        value = tl.where(inside, value, 0.0).to(out.dtype.element_ty)
+        tl.store(out + base + row * out_stride + at, value, mask=at < length)
+
+
+def segment_reduce(
+    values: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, segments: int, op: str
+) -> tuple[Tensor, Tensor]:
+    rows = Rows.of(values.shape, cu_seqlens, values)
+    values, ids, mask = dense(values), dense(ids), as_bytes(mask)
+    out = values.new_empty((rows.batch, segments))
+    kept = torch.empty_like(out, dtype=torch.float64)
+    if out.numel():
+        segment_reduce_kernel[(rows.batch, cdiv(segments, SEGMENTS))](
+            values, ids, pointer(mask, values), rows.cu, out, kept, rows.width, rows.total, segments,
+            stride(values), stride(ids), stride(mask), OP=REDUCTIONS.index(op), PACKED=rows.packed,
+            HAS_MASK=mask is not None, SEGMENTS=SEGMENTS, BLOCK=64,
+        )  # fmt: skip
+    return out, kept
+
+
+def segment_reduce_backward(
+    grad: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    op: str,
+) -> Tensor:
+    rows = Rows.of(values.shape, cu_seqlens, values)
+    values, ids, mask = dense(values), dense(ids), as_bytes(mask)
+    found = output(values, values.shape, rows.packed)
+    if found.numel() and rows.batch:
+        segment_reduce_backward_kernel[(rows.batch,)](
+            grad.contiguous(), values, ids, out.contiguous(), kept.contiguous(), pointer(mask, values), rows.cu,
+            found, rows.width, rows.total, grad.shape[1], stride(values), stride(ids), stride(mask), stride(found),
+            OP=REDUCTIONS.index(op), PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
+        )  # fmt: skip
+    return found

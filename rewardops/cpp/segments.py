@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .memory import NONE, Shape, address, as_bytes, function, rows_dense, strided, threads
+from ..reference.segments import REDUCTIONS, segment_broadcast
+from .memory import NONE, Shape, address, allocate, as_bytes, function, rows_dense, strided, threads
+
+__all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "segment_reduce_backward"]
 
 
 def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -21,3 +24,39 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
     out = values.new_empty(rows.batch)
     function("row_sums", values)(rows.tuple, strided(mask), strided(values), address(out), threads())
     return out
+
+
+def segment_reduce(
+    values: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, segments: int, op: str
+) -> tuple[Tensor, Tensor]:
+    rows = Shape(values.shape, cu_seqlens)
+    values, ids, mask = rows_dense(values), rows_dense(ids), as_bytes(mask)
+    out = values.new_empty((rows.batch, segments))
+    kept = torch.empty_like(out, dtype=torch.float64)
+    function("segment_reduce", values)(
+        rows.tuple, strided(mask), strided(ids), strided(values), segments, REDUCTIONS.index(op), address(out),
+        address(kept), 0, NONE, threads(),
+    )  # fmt: skip
+    return out, kept
+
+
+def segment_reduce_backward(
+    grad: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    op: str,
+) -> Tensor:
+    rows = Shape(values.shape, cu_seqlens)
+    values, ids, mask = rows_dense(values), rows_dense(ids), as_bytes(mask)
+    grad, out, kept = grad.contiguous(), out.contiguous(), kept.contiguous()
+    found = allocate(values, values.shape, cu_seqlens)
+    if found.numel():
+        function("segment_reduce", values)(
+            rows.tuple, strided(mask), strided(ids), strided(values), grad.shape[1], REDUCTIONS.index(op),
+            address(out), address(kept), address(grad), strided(found), threads(),
+        )  # fmt: skip
+    return found
