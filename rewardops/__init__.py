@@ -34,6 +34,7 @@ from .returns import (
     vtrace,
 )
 from .segments import place_at_step_end, segment_broadcast, segment_reduce
+from .shaping import budget_advantages, budget_returns, clip_delta, potential_shaping, progress, redistribute
 
 __version__ = "0.1.0"
 
@@ -42,7 +43,10 @@ __all__ = [
     "PrefixValues",
     "TokenStats",
     "advantages_to_tokens",
+    "budget_advantages",
+    "budget_returns",
     "clip_cov_mask",
+    "clip_delta",
     "covariance",
     "debug",
     "discounted_returns",
@@ -64,7 +68,10 @@ __all__ = [
     "merge_token_stats",
     "min_returns",
     "place_at_step_end",
+    "potential_shaping",
     "prefix_values",
+    "progress",
+    "redistribute",
     "segment_broadcast",
     "segment_reduce",
     "sequence_kl",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layout, returns, segments
+from . import layout, returns, segments, selection
 from .dispatch import define
 from .reference.advantages import BASELINES, SCALES, live_rows
 
@@ -472,6 +472,88 @@ def grpo_s(
     elif mask is None:
         where["mask"] = torch.ones_like(entropy, dtype=torch.bool)
     return group_advantages(shaped, groups, eps=eps, **where)
+
+
+def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of ``x`` over the other live rows of the group, and how many they are."""
+    place = selection.scope_ids("group", ids, ids.shape[0], ids.device)
+    count = selection.scope_counts(live, place)[place]
+    above = group_advantages(x, ids, baseline="mean", scale="none", mask=live[:, None])[:, 0]
+    x = torch.where(live, x, 0)
+    return (x - above) * count - x, count - 1
+
+
+def pure(
+    process_rewards: Tensor,
+    steps: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    outcome: Tensor | None = None,
+    outcome_weight: float = 1.0,
+    temperature: float = 0.1,
+    baseline: str = "token",
+    gamma: float = 1.0,
+    separators: bool = False,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """PURE (2504.15275): soft-min process rewards, leave-one-out baselines and the outcome, summed from a token on.
+
+    The order of the authors' main branch: :func:`softmin_rewards` at step ends; less the baseline; the outcome,
+    less its mean over the other rows, on the last token; discounted sums; and 0 on the tokens that end a step.
+    ``baseline="token"`` (their scripts): ``b`` is the others' reward per token, step ends counted, and a step pays
+    ``b`` for each of its tokens but its end. ``"step"``: each step pays the mean over the others of their reward
+    per step. ``"none"``. A row alone in its group has no baseline; a row without a step has no process reward.
+
+    Args:
+        process_rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; read at step ends.
+        steps: step-end flags or step ids, as in :func:`min_returns`.
+        outcome: ``[B]``, the verifier's (the authors': 0 for right and -1 for wrong). outcome_weight: its factor.
+        separators: keep the advantages on tokens that end a step.
+
+    Returns:
+        The layout of ``process_rewards``, 0 where masked. Differentiable in both rewards.
+    """
+    layout.check_float("process_rewards", process_rewards)
+    layout.check_choice("baseline", baseline, ("token", "step", "none"))
+    rows = layout.token_layout("process_rewards", process_rewards, mask, cu_seqlens)
+    markers = layout.step_markers(steps, process_rewards, rows, "process_rewards")
+    if markers is None:
+        raise TypeError("steps: got None, want step-end flags or step ids")
+    ids = layout.group_ids(groups, group_size, rows.batch, process_rewards.device, "process_rewards")
+    where: dict[str, Any] = {"mask": rows.mask, "cu_seqlens": rows.cu_seqlens}
+    ends = returns.step_ends(markers, rows)
+    r = returns.softmin_rewards(process_rewards, steps=steps, temperature=temperature, **where)
+    lengths = segments.row_counts(rows, r.device).to(r.dtype)
+    live = lengths > 0
+    if baseline != "none":
+        total = segments.row_sums(r, rows)
+        if baseline == "step":
+            number = segments.row_sums(ends.to(r.dtype), rows)
+            summed, count = _others(torch.where(number > 0, total / number.clamp(min=1), 0), ids, live)
+            per_step = rows.expand(torch.where(count > 0, summed / count.clamp(min=1), 0))
+        else:
+            summed, _ = _others(total, ids, live)
+            tokens, _ = _others(lengths, ids, live)
+            per_token = torch.where(tokens > 0, summed / torch.where(tokens > 0, tokens, 1), 0)
+            counted = rows.valid(r.device)
+            if markers.dtype is not torch.bool:
+                counted = counted & (markers >= 0)
+            restart = torch.where(ends, 0.0, 1.0).to(torch.float64)
+            sizes = returns.prefix_scan(counted.to(r.dtype), restart, rows.mask, rows.cu_seqlens)
+            per_step = rows.expand(per_token) * (sizes - 1)
+        r = torch.where(ends, r - per_step, 0)
+    if outcome is not None:
+        check_rewards(outcome)
+        layout.check_shape("outcome", outcome, (rows.batch,), "one per row")
+        verdict = outcome.to(r.dtype)
+        summed, count = _others(verdict, ids, live)
+        verdict = outcome_weight * (verdict - torch.where(count > 0, summed / count.clamp(min=1), 0))
+        last = returns.step_ends(torch.zeros(rows.shape, dtype=torch.int64, device=r.device), rows)
+        r = r + torch.where(last, rows.expand(verdict), 0)
+    out = returns.discounted_returns(r, gamma=gamma, **where)
+    return out if separators else torch.where(ends, 0, out)
 
 
 def remax(

@@ -166,6 +166,25 @@ def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Ten
     return out
 
 
+_differences = define(
+    "returns",
+    "differences(Tensor x, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    fake=lambda x, *_: x.new_empty(x.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+    backward=lambda ctx, grad: (
+        -_td(torch.zeros_like(grad), grad, *[None] * 5, *ctx.saved_tensors, 1.0, 0.0, False)[0],
+        None,
+        None,
+    ),
+)
+
+
+def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``x[t] - x[t-]`` with ``t-`` the valid token before, and 0 before the first of a row."""
+    out: Tensor = _differences(x, mask, cu_seqlens)
+    return out
+
+
 def step_ends(markers: Tensor, rows: layout.Layout) -> Tensor:
     """Which tokens end a step, from :func:`rewardops.layout.step_markers`: bool, the layout of the markers.
 

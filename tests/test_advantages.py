@@ -501,3 +501,95 @@ def test_property_order_and_names_do_not_matter(seed, size, baseline, scale):
         return
     sums = torch.zeros(3).index_add(0, groups, here)
     torch.testing.assert_close(sums, torch.zeros(3), rtol=0, atol=2e-6 * size)
+
+
+# ---- PURE --------------------------------------------------------------------------------------------------
+
+
+def pure_loop(r, ends, mask, groups, outcome, weight, baseline, temperature, separators):
+    """The authors' order, row by row in float64."""
+    batch, width = r.shape
+    spots = [[t for t in range(width) if mask[b, t] and ends[b, t]] for b in range(batch)]
+    soft = torch.zeros(batch, width, dtype=torch.float64)
+    for b in range(batch):
+        if spots[b]:
+            x = r[b, spots[b]].double()
+            soft[b, spots[b]] = (-x / temperature).softmax(0) * x
+    total, length = soft.sum(1), mask.sum(1).double()
+    live = length > 0
+    out = torch.zeros_like(soft)
+    for b in range(batch):
+        others = [j for j in range(batch) if j != b and groups[j] == groups[b] and live[j]]
+        x = soft[b].clone()
+        if others and baseline == "step":
+            mean = sum(float(total[j]) / max(len(spots[j]), 1) for j in others) / len(others)
+            for t in spots[b]:
+                x[t] -= mean
+        if others and baseline == "token":
+            per_token = sum(float(total[j]) for j in others) / sum(float(length[j]) for j in others)
+            last = -1
+            for t in spots[b]:
+                x[t] -= per_token * int(mask[b, last + 1 : t].sum())
+                last = t
+        valid = mask[b].nonzero()[:, 0].tolist()
+        if outcome is not None and valid:
+            mean = sum(float(outcome[j]) for j in others) / len(others) if others else 0.0
+            x[valid[-1]] += weight * (float(outcome[b]) - mean)
+        running = 0.0
+        for t in reversed(valid):
+            running += float(x[t])
+            out[b, t] = 0.0 if t in spots[b] and not separators else running
+    return out
+
+
+@pytest.mark.parametrize("baseline", ["token", "step", "none"])
+@pytest.mark.parametrize("separators", [False, True])
+def test_pure(target, generator, baseline, separators):
+    r, mask = torch.randn(8, 23, generator=generator), random_mask(8, 23, generator)
+    flags = torch.rand(8, 23, generator=generator) > 0.6
+    groups = torch.tensor([1, 1, 0, 1, 0, 7, 1, 0])
+    outcome = (torch.rand(8, generator=generator) > 0.5).float() - 1
+    ids = (flags & mask).long()
+    ids = ids.cumsum(1) - ids  # the same steps, but that of what follows the last flag
+
+    def fn(r, outcome, steps=flags):
+        to = [x.to(r.device) for x in (steps, groups, mask)]
+        return rewardops.advantages.pure(
+            r, to[0], to[1], outcome=outcome, outcome_weight=0.7, temperature=0.3, baseline=baseline,
+            separators=separators, mask=to[2],
+        )  # fmt: skip
+
+    ours = check_op(fn, [r, outcome], backend=target.backend, device=target.device, ulps=64).outputs[0].cpu()
+    want = pure_loop(r, flags, mask, groups, outcome, 0.7, baseline, 0.3, separators)
+    torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-5)
+    bare = rewardops.advantages.pure(
+        r, ids, groups, temperature=0.3, baseline=baseline, separators=separators, mask=mask
+    )
+    ends = torch.zeros_like(mask)
+    for b in range(8):
+        valid = mask[b].nonzero()[:, 0].tolist()
+        for here, following in zip(valid, [*valid[1:], None], strict=False):
+            ends[b, here] = following is None or ids[b, following] != ids[b, here]
+    want = pure_loop(r, ends, mask, groups, None, 1.0, baseline, 0.3, separators)
+    torch.testing.assert_close(bare.double(), want, rtol=1e-5, atol=1e-5)
+    cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    packed = rewardops.advantages.pure(
+        r[mask], flags[mask], groups, outcome=outcome, outcome_weight=0.7, temperature=0.3, baseline=baseline,
+        separators=separators, cu_seqlens=cu,
+    )  # fmt: skip
+    torch.testing.assert_close(packed, ours[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_pure_baseline_by_hand():
+    """R = 1.2, .3, -.6 over 10, 8 and 12 tokens: baselines -.015, .02727, .08333 for each."""
+    lengths, totals = [10, 8, 12], [1.2, 0.3, -0.6]
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    flags, r = torch.zeros(3, 12).bool(), torch.zeros(3, 12)
+    for b, (n, total) in enumerate(zip(lengths, totals, strict=True)):
+        flags[b, n - 1], r[b, n - 1] = True, total
+    got = rewardops.advantages.pure(r, flags, group_size=3, mask=mask)
+    for b, base in enumerate((-0.015, 0.02727, 0.08333)):
+        assert got[b, 0].item() == pytest.approx(totals[b] - base * (lengths[b] - 1), abs=1e-4)
+        assert got[b, lengths[b] - 1].item() == 0
+    with pytest.raises(TypeError, match="steps: got None"):
+        rewardops.advantages.pure(r, None, group_size=3)

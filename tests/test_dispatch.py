@@ -228,6 +228,40 @@ def padded_calls(i: Inputs):
             [i.values],
         ),
         ("min_returns", lambda r: rewardops.min_returns(r, mask=i.mask, steps=i.steps), [i.values]),
+        ("max_returns", lambda r: rewardops.max_returns(r, mask=i.mask, steps=i.steps.cumsum(1)), [i.values]),
+        (
+            "softmin_returns",
+            lambda r: rewardops.softmin_returns(r, mask=i.mask, steps=i.steps, temperature=0.5),
+            [i.values],
+        ),
+        (
+            "gae",
+            lambda r, v, b: rewardops.gae(r, v, gamma=0.9, lam=0.8, bootstrap=b, mask=i.mask),
+            [i.values, i.values.flip(1), i.rewards],
+        ),
+        (
+            "gae decay",
+            lambda r, v, b: rewardops.gae(r, v, gamma=0.9, lam=0.8, bootstrap=b, mask=i.mask, hole="decay"),
+            [i.values, i.values.flip(1), i.rewards],
+        ),
+        (
+            "vtrace",
+            lambda r, v: rewardops.vtrace(r, v, i.values - 0.4, lam=i.values, gamma=0.9, mask=i.mask),
+            [i.values, i.values.flip(1)],
+        ),
+        (
+            "segments",
+            lambda v: rewardops.place_at_step_end(
+                rewardops.segment_reduce(v, i.steps, "max", num_segments=5, mask=i.mask), i.steps, mask=i.mask
+            ),
+            [i.values],
+        ),
+        ("progress", lambda q: rewardops.progress(q, i.steps, mask=i.mask), [i.values]),
+        (
+            "pure",
+            lambda r, o: rewardops.advantages.pure(r, i.steps, i.groups, outcome=o, mask=i.mask),
+            [i.values, i.rewards],
+        ),
         (
             "softmin_rewards",
             lambda r: rewardops.softmin_rewards(r, mask=i.mask, steps=i.steps, temperature=0.5),
@@ -278,6 +312,29 @@ def packed_calls(i: Inputs):
             [values],
         ),
         ("min_returns", lambda r: rewardops.min_returns(r, steps=steps, **options), [values]),
+        (
+            "softmin_returns",
+            lambda r: rewardops.softmin_returns(r, steps=steps.cumsum(0), temperature=0.5, **options),
+            [values],
+        ),
+        (
+            "gae",
+            lambda r, v, b: rewardops.gae(r, v, gamma=0.9, lam=0.8, bootstrap=b, **options),
+            [values, values.flip(0), i.rewards],
+        ),
+        ("discounted_returns", lambda r: rewardops.discounted_returns(r, gamma=0.9, **options), [values]),
+        (
+            "segments",
+            lambda v: rewardops.segment_broadcast(
+                rewardops.segment_reduce(v, steps, "mean", num_segments=5, **options), steps, **options
+            ),
+            [values],
+        ),
+        (
+            "pure",
+            lambda r, o: rewardops.advantages.pure(r, steps, i.groups, outcome=o, **options),
+            [values, i.rewards],
+        ),
         (
             "softmin_rewards",
             lambda r: rewardops.softmin_rewards(r, steps=steps, temperature=0.5, **options),

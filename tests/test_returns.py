@@ -1,4 +1,4 @@
-"""min_returns and softmin_rewards on every backend."""
+"""Returns over steps on every backend: extremes, soft minima, and PURE's transform."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
+from rewardops import dispatch
 from rewardops.testing import assert_within_budget, check_op, evaluate, pack, random_mask
 
 KINDS = ("every_token", "flags", "ids")
@@ -227,30 +228,116 @@ def test_property_monotone_and_limits(seed, width):
     assert math.isfinite(float(low.sum()))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-def test_discounted_returns(generator, gamma):
-    """Against the loop; masked tokens are skipped and do not discount."""
-    rewards = torch.randn(5, 23, generator=generator, dtype=torch.float64)
-    mask = random_mask(5, 23, generator)
-    want = torch.zeros_like(rewards)
-    for b in range(5):
-        running = 0.0
-        for t in reversed(range(23)):
-            if mask[b, t]:
-                running = rewards[b, t] + gamma * running
-                want[b, t] = running
-    dirty = rewards.masked_fill(~mask, torch.nan)
-    got = rewardops.discounted_returns(dirty, gamma=gamma, mask=mask)
-    torch.testing.assert_close(got, want)
-    lengths = torch.full((5,), 23)
-    packed = rewardops.discounted_returns(
-        pack(dirty, lengths)[0], gamma=gamma, mask=pack(mask, lengths)[0], cu_seqlens=pack(mask, lengths)[1]
-    )
-    torch.testing.assert_close(packed, pack(want, lengths)[0])
-    leaf = rewards[:2, :6].clone().requires_grad_()
-    fn = lambda x: rewardops.discounted_returns(x, gamma=gamma, mask=mask[:2, :6])  # noqa: E731
-    assert torch.autograd.gradcheck(fn, leaf)
-    assert rewardops.discounted_returns(torch.ones(0, 4)).shape == (0, 4)
-    assert rewardops.discounted_returns(torch.ones(4, 0)).shape == (4, 0)
-    with pytest.raises(ValueError, match=r"gamma: got 1\.5, want a number from 0 to 1"):
-        rewardops.discounted_returns(rewards, gamma=1.5)
+# ---- the largest, and the soft minimum of what is left -------------------------------------------------------
+
+
+def maximum(mask=None, cu_seqlens=None, steps=None):
+    def fn(rewards):
+        m, cu, s = there(rewards.device, mask, cu_seqlens, steps)
+        return rewardops.max_returns(rewards, mask=m, cu_seqlens=cu, steps=s)
+
+    return fn
+
+
+def soft_minimum(mask=None, cu_seqlens=None, steps=None, **options):
+    def fn(rewards):
+        m, cu, s = there(rewards.device, mask, cu_seqlens, steps)
+        return rewardops.softmin_returns(rewards, mask=m, cu_seqlens=cu, steps=s, **options)
+
+    return fn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_is_the_mirror_of_min(target, generator, kind):
+    rewards = torch.randn(7, 150, generator=generator).mul(2).round()  # with ties
+    mask = random_mask(7, 150, generator)
+    steps = markers(kind, 7, 150, generator)
+    where = {"backend": target.backend, "device": target.device}
+    ours = check_op(maximum(mask, None, steps), [rewards], **where)
+    mirror = evaluate(minimum(mask, None, steps), [-rewards], **where)
+    assert torch.equal(ours.outputs[0], -mirror.outputs[0])
+    assert torch.equal(ours.gradients[0], mirror.gradients[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mean", [False, True])
+def test_softmin_returns(target, generator, kind, mean):
+    rewards = torch.randn(7, 90, generator=generator)
+    mask = random_mask(7, 90, generator)
+    steps = markers(kind, 7, 90, generator)
+    where = {"backend": target.backend, "device": target.device}
+    fn = soft_minimum(mask, None, steps, temperature=0.3, mean=mean)
+    ours = check_op(fn, [rewards], ulps=32, **where).outputs[0].cpu()
+    end = ends(kind, steps, mask)
+    for b in range(7):
+        for t in range(90):
+            left = rewards[b, t:][end[b, t:]].double()
+            want = 0.0
+            if len(left) and mask[b, t]:
+                want = -0.3 * ((-left / 0.3).logsumexp(0) - (math.log(len(left)) if mean else 0))
+            assert ours[b, t].item() == pytest.approx(float(want), rel=2e-6, abs=2e-6)
+    # Autograd through the definition.
+    leaf = rewards[:2, :12].double().requires_grad_()
+    found = soft_minimum(temperature=0.3, mean=mean)(leaf)
+    plain = -0.3 * ((-leaf / 0.3).flip(1).logcumsumexp(1).flip(1))
+    if mean:
+        plain = plain + 0.3 * torch.arange(12, 0, -1).log()
+    up = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(x, leaf, up) for x in (found, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+    packed = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    again = soft_minimum(None, packed, None if steps is None else steps[mask], temperature=0.3, mean=mean)
+    got = evaluate(again, [rewards[mask]], **where).outputs[0].cpu()
+    torch.testing.assert_close(got, ours[mask], rtol=1e-6, atol=1e-6)
+
+
+def test_softmin_returns_at_the_edges(target):
+    inf = torch.inf
+    rewards = torch.tensor([[1.0, inf, 2.0, 1000.0, -1000.0, 5.0], [-inf, 1.0, -inf, 3.0, inf, inf]])
+    out = rewardops.softmin_returns(rewards.to(target.device), temperature=0.1).cpu()
+    torch.testing.assert_close(out[0], torch.tensor([-1000.0] * 5 + [5.0]))
+    assert out[1].tolist() == [-inf, -inf, -inf, 3.0, inf, inf]
+    leaf = rewards.to(target.device).requires_grad_()
+    (grad,) = torch.autograd.grad(rewardops.softmin_returns(leaf).nan_to_num(0, 0, 0).sum(), leaf)
+    assert not grad.isnan().any()
+    assert grad[0].tolist() == [0.0, 0.0, 0.0, 0.0, 5.0, 1.0]
+
+
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 20))
+def test_property_soft_minimum_tends_to_the_minimum(seed, width):
+    g = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(3, width, generator=g, dtype=torch.float64)
+    low = rewardops.min_returns(rewards)
+    for temperature in (0.1, 0.01):
+        soft = rewardops.softmin_returns(rewards, temperature=temperature)
+        even = rewardops.softmin_returns(rewards, temperature=temperature, mean=True)
+        slack = temperature * math.log(width) + 1e-12
+        assert bool(((soft <= low + 1e-12) & (soft >= low - slack)).all())
+        assert bool(((even >= low - 1e-12) & (even <= low + slack)).all())
+    split = int(torch.randint(0, width + 1, (), generator=g))
+    left, right = rewardops.min_returns(rewards[:, :split]), low[:, split:]
+    if 0 < split < width:  # rows split and merged
+        torch.testing.assert_close(torch.minimum(left, right[:, :1]), low[:, :split])
+
+
+@pytest.mark.parametrize("make", [minimum, maximum])
+def test_few_long_rows_are_cut(target, generator, make):
+    if target.backend == "reference":
+        pytest.skip("a loop over time")
+    n = 700 if target.interpreted else 120_000
+    rewards = torch.randn(1, n, generator=generator).mul(100).round()
+    mask = torch.rand(1, n, generator=generator) > 0.2
+    mask[0, -n // 3 :] = False
+    for kind in KINDS:
+        steps = markers(kind, 1, n, generator)
+        many = 40 if target.backend == "cpp" else 5
+        found = []
+        for copies in (1, many):
+            spread = [None if x is None else x.expand(copies, -1) for x in (mask, steps)]
+            leaf = rewards.expand(copies, -1).clone().to(target.device).requires_grad_()
+            with dispatch.use_backend(target.backend):
+                out = make(spread[0], None, spread[1])(leaf)
+                (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+            found.append((out[0].detach(), grad[0]))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)

@@ -66,6 +66,7 @@ def record() -> list:
     )  # fmt: skip
 
     from rewardops.logits import OUTPUTS
+    from rewardops.reference.segments import REDUCTIONS
 
     launches = recorder()
     vocab, batch, width = 151936, 8, 4096
@@ -128,10 +129,25 @@ def record() -> list:
             segments.row_sums(numbers, m, offsets)
             selection.largest(numbers, m, offsets, groups, groups)
         for steps in (None, values > 0, values.long()):
-            _, where = returns.min_returns(values, m, offsets, steps)
-            returns.min_returns_backward(values, where, offsets)
+            for chunk in (1, 1 << 15):
+                td.chunks_of = returns.chunks_of = lambda *_, chunk=chunk: chunk
+                returns.extreme_returns(values, m, offsets, steps, False)
+            returns.softmin_returns(values, m, offsets, steps, 0.1, True)
             returns.softmin_rewards(values, m, offsets, steps, 0.1, True)
             returns.softmin_rewards_backward(values, values, m, offsets, steps, 0.1, True)
+        factors = values.double()
+        for chunk, decay in itertools.product((1, 1 << 15), (False, True)):
+            td.chunks_of = lambda *_, chunk=chunk: chunk
+            for extra in ((None, None, None, None), (values, values, factors, factors)):
+                tail = (*extra, m, offsets, 0.9, 0.9, decay)
+                td.td_scan(values, values, rewards, *tail)
+                td.td_scan_backward(values, values, values, *tail, True, True)
+            td.td_scan(values, None, None, *[None] * 4, m, offsets, 0.9, 0.9, decay)
+        for op in REDUCTIONS:
+            reduced = segments.segment_reduce(values, values.long(), m, offsets, 20, op)
+            segments.segment_reduce_backward(
+                rewards[:, None], values, values.long(), *reduced, m, offsets, op
+            )
         prefix_tree.prefix_values(values.long(), rewards, groups, m, offsets, 4)
         prefix_tree.prefix_values_backward(values, values, values.int(), rewards, groups, m, offsets, 4)
 
@@ -291,7 +307,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {row["kernel"] for row in compiled}
-    assert len(kernels) == 20, sorted(kernels)
+    assert len(kernels) == 26, sorted(kernels)
     for target in TARGETS:
         assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
 

@@ -413,3 +413,9 @@ def softmin_rewards_backward(
     through_weights: bool,
 ) -> Tensor:
     return _softmin(grad, rewards, mask, cu_seqlens, steps, temperature, through_weights)
+
+
+def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """What a temporal difference passes back to its values."""
+    given = (None, None, None, None, mask, cu_seqlens)
+    return -td_scan_backward(x, None, x, *given, 1.0, 0.0, False, True, False)[1]

@@ -1,0 +1,219 @@
+"""Step shaping: rewards of steps from values, and outcomes spread over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .advantages import check_rewards, group_advantages
+from .returns import differences, gae, step_ends
+from .segments import row_sums
+
+
+def _steps_of(
+    name: str, values: Tensor, steps: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[layout.Layout, Tensor, Tensor]:
+    """The layout, the values in full precision, and which tokens end a step."""
+    layout.check_float(name, values)
+    rows = layout.token_layout(name, values, mask, cu_seqlens)
+    markers = layout.step_markers(steps, values, rows, name)
+    ends = rows.valid(values.device) if markers is None else step_ends(markers, rows)
+    (wide,) = layout.promote(values)
+    return rows, wide, ends
+
+
+def _last_tokens(rows: layout.Layout, device: torch.device) -> Tensor:
+    return step_ends(torch.zeros(rows.shape, dtype=torch.int64, device=device), rows)
+
+
+def progress(
+    values: Tensor,
+    steps: Tensor | None = None,
+    *,
+    start: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """A step's progress ``q_k - q_{k-1}``, at its end and 0 elsewhere.
+
+    The gain of process advantage verifiers (2410.08146) and, with ``q`` the probability of the right answer after a
+    turn, the information gain of IGPO (2510.14967). Over a row it sums to ``q`` of the last step less ``start``.
+
+    Args:
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: ``q``, read at step ends.
+        steps: step ids or step-end flags, as in :func:`rewardops.min_returns`; None: every valid token is a step.
+        start: ``[B]``, ``q`` before the first step; None for 0.
+
+    Returns:
+        The layout of ``values``; float32 (float64 for float64). Differentiable in ``values`` and ``start``.
+    """
+    rows, q, ends = _steps_of("values", values, steps, mask, cu_seqlens)
+    out = differences(q, ends, rows.cu_seqlens)
+    if start is None:
+        return out
+    layout.check_shape("start", layout.check_tensor("start", start), (rows.batch,), "one per row")
+    first = differences(torch.ones_like(q), ends, rows.cu_seqlens)
+    return out - first * rows.expand(start.to(q.dtype))
+
+
+def clip_delta(
+    rewards: Tensor,
+    steps: Tensor | None = None,
+    *,
+    eta: float | None = 0.0,
+    delta: bool = True,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Process rewards that cannot be farmed (2410.15115): clipped, then each less the next.
+
+    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta: ``r_k - r_{k+1}``, and the last as it is, so
+    that the return from a step on is that step's own reward.
+
+    Args:
+        rewards, steps, mask, cu_seqlens: as in :func:`progress`. eta: None for no clipping. delta: False for none.
+
+    Returns:
+        The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.
+    """
+    rows, r, ends = _steps_of("rewards", rewards, steps, mask, cu_seqlens)
+    r = torch.where(ends, r, 0)
+    if eta is not None:
+        r = torch.where(ends, (r - eta).clamp(max=0), 0)
+    if not delta:
+        return r
+    ahead = gae(torch.zeros_like(r), r, lam=0.0, mask=ends, cu_seqlens=rows.cu_seqlens)
+    return -ahead.advantages
+
+
+def redistribute(
+    outcome: Tensor,
+    weights: Tensor,
+    *,
+    share: float = 1.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """A row's outcome spread over its tokens by non-negative weights, such as the last token's attention.
+
+    ``share * outcome * w[t] / sum w``, and the rest on the last valid token (Attention-Based Credit, 2402.00782).
+    The sum over a row is its outcome. Where all weights are 0 the last token has it all.
+
+    Args:
+        outcome: ``[B]``. share: 0 to 1.
+        weights: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; values below 0 count as 0.
+
+    Returns:
+        The layout of ``weights``, 0 where masked. Differentiable in ``outcome`` and ``weights``.
+    """
+    check_rewards(outcome)
+    layout.check_float("weights", weights)
+    rows = layout.token_layout("weights", weights, mask, cu_seqlens)
+    layout.check_shape("outcome", outcome, (rows.batch,), "one per row of weights")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"share: got {share!r}, want a number from 0 to 1")
+    total_outcome, w = layout.promote(outcome, weights)
+    w = w.clamp(min=0) if rows.mask is None else torch.where(rows.mask, w, 0).clamp(min=0)
+    total = row_sums(w, rows)
+    some = total > 0
+    spread = torch.where(some, share * total_outcome / torch.where(some, total, 1), 0)
+    rest = torch.where(some, (1 - share) * total_outcome, total_outcome)
+    last = _last_tokens(rows, weights.device)
+    return w * rows.expand(spread) + torch.where(last, rows.expand(rest), 0)
+
+
+def potential_shaping(
+    rewards: Tensor,
+    potential: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``r[t] + gamma * potential[t+1] - potential[t]``, the potential after the last token 0 (Ng et al., 1999).
+
+    It telescopes: with gamma 1 the returns change by the potential where they start, and no policy's rank does.
+
+    Args:
+        rewards, potential: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. gamma: as in :func:`rewardops.gae`.
+
+    Returns:
+        The layout of ``rewards``, 0 where masked. Differentiable in both.
+    """
+    return gae(rewards, potential, gamma=gamma, lam=0.0, mask=mask, cu_seqlens=cu_seqlens).advantages
+
+
+# ---- budgets -------------------------------------------------------------------------------------------------
+
+BUDGET_BASELINES = ("brpo", "history", "group", "none")
+
+
+def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    layout.check_float("scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"scores: got shape {layout.show(scores.shape)}, want [B, budgets]")
+    (s,) = layout.promote(scores)
+    count = s.shape[1]
+    p = torch.as_tensor([1.0] * count if probs is None else probs, dtype=s.dtype, device=s.device).detach()
+    layout.check_shape("probs", p, (count,), "one per budget")
+    return s, p / p.sum()
+
+
+def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None) -> Tensor:
+    """What a row still earns from each thinking budget on: ``R_j = sum over i >= j of P_i scores[i]``.
+
+    AnytimeReasoner (2505.13438): a row is stopped at one of several budgets, with probability ``P``, and scored.
+
+    Args:
+        scores: ``[B, S]``, at each budget. probs: ``[S]``, normalised here; None for equal ones.
+
+    Returns:
+        ``[B, S]``. Differentiable in ``scores``.
+    """
+    s, p = _budgets(scores, probs)
+    return (s * p).flip(1).cumsum(1).flip(1)
+
+
+def budget_advantages(
+    scores: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    probs: Tensor | Sequence[float] | None = None,
+    baseline: str = "brpo",
+    growth: float = 2.0,
+) -> Tensor:
+    """Budget-relative advantages (BRPO, 2505.13438): :func:`budget_returns` less a baseline.
+
+    ``"history"``: the row's own earlier scores, averaged with weights ``growth^i``, times the probability that is
+    left. ``"group"``: the mean return of the group from that budget on (its own with it, as in the authors' code; 0
+    for a row alone). ``"brpo"``: ``j / S`` of the former and ``(S - j) / S`` of the latter at budget ``j`` from 0.
+
+    Returns:
+        ``[B, S]``. Differentiable in ``scores``.
+    """
+    layout.check_choice("baseline", baseline, BUDGET_BASELINES)
+    layout.check_positive("growth", growth)
+    s, p = _budgets(scores, probs)
+    returns = budget_returns(s, p)
+    if baseline == "none" or not s.numel():
+        return returns
+    batch, count = s.shape
+    ids = layout.group_ids(groups, group_size, batch, s.device, "scores")
+    above = [group_advantages(returns[:, j], ids, baseline="mean", scale="none") for j in range(count)]
+    alone = (ids[:, None] == ids[None, :]).sum(1) == 1
+    group = torch.where(alone[:, None], 0, returns - torch.stack(above, 1))
+    w = growth ** torch.arange(count, dtype=s.dtype, device=s.device)
+    left = p.flip(0).cumsum(0).flip(0)
+    before = (s * w).cumsum(1) - s * w
+    history = before / (w.cumsum(0) - w).clamp(min=torch.finfo(s.dtype).tiny) * left
+    history = torch.cat([torch.zeros_like(history[:, :1]), history[:, 1:]], 1)
+    if baseline == "group":
+        return returns - group
+    if baseline == "history":
+        return returns - history
+    j = torch.arange(count, dtype=s.dtype, device=s.device)
+    return returns - (j * history + (count - j) * group) / count
