@@ -124,6 +124,33 @@ def plain_min_returns(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
     return torch.where(mask & low.isfinite(), low, 0)
 
 
+def plain_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a loop: maps composed over distances 1, 2, 4, ...; rows without holes."""
+    v = torch.where(mask, values, 0)
+    x = torch.where(mask, rewards + 0.99 * torch.nn.functional.pad(v[:, 1:], (0, 1)) - v, 0)
+    a = torch.full_like(x, 0.99 * 0.95)
+    step = 1
+    while step < x.shape[1]:
+        x = torch.cat([x[:, :-step] + a[:, :-step] * x[:, step:], x[:, -step:]], 1)
+        a = torch.cat([a[:, :-step] * a[:, step:], a[:, -step:]], 1)
+        step *= 2
+    return torch.where(mask, x, 0), torch.where(mask, x + v, 0)
+
+
+def loop_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of tensor operations for each position, as trainers have it."""
+    live = mask.to(rewards.dtype)
+    ahead = carry = torch.zeros_like(rewards[:, 0])
+    found = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + 0.99 * ahead - values[:, t]
+        ahead = live[:, t] * values[:, t] + (1 - live[:, t]) * ahead
+        carry = live[:, t] * (delta + 0.99 * 0.95 * carry) + (1 - live[:, t]) * carry
+        found.append(carry)
+    advantages = torch.stack(found[::-1], 1)
+    return advantages, advantages + values
+
+
 def plain_softmin_rewards(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
     ends = steps & mask
     weight = torch.where(ends, -rewards / 0.1, -torch.inf).softmax(1)
@@ -209,7 +236,10 @@ NAMES = (
     "gtpo_rewards",
     "high_entropy_mask",
     "min_returns",
+    "min_returns_long",
     "softmin_rewards",
+    "gae",
+    "gae_long",
     "prefix_values",
     "tempo_advantages",
 )
@@ -284,6 +314,8 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
         return Case(name, stats, plain_linear, inputs, moved, 2 * backward, trl_linear(), floor)
 
     b, t, k = sizes.rows, sizes.length, sizes.group
+    if name.endswith("_long"):  # a few long rows
+        b, t = 4, 32 * t
     lengths = ids(t, b, 1) + 1
     mask = torch.arange(t, device=device) < lengths
     rewards = (rand(b) > 0.5).float()
@@ -329,16 +361,28 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
             (entropy, mask),
             size_of(entropy) + size_of(mask) * 2,
         )
-    if name in ("min_returns", "softmin_rewards"):
+    if name.startswith("gae"):
+        token_rewards, values = rand(b, t) - 0.5, rand(b, t)
+        return Case(
+            name,
+            lambda r, v, m: rewardops.gae(r, v, gamma=0.99, lam=0.95, mask=m),
+            plain_gae,
+            (token_rewards, values, mask),
+            size_of(token_rewards) * 4 + size_of(mask),
+            peers={"loop over time": loop_gae},
+            floor=("copy of the inputs", lambda: (token_rewards.clone(), values.clone())),
+        )
+    if name.startswith(("min_returns", "softmin_rewards")):
         step_rewards, steps = rand(b, t), rand(b, t) > 0.9
-        op = getattr(rewardops, name)
-        plain = plain_min_returns if name == "min_returns" else plain_softmin_rewards
+        op = getattr(rewardops, name.removesuffix("_long"))
+        plain = plain_softmin_rewards if name == "softmin_rewards" else plain_min_returns
         return Case(
             name,
             lambda r, m, s: op(r, mask=m, steps=s),
             plain,
             (step_rewards, mask, steps),
             size_of(step_rewards) * 2 + size_of(mask, steps),
+            floor=("copy of the rewards", lambda: step_rewards.clone()),
         )
     # A group's rows branch off their first row at random depths.
     tokens = ids(sizes.vocab, b, t)

@@ -63,6 +63,7 @@ def record() -> list:
         returns,
         segments,
         selection,
+        td,
     )  # fmt: skip
 
     from rewardops.logits import OUTPUTS
@@ -129,20 +130,20 @@ def record() -> list:
             segments.row_sums(numbers, m, offsets)
             selection.largest(numbers, m, offsets, groups, groups)
         for steps in (None, values > 0, values.long()):
-            for chunk in (1, 1 << 15):
+            for chunk in (1, 2):
                 td.chunks_of = returns.chunks_of = lambda *_, chunk=chunk: chunk
                 returns.extreme_returns(values, m, offsets, steps, False)
             returns.softmin_returns(values, m, offsets, steps, 0.1, True)
             returns.softmin_rewards(values, m, offsets, steps, 0.1, True)
             returns.softmin_rewards_backward(values, values, m, offsets, steps, 0.1, True)
         factors = values.double()
-        for chunk, decay in itertools.product((1, 1 << 15), (False, True)):
+        everything = (values, values, factors, factors)
+        for chunk, decay, extra in ((1, False, [None] * 4), (1, True, everything), (2, False, everything)):
             td.chunks_of = lambda *_, chunk=chunk: chunk
-            for extra in ((None, None, None, None), (values, values, factors, factors)):
-                tail = (*extra, m, offsets, 0.9, 0.9, decay)
-                td.td_scan(values, values, rewards, *tail)
-                td.td_scan_backward(values, values, values, *tail, True, True)
-            td.td_scan(values, None, None, *[None] * 4, m, offsets, 0.9, 0.9, decay)
+            tail = (*extra, m, offsets, 0.9, 0.9, decay)
+            td.td_scan(values, values, rewards, *tail)
+            td.td_scan_backward(values, values, values, *tail, True, True)
+        td.td_scan(values, None, None, *[None] * 4, m, offsets, 0.9, 0.9, False)
         for op in REDUCTIONS:
             reduced = segments.segment_reduce(values, values.long(), m, offsets, 20, op)
             segments.segment_reduce_backward(

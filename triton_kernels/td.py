@@ -410,7 +410,7 @@ def td_scan(
             *tokens, rows.width, rows.total, chunks, *strides, *pair(gamma), *pair(lam),
             VALUES=values is not None, BOOT=bootstrap is not None, RHO=rho is not None, TRACE=trace is not None,
             GAMMA=_kind(gammas), LAMBDA=_kind(lambdas), DECAY=decay and mask is not None, PACKED=rows.packed,
-            HAS_MASK=mask is not None, STAGE=stage, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
+            HAS_MASK=mask is not None, STAGE=stage, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
 
     _in_stages(run, state, rows.batch, chunks, True)
@@ -466,7 +466,7 @@ def td_scan_backward(
         "HAS_MASK": mask is not None,
         "DECAY": decay,
         "BLOCK": BLOCK,
-        "num_warps": 4,
+        "num_warps": 8,
     }
 
     def run(stage: int) -> None:
