@@ -219,7 +219,11 @@ void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
   a.state = state.data();
   const TypedKernels<T>& k = kernels().of<T>();
   const py::gil_scoped_release release;
-  if (which == "extremes") return run_scan(k.extremes, a, threads);
+  if (which == "extremes") {
+    // Exact, so that chunks do not show: only where rows alone leave threads idle.
+    if (a.rows.batch >= threads) a.chunks = 1;
+    return run_scan(k.extremes, a, threads);
+  }
   if (which == "extremes_backward") return run_scan(k.extremes_backward, a, threads);
   const auto kernel = which == "softmin"            ? k.softmin
                       : which == "softmin_backward" ? k.softmin_backward

@@ -42,11 +42,13 @@ struct StepRow {
   }
   // Those of [begin, begin + n), a block further to the left than the last one.
   void ends_of(int64_t begin, int64_t n, uint8_t* ends) {
-    if (flags) {
-      for (int64_t i = 0; i < n; ++i) ends[i] = (flags[begin + i] != 0) & (!mask || mask[begin + i]);
-    } else if (!ids) {
-      if (mask) for (int64_t i = 0; i < n; ++i) ends[i] = mask[begin + i] != 0;
+    if (flags || !ids) {  // bytes of 0 and 1
+      if (flags) std::memcpy(ends, flags + begin, n);
       else std::memset(ends, 1, n);
+      if (mask) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) ends[i] &= mask[begin + i];
+      }
     } else if (!mask) {
       for (int64_t i = 0; i + 1 < n; ++i) ends[i] = (ids[begin + i] >= 0) & (ids[begin + i] != ids[begin + i + 1]);
       if (n) ends[n - 1] = ends_step(begin + n - 1);
@@ -135,24 +137,28 @@ inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, in
     const T* r = rewards + at;
     const bool full = all_valid(steps.mask ? steps.mask + at : nullptr, n), every = full && !steps.ids && !steps.flags;
     if (!every || !begun) steps.ends_of(at, n, ends);
-    int nans = 0;
+    T nans = 0;  // 0, or NaN where there is one
     if (every) {
-      std::memcpy(v, r, n * sizeof(T));
-    } else {
+#pragma omp simd reduction(+ : nans)
       for (int64_t i = 0; i < n; ++i) {
-        const T reward = r[i];
-        v[i] = ends[i] ? reward : kNone;
+        v[i] = r[i];
+        nans += r[i] == r[i] ? T{0} : r[i];
+      }
+    } else {
+#pragma omp simd reduction(+ : nans)
+      for (int64_t i = 0; i < n; ++i) {
+        const T reward = r[i], chosen = ends[i] ? reward : kNone;
+        v[i] = chosen;
+        nans += chosen == chosen ? T{0} : chosen;
       }
     }
-#pragma omp simd reduction(+ : nans)
-    for (int64_t i = 0; i < n; ++i) nans += v[i] != v[i] ? 1 : 0;
     int64_t none = 0;  // tokens at the end of the block with no step left
     if (!begun) {
       carry = kNone;
       while (none < n && !ends[n - 1 - none]) ++none;
       begun = none < n;
     }
-    if (nans || carry != carry) {
+    if (nans != nans || carry != carry) {
       for (int64_t i = n - 1; i >= 0; --i) v[i] = carry = carry != carry || v[i] != v[i] ? v[i] + carry : extreme<kLargest>(v[i], carry);
     } else {
       const int64_t padded = (n + kWidth - 1) / kWidth * kWidth;
@@ -357,27 +363,45 @@ void softmin_returns_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
 
 // ---- PURE's transform ---------------------------------------------------------------------------------------
 
-template <typename T>
 struct Softmin {
   double low = infinity<double>();
   double total = 0;
 };
 
+// f(first token, tokens, positions of step ends among them, how many) for each block of a row, from the right.
+template <typename T, typename F>
+inline void each_step_block(const ReturnsArgs<T>& a, int64_t b, F f) {
+  uint8_t ends[kScanBlock];
+  int32_t places[kScanBlock + 1];
+  StepRow<T> steps(a, b);
+  for (int64_t stop = steps.size; stop > 0;) {
+    const int64_t n = stop < kScanBlock ? stop : kScanBlock, at = stop - n;
+    steps.ends_of(at, n, ends);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) places[count] = static_cast<int32_t>(i), count += ends[i];
+    f(at, n, places, count);
+    stop = at;
+  }
+}
+
 template <typename T>
-inline double softmin_weight(const ReturnsArgs<T>& a, const Softmin<T>& s, T reward) {
+inline double softmin_weight(const ReturnsArgs<T>& a, const Softmin& s, T reward) {
   return std::exp((s.low - static_cast<double>(reward)) / a.temperature) / s.total;
 }
 
 template <typename T>
-inline Softmin<T> softmin_row(const ReturnsArgs<T>& a, int64_t b, const T* rewards) {
-  Softmin<T> s;
-  const int64_t n = a.rows.size(b);
-  StepRow<T> first(a, b);
-  for (int64_t t = n - 1; t >= 0; --t)
-    if (first.ends_step(t) && !(static_cast<double>(rewards[t]) >= s.low)) s.low = rewards[t];
-  StepRow<T> second(a, b);
-  for (int64_t t = n - 1; t >= 0; --t)
-    if (second.ends_step(t)) s.total += std::exp((s.low - static_cast<double>(rewards[t])) / a.temperature);
+inline Softmin softmin_row(const ReturnsArgs<T>& a, int64_t b, const T* rewards) {
+  Softmin s;
+  each_step_block(a, b, [&](int64_t at, int64_t, const int32_t* places, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+      const double r = rewards[at + places[k]];
+      if (!(r >= s.low)) s.low = r;
+    }
+  });
+  each_step_block(a, b, [&](int64_t at, int64_t, const int32_t* places, int64_t count) {
+    for (int64_t k = 0; k < count; ++k)
+      s.total += std::exp((s.low - static_cast<double>(rewards[at + places[k]])) / a.temperature);
+  });
   return s;
 }
 
@@ -386,10 +410,14 @@ void softmin(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const T* rewards = a.rewards.row(a.rows, b);
     T* out = a.out.row(a.rows, b);
-    const Softmin<T> s = softmin_row(a, b, rewards);
-    StepRow<T> steps(a, b);
-    for (int64_t t = a.rows.size(b) - 1; t >= 0; --t)
-      out[t] = steps.ends_step(t) ? static_cast<T>(softmin_weight(a, s, rewards[t]) * rewards[t]) : T{0};
+    const Softmin s = softmin_row(a, b, rewards);
+    each_step_block(a, b, [&](int64_t at, int64_t n, const int32_t* places, int64_t count) {
+      std::memset(out + at, 0, n * sizeof(T));
+      for (int64_t k = 0; k < count; ++k) {
+        const T r = rewards[at + places[k]];
+        out[at + places[k]] = static_cast<T>(softmin_weight(a, s, r) * r);
+      }
+    });
   }
 }
 
@@ -399,23 +427,24 @@ void softmin_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
     const T* rewards = a.rewards.row(a.rows, b);
     const T* grad = a.grad.row(a.rows, b);
     T* out = a.out.row(a.rows, b);
-    const int64_t n = a.rows.size(b);
-    const Softmin<T> s = softmin_row(a, b, rewards);
+    const Softmin s = softmin_row(a, b, rewards);
     double mean = 0;  // of grad * reward under the weights
-    if (a.through_weights) {
-      StepRow<T> steps(a, b);
-      for (int64_t t = n - 1; t >= 0; --t)
-        if (steps.ends_step(t))
+    if (a.through_weights)
+      each_step_block(a, b, [&](int64_t at, int64_t, const int32_t* places, int64_t count) {
+        for (int64_t k = 0; k < count; ++k) {
+          const int64_t t = at + places[k];
           mean += softmin_weight(a, s, rewards[t]) * rewards[t] * static_cast<double>(grad[t]);
-    }
-    StepRow<T> steps(a, b);
-    for (int64_t t = n - 1; t >= 0; --t) {
-      out[t] = 0;
-      if (!steps.ends_step(t)) continue;
-      const double up = grad[t];
-      const double through = a.through_weights ? (up * rewards[t] - mean) / a.temperature : 0.0;
-      out[t] = static_cast<T>(softmin_weight(a, s, rewards[t]) * (up - through));
-    }
+        }
+      });
+    each_step_block(a, b, [&](int64_t at, int64_t n, const int32_t* places, int64_t count) {
+      std::memset(out + at, 0, n * sizeof(T));
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t t = at + places[k];
+        const double up = grad[t];
+        const double through = a.through_weights ? (up * rewards[t] - mean) / a.temperature : 0.0;
+        out[t] = static_cast<T>(softmin_weight(a, s, rewards[t]) * (up - through));
+      }
+    });
   }
 }
 
