@@ -110,6 +110,7 @@ def _setup_td(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient_td(ctx, grad, grad_returns):  # type: ignore[no-untyped-def]
     has_values, has_bootstrap = ctx.given
+    grad_returns = grad_returns if has_values else None  # of an empty tensor
     if grad is None and grad_returns is None:
         return (None,) * 12
     rewards, *tensors = ctx.saved_tensors

@@ -246,7 +246,7 @@ def padded_calls(i: Inputs):
         ),
         (
             "vtrace",
-            lambda r, v: rewardops.vtrace(r, v, i.values - 0.4, lam=i.values, gamma=0.9, mask=i.mask),
+            lambda r, v: rewardops.vtrace(r, v, i.values - 0.4, lam=i.values * 0.8, gamma=0.9, mask=i.mask),
             [i.values, i.values.flip(1)],
         ),
         (

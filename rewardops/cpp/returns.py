@@ -209,11 +209,10 @@ def td_scan_backward(
     _td(
         (rewards, None, rho, trace), (gammas, lambdas), None, mask, cu_seqlens, options, outputs, on_bootstrap
     )
-    none = rewards.new_empty(0)
     return (
         on_rewards,
-        none if on_values is None else on_values,
-        none if on_bootstrap is None else on_bootstrap,
+        rewards.new_empty(0) if on_values is None else on_values,
+        rewards.new_empty(0) if on_bootstrap is None else on_bootstrap,
     )
 
 
