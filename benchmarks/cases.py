@@ -148,7 +148,7 @@ def loop_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Ten
         carry = live[:, t] * (delta + 0.99 * 0.95 * carry) + (1 - live[:, t]) * carry
         found.append(carry)
     advantages = torch.stack(found[::-1], 1)
-    return advantages, advantages + values
+    return advantages * live, (advantages + values) * live
 
 
 def plain_softmin_rewards(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ CASES = {
     "partial start type": (lambda: R.token_stats_partial(F(2, 3), F(2).long(), vocab_start=1.0), TypeError, "vocab_start: got float"),
     "partial vocab type": (lambda: R.token_stats_partial(F(2, 3), F(2).long(), vocab_size="3"), TypeError, "vocab_size: got str"),
     "merge dtype": (lambda: R.merge_token_stats(F(1, 2, 13)), TypeError, "records: got dtype torch.float32, want float64"),
-    "merge shape": (lambda: R.merge_token_stats(F(1, 2, 12).double()), ValueError, "records: got shape [1, 2, 12], want [parts, ..., 13]"),
+    "merge shape": (lambda: R.merge_token_stats(F(1, 2, 12).double()), ValueError, "records: got shape [1, 2, 12], want [parts, ..., 14]"),
     "merge nothing": (lambda: R.merge_token_stats(F(0, 2, 13).double()), ValueError, "records: got shape [0, 2, 13]"),
     "outputs a string": (lambda: R.token_stats(F(2, 3), F(2).long(), outputs="logprob"), ValueError, "outputs: got 'logprob'"),
     # ---- token_kl
@@ -136,7 +136,7 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
         cu = T(offsets, dtype=torch.int32, device=target.device)
         x = torch.rand(5, device=target.device)
         groups = F(2, dtype=torch.int64, device=target.device)
-        torch.ops.rewardops.min_returns(x, None, cu, None)
+        torch.ops.rewardops.extreme_returns(x, None, cu, None, False)
         torch.ops.rewardops.softmin_rewards(x, None, cu, None, 0.1, True)
         torch.ops.rewardops.gtpo_rewards(x[:2], x, groups, None, cu, 1.0, 0.1, 0.0, 1e-2)
         torch.ops.rewardops.prefix_values((x * 3).long(), x[:2], groups, None, cu, 2)
