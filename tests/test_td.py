@@ -269,6 +269,21 @@ def test_few_long_rows_are_cut(target, generator, hole):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(16_384, 5), (1, 262_144)], ids=str)
+def test_many_rows_and_long_ones(target, generator, shape):
+    if target.backend == "reference" or target.interpreted:
+        pytest.skip("too slow")
+    r, v, mask, _ = draw(*shape, generator)
+    got = rewardops.gae(*(x.to(target.device) for x in (r, v)), mask=mask.to(target.device))
+    # gamma = lambda = 1: the rewards that are left, less the value.
+    left = torch.where(mask, r, 0).double().flip(1).cumsum(1).flip(1)
+    for a, b in zip(got, (left - v, left), strict=True):
+        torch.testing.assert_close(a.cpu().double(), torch.where(mask, b, 0), rtol=1e-6, atol=1e-4)
+    low = rewardops.min_returns(r.to(target.device), mask=mask.to(target.device)).cpu()
+    want = torch.where(mask, r, torch.inf).flip(1).cummin(1).values.flip(1)
+    assert torch.equal(low, torch.where(mask, want, 0))
+
+
 def test_bits_do_not_depend_on_threads(generator):
     r, v = (torch.randn(2, 140_000, generator=generator) for _ in range(2))
     found = []

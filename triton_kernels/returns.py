@@ -11,20 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rewardops.layout import Layout
+from rewardops.returns import step_ends as find_step_ends
+
 from .launch import INTERPRETED, pair, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
-from .td import CHUNK, chunks_of, td_scan, td_scan_backward
+from .td import CHUNK, chunks_of, latest, td_scan, td_scan_backward
 
 BLOCK = 64 if INTERPRETED else 1024
 
 
 # ---- step ends ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def latest(a_id, a_valid, b_id, b_valid):
-    """Of two neighbouring stretches, read in decreasing time, the id of the last valid token read."""
-    return tl.where(b_valid != 0, b_id, a_id), a_valid | b_valid
 
 
 @triton.jit
@@ -285,21 +282,11 @@ def extreme_returns(
     return out
 
 
-def _ends(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Which tokens end a step, and which are valid."""
-    valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    if steps is None:
-        return valid, valid
-    if steps.dtype is torch.bool:
-        return steps & valid, valid
-    # The distance to the next valid token's id; beyond a row that is -1.
-    ids = steps.to(torch.float64)
+def _ends(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None) -> Tensor:
+    """Which tokens end a step."""
     batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    factors = (None, None, None, None, mask, cu_seqlens, 1.0, 0.0, False)
-    apart, _ = td_scan(torch.zeros_like(ids), ids, ids.new_full((batch,), -1.0), *factors)
-    return valid & (steps >= 0) & (apart != 0), valid
+    rows = Layout(batch, tuple(rewards.shape), mask, cu_seqlens)
+    return rows.valid(rewards.device) if steps is None else find_step_ends(steps, rows)
 
 
 def extreme_returns_backward(
@@ -312,7 +299,7 @@ def extreme_returns_backward(
     largest: bool,
 ) -> Tensor:
     """A step end whose reward is the return there takes what came since the last such: a sum that starts anew."""
-    ends, _ = _ends(rewards, mask, cu_seqlens, steps)
+    ends = _ends(rewards, mask, cu_seqlens, steps)
     takes = ends & ((rewards == returns) | (rewards.isnan() & returns.isnan()))
     sums = prefix_scan(grad, (~takes).to(torch.float64), mask, cu_seqlens)
     return torch.where(takes, sums, 0)
@@ -350,7 +337,7 @@ def softmin_returns_backward(
     temperature: float,
 ) -> Tensor:
     """``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``, and at step ends ``exp(-r / T - log_sum) S``."""
-    ends, valid = _ends(rewards, mask, cu_seqlens, steps)
+    ends = _ends(rewards, mask, cu_seqlens, steps)
     batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     none = torch.zeros_like(log_sums)
     factors = (None, None, None, None, mask, cu_seqlens, 1.0, 0.0, False)

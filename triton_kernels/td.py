@@ -39,6 +39,7 @@ def last_of(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def latest(a, a_seen, b, b_seen):
+    """Of two neighbouring stretches what was seen last, if anything was."""
     return tl.where(b_seen != 0, b, a), a_seen | b_seen
 
 
