@@ -130,7 +130,7 @@ def record() -> list:
             segments.row_sums(numbers, m, offsets)
             selection.largest(numbers, m, offsets, groups, groups)
         for steps in (None, values > 0, values.long()):
-            for chunk in (1, 2):
+            for chunk in (1, 2) if steps is not None and steps.dtype is torch.int64 else (1,):
                 td.chunks_of = returns.chunks_of = lambda *_, chunk=chunk: chunk
                 returns.extreme_returns(values, m, offsets, steps, False)
             returns.softmin_returns(values, m, offsets, steps, 0.1, True)
@@ -139,12 +139,14 @@ def record() -> list:
         factors = values.double()
         everything = (values, values, factors, factors)
         for chunk, decay, extra in ((1, False, [None] * 4), (1, True, everything), (2, False, everything)):
+            if decay and m is None:
+                continue  # without a mask that is the same
             td.chunks_of = lambda *_, chunk=chunk: chunk
             tail = (*extra, m, offsets, 0.9, 0.9, decay)
             td.td_scan(values, values, rewards, *tail)
             td.td_scan_backward(values, values, values, *tail, True, True)
         td.td_scan(values, None, None, *[None] * 4, m, offsets, 0.9, 0.9, False)
-        for op in REDUCTIONS:
+        for op in REDUCTIONS if offsets is None else ("max", "last"):
             reduced = segments.segment_reduce(values, values.long(), m, offsets, 20, op)
             segments.segment_reduce_backward(
                 rewards[:, None], values, values.long(), *reduced, m, offsets, op
@@ -308,7 +310,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {row["kernel"] for row in compiled}
-    assert len(kernels) == 26, sorted(kernels)
+    assert len(kernels) == 25, sorted(kernels)
     for target in TARGETS:
         assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .launch import INTERPRETED, cdiv, multiprocessors, pair, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
-BLOCK = 64 if INTERPRETED else 1024
+BLOCK = 64 if INTERPRETED else 256
 CHUNK = 256 if INTERPRETED else 16384
 
 
@@ -411,7 +411,7 @@ def td_scan(
             *tokens, rows.width, rows.total, chunks, *strides, *pair(gamma), *pair(lam),
             VALUES=values is not None, BOOT=bootstrap is not None, RHO=rho is not None, TRACE=trace is not None,
             GAMMA=_kind(gammas), LAMBDA=_kind(lambdas), DECAY=decay and mask is not None, PACKED=rows.packed,
-            HAS_MASK=mask is not None, STAGE=stage, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8,
+            HAS_MASK=mask is not None, STAGE=stage, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
     _in_stages(run, state, rows.batch, chunks, True)
@@ -467,7 +467,7 @@ def td_scan_backward(
         "HAS_MASK": mask is not None,
         "DECAY": decay,
         "BLOCK": BLOCK,
-        "num_warps": 8,
+        "num_warps": 4,
     }
 
     def run(stage: int) -> None:

@@ -90,10 +90,60 @@ def product(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where((weight == 0) & value.isinf(), 0, weight * value)
 
 
-def divergence(y: Tensor, u: Tensor) -> Tensor:
+def divergence(y: Tensor, u: Tensor, sums: torch.dtype | None = None) -> Tensor:
     """``sum e^y (y - u)``: infinite where the second has no mass and the first has, however little."""
     broken = ((u == -torch.inf) & (y > -torch.inf)).any(-1)
-    return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1, dtype=torch.float64))
+    return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1, dtype=sums))
+
+
+def _records(
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    vocab: int,
+    outputs: Sequence[str],
+    sums: torch.dtype | None,
+) -> Tensor:
+    """Records, their sums taken in ``sums``, or in the precision of the logits."""
+    acc = accumulator(logits)
+    valid = valid_rows(tokens, mask)
+    t = row_temperatures(tokens, temperatures, temperature)
+    column = tokens - first
+    found = (column >= 0) & (column < vocab)
+    none = t.new_full(t.shape, torch.nan)
+    moments = "sum_sq" in outputs or "sum_sq_logprob" in outputs
+
+    x = capped(logits, softcap, vocab, valid, acc)
+    y, shift = distances(x, t)
+    weight = y.exp()
+    fields = {
+        "shift": shift / t,
+        "total": weight.sum(-1, dtype=sums),
+        "weighted": product(weight, y).sum(-1, dtype=sums) if "entropy" in outputs else none,
+        "squares": (weight * weight).sum(-1, dtype=sums) if moments else none,
+        "squares_weighted": product(weight * weight, y).sum(-1, dtype=sums)
+        if "sum_sq_logprob" in outputs
+        else none,
+        "distance": y.sum(-1, dtype=sums) if "mean_logit" in outputs else none,
+        "columns": torch.full_like(t, vocab),
+        "token": at_column(x, column, found) / t,
+        "found": found,
+    }
+    if ref_logits is not None:
+        x = capped(ref_logits, softcap, vocab, valid, acc)
+        u, shift = distances(x, t)
+        fields["ref_shift"] = shift / t
+        fields["ref_total"] = u.exp().sum(-1, dtype=sums)
+        fields["ref_token"] = at_column(x, column, found) / t
+        fields["kl"] = divergence(y, u, sums) if "kl" in outputs else none
+        fields["reverse"] = divergence(u, y, sums) if "reverse_kl" in outputs else none
+    record = torch.stack([fields.get(name, torch.zeros_like(t)).double() for name in RECORD], -1)
+    return torch.where(valid[..., None], record, 0)
 
 
 def token_stats_partial(
@@ -109,40 +159,8 @@ def token_stats_partial(
     outputs: Sequence[str],
 ) -> Tensor:
     """Return records ``[..., len(RECORD)]`` in float64; sums that no output needs are NaN, masked rows are 0."""
-    acc = accumulator(logits)
-    valid = valid_rows(tokens, mask)
-    t = row_temperatures(tokens, temperatures, temperature)
-    column = tokens - first
-    found = (column >= 0) & (column < vocab)
-    none = t.new_full(t.shape, torch.nan)
-    moments = "sum_sq" in outputs or "sum_sq_logprob" in outputs
-
-    x = capped(logits, softcap, vocab, valid, acc)
-    y, shift = distances(x, t)
-    weight = y.exp()
-    fields = {
-        "shift": shift / t,
-        "total": weight.sum(-1, dtype=torch.float64),
-        "weighted": product(weight, y).sum(-1, dtype=torch.float64) if "entropy" in outputs else none,
-        "squares": (weight * weight).sum(-1, dtype=torch.float64) if moments else none,
-        "squares_weighted": product(weight * weight, y).sum(-1, dtype=torch.float64)
-        if "sum_sq_logprob" in outputs
-        else none,
-        "distance": y.sum(-1, dtype=torch.float64) if "mean_logit" in outputs else none,
-        "columns": torch.full_like(t, vocab),
-        "token": at_column(x, column, found) / t,
-        "found": found,
-    }
-    if ref_logits is not None:
-        x = capped(ref_logits, softcap, vocab, valid, acc)
-        u, shift = distances(x, t)
-        fields["ref_shift"] = shift / t
-        fields["ref_total"] = u.exp().sum(-1, dtype=torch.float64)
-        fields["ref_token"] = at_column(x, column, found) / t
-        fields["kl"] = divergence(y, u) if "kl" in outputs else none
-        fields["reverse"] = divergence(u, y) if "reverse_kl" in outputs else none
-    record = torch.stack([fields.get(name, torch.zeros_like(t)).double() for name in RECORD], -1)
-    return torch.where(valid[..., None], record, 0)
+    args = (tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, outputs)
+    return _records(logits, *args, torch.float64)  # terms of parts cancel where they are merged
 
 
 # ---- from records to statistics ----------------------------------------------------------------------------
@@ -313,7 +331,7 @@ def token_stats(
     """Return what is saved, ``[saved_rows, ...]``, and the outputs asked for."""
     acc = accumulator(logits)
     args = (temperatures, temperature, softcap)
-    record = token_stats_partial(logits, tokens, ref_logits, mask, *args, 0, vocab, outputs)
+    record = _records(logits, tokens, ref_logits, mask, *args, 0, vocab, outputs, None)
     whole = merge(record[None])
     t = row_temperatures(tokens, temperatures, temperature)
     names = [name for name in outputs if name != "jsd"]
