@@ -19,6 +19,7 @@ from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 from .td import CHUNK, chunks_of, latest, td_scan, td_scan_backward
 
 BLOCK = 64 if INTERPRETED else 1024
+SCAN_BLOCK = 64 if INTERPRETED else 512
 
 
 # ---- step ends ---------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def extreme_returns(
         extremes_kernel[(rows.batch, chunks)](
             rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, state, rows.width, rows.total,
             chunks, stride(rewards), stride(mask), stride(steps), stride(out), LARGEST=largest,
-            PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, STAGE=stage, CHUNK=CHUNK, BLOCK=BLOCK,
+            PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, STAGE=stage, CHUNK=CHUNK, BLOCK=SCAN_BLOCK,
         )  # fmt: skip
     return out
 

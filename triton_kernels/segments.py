@@ -197,7 +197,7 @@ def segment_reduce(
         segment_reduce_kernel[(rows.batch, cdiv(segments, SEGMENTS))](
             values, ids, pointer(mask, values), rows.cu, out, kept, rows.width, rows.total, segments,
             stride(values), stride(ids), stride(mask), OP=REDUCTIONS.index(op), PACKED=rows.packed,
-            HAS_MASK=mask is not None, SEGMENTS=SEGMENTS, BLOCK=64,
+            HAS_MASK=mask is not None, SEGMENTS=SEGMENTS, BLOCK=32,
         )  # fmt: skip
     return out, kept
 
