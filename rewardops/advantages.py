@@ -540,8 +540,7 @@ def pure(
             counted = rows.valid(r.device)
             if markers.dtype is not torch.bool:
                 counted = counted & (markers >= 0)
-            restart = torch.where(ends, 0.0, 1.0).to(torch.float64)
-            sizes = returns.prefix_scan(counted.to(r.dtype), restart, rows.mask, rows.cu_seqlens)
+            sizes = returns.sums_between(counted.to(r.dtype), ends, rows)
             per_step = rows.expand(per_token) * (sizes - 1)
         r = torch.where(ends, r - per_step, 0)
     if outcome is not None:
@@ -550,7 +549,7 @@ def pure(
         verdict = outcome.to(r.dtype)
         summed, count = _others(verdict, ids, live)
         verdict = outcome_weight * (verdict - torch.where(count > 0, summed / count.clamp(min=1), 0))
-        last = returns.step_ends(torch.zeros(rows.shape, dtype=torch.int64, device=r.device), rows)
+        last = returns.last_tokens(rows, r.device)
         r = r + torch.where(last, rows.expand(verdict), 0)
     out = returns.discounted_returns(r, gamma=gamma, **where)
     return out if separators else torch.where(ends, 0, out)

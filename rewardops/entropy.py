@@ -259,8 +259,7 @@ def _scope(
 
 def _share(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
     """The fraction of counts, to the nearest (``rounding=0``: downwards); at least one where there are any."""
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: got {fraction!r}, want a number from 0 to 1")
+    layout.check_fraction("fraction", fraction)
     wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
     return torch.minimum(wanted.clamp(min=1), counts)
 
@@ -398,18 +397,9 @@ def unlikeliness_rewards(
     layout.check_non_negative("beta", beta)
     ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
     r, lp = layout.promote(rewards, sequence_logprob.detach())
-    # By likelihood within the groups: two stable sorts.
-    order = lp.argsort(descending=True, stable=True)
-    order = order[ids[order].argsort(stable=True)]
+    rank = _ranks(lp, ids, descending=True)
     place = scope_ids("group", ids, ids.shape[0], ids.device)
-    sizes = scope_counts(torch.ones_like(place), place)
-    start = (sizes.cumsum(0) - sizes)[place]
-    rank = (
-        torch.empty_like(order).index_copy_(0, order, torch.arange(ids.shape[0], device=ids.device))
-        - start
-        + 1
-    )
-    n = sizes[place]
+    n = scope_counts(torch.ones_like(place), place)[place]
     return r * (1 - beta * (n - rank).to(r.dtype) / n.to(r.dtype))
 
 
@@ -479,7 +469,8 @@ def entropy_weights(
         top = top.scatter_reduce(0, rows.expand(ids).flatten(), score.detach().flatten(), "amax")
         raw = (score - rows.expand(torch.where(top.isfinite(), top, 0)[ids])).exp()
     elif mode == "rank":
-        raw = _ranks(-h if inverse else h, valid, rows.expand(ids)).to(h.dtype)
+        score = torch.where(valid, -h if inverse else h, torch.inf)
+        raw = _ranks(score, rows.expand(ids)).to(h.dtype)
     else:
         wanted = _share(fraction, scope_counts(tokens.counts, ids))
         raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
@@ -495,9 +486,9 @@ def entropy_weights(
     return torch.where(valid, out, 0).to(h.dtype)
 
 
-def _ranks(x: Tensor, valid: Tensor, scopes: Tensor) -> Tensor:
-    """1 for the least valid value of the token's scope; of equal ones the earliest first."""
-    order = torch.where(valid, x, torch.inf).flatten().argsort(stable=True)
+def _ranks(x: Tensor, scopes: Tensor, descending: bool = False) -> Tensor:
+    """1 for the least (or largest) value of its scope; of equal ones the earliest first. By two stable sorts."""
+    order = x.flatten().argsort(descending=descending, stable=True)
     place = scopes.flatten()
     order = order[place[order].argsort(stable=True)]
     # Where the scope of each starts in that order.

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import layout
 from .dispatch import define
 from .reference.kl import ESTIMATORS
-from .returns import prefix_scan, step_ends
+from .returns import step_ends, sums_between
 from .segments import row_counts, row_sums
 
 _INPUTS = "Tensor logprob, Tensor ref_logprob, Tensor? mask, Tensor? behavior"
@@ -210,8 +210,7 @@ def implicit_rewards(
         return found
     ends = step_ends(markers, rows)
     counted = found if markers.dtype is torch.bool else torch.where(markers >= 0, found, 0)
-    sums = prefix_scan(counted, torch.where(ends, 0.0, 1.0).to(torch.float64), rows.mask, rows.cu_seqlens)
-    return torch.where(ends, sums, 0)
+    return sums_between(counted, ends, rows)
 
 
 class TdpoTerms(NamedTuple):

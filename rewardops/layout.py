@@ -116,6 +116,11 @@ def check_non_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, want a finite number of at least 0")
 
 
+def check_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1")
+
+
 def check_token_ids(tokens: Tensor, vocab: int, mask: Tensor | None) -> None:
     """Under :func:`debug` only: every unmasked token id is a column of the logits."""
     bad = (tokens < 0) | (tokens >= vocab)
@@ -184,6 +189,11 @@ class Layout:
         position = torch.arange(self.shape[0], device=rows.device, dtype=self.cu_seqlens.dtype)
         row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
         return rows[row.clamp(max=self.batch - 1)]
+
+
+def batch_of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> int:
+    """How many rows per-token tensors of this shape have."""
+    return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def check_cu_seqlens(cu_seqlens: object, device: torch.device, other: str, tokens: int | None) -> Tensor:

@@ -121,7 +121,7 @@ def _gradient_td(ctx, grad, grad_returns):  # type: ignore[no-untyped-def]
 
 def _fake_td_backward(grad, grad_returns, rewards, *rest):  # type: ignore[no-untyped-def]
     cu_seqlens, has_values, has_bootstrap = rest[5], *rest[-2:]
-    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    batch = layout.batch_of(rewards.shape, cu_seqlens)
     return (
         rewards.new_empty(rewards.shape),
         rewards.new_empty(rewards.shape if has_values else 0),
@@ -196,21 +196,20 @@ def step_ends(markers: Tensor, rows: layout.Layout) -> Tensor:
     # The distance to the next valid token's id; beyond a row that is -1.
     ids = markers.to(torch.float64)
     beyond = ids.new_full((rows.batch,), -1.0)
-    apart, _ = _td(
-        torch.zeros_like(ids),
-        ids,
-        beyond,
-        None,
-        None,
-        None,
-        None,
-        rows.mask,
-        rows.cu_seqlens,
-        1.0,
-        0.0,
-        False,
-    )
+    where = (rows.mask, rows.cu_seqlens, 1.0, 0.0, False)
+    apart, _ = _td(torch.zeros_like(ids), ids, beyond, *[None] * 4, *where)
     return (markers >= 0) & (apart != 0)
+
+
+def last_tokens(rows: layout.Layout, device: torch.device) -> Tensor:
+    """The last valid token of every row: bool, per token."""
+    return step_ends(torch.zeros(rows.shape, dtype=torch.int64, device=device), rows)
+
+
+def sums_between(x: Tensor, ends: Tensor, rows: layout.Layout) -> Tensor:
+    """At each of the ends the sum of valid tokens since the one before, its own included; 0 elsewhere."""
+    sums = prefix_scan(x, torch.where(ends, 0.0, 1.0).to(torch.float64), rows.mask, rows.cu_seqlens)
+    return torch.where(ends, sums, 0)
 
 
 # ---- over steps --------------------------------------------------------------------------------------------

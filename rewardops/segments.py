@@ -8,6 +8,7 @@ from torch import Tensor
 from .dispatch import define
 from .layout import (
     Layout,
+    batch_of,
     check_choice,
     check_device,
     check_float,
@@ -36,9 +37,7 @@ def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
 _row_sums = define(
     "segments",
     "row_sums(Tensor values, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
-    fake=lambda values, mask, cu_seqlens: values.new_empty(
-        values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    ),
+    fake=lambda values, mask, cu_seqlens: values.new_empty(batch_of(values.shape, cu_seqlens)),
     setup_context=_setup,
     backward=_gradient,
 )
@@ -47,9 +46,7 @@ _row_sums = define(
 _row_counts = define(
     "segments",
     "row_counts(Tensor mask, Tensor? cu_seqlens) -> Tensor",
-    fake=lambda mask, cu_seqlens: mask.new_empty(
-        mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, dtype=torch.float64
-    ),
+    fake=lambda mask, cu_seqlens: mask.new_empty(batch_of(mask.shape, cu_seqlens), dtype=torch.float64),
 )
 
 
@@ -92,8 +89,7 @@ _reduce_backward = define(
 
 
 def _fake_reduce(values, ids, mask, cu_seqlens, segments, op):  # type: ignore[no-untyped-def]
-    batch = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (batch, segments)
+    shape = (batch_of(values.shape, cu_seqlens), segments)
     return values.new_empty(shape), values.new_empty(shape, dtype=torch.float64)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import layout
 from .advantages import check_rewards, group_advantages
-from .returns import differences, gae, step_ends
+from .returns import differences, gae, last_tokens, step_ends
 from .segments import row_sums
 
 
@@ -23,10 +23,6 @@ def _steps_of(
     ends = rows.valid(values.device) if markers is None else step_ends(markers, rows)
     (wide,) = layout.promote(values)
     return rows, wide, ends
-
-
-def _last_tokens(rows: layout.Layout, device: torch.device) -> Tensor:
-    return step_ends(torch.zeros(rows.shape, dtype=torch.int64, device=device), rows)
 
 
 def progress(
@@ -113,15 +109,14 @@ def redistribute(
     layout.check_float("weights", weights)
     rows = layout.token_layout("weights", weights, mask, cu_seqlens)
     layout.check_shape("outcome", outcome, (rows.batch,), "one per row of weights")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"share: got {share!r}, want a number from 0 to 1")
+    layout.check_fraction("share", share)
     total_outcome, w = layout.promote(outcome, weights)
     w = w.clamp(min=0) if rows.mask is None else torch.where(rows.mask, w, 0).clamp(min=0)
     total = row_sums(w, rows)
     some = total > 0
     spread = torch.where(some, share * total_outcome / torch.where(some, total, 1), 0)
     rest = torch.where(some, (1 - share) * total_outcome, total_outcome)
-    last = _last_tokens(rows, weights.device)
+    last = last_tokens(rows, weights.device)
     return w * rows.expand(spread) + torch.where(last, rows.expand(rest), 0)
 
 

@@ -11,12 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.layout import Layout
+from rewardops.layout import Layout, batch_of
+from rewardops.reference.returns import differences, prefix_scan
 from rewardops.returns import step_ends as find_step_ends
+from rewardops.returns import sums_between
 
 from .launch import INTERPRETED, pair, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
-from .td import CHUNK, chunks_of, latest, td_scan, td_scan_backward
+from .td import CHUNK, chunk_bounds, chunks_of, latest, td_scan, td_scan_backward
+
+__all__ = [
+    "differences", "extreme_returns", "extreme_returns_backward", "prefix_scan", "softmin_returns",
+    "softmin_returns_backward", "softmin_rewards", "softmin_rewards_backward", "td_scan", "td_scan_backward",
+]  # fmt: skip
 
 BLOCK = 64 if INTERPRETED else 1024
 SCAN_BLOCK = 64 if INTERPRETED else 512
@@ -85,11 +92,7 @@ def extremes_kernel(
     c = tl.program_id(1)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
-    begin = length * 0
-    end = length
-    if STAGE > 0:
-        begin = tl.minimum(length, c.to(tl.int64) * CHUNK)
-        end = tl.minimum(length, begin + CHUNK)
+    begin, end = chunk_bounds(c, length, STAGE, CHUNK)
     best = tl.zeros([], ACC)
     begun = tl.zeros([], tl.int32)
     if STAGE == 2:
@@ -283,11 +286,12 @@ def extreme_returns(
     return out
 
 
-def _ends(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None) -> Tensor:
-    """Which tokens end a step."""
-    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = Layout(batch, tuple(rewards.shape), mask, cu_seqlens)
-    return rows.valid(rewards.device) if steps is None else find_step_ends(steps, rows)
+def _ends(
+    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
+) -> tuple[Layout, Tensor]:
+    """The layout, and which tokens end a step."""
+    rows = Layout(batch_of(rewards.shape, cu_seqlens), tuple(rewards.shape), mask, cu_seqlens)
+    return rows, rows.valid(rewards.device) if steps is None else find_step_ends(steps, rows)
 
 
 def extreme_returns_backward(
@@ -300,10 +304,9 @@ def extreme_returns_backward(
     largest: bool,
 ) -> Tensor:
     """A step end whose reward is the return there takes what came since the last such: a sum that starts anew."""
-    ends = _ends(rewards, mask, cu_seqlens, steps)
+    rows, ends = _ends(rewards, mask, cu_seqlens, steps)
     takes = ends & ((rewards == returns) | (rewards.isnan() & returns.isnan()))
-    sums = prefix_scan(grad, (~takes).to(torch.float64), mask, cu_seqlens)
-    return torch.where(takes, sums, 0)
+    return sums_between(grad, takes, rows)
 
 
 def softmin_returns(
@@ -338,22 +341,15 @@ def softmin_returns_backward(
     temperature: float,
 ) -> Tensor:
     """``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``, and at step ends ``exp(-r / T - log_sum) S``."""
-    ends = _ends(rewards, mask, cu_seqlens, steps)
-    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows, ends = _ends(rewards, mask, cu_seqlens, steps)
     none = torch.zeros_like(log_sums)
     factors = (None, None, None, None, mask, cu_seqlens, 1.0, 0.0, False)
-    apart, _ = td_scan(none, log_sums, log_sums.new_zeros(batch), *factors)
+    apart, _ = td_scan(none, log_sums, log_sums.new_zeros(rows.batch), *factors)
     fall = torch.where(apart.isnan(), 0, apart.clamp(max=0).exp())
     sums = prefix_scan(grad.double(), fall, mask, cu_seqlens)
     weight = (-torch.where(ends, rewards, 0).double() / temperature - log_sums).exp()
     kept = ends & ~log_sums.isinf()
     return torch.where(kept, weight * torch.where(kept, sums, 0), 0).to(rewards.dtype)
-
-
-def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The adjoint of a discounted sum."""
-    given = (None, None, factors, None, mask, cu_seqlens)
-    return td_scan_backward(x, None, x, *given, 1.0, 1.0, False, False, False)[0]
 
 
 def _softmin(
@@ -401,9 +397,3 @@ def softmin_rewards_backward(
     through_weights: bool,
 ) -> Tensor:
     return _softmin(grad, rewards, mask, cu_seqlens, steps, temperature, through_weights)
-
-
-def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """What a temporal difference passes back to its values."""
-    given = (None, None, None, None, mask, cu_seqlens)
-    return -td_scan_backward(x, None, x, *given, 1.0, 0.0, False, True, False)[1]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rewardops.layout import batch_of
+
 from ..reference.segments import REDUCTIONS, segment_broadcast
 from .launch import INTERPRETED, cdiv, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
@@ -46,17 +48,13 @@ def _run(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, sums: T
     return sums
 
 
-def _rows(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
-    return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    sums = values.new_empty(_rows(values.shape, cu_seqlens))
+    sums = values.new_empty(batch_of(values.shape, cu_seqlens))
     return _run(dense(values), as_bytes(mask), cu_seqlens, sums, False)
 
 
 def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    counts = mask.new_empty(_rows(mask.shape, cu_seqlens), dtype=torch.float64)
+    counts = mask.new_empty(batch_of(mask.shape, cu_seqlens), dtype=torch.float64)
     dense_mask = as_bytes(mask)
     assert dense_mask is not None
     return _run(dense_mask, dense_mask, cu_seqlens, counts, True)

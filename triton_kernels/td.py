@@ -74,6 +74,17 @@ def live_tokens(mask, mask_base, length, HAS_MASK: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def chunk_bounds(c, length, STAGE: tl.constexpr, CHUNK: tl.constexpr):
+    """The tokens of chunk c of a row; in STAGE 0 all of them."""
+    begin = length * 0
+    end = length
+    if STAGE > 0:
+        begin = tl.minimum(length, c.to(tl.int64) * CHUNK)
+        end = tl.minimum(length, begin + CHUNK)
+    return begin, end
+
+
+@triton.jit
 def value_after(
     values, values_base, mask, mask_base, end, length, boot,
     DECAY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,11 +134,7 @@ def td_kernel(
     live = length
     if DECAY:
         live = live_tokens(mask, mask_base, length, HAS_MASK, BLOCK)
-    begin = length * 0
-    end = length
-    if STAGE > 0:
-        begin = tl.minimum(length, c.to(tl.int64) * CHUNK)
-        end = tl.minimum(length, begin + CHUNK)
+    begin, end = chunk_bounds(c, length, STAGE, CHUNK)
     gamma = number(gamma_high, gamma_low, gammas, b, GAMMA == 1)
     lam = number(lam_high, lam_low, lambdas, b, LAMBDA == 1)
     boot = tl.zeros([], tl.float64)
@@ -252,11 +259,7 @@ def td_backward_kernel(
     live = length
     if DECAY:
         live = live_tokens(mask, mask_base, length, HAS_MASK, BLOCK)
-    begin = length * 0
-    end = length
-    if STAGE > 0:
-        begin = tl.minimum(length, c.to(tl.int64) * CHUNK)
-        end = tl.minimum(length, begin + CHUNK)
+    begin, end = chunk_bounds(c, length, STAGE, CHUNK)
     gamma = number(gamma_high, gamma_low, gammas, b, GAMMA == 1)
     lam = number(lam_high, lam_low, lambdas, b, LAMBDA == 1)
     carry = tl.zeros([], tl.float64)

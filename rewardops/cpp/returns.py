@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import batch_of
+from ..reference.returns import differences, prefix_scan
 from .memory import (
     NONE,
     Shape,
@@ -18,6 +20,11 @@ from .memory import (
     strided,
     threads,
 )  # fmt: skip
+
+__all__ = [
+    "differences", "extreme_returns", "extreme_returns_backward", "prefix_scan", "softmin_returns",
+    "softmin_returns_backward", "softmin_rewards", "softmin_rewards_backward", "td_scan", "td_scan_backward",
+]  # fmt: skip
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -203,7 +210,7 @@ def td_scan_backward(
     grad, grad_returns = _dense(grad), _dense(grad_returns)
     on_rewards = allocate(rewards, rewards.shape, cu_seqlens)
     on_values = allocate(rewards, rewards.shape, cu_seqlens) if has_values else None
-    batch = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    batch = batch_of(rewards.shape, cu_seqlens)
     on_bootstrap = rewards.new_zeros(batch) if has_bootstrap else None
     options, outputs = (gamma, lam, decay, True), (grad, grad_returns, on_rewards, on_values)
     _td(
@@ -214,15 +221,3 @@ def td_scan_backward(
         rewards.new_empty(0) if on_values is None else on_values,
         rewards.new_empty(0) if on_bootstrap is None else on_bootstrap,
     )
-
-
-def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The adjoint of a discounted sum."""
-    given = (None, None, factors, None, mask, cu_seqlens)
-    return td_scan_backward(x, None, x, *given, 1.0, 1.0, False, False, False)[0]
-
-
-def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """What a temporal difference passes back to its values."""
-    given = (None, None, None, None, mask, cu_seqlens)
-    return -td_scan_backward(x, None, x, *given, 1.0, 0.0, False, True, False)[1]

@@ -90,7 +90,7 @@ def product(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where((weight == 0) & value.isinf(), 0, weight * value)
 
 
-def divergence(y: Tensor, u: Tensor, sums: torch.dtype | None = None) -> Tensor:
+def divergence(y: Tensor, u: Tensor, sums: torch.dtype | None) -> Tensor:
     """``sum e^y (y - u)``: infinite where the second has no mass and the first has, however little."""
     broken = ((u == -torch.inf) & (y > -torch.inf)).any(-1)
     return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1, dtype=sums))

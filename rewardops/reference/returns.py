@@ -280,13 +280,16 @@ def td_scan_backward(
     )
 
 
+# ---- made of the scan, whichever backend has it: every backend's -------------------------------------------
+
+
 def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The adjoint of a discounted sum."""
     given = (None, None, factors, None, mask, cu_seqlens)
-    return td_scan_backward(x, None, x, *given, 1.0, 1.0, False, False, False)[0]
+    return torch.ops.rewardops.td_scan_backward(x, None, x, *given, 1.0, 1.0, False, False, False)[0]
 
 
 def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """What a temporal difference passes back to its values."""
     given = (None, None, None, None, mask, cu_seqlens)
-    return -td_scan_backward(x, None, x, *given, 1.0, 0.0, False, True, False)[1]
+    return -torch.ops.rewardops.td_scan_backward(x, None, x, *given, 1.0, 0.0, False, True, False)[1]

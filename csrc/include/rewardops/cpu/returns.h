@@ -189,15 +189,6 @@ void extremes_rows(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-struct Chunk {
-  int64_t row, begin, end;
-  template <typename T>
-  Chunk(const ReturnsArgs<T>& a, int64_t item) : row(item / a.chunks), begin(item % a.chunks * kScanChunk) {
-    const int64_t size = a.rows.size(row);
-    end = begin + kScanChunk < size ? begin + kScanChunk : size;
-  }
-};
-
 template <typename T>
 void extremes_aggregates(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {

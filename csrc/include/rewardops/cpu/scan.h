@@ -4,6 +4,7 @@
 // carry of the one before. Only the carry makes registers wait for each other, so long rows run at the speed of many.
 #pragma once
 
+#include "rewardops/cpu/kernels.h"
 #include "rewardops/cpu/simd.h"
 
 namespace rewardops::cpu {
@@ -129,6 +130,16 @@ inline double scan_map(double* x, double a, int64_t padded, double carry) {
 
 // 0 where the factor is, whatever the value.
 inline double times(double factor, double value) { return factor == 0 ? 0 : factor * value; }
+
+// The tokens of an item, counted over rows x chunks.
+struct Chunk {
+  int64_t row, begin, end;
+  template <typename Args>
+  Chunk(const Args& a, int64_t item) : row(item / a.chunks), begin(item % a.chunks * kScanChunk) {
+    const int64_t size = a.rows.size(row);
+    end = begin + kScanChunk < size ? begin + kScanChunk : size;
+  }
+};
 
 // From (value, factor) of every chunk of a row to the carry that each starts with.
 inline void linear_carries(double* state, int64_t chunks, bool reverse) {

@@ -93,6 +93,9 @@ inline void fill_differences(const TdRow<T>& row, int64_t begin, int64_t n, bool
         const double reward = r[i];
         s.x[i] = m[i] ? reward : 0.0;
       }
+    if (row.rho)
+      for (int64_t i = 0; i < n; ++i)
+        if (full || m[i]) s.x[i] = times(row.rho_at(begin + i), s.x[i]);
   } else if (full && row.simple() && row.gamma != 0) {
     const double gamma = row.gamma, after = *ahead;
     for (int64_t i = 0; i + 1 < n; ++i)
@@ -132,11 +135,7 @@ inline void fill_differences(const TdRow<T>& row, int64_t begin, int64_t n, bool
       if (valid || row.a.decay) after = here;
     }
     *ahead = after;
-    return;
   }
-  if (!v && row.rho)
-    for (int64_t i = 0; i < n; ++i)
-      if (full || m[i]) s.x[i] = times(static_cast<double>(row.rho[begin + i]), s.x[i]);
 }
 
 template <typename T>
@@ -247,22 +246,27 @@ inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end,
 
 // ---- items: rows, or rows times chunks ----------------------------------------------------------------------
 
+// Writes tokens [begin, end) of a row, whose own end is `live`, from their carry. Returns what a backward pass hands on.
+template <typename T>
+inline double td_stretch(const TdRow<T>& row, int64_t live, int64_t begin, int64_t end, double carry) {
+  const TdArgs<T>& a = row.a;
+  const int64_t to = end < live ? end : live, rest = to > begin ? to : begin;
+  double passed = 0;
+  if (begin < to) {
+    if (a.backward) td_backward_range<T>(row, begin, to, carry, true, nullptr, &passed);
+    else td_range(row, begin, to, live, carry, true, nullptr);
+  }
+  const Tokens<T> outputs[] = {a.out, a.returns, a.grad_rewards, a.grad_values};
+  for (const Tokens<T>& out : outputs) store_zeros(row, out, rest, end);
+  return passed;
+}
+
 template <typename T>
 void td_rows(const TdArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const TdRow<T> row(a, b);
-    const int64_t live = row.live(), size = a.rows.size(b);
-    if (a.backward) {
-      double passed = 0;
-      td_backward_range<T>(row, 0, live, 0, true, nullptr, &passed);
-      if (a.grad_bootstrap) a.grad_bootstrap[b] = static_cast<T>(passed);
-      store_zeros(row, a.grad_rewards, live, size);
-      store_zeros(row, a.grad_values, live, size);
-    } else {
-      td_range(row, 0, live, live, 0.0, true, nullptr);
-      store_zeros(row, a.out, live, size);
-      store_zeros(row, a.returns, live, size);
-    }
+    const double passed = td_stretch(row, row.live(), 0, a.rows.size(b), 0.0);
+    if (a.grad_bootstrap) a.grad_bootstrap[b] = static_cast<T>(passed);
   }
 }
 
@@ -270,36 +274,25 @@ void td_rows(const TdArgs<T>& a, int64_t begin, int64_t end) {
 template <typename T>
 void td_aggregates(const TdArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const TdRow<T> row(a, item / a.chunks);
-    const int64_t live = row.live(), from = item % a.chunks * kScanChunk;
-    const int64_t to = from + kScanChunk < live ? from + kScanChunk : live;
+    const Chunk c(a, item);
+    const TdRow<T> row(a, c.row);
+    const int64_t live = row.live(), to = c.end < live ? c.end : live;
     double product = 1, value = 0;
-    if (from < to)
-      value = a.backward ? td_backward_range<T>(row, from, to, 0, false, &product, nullptr)
-                         : td_range(row, from, to, live, 0.0, false, &product);
+    if (c.begin < to)
+      value = a.backward ? td_backward_range<T>(row, c.begin, to, 0, false, &product, nullptr)
+                         : td_range(row, c.begin, to, live, 0.0, false, &product);
     a.state[2 * item] = value;
     a.state[2 * item + 1] = product;
   }
 }
 
+// What the first valid token of a chunk has from the one before it is added afterwards.
 template <typename T>
 void td_chunks(const TdArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const TdRow<T> row(a, item / a.chunks);
-    const int64_t live = row.live(), size = a.rows.size(row.b), from = item % a.chunks * kScanChunk;
-    const int64_t last = from + kScanChunk < size ? from + kScanChunk : size, to = last < live ? last : live;
-    if (a.backward) {
-      // What the first valid token of the chunk has from the one before it is added afterwards.
-      double passed = 0;
-      if (from < to) td_backward_range<T>(row, from, to, a.state[2 * item], true, nullptr, &passed);
-      a.state[2 * item + 1] = passed;
-      store_zeros(row, a.grad_rewards, to > from ? to : from, last);
-      store_zeros(row, a.grad_values, to > from ? to : from, last);
-    } else {
-      if (from < to) td_range(row, from, to, live, a.state[2 * item], true, nullptr);
-      store_zeros(row, a.out, to > from ? to : from, last);
-      store_zeros(row, a.returns, to > from ? to : from, last);
-    }
+    const Chunk c(a, item);
+    const TdRow<T> row(a, c.row);
+    a.state[2 * item + 1] = td_stretch(row, row.live(), c.begin, c.end, a.state[2 * item]);
   }
 }
 
