@@ -64,7 +64,8 @@ def build(dry: bool) -> int:
 
 def test(dry: bool) -> int:
     """The op tests on the device, with Triton kernels; in a dry run one family's, by the interpreter."""
-    families = ("kl",) if dry else ("logits", "kl", "advantages", "entropy", "returns", "prefix_tree")
+    families = ("logits", "kl", "advantages", "entropy", "returns", "prefix_tree", "prefix_values", "tree")
+    families = ("kl",) if dry else families
     files = [str(ROOT / "tests" / f"test_{f}.py") for f in families]
     if not dry:
         files += [str(ROOT / "tests" / f"test_{f}.py") for f in ("dispatch", "layout")]

@@ -13,6 +13,7 @@
 #include "cpu/prefix_tree.h"
 #include "cpu/segments.h"
 #include "cpu/selection.h"
+#include "cpu/tree.h"
 #include "rewardops/cpu/kernels.h"
 
 namespace py = pybind11;
@@ -274,37 +275,95 @@ void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
   run_scan(kernels().of<T>().td, a, threads);
 }
 
-template <typename Token, typename T>
-void prefix_values(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
-                   Address rewards, const py::tuple& before, const py::tuple& after, const py::tuple& count,
-                   int threads) {
-  PrefixArgs<Token, T> a{};
-  a.rows = rows(shape);
-  a.mask = tokens<const uint8_t>(mask);
-  a.tokens = tokens<const Token>(ids);
-  a.groups = at<const int64_t>(groups);
-  a.rewards = at<const T>(rewards);
-  a.before = tokens<T>(before);
-  a.after = tokens<T>(after);
-  a.count = tokens<int32_t>(count);
-  const py::gil_scoped_release release;
-  rewardops::cpu::prefix_values(a, threads);
+// From the addresses of rewardops.prefix_tree's two arrays.
+template <typename I>
+Tree<I> tree(int64_t batch, Address rows, Address nodes) {
+  I* r = at<I>(rows);
+  I* n = at<I>(nodes);
+  const int64_t m = 2 * batch;
+  return {batch, r, r + batch, r + 2 * batch, r + 3 * batch, r + 4 * batch, n, n + m, n + 2 * m, n + 3 * m};
 }
 
-template <typename Token, typename T>
-void prefix_values_backward(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
-                            const py::tuple& grad_before, const py::tuple& grad_after, Address out,
-                            int threads) {
-  PrefixArgs<Token, T> a{};
-  a.rows = rows(shape);
-  a.mask = tokens<const uint8_t>(mask);
-  a.tokens = tokens<const Token>(ids);
-  a.groups = at<const int64_t>(groups);
-  a.grad_before = tokens<const T>(grad_before);
-  a.grad_after = tokens<const T>(grad_after);
-  a.grad_rewards = at<T>(out);
+template <typename Token>
+void prefix_tree(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
+                 Address tree_rows, Address nodes, int threads) {
+  const Rows r = rows(shape);
+  const PrefixTreeArgs<Token> a{r, tokens<const uint8_t>(mask), tokens<const Token>(ids), at<const int64_t>(groups),
+                                tree<int64_t>(r.batch, tree_rows, nodes)};
   const py::gil_scoped_release release;
-  rewardops::cpu::prefix_values_backward(a, threads);
+  rewardops::cpu::prefix_tree(a, threads);
+}
+
+// Backward where grad is given.
+void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t channels, Address x, Address weights,
+                  Address centre, double gamma, Address out, Address grad, Address grad_x, Address grad_weights,
+                  int threads) {
+  const SubtreeArgs a{tree<const int64_t>(batch, tree_rows, nodes), channels, at<const double>(x),
+                      at<const double>(weights), at<const double>(centre), gamma, at<double>(out),
+                      at<const double>(grad), at<double>(grad_x), at<double>(grad_weights)};
+  const py::gil_scoped_release release;
+  if (a.grad) rewardops::cpu::subtree_sums_backward(a, threads);
+  else rewardops::cpu::subtree_sums(a, threads);
+}
+
+template <typename T>
+NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
+                              int64_t channels, int64_t plane, Address values, Address along, Address base,
+                              Address factor, int where, double gamma) {
+  NodeTokensArgs<T> a{};
+  a.rows = rows(shape);
+  a.tree = tree<const int64_t>(a.rows.batch, tree_rows, nodes);
+  a.mask = tokens<const uint8_t>(mask);
+  a.channels = channels;
+  a.plane = plane;
+  a.values = at<const double>(values);
+  a.along = at<const double>(along);
+  a.base = at<const double>(base);
+  a.factor = at<const double>(factor);
+  a.at = static_cast<At>(where);
+  a.gamma = gamma;
+  return a;
+}
+
+template <typename T>
+void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
+                     int64_t channels, int64_t plane, Address values, Address along, Address base, Address factor,
+                     int where, double gamma, const py::tuple& out, int threads) {
+  auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
+                          gamma);
+  a.out = tokens<T>(out);
+  const py::gil_scoped_release release;
+  rewardops::cpu::nodes_to_tokens(a, threads);
+}
+
+template <typename T>
+void nodes_to_tokens_backward(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
+                              int64_t channels, int64_t plane, Address values, Address along, Address base,
+                              Address factor, int where, double gamma, const py::tuple& grad, Address grad_values,
+                              Address grad_along, Address grad_base, Address grad_factor, int threads) {
+  auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
+                          gamma);
+  a.grad = tokens<const T>(grad);
+  a.grad_values = at<double>(grad_values);
+  a.grad_along = at<double>(grad_along);
+  a.grad_base = at<double>(grad_base);
+  a.grad_factor = at<double>(grad_factor);
+  const py::gil_scoped_release release;
+  rewardops::cpu::nodes_to_tokens_backward(a, threads);
+}
+
+void tree_values(int64_t nodes, Address parent, Address rewards, Address visits, int reduce, double temperature,
+                 Address values, Address slope) {
+  const TreeValuesArgs a{nodes, at<const int64_t>(parent), at<const double>(rewards), at<const double>(visits),
+                         static_cast<TreeReduce>(reduce), temperature, at<double>(values), at<double>(slope)};
+  const py::gil_scoped_release release;
+  rewardops::cpu::tree_values(a);
+}
+
+void tree_values_backward(int64_t nodes, Address parent, Address slope, Address grad, Address out) {
+  const py::gil_scoped_release release;
+  rewardops::cpu::tree_values_backward(nodes, at<const int64_t>(parent), at<const double>(slope),
+                                       at<const double>(grad), at<double>(out));
 }
 
 // Backward where grad is given.
@@ -370,10 +429,17 @@ void define_typed(py::module_& m, const char* suffix) {
   m.def(name("row_sums").c_str(), row_sums<T>);
   m.def(name("segment_reduce").c_str(), segment_reduce<T>);
   m.def(name("largest").c_str(), largest<T>);
-  m.def((name("prefix_values") + "_i32").c_str(), prefix_values<int32_t, T>);
-  m.def((name("prefix_values") + "_i64").c_str(), prefix_values<int64_t, T>);
-  m.def((name("prefix_values_backward") + "_i32").c_str(), prefix_values_backward<int32_t, T>);
-  m.def((name("prefix_values_backward") + "_i64").c_str(), prefix_values_backward<int64_t, T>);
+  m.def(name("nodes_to_tokens").c_str(), nodes_to_tokens<T>);
+  m.def(name("nodes_to_tokens_backward").c_str(), nodes_to_tokens_backward<T>);
+}
+
+void define_trees(py::module_& m) {
+  m.def("prefix_tree_i32", prefix_tree<int32_t>);
+  m.def("prefix_tree_i64", prefix_tree<int64_t>);
+  m.def("subtree_sums", subtree_sums);
+  m.def("tree_values", tree_values);
+  m.def("tree_values_backward", tree_values_backward);
+  m.def("nodes_to_tokens_i32", nodes_to_tokens<int32_t>);
 }
 
 }  // namespace
@@ -385,6 +451,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefer_huge_pages", [](Address begin, int64_t size) { prefer_huge_pages(at<void>(begin), size); });
   m.def("token_stats", token_stats);
   m.def("token_stats_backward", token_stats_backward);
+  define_trees(m);
   define_typed<float>(m, "_f32");
   define_typed<double>(m, "_f64");
 }

@@ -22,7 +22,17 @@ from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
 from .layout import debug
 from .linear import linear_token_loss, linear_token_stats
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_partial
-from .prefix_tree import PrefixValues, prefix_values, tempo_advantages
+from .prefix_tree import DedupStats, PrefixLcp, PrefixTree, prefix_lcp
+from .prefix_values import (
+    PrefixValues,
+    prefix_std,
+    prefix_values,
+    shared_prefix_weights,
+    sibling_advantages,
+    tempo_advantages,
+    tree_rl_advantages,
+    tvm_targets,
+)
 from .returns import (
     discounted_returns,
     gae,
@@ -35,11 +45,15 @@ from .returns import (
 )
 from .segments import place_at_step_end, segment_broadcast, segment_reduce
 from .shaping import budget_advantages, budget_returns, clip_delta, potential_shaping, progress, redistribute
+from .tree import tree_advantages, tree_values
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "DedupStats",
+    "PrefixLcp",
+    "PrefixTree",
     "PrefixValues",
     "TokenStats",
     "advantages_to_tokens",
@@ -69,13 +83,17 @@ __all__ = [
     "min_returns",
     "place_at_step_end",
     "potential_shaping",
+    "prefix_lcp",
+    "prefix_std",
     "prefix_values",
     "progress",
     "redistribute",
     "segment_broadcast",
     "segment_reduce",
     "sequence_kl",
+    "shared_prefix_weights",
     "show_config",
+    "sibling_advantages",
     "signed_group_normalize",
     "softmin_returns",
     "softmin_rewards",
@@ -86,6 +104,10 @@ __all__ = [
     "token_kl",
     "token_stats",
     "token_stats_partial",
+    "tree_advantages",
+    "tree_rl_advantages",
+    "tree_values",
+    "tvm_targets",
     "unlikeliness_rewards",
     "use_backend",
     "vtrace",

@@ -1,166 +1,558 @@
-"""Prefix trees: values and advantages from what the responses of a group share."""
+"""Prefix trees: what the responses of a group share, found in the tokens alone.
+
+The responses of a group are a tree of prefixes. Its arrays are of fixed size, whatever the tokens (see
+``rewardops/reference/prefix_tree.py``), so that nothing is read back to build it; what is said of its nodes is
+spread over the tokens in one write. A token's *state* is a prefix: the one without the token is before it, the
+one with it after it. :mod:`rewardops.prefix_values` has the values and advantages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import advantages, layout
+from . import layout, tree
 from .dispatch import define
+from .layout import Labels, Layout
+
+HOLES = ("prefix", "skip")
 
 
-class PrefixValues(NamedTuple):
-    """Values of the prefix before and after each token, in the layout of the tokens.
+# ---- ops ---------------------------------------------------------------------------------------------------
 
-    ``after - before`` is the token's temporal difference: 0 wherever the tree does not branch.
-    """
+_prefix_tree = define(
+    "prefix_tree",
+    "prefix_tree(Tensor tokens, Tensor groups, Tensor? mask, Tensor? cu_seqlens) -> (Tensor rows, Tensor nodes)",
+    fake=lambda tokens, groups, *_: (
+        groups.new_empty(5, groups.shape[0]),
+        groups.new_empty(4, 2 * groups.shape[0]),
+    ),
+)
 
-    before: Tensor
-    after: Tensor
-    count: Tensor  # type: ignore[assignment]
-    """int32: the rows of the group that share the prefix up to and including the token."""
+_SUBTREES = "Tensor x, Tensor? weights, Tensor? centre, Tensor rows, Tensor nodes, float gamma"
+
+_sums_backward = define(
+    "prefix_tree",
+    f"subtree_sums_backward(Tensor grad, {_SUBTREES}) -> (Tensor, Tensor)",
+    fake=lambda grad, x, weights, *_: (
+        x.new_empty(x.shape),
+        x.new_empty(0 if weights is None else weights.shape),
+    ),
+)
 
 
-def _fake(tokens, rewards, *_):  # type: ignore[no-untyped-def]
-    return (
-        rewards.new_empty(tokens.shape),
-        rewards.new_empty(tokens.shape),
-        rewards.new_empty(tokens.shape, dtype=torch.int32),
-    )
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, max_group_size = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+def _setup_sums(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.gamma = inputs
     ctx.save_for_backward(*tensors)
-    ctx.max_group_size = max_group_size
 
 
-def _gradient(ctx, grad_before, grad_after, _grad_count):  # type: ignore[no-untyped-def]
-    out = _backward(grad_before, grad_after, *ctx.saved_tensors, ctx.max_group_size)
-    return None, out, None, None, None, None
+def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
+    by_x, by_weight = _sums_backward(grad, *ctx.saved_tensors, ctx.gamma)
+    return by_x, None if ctx.saved_tensors[1] is None else by_weight, None, None, None, None
 
 
-_backward = define(
+# With a centre: of squared distances from it. The centre is the mean, on which their sum does not depend to first
+# order: it gets no gradient.
+_subtree_sums = define(
     "prefix_tree",
-    "prefix_values_backward(Tensor? grad_before, Tensor? grad_after, Tensor tokens, Tensor rewards,"
-    " Tensor groups, Tensor? mask, Tensor? cu_seqlens, SymInt max_group_size) -> Tensor",
-    fake=lambda grad_before, grad_after, tokens, rewards, *_: rewards.new_empty(rewards.shape),
+    f"subtree_sums({_SUBTREES}) -> Tensor",
+    fake=lambda x, weights, centre, rows, nodes, gamma: x.new_empty(nodes.shape[1], x.shape[1]),
+    setup_context=_setup_sums,
+    backward=_gradient_sums,
 )
 
-_forward = define(
-    "prefix_tree",
-    "prefix_values(Tensor tokens, Tensor rewards, Tensor groups, Tensor? mask, Tensor? cu_seqlens,"
-    " SymInt max_group_size) -> (Tensor before, Tensor after, Tensor count)",
-    fake=_fake,
-    setup_context=_setup,
-    backward=_gradient,
+_ON_TOKENS = (
+    "Tensor? values, Tensor? along, Tensor? base, Tensor? factor, Tensor rows, Tensor nodes, Tensor? mask,"
+    " Tensor? cu_seqlens, SymInt size, str at, float gamma"
 )
 
 
-def prefix_values(
+def _fake_tokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, size, at, gamma, dtype):  # type: ignore[no-untyped-def]
+    shape = (rows.shape[1], size) if cu_seqlens is None else (size,)
+    return rows.new_empty(((along if values is None else values).shape[1], *shape), dtype=dtype)
+
+
+_tokens_backward = define(
+    "prefix_tree",
+    f"nodes_to_tokens_backward(Tensor grad, {_ON_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad, *inputs: tuple(
+        grad.new_empty(0 if t is None else t.shape, dtype=torch.float64) for t in inputs[:4]
+    ),
+)
+
+
+def _setup_tokens(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, size, at, gamma, _ = inputs
+    ctx.options = (size, at, gamma)
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient_tokens(ctx, grad):  # type: ignore[no-untyped-def]
+    if not grad.dtype.is_floating_point:
+        return (None,) * 12
+    found = _tokens_backward(grad, *ctx.saved_tensors, *ctx.options)
+    given = ctx.saved_tensors[:4]
+    return (*(None if t is None else g for t, g in zip(given, found, strict=True)), *[None] * 8)
+
+
+_nodes_to_tokens = define(
+    "prefix_tree",
+    f"nodes_to_tokens({_ON_TOKENS}, ScalarType dtype) -> Tensor",
+    fake=_fake_tokens,
+    setup_context=_setup_tokens,
+    backward=_gradient_tokens,
+)
+
+
+# ---- the trees of a batch ----------------------------------------------------------------------------------
+
+
+def _without_holes(tokens: Tensor, rows: Layout) -> tuple[Tensor, Layout, Tensor]:
+    """Tokens and layout with each row's valid tokens moved to its front; and where each of them went."""
+    valid = rows.valid(tokens.device)
+    # How many valid tokens of its row lie before and at a token, and where its row starts.
+    counted = valid.cumsum(-1)
+    position = torch.arange(tokens.shape[-1], device=tokens.device)
+    if rows.cu_seqlens is None:
+        start, number = torch.zeros_like(counted[:, :1]), counted[:, -1:]
+    else:
+        cu, total = rows.cu_seqlens.long(), torch.cat([counted.new_zeros(1), counted])
+        counted = counted - rows.expand(total[cu[:-1]])
+        start, number = rows.expand(cu[:-1]), rows.expand(total[cu[1:]] - total[cu[:-1]])
+    where = start + counted - 1
+    spill = tokens.new_zeros((*tokens.shape[:-1], tokens.shape[-1] + 1))
+    moved = spill.scatter(-1, torch.where(valid, where, tokens.shape[-1]), tokens)[..., :-1]
+    mask = position < start + number
+    return moved, Layout(rows.batch, rows.shape, mask, rows.cu_seqlens), where.clamp(min=0)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokens by row and group, checked: no kernel has run yet."""
+
+    tokens: Tensor
+    labels: Tensor
+    layout: Layout
+    hole: str
+
+    @staticmethod
+    def of(
+        tokens: Tensor,
+        groups: Labels,
+        group_size: int | Sequence[int] | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        hole: str,
+    ) -> TokenRows:
+        layout.check_integer("tokens", tokens)
+        layout.check_choice("hole", hole, HOLES)
+        rows = layout.token_layout("tokens", tokens, mask, cu_seqlens)
+        labels = layout.group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
+        return TokenRows(tokens, labels, rows, hole)
+
+    def forest(self) -> Forest:
+        """The prefix trees of the groups."""
+        tokens, rows, where = self.tokens, self.layout, None
+        if self.hole == "skip" and rows.mask is not None and tokens.numel():
+            tokens, rows, where = _without_holes(tokens, rows)
+        tree_rows, nodes = _prefix_tree(tokens, self.labels, rows.mask, rows.cu_seqlens)
+        return Forest(tree_rows, nodes, tokens, rows, self.layout, where)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The prefix trees of a batch: arrays of rows and nodes, and the layout of the tokens."""
+
+    rows: Tensor
+    nodes: Tensor
+    source: Tensor  # the tokens, in `layout`
+    layout: Layout
+    given: Layout  # of the tokens as the caller sees them: another one only where holes are skipped
+    where: Tensor | None  # of the caller's tokens in `layout`
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.rows[1]
+
+    @property
+    def live(self) -> Tensor:
+        """``[B]``: rows that have a token."""
+        return self.rows[3] > 0
+
+    @property
+    def depth(self) -> Tensor:
+        return self.nodes[2]
+
+    @property
+    def count(self) -> Tensor:
+        """``[2 B]``: how many rows share a node."""
+        return self.nodes[1] - self.nodes[0]
+
+    @property
+    def parent(self) -> Tensor:
+        return self.nodes[3]
+
+    def sums(
+        self, x: Tensor, weights: Tensor | None = None, centre: Tensor | None = None, gamma: float = 1.0
+    ) -> Tensor:
+        """``[2 B, C]``: over each node's rows, of ``x`` discounted to it, or of squared distances from a centre."""
+        centre = None if centre is None else centre.detach()
+        out: Tensor = _subtree_sums(x, weights, centre, self.rows, self.nodes, float(gamma))
+        return out
+
+    def totals(self, weights: Tensor | None) -> Tensor:
+        """``[2 B, 1]``: the weight of each node's rows."""
+        if weights is None:
+            return self.count.double()[:, None]
+        return self.sums(torch.ones_like(weights)[:, None], weights)
+
+    def means(self, x: Tensor, weights: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+        """``[2 B, C]``: over each node's rows; 0 where they weigh nothing."""
+        total = self.totals(weights)
+        return self.sums(x, weights, gamma=gamma) / torch.where(total > 0, total, 1)
+
+    def supported_by(self, count: int) -> Tensor:
+        """``[B]``: of a row's nodes, the deepest one that ``count`` rows share, or the top where none is."""
+        self_or_up = torch.where(
+            (self.count >= count) | (self.parent < 0), tree.own(self.parent), self.parent
+        )
+        return torch.where(self.leaf >= 0, tree.last(self_or_up)[self.leaf.clamp(min=0)], -1)
+
+    def tokens(
+        self,
+        values: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        at: str = "after",
+        along: Tensor | None = None,
+        base: Tensor | None = None,
+        factor: Tensor | None = None,
+        gamma: float = 1.0,
+        leaf: Tensor | None = None,
+    ) -> Tensor:
+        """``base + values + factor * along`` of each token's row and state, ``[C, *tokens]``; 0 where masked.
+
+        Args:
+            values, along: ``[2 B, C]`` float64, discounted from the node's depth to the state.
+            base, factor: ``[B, C]`` float64; factor is discounted from the row's end.
+            at: ``"before"``, ``"after"``, or ``"step"``, the difference of the two.
+            leaf: ``[B]``, the node at which a row's path ends; its value is held behind it.
+        """
+        rows = self.rows
+        if leaf is not None:
+            rows = torch.cat([rows[:1], leaf[None], rows[2:]])
+        at_rest = (self.layout.mask, self.layout.cu_seqlens, self.layout.shape[-1])
+        out: Tensor = _nodes_to_tokens(
+            values, along, base, factor, rows, self.nodes, *at_rest, at, float(gamma), dtype
+        )
+        return self.to_given(out)
+
+    def to_given(self, x: Tensor) -> Tensor:
+        """Tokens of the layout of the tree, ``[..., *tokens]``, as the caller sees them."""
+        if self.where is None:
+            return x
+        assert self.given.mask is not None
+        return torch.where(self.given.mask, x.gather(-1, self.where.expand(x.shape)), 0)
+
+
+# ---- common prefixes ---------------------------------------------------------------------------------------
+
+
+class PrefixLcp(NamedTuple):
+    """Common prefixes by row: ``lcp[b, k]`` is what row b shares with row ``members[b, k]`` of its group."""
+
+    members: Tensor
+    """``[B, K]`` int32: the rows of b's group in ascending order, b itself among them; -1 behind the last."""
+    lcp: Tensor
+    """``[B, K]`` int32: equal leading tokens; a row's length with itself; -1 where one of the two is empty."""
+
+
+def _largest_group(labels: Tensor, group_size: int | Sequence[int] | None, given: int | None) -> int:
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ValueError(f"max_group_size: got {given!r}, want a whole number of at least 1")
+        return given
+    if isinstance(group_size, int):
+        return group_size
+    if group_size is not None:
+        return max(group_size, default=1)
+    # The size of the output: on a device, reading it would be a synchronisation.
+    if not layout.may_read(labels):
+        raise ValueError("max_group_size: got None, want the size of the largest group (or group_size)")
+    return int(labels.unique(return_counts=True)[1].max()) if labels.numel() else 1
+
+
+def prefix_lcp(
     tokens: Tensor,
-    rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
     group_size: int | Sequence[int] | None = None,
+    max_group_size: int | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> PrefixValues:
-    """Value of every prefix: the mean reward of the group's rows that begin with it.
+    hole: str = "prefix",
+) -> PrefixLcp:
+    """How many leading tokens each row shares with each row of its group.
 
-    With ``lcp(i, j)`` the number of leading tokens that rows i and j share,
-    ``V(i, t) = mean of rewards[j] over the j with lcp(i, j) >= t``; ``before`` is ``V(i, t)`` with t the
-    number of tokens before this one, ``after`` is ``V(i, t + 1)``. No tree is built: the values follow from
-    the common prefixes of all pairs of a group. V is P2T's of TEMPO (arXiv 2509.18314) and the token target
-    of TVM (2407.12863); a mean over ``count`` outcomes in {0, 1} has variance ``V (1 - V) / count``.
-
-    A row starts at its first valid token and ends with its last one. What is masked in between (the output
-    of a tool, say) is part of the prefix, and gets no value itself; include the end token in the mask, or a
-    finished row and a truncated one are the same prefix. A row without a valid token does not count.
+    From the rows in lexicographic order: two of them share the least of what the neighbours between them do,
+    so no pair is compared.
 
     Args:
-        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
-        rewards: ``[B]``; float32, bfloat16, float16 or float64.
-        groups: ``[B]``, integer labels in any order; rows of other groups never match.
-        group_size: instead of ``groups``: contiguous groups of this many rows. On a GPU it also bounds the
-            workspace, ``[B, group_size]`` instead of ``[B, B]`` int32.
-        mask: the shape of ``tokens``; bool, integer or float 0/1.
-        cu_seqlens: ``[B + 1]`` for packed rows.
+        tokens, groups, group_size, mask, cu_seqlens, hole: as in :func:`prefix_values`.
+        max_group_size: K, the rows of the largest group; larger groups are cut. None reads it from ``groups``
+            on the CPU; on a device ``group_size`` or this must say it.
 
     Returns:
-        :class:`PrefixValues`; float32 (float64 for float64 rewards), 0 where masked. Rows that share a
-        prefix have bitwise equal values on it. Differentiable in ``rewards``.
+        :class:`PrefixLcp`, ``[B, K]``; with contiguous groups of K, ``lcp.view(-1, K, K)`` is symmetric.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
+            size that is not known.
     """
-    advantages.check_rewards(rewards)
-    layout.check_integer("tokens", tokens)
-    rows = layout.token_layout("tokens", tokens, mask, cu_seqlens)
-    layout.check_shape("rewards", rewards, (rows.batch,), "one per row of tokens")
-    layout.check_device("rewards", rewards, tokens.device, "tokens")
-    groups = layout.group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
-    (rewards,) = layout.promote(rewards)
-    bound = rows.batch if group_size is None else group_size
-    return PrefixValues(*_forward(tokens, rewards, groups, rows.mask, rows.cu_seqlens, bound))
+    given = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    batch, device, labels = given.layout.batch, tokens.device, given.labels
+    most = _largest_group(labels, group_size, max_group_size)
+    order, _, _, length, shared = given.forest().rows
+    position, slot = torch.arange(batch, device=device), torch.arange(most, device=device)
+    ahead = torch.cat([shared, shared.new_full((most,), -1)])[position[:, None] + slot]
+    ahead[:, 0] = torch.iinfo(torch.int64).max
+    ahead = ahead.cummin(1).values
+    ahead[:, 0] = torch.where(length > 0, length, -1)[order]
+    # Positions and rows sorted by label have every group in the same place.
+    by_label, rows = labels.sort(stable=True)
+    begin, end = (torch.searchsorted(by_label, labels, right=side) for side in (False, True))
+    index = begin[:, None] + slot
+    inside = index < end[:, None]
+    members = torch.where(inside, rows[index.clamp(max=max(batch - 1, 0))] if batch else index, -1)
+    place = torch.empty_like(order)
+    place[order] = position
+    here, there = place[:, None], place[members.clamp(min=0)] if batch else members
+    apart = (here - there).abs().clamp(max=most - 1)
+    lcp = torch.where(inside, ahead[torch.minimum(here, there), apart], -1) if batch else members
+    return PrefixLcp(members.to(torch.int32), lcp.to(torch.int32))
 
 
-def tempo_advantages(
-    tokens: Tensor,
-    rewards: Tensor,
-    groups: layout.Labels = None,
-    *,
-    group_size: int | Sequence[int] | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    scale: str = "std",
-    eps: float = 1e-6,
-    ddof: int = 1,
-) -> Tensor:
-    """TEMPO's token advantages: GRPO's, plus a temporal difference where the group's prefix tree branches.
+# ---- the compressed tree -----------------------------------------------------------------------------------
 
-    ``A[i, t] = (rewards[i] - mean + V(i, t + 1) - V(i, t)) / (std + eps)`` with the values of
-    :func:`prefix_values` and the group's mean and std (arXiv 2509.18314; the paper names neither ddof nor
-    eps). Off the branches it is GRPO's advantage; equal rewards give 0.
 
-    Args:
-        tokens, rewards, groups, group_size, mask, cu_seqlens: as in :func:`prefix_values`.
-        scale, eps, ddof: as in :func:`rewardops.group_advantages`.
+class DedupStats(NamedTuple):
+    """What computing shared prefixes once would save (training on a packed tree, say)."""
 
-    Returns:
-        The layout of ``tokens``; float32 (float64 for float64 rewards), 0 where masked. Differentiable in
-        ``rewards``.
+    rows: int
+    """Rows with a token."""
+    nodes: int
+    tokens: int
+    """Of all rows, from their first valid token to their last."""
+    unique: int
+    """Of the trees: every prefix counted once."""
+    shared: float
+    """The share of tokens that lie in a prefix that another row has too."""
+    saved: float
+    """``1 - unique / tokens``."""
 
-    Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown scale.
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """The compressed prefix trees of a batch, on the host: at most ``2 B - 1`` nodes, a node per unbranched run.
+
+    Nodes are numbered depth first, so that those below node n are ``n + 1 .. tout[n] - 1``. Depths count tokens
+    from a row's first valid one; a node's own tokens are the ``length[n]`` last ones of the first ``depth[n]``
+    of row ``row[n]``. A node has no token only where all rows of a group part at once.
     """
-    advantages.check_scale(scale, eps, ddof)
-    values = prefix_values(tokens, rewards, groups, group_size=group_size, mask=mask, cu_seqlens=cu_seqlens)
-    rows = layout.token_layout("tokens", tokens, mask, cu_seqlens)
-    ids = layout.group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
-    (rewards,) = layout.promote(rewards)
-    row_mask = rows.mask
-    if row_mask is None and rows.cu_seqlens is None:
-        row_mask = torch.ones_like(tokens, dtype=torch.bool)
-    centred, inv_scale, _ = advantages.forward(
-        rewards,
-        ids,
-        None,
-        None,
-        row_mask,
-        rows.cu_seqlens,
-        -1 if rows.cu_seqlens is None else tokens.shape[0],
-        "mean",
-        0.0,
-        scale,
-        float(eps),
-        ddof,
-        False,
+
+    parent: Tensor
+    """``[M]``; -1 for the top of a group."""
+    depth: Tensor
+    """``[M]``, tokens of the prefix up to the node's end."""
+    row: Tensor
+    """``[M]``, a row that runs through the node."""
+    start: Tensor
+    """``[M]``, tokens of the row before the node's own."""
+    length: Tensor
+    """``[M]``, tokens of the node itself."""
+    begin: Tensor
+    """``[M]``: the node's rows are ``order[begin[n] : end[n]]``."""
+    end: Tensor
+    order: Tensor
+    """``[B]``, rows by group, those of one in lexicographic order of their tokens; empty rows last."""
+    leaf: Tensor
+    """``[B]``, the node at which a row ends; -1 for an empty row."""
+    group: Tensor
+    """``[M]``, label of the group."""
+    tin: Tensor
+    """``[M]``: m is n or below it where ``tin[n] <= tin[m] < tout[n]``, the test of a tree attention mask."""
+    tout: Tensor
+    mean: Tensor | None
+    """``[M]`` float64, (weighted) mean reward of the node's rows; None without rewards."""
+    std: Tensor | None
+    """``[M]`` float64, standard deviation (ddof 1) of them; 0 for a single row."""
+    rewards: Tensor | None
+    """``[B]`` float64."""
+    tokens: tuple[tuple[int, ...], ...]
+    """Per row, from its first valid token to its last."""
+
+    @staticmethod
+    def from_tokens(
+        tokens: Tensor,
+        groups: Labels = None,
+        *,
+        group_size: int | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        rewards: Tensor | None = None,
+        weights: Tensor | None = None,
+        hole: str = "prefix",
+    ) -> PrefixTree:
+        """Build it where the tokens are (in C++ on the host, by Triton on a device) and bring it to the host.
+
+        Args:
+            tokens, groups, group_size, mask, cu_seqlens, weights, hole: as in
+                :func:`rewardops.prefix_values`.
+            rewards: ``[B]``, for ``mean`` and ``std``; None to leave them out.
+
+        Raises:
+            TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+        """
+        from .prefix_values import checked_rewards, checked_weights, node_std
+
+        given = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+        x = w = mean = std = None
+        if rewards is not None:
+            x, _, channels = checked_rewards(rewards, given)
+            if channels:
+                raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B] (one per row)")
+            w = checked_weights(weights, given)
+        elif weights is not None:
+            raise ValueError("weights: got a value without rewards, want None")
+        forest = given.forest()
+        if x is not None:
+            with torch.no_grad():
+                mean, std = forest.means(x, w)[:, 0].cpu(), node_std(forest, x, w, 1)[:, 0].cpu()
+            x = x.detach()[:, 0].cpu()
+        order, leaf, _, _, _ = forest.rows.cpu()
+        begin, end, depth, parent = forest.nodes.cpu()
+
+        kept = (depth >= 0).nonzero()[:, 0]
+        # Parents before children, and children in the order of their rows.
+        kept = kept[torch.argsort(depth[kept], stable=True)]
+        kept = kept[torch.argsort(begin[kept], stable=True)]
+        number = torch.full((len(depth) + 1,), -1)
+        number[kept] = torch.arange(len(kept))
+        parent, begin, end, depth = number[parent[kept]], begin[kept], end[kept], depth[kept]
+        above = torch.where(parent >= 0, depth[parent], 0)
+        row = order[begin]
+        own = torch.arange(len(kept))
+        return PrefixTree(
+            parent=parent,
+            depth=depth,
+            row=row,
+            start=above,
+            length=depth - above,
+            begin=begin,
+            end=end,
+            order=order,
+            leaf=number[leaf],
+            group=given.labels.cpu()[row],
+            tin=own,
+            tout=torch.searchsorted(begin, end),
+            mean=None if mean is None else mean[kept],
+            std=None if std is None else std[kept],
+            rewards=x,
+            tokens=_token_lists(forest),
+        )
+
+    def __len__(self) -> int:
+        return self.parent.shape[0]
+
+    @property
+    def count(self) -> Tensor:
+        """``[M]``, how many rows share the node."""
+        return self.end - self.begin
+
+    def rows_of(self, node: int) -> list[int]:
+        """The rows that run through a node."""
+        return self.order[int(self.begin[node]) : int(self.end[node])].tolist()  # type: ignore[no-any-return]
+
+    def tokens_of(self, node: int) -> tuple[int, ...]:
+        """A node's own tokens."""
+        start = int(self.start[node])
+        return self.tokens[int(self.row[node])][start : start + int(self.length[node])]
+
+    def path(self, row: int) -> list[int]:
+        """The nodes from the top to where a row ends; none for an empty row."""
+        found, node = [], int(self.leaf[row])
+        while node >= 0:
+            found.append(node)
+            node = int(self.parent[node])
+        return found[::-1]
+
+    def dedup_stats(self) -> DedupStats:
+        """How much the rows share."""
+        tokens, unique = int((self.count * self.length).sum()), int(self.length.sum())
+        shared = int((self.count * self.length)[self.count > 1].sum())
+        rows = int((self.leaf >= 0).sum())
+        of = max(tokens, 1)
+        return DedupStats(rows, len(self), tokens, unique, shared / of, 1 - unique / of if tokens else 0.0)
+
+    def attributes(self, node: int) -> dict[str, Any]:
+        """What is known of a node, as plain Python values."""
+        names = ["parent", "depth", "row", "start", "length", "group", "count", "tin", "tout", "mean", "std"]
+        found = {name: getattr(self, name) for name in names}
+        return {k: v[node].item() for k, v in found.items() if v is not None} | {"rows": self.rows_of(node)}
+
+    def to_networkx(self) -> Any:
+        """A ``networkx.DiGraph`` from parents to children, with :meth:`attributes` and ``tokens`` at its nodes.
+
+        Raises:
+            ImportError: networkx is not installed.
+        """
+        import networkx  # type: ignore[import-untyped]
+
+        graph = networkx.DiGraph()
+        for n in range(len(self)):
+            graph.add_node(n, tokens=self.tokens_of(n), **self.attributes(n))
+        graph.add_edges_from((int(p), n) for n, p in enumerate(self.parent) if p >= 0)
+        return graph
+
+    def to_dot(self, decode: Callable[[Sequence[int]], str] | None = None) -> str:
+        """The tree in Graphviz's language: a box per node with its text, rows and value.
+
+        Args:
+            decode: from token ids to text; None writes the ids.
+        """
+        from .viz import tree_dot
+
+        return tree_dot(self, decode)
+
+    def to_svg(self, decode: Callable[[Sequence[int]], str] | None = None, *, width: int = 1200) -> str:
+        """A drawing of the tree: rows as lanes, tokens from left to right, values in colour and at the branches.
+
+        Args:
+            decode: from token ids to text; None writes the ids. width: in pixels.
+        """
+        from .viz import tree_svg
+
+        return tree_svg(self, decode, width)
+
+    def to_html(
+        self, decode: Callable[[Sequence[int]], str] | None = None, *, title: str = "Prefix tree"
+    ) -> str:
+        """A page with the drawing, what the rows share, and every row's text coloured by its prefixes' values."""
+        from .viz import tree_html
+
+        return tree_html(self, decode, title)
+
+
+def _token_lists(forest: Forest) -> tuple[tuple[int, ...], ...]:
+    tokens, first, length = forest.source.cpu(), forest.rows[2].tolist(), forest.rows[3].tolist()
+    cu = forest.layout.cu_seqlens
+    start = [0] * len(first) if cu is None else cu.tolist()
+    rows = tokens if cu is None else [tokens] * len(first)
+    return tuple(
+        tuple(rows[b][start[b] + first[b] : start[b] + first[b] + length[b]].tolist())
+        for b in range(len(first))
     )
-    return centred + (values.after - values.before) * rows.expand(inv_scale)

@@ -273,9 +273,38 @@ def padded_calls(i: Inputs):
             [i.rewards],
         ),
         (
+            "prefix_values of the others, weighed",
+            lambda r, w: rewardops.prefix_values(
+                i.tokens, r, i.groups, mask=i.mask, weights=w, gamma=0.9, min_count=2, leave_one_out=True
+            )[:2],
+            [i.values[:, :2], i.rewards + 0.5],
+        ),
+        (
             "tempo_advantages",
             lambda r: rewardops.tempo_advantages(i.tokens, r, i.groups, mask=i.mask),
             [i.rewards],
+        ),
+        (
+            "prefix_std",
+            lambda r, w: rewardops.prefix_std(i.tokens, r, i.groups, mask=i.mask, weights=w),
+            [i.values[:, 0], i.rewards + 0.5],
+        ),
+        (
+            "sibling_advantages",
+            lambda r: rewardops.sibling_advantages(i.tokens, r, i.groups, mask=i.mask, eps=0.1),
+            [i.values[:, 0]],
+        ),
+        (
+            "tree_rl_advantages",
+            lambda r: rewardops.tree_rl_advantages(i.tokens, r, i.groups, mask=i.mask, form="released"),
+            [i.rewards],
+        ),
+        (
+            "tree_advantages",
+            lambda r: rewardops.tree_advantages(
+                torch.tensor([-1, 0, 0, 2, 2, 2], device=r.device), r, reduce="softmax", max_depth=2
+            ),
+            [i.values[:, 0]],
         ),
     ]
 
@@ -341,6 +370,11 @@ def packed_calls(i: Inputs):
             [values],
         ),
         ("prefix_values", lambda r: rewardops.prefix_values(tokens, r, i.groups, **options)[:2], [i.rewards]),
+        (
+            "prefix_values without holes",
+            lambda r: rewardops.prefix_values(tokens, r, i.groups, hole="skip", gamma=0.9, **options)[:2],
+            [i.rewards],
+        ),
         (
             "tempo_advantages",
             lambda r: rewardops.tempo_advantages(tokens, r, i.groups, **options),
@@ -527,7 +561,7 @@ def test_instruction_sets_agree(isa):
     )
     if probe.stdout.strip() != isa:
         pytest.skip(f"this machine or build has no {isa}")
-    families = ["logits", "kl", "advantages", "entropy", "returns", "prefix_tree"]
+    families = ["logits", "kl", "advantages", "entropy", "returns", "prefix_tree", "prefix_values", "tree"]
     files = [os.path.join(os.path.dirname(__file__), f"test_{family}.py") for family in families]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp", "-p", "no:cacheprovider", *files],

@@ -99,6 +99,18 @@ CASES = {
     "prefix tokens": (lambda: R.prefix_values(F(2, 5), F(2), F(2).long()), TypeError, "tokens: got dtype torch.float32"),
     "prefix rows": (lambda: R.prefix_values(F(2, 5).long(), F(3), F(2).long()), ValueError, "rewards: got shape [3], want [2]"),
     "prefix device": (lambda: R.prefix_values(F(2, 5).long(), meta(2), F(2).long()), ValueError, "rewards: got device meta"),
+    "prefix rank": (lambda: R.prefix_values(F(2, 5).long(), F(2, 1, 1), F(2).long()), ValueError, "rewards: got shape [2, 1, 1], want [B] or [B, R]"),
+    "prefix weights": (lambda: R.prefix_values(F(2, 5).long(), F(2), F(2).long(), weights=F(3)), ValueError, "weights: got shape [3], want [2]"),
+    "prefix weight": (lambda: R.prefix_std(F(2, 5).long(), F(2), F(2).long(), weights=F(2) - 1), ValueError, "weights: got -1.0, want no negative"),
+    "prefix count": (lambda: R.tvm_targets(F(2, 5).long(), F(2), F(2).long(), min_count=0), ValueError, "min_count: got 0"),
+    "prefix gamma": (lambda: R.prefix_values(F(2, 5).long(), F(2), F(2).long(), gamma=1.5), ValueError, "gamma: got 1.5"),
+    "prefix hole": (lambda: R.shared_prefix_weights(F(2, 5).long(), F(2).long(), hole="no"), ValueError, "hole: got 'no'"),
+    "prefix ddof": (lambda: R.prefix_std(F(2, 5).long(), F(2), F(2).long(), ddof=2), ValueError, "ddof: got 2"),
+    "siblings rows": (lambda: R.sibling_advantages(F(2, 5).long(), F(3), F(2).long()), ValueError, "rewards: got shape [3], want [2]"),
+    "tree form": (lambda: R.tree_rl_advantages(F(2, 5).long(), F(2), F(2).long(), form="code"), ValueError, "form: got 'code'"),
+    "td scale": (lambda: R.tempo_advantages(F(2, 5).long(), F(2), F(2).long(), td_scale="std"), ValueError, "td_scale: got 'std'"),
+    "lcp tokens": (lambda: R.prefix_lcp(F(2, 5), F(2).long()), TypeError, "tokens: got dtype torch.float32"),
+    "lcp size": (lambda: R.prefix_lcp(meta(2, 5).long(), meta(2).long()), ValueError, "max_group_size: got None"),
     "tempo scale": (lambda: R.tempo_advantages(F(2, 5).long(), F(2), F(2).long(), scale="max"), ValueError, "scale: got 'max'"),
 }  # fmt: skip
 
@@ -139,7 +151,11 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
         torch.ops.rewardops.extreme_returns(x, None, cu, None, False)
         torch.ops.rewardops.softmin_rewards(x, None, cu, None, 0.1, True)
         torch.ops.rewardops.gtpo_rewards(x[:2], x, groups, None, cu, 1.0, 0.1, 0.0, 1e-2)
-        torch.ops.rewardops.prefix_values((x * 3).long(), x[:2], groups, None, cu, 2)
+        tree = torch.ops.rewardops.prefix_tree((x * 3).long(), groups, None, cu)
+        nodes = torch.ones(4, 1, dtype=torch.float64, device=target.device)
+        on = (nodes, None, None, None, *tree, None, cu, 5, "before", 0.9)
+        torch.ops.rewardops.nodes_to_tokens(*on, torch.float32)
+        torch.ops.rewardops.nodes_to_tokens_backward(x[None], *on)
         options = ("mean", 0.0, "std", 1e-6, 1, False)
         torch.ops.rewardops.group_advantages(x[:2], groups, None, None, None, cu, 5, *options)
     if target.device.type == "cuda":

@@ -55,7 +55,7 @@ def test_contents(wheel):
     assert tops == {"rewardops", next(t for t in tops if t.endswith(".dist-info"))}
     assert "triton_kernels" not in tops
     assert not [n for n in names if "test_" in n or "conftest" in n or n.endswith((".cpp", ".h"))]
-    for module in ("logits", "kl", "advantages", "entropy", "returns", "prefix_tree"):
+    for module in ("logits", "kl", "advantages", "entropy", "returns", "prefix_tree", "tree"):
         for room in ("", "reference/", "cpp/", "triton_kernels/"):
             assert f"rewardops/{room}{module}.py" in names
     assert any(n.startswith("rewardops/_C.") for n in names)

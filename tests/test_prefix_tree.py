@@ -1,8 +1,12 @@
-"""prefix_values and tempo_advantages on every backend."""
+"""The prefix tree itself: its arrays on every backend, common prefixes, and the compressed tree on the host."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import sys
+import xml.etree.ElementTree as xml
 
 import pytest
 import torch
@@ -10,257 +14,329 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops.testing import (
-    check_op,
-    evaluate,
-    pack,
-    random_groups,
-    random_mask,
-    shared_prefix_tokens,
-)
-
-
-def values(tokens, groups, mask=None, cu_seqlens=None, **options):
-    def fn(rewards):
-        to = [None if x is None else x.to(rewards.device) for x in (tokens, groups, mask, cu_seqlens)]
-        return rewardops.prefix_values(to[0], rewards, to[1], mask=to[2], cu_seqlens=to[3], **options)
-
-    return fn
-
-
-def tempo(tokens, groups, mask=None, cu_seqlens=None, **options):
-    def fn(rewards):
-        to = [None if x is None else x.to(rewards.device) for x in (tokens, groups, mask, cu_seqlens)]
-        return rewardops.tempo_advantages(to[0], rewards, to[1], mask=to[2], cu_seqlens=to[3], **options)
-
-    return fn
-
-
-def trie(tokens, rewards, groups, mask):
-    """The oracle: a dictionary from (group, prefix) to the rewards of the rows that begin with it."""
-    spans, found = [], {}
-    for b in range(len(rewards)):
-        valid = mask[b].nonzero()[:, 0].tolist()
-        row = tokens[b, valid[0] : valid[-1] + 1].tolist() if valid else None
-        spans.append((valid[0] if valid else 0, row))
-        for t in range(0 if row is None else len(row) + 1):
-            found.setdefault((int(groups[b]), tuple(row[:t])), []).append(float(rewards[b]))
-    before = torch.zeros(tokens.shape, dtype=torch.float64)
-    after, count = torch.zeros_like(before), torch.zeros(tokens.shape, dtype=torch.int64)
-    for b, (start, row) in enumerate(spans):
-        for t in range(0 if row is None else len(row)):
-            if not mask[b, start + t]:
-                continue
-            here = found[int(groups[b]), tuple(row[:t])]
-            there = found[int(groups[b]), tuple(row[: t + 1])]
-            before[b, start + t] = sum(here) / len(here)
-            after[b, start + t] = sum(there) / len(there)
-            count[b, start + t] = len(there)
-    return before, after, count
+from rewardops.testing import pack, random_groups, random_mask, shared_prefix_tokens
 
 
 def draw(batch, width, generator, holes=True):
     groups = random_groups(batch, generator)
-    tokens = shared_prefix_tokens(groups, width, generator)
     return (
-        tokens,
-        torch.randn(batch, generator=generator),
+        shared_prefix_tokens(groups, width, generator),
         groups,
         random_mask(batch, width, generator, holes=holes),
     )
 
 
-@pytest.mark.parametrize("holes", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
-def test_matches_the_trie(target, generator, holes, dtype):
-    tokens, rewards, groups, mask = draw(24, 40, generator, holes)
-    ours = check_op(
-        values(tokens.to(dtype), groups, mask), [rewards], backend=target.backend, device=target.device
-    )
-    want = trie(tokens, rewards, groups, mask)
-    for a, b in zip(ours.outputs, want, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b.double(), rtol=1e-6, atol=1e-6)
-    assert ours.outputs[2].dtype is torch.int32
+def rows_of(tokens, mask, hole="prefix"):
+    found = []
+    for x, m in zip(tokens.tolist(), mask.tolist(), strict=True):
+        valid = [k for k, v in enumerate(m) if v]
+        if hole == "prefix" and valid:
+            valid = range(valid[0], valid[-1] + 1)
+        found.append([x[k] for k in valid])
+    return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_reward_dtypes(target, generator, dtype):
-    tokens, rewards, groups, mask = draw(12, 20, generator)
-    for make in (values, tempo):
-        check_op(
-            make(tokens, groups, mask), [rewards.to(dtype)], backend=target.backend, device=target.device
-        )
+def lcp_of(a, b):
+    return sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False)))
 
 
-def test_tempo_by_hand(target):
-    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 7, 8, 0], [1, 2, 3, 9]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    groups = torch.zeros(4, dtype=torch.int64)
-    want = torch.tensor(
-        [[1, 4 / 3, 5 / 3, 1], [-1, -2 / 3, -7 / 3, -1], [-1, -2, -1, 0], [1, 4 / 3, 5 / 3, 1]]
-    )
-    for ddof, factor in ((0, 1.0), (1, 0.8660254)):
-        ours = tempo(tokens, groups, mask, ddof=ddof, eps=0.0)(rewards.to(target.device)).cpu()
-        torch.testing.assert_close(ours, want * factor, rtol=1e-6, atol=1e-6)
+def arrays(tokens, groups, mask=None, cu=None, backend="reference", device="cpu"):
+    with rewardops.use_backend(backend):
+        args = [None if x is None else x.to(device) for x in (tokens, groups, mask, cu)]
+        return [x.cpu() for x in torch.ops.rewardops.prefix_tree(*args)]
 
 
-def test_tempo_matches_float64(target, generator):
-    tokens, rewards, groups, mask = draw(18, 30, generator)
-    check_op(tempo(tokens, groups, mask), [rewards], backend=target.backend, device=target.device)
-    check_op(tempo(tokens, groups), [rewards], backend=target.backend, device=target.device)
-    check_op(
-        tempo(tokens, groups, mask, scale="none"), [rewards], backend=target.backend, device=target.device
-    )
-
-
-def test_group_size(target, generator):
-    groups = torch.arange(24) // 6
-    tokens = shared_prefix_tokens(groups, 30, generator)
-    rewards = torch.randn(24, generator=generator)
-    a = evaluate(values(tokens, groups), [rewards], backend=target.backend, device=target.device)
-    b = evaluate(values(tokens, None, group_size=6), [rewards], backend=target.backend, device=target.device)
-    for x, y in zip([*a.outputs, *a.gradients], [*b.outputs, *b.gradients], strict=True):
-        assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_packed_equals_padded(target, generator, masked):
-    tokens, rewards, groups, _ = draw(16, 35, generator)
-    lengths = torch.randint(0, 36, (16,), generator=generator)
-    lengths[5] = 0
-    inside = torch.arange(35) < lengths[:, None]
-    mask = inside & random_mask(16, 35, generator) if masked else inside
-    packed, cu = pack(tokens, lengths)
-    packed_mask = pack(mask, lengths)[0] if masked else None
-    for make in (values, tempo):
-        padded = evaluate(make(tokens, groups, mask), [rewards], backend=target.backend, device=target.device)
-        ours = check_op(
-            make(packed, groups, packed_mask, cu), [rewards], backend=target.backend, device=target.device
-        )
-        for a, b in zip(ours.outputs, padded.outputs, strict=True):
-            assert torch.equal(a.cpu(), pack(b.cpu(), lengths)[0])
-
-
-def test_masked_ends_never_influence(target, generator):
-    """Prompt, padding and empty rows; what is masked between valid tokens is part of the prefix."""
-    tokens, rewards, groups, _ = draw(14, 30, generator)
-    length = torch.randint(0, 26, (14,), generator=generator)
-    start = torch.randint(0, 5, (14,), generator=generator)
-    column = torch.arange(30)
-    mask = (column >= start[:, None]) & (column < (start + length)[:, None])
-    mask[3] = False
-    clean = evaluate(values(tokens, groups, mask), [rewards], backend=target.backend, device=target.device)
-    dirty = torch.where(mask, tokens, torch.randint(0, 3, tokens.shape, generator=generator))
-    rewards = rewards.clone()
-    rewards[3] = torch.nan
-    ours = evaluate(
-        values(dirty, groups, mask), [rewards], backend=target.backend, device=target.device, poison=mask
-    )
-    for a, b in zip([*clean.outputs, *clean.gradients], [*ours.outputs, *ours.gradients], strict=True):
-        assert torch.equal(a, b)
-    assert all(bool((o.cpu()[~mask] == 0).all()) for o in ours.outputs)
-
-
-def test_duplicates_and_strict_prefixes(target):
-    tokens = torch.tensor([[4, 5, 6], [4, 5, 6], [4, 5, 0], [4, 9, 9]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
-    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    before, after, count = values(tokens, torch.zeros(4).long(), mask)(rewards.to(target.device))
-    third = 2 / 3
-    assert before.cpu().tolist() == [
-        [0.5, 0.5, pytest.approx(third)],
-        [0.5, 0.5, pytest.approx(third)],
-        [0.5, 0.5, 0.0],
-        [0.5, 0.5, 0.0],
-    ]
-    assert after.cpu().tolist() == [
-        [0.5, pytest.approx(third), 0.5],
-        [0.5, pytest.approx(third), 0.5],
-        [0.5, pytest.approx(third), 0.0],
-        [0.5, 0.0, 0.0],
-    ]
-    assert count.cpu().tolist() == [[4, 3, 2], [4, 3, 2], [4, 3, 0], [4, 1, 1]]
-
-
-def test_rows_that_share_a_prefix_have_the_same_bits(target, generator):
-    groups = torch.zeros(33, dtype=torch.int64)
-    tokens = shared_prefix_tokens(groups, 50, generator)
-    rewards = torch.randn(33, generator=generator)
-    before, after, _ = (x.cpu() for x in values(tokens, groups)(rewards.to(target.device)))
-    for i in range(33):
-        for j in range(i):
-            same = int((tokens[i] == tokens[j]).long().cumprod(0).sum())
-            assert torch.equal(before[i, : same + 1], before[j, : same + 1])
-            assert torch.equal(after[i, :same], after[j, :same])
-
-
-def test_equal_rewards_give_no_advantage(target, generator):
-    groups = torch.zeros(8, dtype=torch.int64)
-    tokens = shared_prefix_tokens(groups, 12, generator)
-    out = tempo(tokens, groups)(torch.full((8,), 0.7, device=target.device))
-    assert bool((out == 0).all())
-
-
-def test_long_rows(target, generator):
-    """Prefixes longer than a block of the compare, and differences in every place of a block."""
-    width = 2300
-    tokens = torch.randint(0, 9, (1, width), generator=generator).repeat(7, 1)
-    for i, place in enumerate([0, 1, 255, 256, 1024, 2299], start=1):
-        tokens[i, place] += 1
-    groups = torch.zeros(7, dtype=torch.int64)
-    rewards = torch.randn(7, generator=generator)
-    ours = check_op(values(tokens, groups), [rewards], backend=target.backend, device=target.device)
-    want = trie(tokens[:, :300], rewards, groups, torch.ones(7, 300).bool())
-    for a, b in zip(ours.outputs, want, strict=True):
-        torch.testing.assert_close(a[:, :300].cpu().double(), b.double(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
-def test_empty(target, shape):
-    for make in (values, tempo):
-        ours = check_op(
-            make(torch.zeros(shape).long(), torch.zeros(shape[0]).long()),
-            [torch.ones(shape[0])],
-            backend=target.backend,
-            device=target.device,
-        )
-        assert ours.outputs[0].shape == shape
-
-
-def test_real_rollouts(target, shared):
-    """Real answers at byte level, four to a question."""
-    with (shared / "data" / "gsm8k_rollouts.jsonl").open() as file:
-        rows = [json.loads(line) for _, line in zip(range(32), file, strict=False)]
-    texts = [list(row["response"].encode()) for row in rows]
-    lengths = torch.tensor([len(t) for t in texts])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for b, text in enumerate(texts):
-        tokens[b, : len(text)] = torch.tensor(text)
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    groups = torch.tensor([row["group"] for row in rows])
-    rewards = torch.tensor([row["reward"] for row in rows])
-    got = values(tokens, groups, mask)(rewards.to(target.device))
-    for a, b in zip(got, trie(tokens, rewards, groups, mask), strict=True):
-        torch.testing.assert_close(a.cpu().double(), b.double(), rtol=1e-6, atol=1e-6)
-    assert bool((got.count.cpu() > 1).any())
-
-
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 9), width=st.integers(1, 14))
-def test_property_differences_telescope(seed, batch, width):
+@pytest.mark.parametrize("seed", range(4))
+def test_every_backend_builds_the_same_arrays(target, seed):
     g = torch.Generator().manual_seed(seed)
-    tokens, rewards, groups, mask = draw(batch, width, g, holes=False)
-    rewards = rewards.double()
-    before, after, count = rewardops.prefix_values(tokens, rewards, groups, mask=mask)
-    live = mask.any(1)
-    for b in range(batch):
-        if not live[b]:
-            continue
-        peers = live & (groups == groups[b])
-        mean, last = rewards[peers].mean(), after[b, int(mask[b].sum()) - 1]
-        torch.testing.assert_close((after - before)[b].sum(), last - mean, rtol=1e-9, atol=1e-9)
-    assert bool((count[:, 1:] <= count[:, :-1]).all())
+    tokens, groups, mask = draw(30, 24, g)
+    tokens[7] = tokens[3]  # duplicates
+    groups[7], mask[7], mask[11] = groups[3], mask[3], False
+    where = (target.backend, target.device)
+    for ids in (tokens, tokens.int(), tokens.to(torch.uint8), tokens[:, ::2]):
+        m = mask[:, ::2] if ids.shape != mask.shape else mask
+        for a, b in zip(arrays(ids, groups, m, None, *where), arrays(ids, groups, m), strict=True):
+            assert torch.equal(a, b)
+    lengths = mask.sum(1)
+    packed, cu = pack(tokens, lengths)
+    inside = torch.arange(24) < lengths[:, None]
+    ours, want = arrays(packed, groups, None, cu, *where), arrays(tokens, groups, inside)
+    assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+
+
+def test_groups_of_any_size(target, generator):
+    """Some thousand rows, a label alone and a large group; one backend's arrays against sorted rows."""
+    batch = 60 if target.interpreted else 700
+    sizes = [1, 2, batch - 10, 7]
+    groups = torch.repeat_interleave(torch.tensor([5, -2, 9, 0]), torch.tensor(sizes))
+    tokens = shared_prefix_tokens(groups, 12, generator)
+    shuffle = torch.randperm(batch, generator=generator)
+    tokens, groups = tokens[shuffle], groups[shuffle]
+    rows, nodes = arrays(tokens, groups, None, None, target.backend, target.device)
+    want = sorted(range(batch), key=lambda b: (int(groups[b]), tokens[b].tolist(), b))
+    assert rows[0].tolist() == want
+    shared = [
+        lcp_of(tokens[a].tolist(), tokens[b].tolist()) if groups[a] == groups[b] else -1
+        for a, b in itertools.pairwise(want)
+    ]
+    assert rows[4].tolist() == [-1, *shared]
+    assert int((nodes[2] >= 0).sum()) <= 2 * batch - len(sizes)
+
+
+def test_a_tree_that_leans(target):
+    """Every row parts from the next one token later: as deep as there are rows, from either end."""
+    n = 40 if target.interpreted else 300
+    tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
+    for x in (tokens, tokens.flip(0), 1 - tokens):
+        where = (target.backend, target.device)
+        ours, want = arrays(x, torch.zeros(n).long(), None, None, *where), arrays(x, torch.zeros(n).long())
+        assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+    rewards = torch.rand(n, device=target.device)
+    values = rewardops.prefix_values(tokens.to(target.device), rewards, group_size=n)
+    assert values.count[:, 0].cpu().tolist() == [1] + [n - 1] * (n - 1)
+    for b in range(0, n, 7):
+        want = [float(rewards[max(t, 0) :].mean()) for t in range(b)]
+        torch.testing.assert_close(values.before[b, :b].cpu(), torch.tensor(want), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hole", ["prefix", "skip"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_lcp_of_all_pairs(target, generator, hole, packed):
+    tokens, groups, mask = draw(22, 30, generator)
+    rows = rows_of(tokens, mask, hole)
+    given = {"tokens": tokens, "mask": mask}
+    if packed:
+        lengths = torch.full((22,), 30)
+        given = {"tokens": pack(tokens, lengths)[0], "mask": pack(mask, lengths)[0]}
+        given["cu_seqlens"] = pack(tokens, lengths)[1]
+    given = {k: v.to(target.device) for k, v in given.items()}
+    size = max(groups.tolist().count(x) for x in groups.tolist())
+    members, lcp = rewardops.prefix_lcp(
+        groups=groups.to(target.device), max_group_size=size, hole=hole, **given
+    )
+    assert members.shape == lcp.shape == (22, size)
+    assert members.dtype is lcp.dtype is torch.int32
+    for b in range(22):
+        want = [j for j in range(22) if groups[j] == groups[b]]
+        assert members[b].tolist() == want + [-1] * (size - len(want))
+        for j, common in zip(want, lcp[b].tolist(), strict=False):
+            assert common == (lcp_of(rows[b], rows[j]) if rows[b] and rows[j] else -1)
+        assert set(lcp[b, len(want) :].tolist()) <= {-1}
+
+
+def test_lcp_knows_the_size_of_groups(generator):
+    groups = torch.arange(12) // 4
+    tokens = shared_prefix_tokens(groups, 9, generator)
+    a, b = rewardops.prefix_lcp(tokens, group_size=4), rewardops.prefix_lcp(tokens, groups)
+    assert torch.equal(a.lcp, b.lcp)
+    assert torch.equal(a.members, b.members)
+    assert torch.equal(a.lcp.view(3, 4, 4), a.lcp.view(3, 4, 4).mT)
+    assert torch.equal(rewardops.prefix_lcp(tokens, group_size=[4, 2, 6]).lcp[:4, :4], a.lcp[:4])
+    cut = rewardops.prefix_lcp(tokens, groups, max_group_size=2)
+    assert torch.equal(cut.members, a.members[:, :2])
+    with pytest.raises(ValueError, match="max_group_size: got 0"):
+        rewardops.prefix_lcp(tokens, groups, max_group_size=0)
+    for shape in ((0, 0), (0, 4), (3, 0)):
+        empty = rewardops.prefix_lcp(torch.zeros(shape).long(), torch.zeros(shape[0]).long())
+        assert empty.lcp.shape == (shape[0], shape[0] or 1)
+
+
+def tree_of(tokens, groups, mask, **options):
+    rewards = torch.randn(tokens.shape[0], generator=torch.Generator().manual_seed(1))
+    given = {"mask": mask, "rewards": rewards, **options}
+    return rewardops.PrefixTree.from_tokens(tokens, groups, **given), rewards
+
+
+@pytest.mark.parametrize("hole", ["prefix", "skip"])
+def test_compressed_tree(target, generator, hole):
+    tokens, groups, mask = draw(26, 30, generator)
+    tokens[9], groups[9], mask[9] = tokens[4], groups[4], mask[4]
+    mask[13] = False
+    rows = rows_of(tokens, mask, hole)
+    on = target.device
+    tree, rewards = tree_of(tokens.to(on), groups.to(on), mask.to(on), hole=hole, rewards=None)
+    assert tree.mean is None
+    tree, rewards = tree_of(tokens, groups, mask, hole=hole)
+    live = [b for b in range(26) if rows[b]]
+    assert len(tree) <= 2 * len(live) - len({int(groups[b]) for b in live})
+    assert [tree.rewards[b] for b in live] == [rewards[b] for b in live]
+    assert tree.tokens == tuple(map(tuple, rows))
+    for b in range(26):
+        path = tree.path(b)
+        assert [t for n in path for t in tree.tokens_of(n)] == rows[b]
+        assert all(b in tree.rows_of(n) for n in path)
+        assert bool(path) == bool(rows[b])
+    for n in range(len(tree)):
+        below = tree.rows_of(n)
+        prefix = rows[below[0]][: int(tree.depth[n])]
+        # The node has all rows of the group that begin with its prefix, and no longer prefix has them all.
+        same = [j for j in live if groups[j] == groups[below[0]] and rows[j][: len(prefix)] == prefix]
+        assert sorted(below) == same
+        assert (
+            len(below) == 1
+            or len({tuple(rows[j][: len(prefix) + 1]) for j in below}) > 1
+            or all(rows[j] == prefix for j in below)
+        )
+        torch.testing.assert_close(tree.mean[n], rewards[below].double().mean())
+        std = rewards[below].double().std() if len(below) > 1 else torch.tensor(0.0).double()
+        torch.testing.assert_close(tree.std[n], std)
+        up = int(tree.parent[n])
+        assert up < n
+        assert int(tree.start[n]) == (0 if up < 0 else int(tree.depth[up]))
+        inside = {m for m in range(len(tree)) if tree.tin[n] <= tree.tin[m] < tree.tout[n]}
+        assert inside == {m for m in range(len(tree)) if n in ancestors(tree, m)}
+        assert int(tree.group[n]) == int(groups[below[0]])
+
+
+def ancestors(tree, n):
+    found = {n}
+    while int(tree.parent[n]) >= 0:
+        n = int(tree.parent[n])
+        found.add(n)
+    return found
+
+
+def test_values_of_the_tree_are_those_of_the_tokens(generator):
+    tokens, groups, mask = draw(20, 25, generator, holes=False)
+    weights = torch.rand(20, generator=generator)
+    tree, rewards = tree_of(tokens, groups, mask, weights=weights)
+    values = rewardops.prefix_values(tokens, rewards.double(), groups, mask=mask, weights=weights)
+    std = rewardops.prefix_std(tokens, rewards.double(), groups, mask=mask, weights=weights)
+    for b in range(20):
+        for n in tree.path(b):
+            at = slice(int(tree.start[n]), int(tree.depth[n]))
+            assert bool((values.after[b, at] == tree.mean[n]).all())
+            assert bool((std[b, at] == tree.std[n]).all())
+            assert bool((values.count[b, at] == tree.count[n]).all())
+
+
+def test_dedup_stats():
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9, 0], [7, 0, 0, 0], [5, 5, 5, 5]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    stats = rewardops.PrefixTree.from_tokens(tokens, torch.zeros(5).long(), mask=mask).dedup_stats()
+    assert stats == rewardops.DedupStats(4, 5, 12, 6, 10 / 12, 0.5)
+    none = rewardops.PrefixTree.from_tokens(tokens[:0], torch.zeros(0).long()).dedup_stats()
+    assert none == (0, 0, 0, 0, 0.0, 0.0)
+    # The unique tokens are what the weights of lambda-GRPO sum to.
+    weights = rewardops.shared_prefix_weights(tokens, torch.zeros(5).long(), mask=mask)
+    assert float(weights.sum()) == pytest.approx(stats.unique)
+
+
+def answers(shared, questions):
+    with (shared / "data" / "gsm8k_rollouts.jsonl").open() as file:
+        rows = [json.loads(line) for _, line in zip(range(4 * questions), file, strict=False)]
+    known = {}
+    texts = [[known.setdefault(w, len(known)) for w in re.findall(r"\s*\S+", r["response"])] for r in rows]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(t) for t in texts])[:, None]
+    words = list(known)
+    tree = rewardops.PrefixTree.from_tokens(
+        tokens,
+        [r["group"] for r in rows],
+        mask=mask,
+        rewards=torch.tensor([r["reward"] for r in rows]),
+    )
+    return tree, rows, lambda ids: "".join(words[i] for i in ids)
+
+
+def test_real_answers_survive_the_tree(shared):
+    """The texts of the rows are those of the nodes on their paths."""
+    tree, rows, decode = answers(shared, 40)
+    for b, row in enumerate(rows):
+        assert "".join(decode(tree.tokens_of(n)) for n in tree.path(b)) == row["response"].rstrip()
+    stats = tree.dedup_stats()
+    assert stats.rows == 160
+    assert 0 < stats.saved < stats.shared < 1
+
+
+@pytest.mark.parametrize("with_rewards", [True, False])
+def test_drawings(generator, with_rewards):
+    """A drawing says what the tree says: every row, every value of a branch, and text that is escaped."""
+    tokens, groups, mask = draw(14, 20, generator)
+    rewards = torch.rand(14, generator=generator) if with_rewards else None
+    tree = rewardops.PrefixTree.from_tokens(tokens, groups, mask=mask, rewards=rewards)
+    decode = lambda ids: "".join("<a&\"'>"[i] for i in ids)  # noqa: E731
+    svg = tree.to_svg(decode)
+    root = xml.fromstring(svg)
+    said = ["".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    for b in range(14):
+        assert any(t.startswith(f"row {b} ") or t.startswith(f"row {b}  ") for t in said) == bool(
+            tree.path(b)
+        )
+    titles = [t.text for t in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == len(tree)
+    for n in range(len(tree)):
+        if tree.mean is not None:
+            assert f"value {float(tree.mean[n]):.3g}" in titles[n]
+        assert titles[n].startswith(f"{int(tree.count[n])} of ")
+    dot = tree.to_dot(decode)
+    assert dot.count("->") == int((tree.parent >= 0).sum())
+    assert dot.count("[label=") == len(tree)
+    page = tree.to_html(decode, title="a < b")
+    for part in ("<svg", "a &lt; b", "&lt;a"):
+        assert part in page
+    for text in (tree.to_svg(), tree.to_dot(), tree.to_html()):
+        assert " ".join(map(str, tree.tokens_of(tree.path(0)[-1])))[:3] in text
+
+
+def test_drawing_is_readable_at_16_rows(generator):
+    """Labels of branches lie on the page, and no two of one height overlap."""
+    groups = torch.zeros(16, dtype=torch.int64)
+    tokens = shared_prefix_tokens(groups, 400, generator, vocab=90)
+    tree, _ = tree_of(tokens, groups, None)
+    root = xml.fromstring(tree.to_svg(width=1200))
+    boxes = {}
+    for t in root.iter("{http://www.w3.org/2000/svg}text"):
+        if t.get("class") == "value":
+            right, y = float(t.get("x")), float(t.get("y"))
+            left = right - 6.2 * len("".join(t.itertext()))
+            assert 0 < left < right < 1200
+            boxes.setdefault(y, []).append((left, right))
+    assert sum(map(len, boxes.values())) == int((torch.bincount(tree.parent[1:]) > 0).sum())
+    for found in boxes.values():
+        for a, b in itertools.pairwise(sorted(found)):
+            assert a[1] <= b[0]
+
+
+def test_networkx(generator):
+    networkx = pytest.importorskip("networkx")
+    tokens, groups, mask = draw(14, 20, generator)
+    tree, _ = tree_of(tokens, groups, mask)
+    graph = tree.to_networkx()
+    assert len(graph) == len(tree)
+    assert networkx.is_forest(graph)
+    for n in graph:
+        assert graph.nodes[n]["tokens"] == tree.tokens_of(n)
+        assert graph.nodes[n]["mean"] == float(tree.mean[n])
+        assert list(graph.predecessors(n)) == [int(p) for p in tree.parent[n : n + 1] if p >= 0]
+        assert networkx.descendants(graph, n) == set(range(n + 1, int(tree.tout[n])))
+
+
+def test_networkx_is_not_needed(monkeypatch):
+    tree = rewardops.PrefixTree.from_tokens(torch.tensor([[1, 2]]), group_size=1)
+    monkeypatch.setitem(sys.modules, "networkx", None)
+    with pytest.raises(ImportError, match="networkx"):
+        tree.to_networkx()
+    with pytest.raises(ValueError, match=r"rewards: got shape \[1, 2\], want \[B\]"):
+        rewardops.PrefixTree.from_tokens(torch.tensor([[1, 2]]), group_size=1, rewards=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="weights: got a value without rewards"):
+        rewardops.PrefixTree.from_tokens(torch.tensor([[1, 2]]), group_size=1, weights=torch.ones(1))
+
+
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 10), width=st.integers(1, 12))
+def test_property_the_order_of_rows_does_not_matter(seed, batch, width):
+    g = torch.Generator().manual_seed(seed)
+    tokens, groups, mask = draw(batch, width, g)
     order = torch.randperm(batch, generator=g)
-    again = rewardops.prefix_values(tokens[order], rewards[order], groups[order] + 1, mask=mask[order])
-    torch.testing.assert_close(again.before, before[order], rtol=1e-12, atol=1e-12)
-    assert torch.equal(again.count, count[order])
+    a = rewardops.PrefixTree.from_tokens(tokens, groups, mask=mask)
+    b = rewardops.PrefixTree.from_tokens(tokens[order], groups[order], mask=mask[order])
+    for name in ("parent", "depth", "start", "length", "begin", "end", "group", "tin", "tout"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.dedup_stats() == b.dedup_stats()
+    assert [a.tokens_of(n) for n in range(len(a))] == [b.tokens_of(n) for n in range(len(b))]
+    # Two rows share what the last node on both their paths has.
+    members, lcp = rewardops.prefix_lcp(tokens, groups, mask=mask)
+    for i in range(batch):
+        for j, common in zip(members[i].tolist(), lcp[i].tolist(), strict=True):
+            both = set(a.path(i)) & set(a.path(j)) if j >= 0 else set()
+            assert common == max((int(a.depth[n]) for n in both), default=-1)

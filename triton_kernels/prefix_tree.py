@@ -1,22 +1,29 @@
-"""Prefix values on the GPU, from the longest common prefixes of all pairs of a group.
+"""Prefix trees on the GPU.
 
-Moved: the tokens of two rows up to their first difference for every pair (from the cache mostly), then one write
-of values and counts per token; the common prefixes lie in a table of int32, a row of at most
-``max_group_size`` entries for every row.
+A row finds its place among its group's rows by comparing itself with each up to their first difference; what it
+shares with its neighbours is all that the tree needs. Moved for that: the tokens that pairs share, from the cache
+mostly. Then one write of each token, or one read on the way back; sums are by node, over its rows in order.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.prefix_tree import channels_of
 from .groups import LABELS, next_member
-from .launch import INTERPRETED, cdiv, pointer, splits
+from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
 BLOCK = 128 if INTERPRETED else 1024
+PLACES = 64 if INTERPRETED else 256  # positions read at once
+
+
+# ---- the tree ----------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["width", "total", "mask_stride"])
@@ -37,220 +44,532 @@ def spans_kernel(
             valid = load_valid(mask, base + b.to(tl.int64) * mask_stride + at, at < length, True)
             begin = tl.minimum(begin, tl.min(tl.where(valid, at, length), 0))
             end = tl.maximum(end, tl.max(tl.where(valid, at + 1, 0), 0).to(tl.int64))
-    tl.store(first + b, begin)
+    tl.store(first + b, tl.where(end > begin, begin, 0))
     tl.store(length_out + b, tl.maximum(end - begin, 0))
 
 
-@triton.jit(do_not_specialize=["batch", "width", "total", "tokens_stride", "most"])
-def common_prefix_kernel(
-    tokens, groups, cu, first, lengths, lcp, members, counts, batch, width, total, tokens_stride, most,
+@triton.jit(do_not_specialize=["batch", "width", "total", "tokens_stride"])
+def places_kernel(
+    tokens, groups, cu, first, lengths, order, shared, batch, width, total, tokens_stride,
     PACKED: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: the common prefixes of row b with the members of its group, in row order."""
+    """Program b: the place of row b among all rows, and what it shares with the row before it.
+
+    Of the rows before it in lexicographic order, the last one is the one that shares most.
+    """
     b = tl.program_id(0)
     label = tl.load(groups + b)
     base, _ = row_bounds(cu, b, width, total, PACKED)
     mine = tokens + base + b.to(tl.int64) * tokens_stride + tl.load(first + b)
     length = tl.load(lengths + b)
-    count = tl.zeros([], tl.int32)
+    place = tl.zeros([], tl.int64)
+    for start in range(0, batch, LABELS):
+        rows = start + tl.arange(0, LABELS)
+        lower = (tl.load(groups + rows, mask=rows < batch, other=0) < label) & (rows < batch)
+        place += tl.sum(lower.to(tl.int64), 0)
+    most = tl.full([], -1, tl.int64)
     j = next_member(groups, label, b * 0 - 1, batch, LABELS)
-    # A label with more rows than the table is wide would be a wrong max_group_size: the rest is left out.
-    while (j < batch) & (length > 0) & (count < most):
-        shorter = tl.minimum(length, tl.load(lengths + j))
-        if shorter > 0:
-            base_j, _ = row_bounds(cu, j, width, total, PACKED)
-            theirs = tokens + base_j + j.to(tl.int64) * tokens_stride + tl.load(first + j)
-            same = shorter
-            start = shorter * 0
-            while start < same:
-                at = start + tl.arange(0, BLOCK)
-                inside = at < shorter
-                x = tl.load(mine + at, mask=inside, other=0)
-                y = tl.load(theirs + at, mask=inside, other=0)
-                same = tl.minimum(same, tl.min(tl.where(inside & (x != y), at, shorter), 0))
-                start += BLOCK
-            at_table = b.to(tl.int64) * most + count
-            tl.store(lcp + at_table, same.to(tl.int32))
-            tl.store(members + at_table, j.to(tl.int32))
-            count += 1
+    while j < batch:
+        other = tl.load(lengths + j)
+        shorter = tl.minimum(length, other)
+        same = shorter
+        ahead = (other > 0) | (j < b)  # of an empty row: what is not empty, and empty rows by number
+        if length > 0:
+            ahead = (other > 0) & (j < b)
+            if shorter > 0:
+                base_j, _ = row_bounds(cu, j, width, total, PACKED)
+                theirs = tokens + base_j + j.to(tl.int64) * tokens_stride + tl.load(first + j)
+                start = shorter * 0
+                while start < same:
+                    at = start + tl.arange(0, BLOCK)
+                    inside = at < shorter
+                    x = tl.load(mine + at, mask=inside, other=0)
+                    y = tl.load(theirs + at, mask=inside, other=0)
+                    same = tl.minimum(same, tl.min(tl.where(inside & (x != y), at, shorter), 0))
+                    start += BLOCK
+                both = same < shorter
+                x = tl.load(mine + same, mask=both, other=0)
+                y = tl.load(theirs + same, mask=both, other=0)
+                ended = (other < length) | ((other == length) & (j < b))
+                ahead = (both & (y < x)) | ((same == shorter) & ended)
+                most = tl.where(ahead, tl.maximum(most, same), most)
+        place += (ahead & (j != b)).to(tl.int64)
         j = next_member(groups, label, j, batch, LABELS)
-    tl.store(counts + b, count)
+    tl.store(order + place, b.to(tl.int64))
+    tl.store(shared + place, most)
 
 
 @triton.jit
-def state_value(lcp, members, rewards, b, count, most, state, BLOCK: tl.constexpr):
-    """Mean reward and number of the rows that share row b's prefix, for a block of states.
+def last_below(shared, upto, depth, BLOCK: tl.constexpr):
+    """The last position up to ``upto`` that shares less than ``depth``; -1 where there is none."""
+    start = upto // BLOCK * BLOCK
+    found = upto * 0 - 1
+    while (start >= 0) & (found < 0):
+        at = start + tl.arange(0, BLOCK)
+        inside = at <= upto
+        x = tl.load(shared + at, mask=inside, other=0)
+        found = tl.max(tl.where(inside & (x < depth), at, -1), 0)
+        start -= BLOCK
+    return found
 
-    Summed in row order with zeros for the rows that have left: rows that share a prefix get the same bits.
+
+@triton.jit
+def first_up_to(shared, begin, batch, depth, BELOW: tl.constexpr, BLOCK: tl.constexpr):
+    """The first position from ``begin`` that shares less than ``depth`` (BELOW) or just that; else ``batch``."""
+    start = begin // BLOCK * BLOCK
+    found = begin * 0 + batch
+    while (start < batch) & (found == batch):
+        at = start + tl.arange(0, BLOCK)
+        inside = (at >= begin) & (at < batch)
+        x = tl.load(shared + at, mask=inside, other=0)
+        hit = inside & ((x < depth) if BELOW else (x == depth))
+        found = tl.min(tl.where(hit, at, batch), 0)
+        start += BLOCK
+    return found
+
+
+@triton.jit
+def enclosing(shared, begin, end, batch, BLOCK: tl.constexpr):
+    """Node and depth of what the rows at ``[begin, end)`` share with a neighbour; -1 where nothing."""
+    depth = tl.maximum(tl.load(shared + begin), tl.load(shared + end, mask=end < batch, other=-1))
+    node = begin * 0 - 1
+    if depth >= 0:
+        start = last_below(shared, begin, depth, BLOCK)
+        node = first_up_to(shared, start + 1, batch, depth, False, BLOCK)
+    return node, depth
+
+
+@triton.jit(do_not_specialize=["batch"])
+def nodes_kernel(
+    order, leaf, lengths, shared, begin_out, end_out, depth_out, parent_out, batch, BLOCK: tl.constexpr
+):
+    """Program p: the nodes p and batch + p."""
+    p = tl.program_id(0).to(tl.int64)
+    depth = tl.load(shared + p)
+    begin = p * 0
+    end = p * 0
+    up = p * 0 - 1
+    parts = depth >= 0
+    if parts:
+        begin = last_below(shared, p - 1, depth, BLOCK)
+        parts = first_up_to(shared, begin + 1, batch, depth, False, BLOCK) == p
+        end = first_up_to(shared, p + 1, batch, depth, True, BLOCK)
+        up, _ = enclosing(shared, begin, end, batch, BLOCK)
+    tl.store(begin_out + p, tl.where(parts, begin, 0))
+    tl.store(end_out + p, tl.where(parts, end, 0))
+    tl.store(depth_out + p, tl.where(parts, depth, -1))
+    tl.store(parent_out + p, tl.where(parts, up, -1))
+
+    row = tl.load(order + p)
+    length = tl.load(lengths + row)
+    up, depth = enclosing(shared, p, p + 1, batch, BLOCK)
+    own = length > tl.maximum(depth, 0)
+    node = batch + p
+    tl.store(begin_out + node, tl.where(own, p, 0))
+    tl.store(end_out + node, tl.where(own, p + 1, 0))
+    tl.store(depth_out + node, tl.where(own, length, -1))
+    tl.store(parent_out + node, tl.where(own, up, -1))
+    tl.store(leaf + row, tl.where(own, node, tl.where(length > 0, up, -1)))
+
+
+def prefix_tree(
+    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups, mask, tokens = groups.contiguous(), as_bytes(mask), dense(tokens)
+    r = Rows.of(tokens.shape, cu_seqlens, groups)
+    rows, nodes = groups.new_empty(5, r.batch), groups.new_empty(4, 2 * r.batch)
+    if r.batch == 0:
+        return rows, nodes
+    order, leaf, first, lengths, shared = rows
+    grid = (r.batch,)
+    spans_kernel[grid](
+        pointer(mask, groups), r.cu, first, lengths, r.width, r.total, stride(mask),
+        PACKED=r.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    places_kernel[grid](
+        tokens, groups, r.cu, first, lengths, order, shared, r.batch, r.width, r.total, stride(tokens),
+        PACKED=r.packed, LABELS=LABELS, BLOCK=BLOCK,
+    )  # fmt: skip
+    nodes_kernel[grid](order, leaf, lengths, shared, *nodes, r.batch, BLOCK=PLACES)
+    return rows, nodes
+
+
+# ---- sums over subtrees ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def discount(left, log_high, log_low):
+    """``gamma ** left``, 1 for what is below 0."""
+    log2 = tl.full([], log_high, tl.float64) + tl.full([], log_low, tl.float64)
+    left = tl.maximum(left, 0)
+    return tl.where(left == 0, 1.0, tl.exp2(left.to(tl.float64) * log2))
+
+
+def _log2(gamma: float) -> tuple[float, float]:
+    # Of 0 a number whose every multiple is the logarithm of 0 as well, and no infinity.
+    return pair(math.log2(gamma) if gamma > 0 else -1e5)
+
+
+@triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
+def subtree_sums_kernel(
+    x, weights, centre, order, lengths, begin_in, end_in, depth_in, out, channels, log_high, log_low,
+    HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (n, c): channel c over the rows of node n."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1)
+    begin = tl.load(begin_in + n)
+    end = tl.load(end_in + n)
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < end
+        row = tl.load(order + at, mask=inside, other=0)
+        term = tl.load(x + row * channels + c, mask=inside, other=0.0)
+        if CENTRED:
+            term -= tl.load(centre + n * channels + c)
+            term *= term
+        if DECAY:
+            left = tl.load(lengths + row, mask=inside, other=0) - tl.load(depth_in + n)
+            term *= discount(left, log_high, log_low)
+        if HAS_WEIGHTS:
+            term *= tl.load(weights + row, mask=inside, other=0.0)
+        lanes += tl.where(inside, term, 0.0)
+    tl.store(out + n * channels + c, tl.sum(lanes, 0))
+
+
+@triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
+def subtree_sums_backward_kernel(
+    grad, x, weights, centre, leaf, lengths, depth_in, parent, grad_x, grad_weights, channels, log_high, log_low,
+    HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Program b: what the nodes on row b's path send to it."""
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, CHANNELS)
+    given = c < channels
+    value = tl.load(x + b * channels + c, mask=given, other=0.0)
+    weight = tl.full([], 1.0, tl.float64)
+    if HAS_WEIGHTS:
+        weight = tl.load(weights + b)
+    by_x = tl.zeros([CHANNELS], tl.float64)
+    by_weight = tl.zeros([CHANNELS], tl.float64)
+    node = tl.load(leaf + b)
+    length = tl.load(lengths + b)
+    while node >= 0:
+        up = tl.load(grad + node * channels + c, mask=given, other=0.0)
+        if DECAY:
+            up *= discount(length - tl.load(depth_in + node), log_high, log_low)
+        if CENTRED:
+            off = value - tl.load(centre + node * channels + c, mask=given, other=0.0)
+            by_x += 2.0 * off * up
+            by_weight += off * off * up
+        else:
+            by_x += up
+            by_weight += value * up
+        node = tl.load(parent + node)
+    tl.store(grad_x + b * channels + c, weight * by_x, mask=given)
+    if HAS_WEIGHTS:
+        tl.store(grad_weights + b, tl.sum(tl.where(given, by_weight, 0.0), 0))
+
+
+def subtree_sums(
+    x: Tensor, weights: Tensor | None, centre: Tensor | None, rows: Tensor, nodes: Tensor, gamma: float
+) -> Tensor:
+    out = x.new_empty(nodes.shape[1], x.shape[1])
+    if out.numel():
+        x = x.contiguous()
+        order, _, _, lengths, _ = rows.contiguous()
+        begin, end, depth, _ = nodes.contiguous()
+        subtree_sums_kernel[(nodes.shape[1], x.shape[1])](
+            x, *(x if t is None else t.contiguous() for t in (weights, centre)), order, lengths, begin, end,
+            depth, out, x.shape[1], *_log2(gamma), HAS_WEIGHTS=weights is not None,
+            CENTRED=centre is not None, DECAY=gamma != 1.0 and centre is None, BLOCK=PLACES,
+        )  # fmt: skip
+    return out
+
+
+def subtree_sums_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    centre: Tensor | None,
+    rows: Tensor,
+    nodes: Tensor,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    by_x = x.new_empty(x.shape)
+    by_weight = x.new_zeros(0 if weights is None else weights.shape)
+    if by_x.numel():
+        x = x.contiguous()
+        _, leaf, _, lengths, _ = rows.contiguous()
+        _, _, depth, parent = nodes.contiguous()
+        subtree_sums_backward_kernel[(x.shape[0],)](
+            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (weights, centre)), leaf,
+            lengths, depth, parent, by_x, by_weight, x.shape[1], *_log2(gamma),
+            HAS_WEIGHTS=weights is not None, CENTRED=centre is not None,
+            DECAY=gamma != 1.0 and centre is None, CHANNELS=triton.next_power_of_2(x.shape[1]),
+        )  # fmt: skip
+    return by_x, by_weight
+
+
+# ---- nodes and tokens --------------------------------------------------------------------------------------
+
+AFTER = tl.constexpr(0)
+BEFORE = tl.constexpr(1)
+STEP = tl.constexpr(2)
+_AT = {"after": 0, "before": 1, "step": 2}
+
+
+@triton.jit
+def values_of(
+    values, along, factor, span, depth_in, parent, leaf, at, lowest, channels, c, log_high, log_low,
+    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The values of a block of a row's tokens, counted from its first; ``lowest`` is the block's first.
+
+    ``factor`` is the row's; 1 for the derivative by it (without values then).
     """
-    total = tl.zeros([BLOCK], rewards.dtype.element_ty)
-    alive = tl.zeros([BLOCK], tl.int32)
-    for k in range(0, count):
-        at_table = b.to(tl.int64) * most + k
-        shares = tl.load(lcp + at_table) >= state
-        total += tl.where(shares, tl.load(rewards + tl.load(members + at_table)), 0.0)
-        alive += shares.to(tl.int32)
-    return total / tl.maximum(alive, 1).to(rewards.dtype.element_ty), alive
+    result = tl.zeros([BLOCK], tl.float64)
+    state = at + (0 if AT == BEFORE else 1)
+    node = leaf
+    while node >= 0:
+        depth = tl.load(depth_in + node)
+        up = tl.load(parent + node)
+        above = tl.load(depth_in + up, mask=up >= 0, other=-1)
+        value = tl.zeros([], tl.float64)
+        before = tl.zeros([], tl.float64)
+        if HAS_VALUES:
+            value += tl.load(values + node * channels + c)
+            if AT == STEP:
+                before += tl.load(values + up * channels + c, mask=up >= 0, other=0.0)
+        if ALONG:
+            x = factor * tl.load(along + node * channels + c)
+            if DECAY:
+                x *= discount(span - depth, log_high, log_low)
+            value += x
+            if AT == STEP:
+                before += factor * tl.load(along + up * channels + c, mask=up >= 0, other=0.0)
+        if AT == STEP:
+            result = tl.where(at == above, value - before, result)
+        else:
+            here = (state > above) & ((state <= depth) | (node == leaf))
+            if DECAY:
+                value = value * discount(depth - state, log_high, log_low)
+            result = tl.where(here, value, result)
+        # What lies above holds no state of this block.
+        node = tl.where(above >= lowest, up, -1)
+    return result
 
 
-@triton.jit(do_not_specialize=["width", "total", "mask_stride", "out_stride", "most", "splits"])
-def prefix_values_kernel(
-    rewards, mask, cu, first, lengths, lcp, members, counts, before, after, count_out,
-    width, total, mask_stride, out_stride, most, splits,
+@triton.jit(do_not_specialize=[
+    "width", "total", "mask_stride", "out_stride", "plane", "channels", "splits", "log_high", "log_low",
+])  # fmt: skip
+def nodes_to_tokens_kernel(
+    values, along, base_in, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
+    width, total, mask_stride, out_stride, plane, channels, splits, log_high, log_low,
+    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, HAS_BASE: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, k): the blocks k, k + splits, ... of row b."""
-    b = tl.program_id(0)
-    base, length = row_bounds(cu, b, width, total, PACKED)
-    begin = tl.load(first + b)
-    count = tl.load(counts + b)
+    """Program (b, k, c): the blocks k, k + splits, ... of channel c of row b."""
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(2).to(tl.int64)
+    begin, length = row_bounds(cu, b, width, total, PACKED)
+    start_of_row = tl.load(first + b)
     span = tl.load(lengths + b)
+    node = tl.load(leaf + b)
+    factor = tl.zeros([], tl.float64)
+    if ALONG:
+        factor = tl.load(factor_in + b * channels + c)
     for start in range(tl.program_id(1) * BLOCK, length, splits * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < length
-        state = at - begin
-        valid = load_valid(mask, base + b.to(tl.int64) * mask_stride + at, inside, HAS_MASK)
-        valid = valid & (state >= 0) & (state < span)
-        here, _ = state_value(lcp, members, rewards, b, count, most, state, BLOCK)
-        there, alive = state_value(lcp, members, rewards, b, count, most, state + 1, BLOCK)
-        where = base + b.to(tl.int64) * out_stride + at
-        tl.store(before + where, tl.where(valid, here, 0.0), mask=inside)
-        tl.store(after + where, tl.where(valid, there, 0.0), mask=inside)
-        tl.store(count_out + where, tl.where(valid, alive, 0), mask=inside)
+        column = start + tl.arange(0, BLOCK)
+        inside = column < length
+        at = column - start_of_row
+        valid = load_valid(mask, begin + b * mask_stride + column, inside, HAS_MASK)
+        valid = valid & (at >= 0) & (at < span)
+        x = values_of(
+            values, along, factor, span, depth_in, parent, node, at, start - start_of_row, channels, c,
+            log_high, log_low, AT, HAS_VALUES, ALONG, DECAY, BLOCK,
+        )  # fmt: skip
+        if HAS_BASE:
+            x += tl.load(base_in + b * channels + c)
+        x = tl.where(valid, x, 0.0).to(out.dtype.element_ty)
+        tl.store(out + c * plane + begin + b * out_stride + column, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["width", "total", "mask_stride", "before_stride", "after_stride", "most"])
-def prefix_sums_kernel(
-    grad_before, grad_after, mask, cu, first, lengths, lcp, counts, sums,
-    width, total, mask_stride, before_stride, after_stride, most,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=[
+    "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
+])  # fmt: skip
+def nodes_backward_kernel(
+    grad, factor_in, order, leaf, first, lengths, begin_in, end_in, depth_in, parent, mask, cu, by_value, by_along,
+    width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
+    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, DECAY: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: over row b's states, the running sum of what each sends to every row that shares its prefix.
+    """Program (n, c): what the tokens whose state lies in node n send to it, row by row."""
+    SHIFT: tl.constexpr = 0 if AT == BEFORE else 1
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64)
+    depth = tl.load(depth_in + n)
+    up = tl.load(parent + n)
+    above = tl.load(depth_in + up, mask=up >= 0, other=-1)
+    lanes = tl.zeros([BLOCK], tl.float64)
+    weighed = tl.zeros([BLOCK], tl.float64)
+    for p in range(tl.load(begin_in + n), tl.load(end_in + n)):
+        row = tl.load(order + p)
+        path = tl.load(leaf + row)
+        span = tl.load(lengths + row)
+        reached = tl.load(depth_in + path) >= depth
+        begin, _ = row_bounds(cu, row, width, total, PACKED)
+        begin += tl.load(first + row)
+        source = grad + c * plane + begin + row * grad_stride
+        place = begin + row * mask_stride
+        factor = tl.zeros([], tl.float64)
+        if ALONG:
+            factor = tl.load(factor_in + row * channels + c)
+            if DECAY:
+                factor *= discount(span - depth, log_high, log_low)
+        if AT == STEP:
+            lane = tl.arange(0, BLOCK)
+            # The token that enters the node, and the one that leaves it.
+            at = tl.where(lane == 0, above, depth)
+            last = tl.where(path != n, 1, 0)
+            valid = (lane >= tl.where(above >= 0, 0, 1)) & (lane <= tl.where(reached, last, -1))
+            valid = load_valid(mask, place + at, valid, HAS_MASK)
+            x = tl.load(source + at, mask=valid, other=0.0).to(tl.float64)
+            x = tl.where(lane == 0, x, -x)
+            lanes += x
+            weighed += factor * x
+        else:
+            from_token = tl.maximum(above + 1 - SHIFT, 0)
+            to_token = tl.minimum(tl.where(path == n, span, depth) + 1 - SHIFT, span)
+            to_token = tl.where(reached, to_token, from_token)
+            for start in range(from_token, to_token, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                valid = load_valid(mask, place + at, at < to_token, HAS_MASK)
+                x = tl.load(source + at, mask=valid, other=0.0).to(tl.float64)
+                if DECAY:
+                    x *= discount(depth - at - SHIFT, log_high, log_low)
+                lanes += x
+                weighed += factor * x
+    if HAS_VALUES:
+        tl.store(by_value + n * channels + c, tl.sum(lanes, 0))
+    if ALONG:
+        tl.store(by_along + n * channels + c, tl.sum(weighed, 0))
 
-    In float64: a row's share is a value of this sum, and the sum may be far larger.
-    """
-    ACC: tl.constexpr = sums.dtype.element_ty
-    b = tl.program_id(0)
-    row = b.to(tl.int64)
-    base, _ = row_bounds(cu, b, width, total, PACKED)
-    begin = tl.load(first + b)
-    count = tl.load(counts + b)
+
+@triton.jit(do_not_specialize=[
+    "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
+])  # fmt: skip
+def rows_backward_kernel(
+    grad, along, leaf, first, lengths, depth_in, parent, mask, cu, by_base, by_factor,
+    width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
+    AT: tl.constexpr, ALONG: tl.constexpr, HAS_BASE: tl.constexpr, DECAY: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (b, c): what row b's tokens send to its base and factor."""
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64)
+    begin, _ = row_bounds(cu, b, width, total, PACKED)
+    begin += tl.load(first + b)
     span = tl.load(lengths + b)
-    # A row of n tokens has n + 1 states; packed rows are laid out with one place more each.
-    target = sums + base + row * (1 if PACKED else width + 1)
-    carry = tl.zeros([], ACC)
-    for start in range(0, span + 1, BLOCK):
-        state = start + tl.arange(0, BLOCK)
-        alive = tl.zeros([BLOCK], tl.int32)
-        for k in range(0, count):
-            alive += (tl.load(lcp + row * most + k) >= state).to(tl.int32)
-        up = tl.zeros([BLOCK], ACC)
-        if HAS_BEFORE:
-            at = begin + state
-            valid = load_valid(mask, base + row * mask_stride + at, state < span, HAS_MASK)
-            up += tl.load(grad_before + base + row * before_stride + at, mask=valid, other=0.0).to(ACC)
-        if HAS_AFTER:
-            at = begin + state - 1
-            valid = load_valid(mask, base + row * mask_stride + at, (state > 0) & (state <= span), HAS_MASK)
-            up += tl.load(grad_after + base + row * after_stride + at, mask=valid, other=0.0).to(ACC)
-        running = tl.cumsum(up / tl.maximum(alive, 1).to(ACC), 0) + carry
-        tl.store(target + state, running, mask=state <= span)
-        carry = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, running, 0.0), 0)
+    node = tl.load(leaf + b)
+    plain = tl.zeros([BLOCK], tl.float64)
+    scaled = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, span, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        valid = load_valid(mask, begin + b * mask_stride + at, at < span, HAS_MASK)
+        x = tl.load(grad + c * plane + begin + b * grad_stride + at, mask=valid, other=0.0).to(tl.float64)
+        plain += x
+        if ALONG:
+            value = values_of(
+                along, along, 1.0, span, depth_in, parent, node, at, start, channels, c, log_high, log_low,
+                AT, False, True, DECAY, BLOCK,
+            )  # fmt: skip
+            scaled += tl.where(valid, x * value, 0.0)
+    if HAS_BASE:
+        tl.store(by_base + b * channels + c, tl.sum(plain, 0))
+    if ALONG:
+        tl.store(by_factor + b * channels + c, tl.sum(scaled, 0))
 
 
-@triton.jit(do_not_specialize=["width", "total", "most"])
-def prefix_backward_kernel(cu, lcp, members, counts, sums, out, width, total, most, PACKED: tl.constexpr):
-    """Program b: what the states of its group's rows send to row b, in row order."""
-    b = tl.program_id(0)
-    count = tl.load(counts + b)
-    grad = tl.zeros([], tl.float64)
-    for k in range(0, count):
-        at_table = b.to(tl.int64) * most + k
-        i = tl.load(members + at_table)
-        base, _ = row_bounds(cu, i, width, total, PACKED)
-        source = sums + base + i.to(tl.int64) * (1 if PACKED else width + 1)
-        grad += tl.load(source + tl.load(lcp + at_table))
-    tl.store(out + b, grad.to(out.dtype.element_ty))
+def _strides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Between the rows and between the channels of a dense per-token array."""
+    return (shape[1], shape[0] * shape[1]) if len(shape) == 2 else (0, shape[0])
 
 
-# ---- launch ------------------------------------------------------------------------------------------------
-
-
-class _Prefixes:
-    """Spans of the rows and common prefixes of all pairs: two launches that both passes begin with."""
-
-    def __init__(
-        self, tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, most: int
-    ) -> None:
-        groups = groups.contiguous()
-        self.rows = rows = Rows.of(tokens.shape, cu_seqlens, groups)
-        self.mask = mask = as_bytes(mask)
-        self.most = most
-        tokens = dense(tokens)
-        self.first, self.lengths = (groups.new_empty(rows.batch) for _ in range(2))
-        self.lcp, self.members = (groups.new_empty((rows.batch, most), dtype=torch.int32) for _ in range(2))
-        self.counts = groups.new_empty(rows.batch, dtype=torch.int32)
-        grid = (rows.batch,)
-        spans_kernel[grid](
-            pointer(mask, groups), rows.cu, self.first, self.lengths, rows.width, rows.total, stride(mask),
-            PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
-        )  # fmt: skip
-        common_prefix_kernel[grid](
-            tokens, groups, rows.cu, self.first, self.lengths, self.lcp, self.members, self.counts,
-            rows.batch, rows.width, rows.total, stride(tokens), most,
-            PACKED=rows.packed, LABELS=LABELS, BLOCK=BLOCK,
-        )  # fmt: skip
-
-
-def prefix_values(
-    tokens: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
+def nodes_to_tokens(
+    values: Tensor | None,
+    along: Tensor | None,
+    base: Tensor | None,
+    factor: Tensor | None,
+    rows: Tensor,
+    nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    max_group_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    packed, batch = cu_seqlens is not None, rewards.shape[0]
-    before, after = (output(rewards, tokens.shape, packed) for _ in range(2))
-    count = output(rewards, tokens.shape, packed, torch.int32)
-    if before.numel() == 0 or batch == 0:
-        return before, after, count
-    p = _Prefixes(tokens, groups, mask, cu_seqlens, max_group_size)
-    parts = splits(rewards, batch, max(1, cdiv(p.rows.width, BLOCK)))
-    prefix_values_kernel[(batch, parts)](
-        rewards.contiguous(), pointer(p.mask, rewards), p.rows.cu, p.first, p.lengths, p.lcp, p.members,
-        p.counts, before, after, count, p.rows.width, p.rows.total, stride(p.mask), stride(before), p.most,
-        parts, PACKED=packed, HAS_MASK=p.mask is not None, BLOCK=BLOCK,
-    )  # fmt: skip
-    return before, after, count
-
-
-def prefix_values_backward(
-    grad_before: Tensor | None,
-    grad_after: Tensor | None,
-    tokens: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_group_size: int,
+    size: int,
+    at: str,
+    gamma: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    batch = rewards.shape[0]
-    if tokens.numel() == 0 or batch == 0:
-        return rewards.new_zeros(rewards.shape)
-    p = _Prefixes(tokens, groups, mask, cu_seqlens, max_group_size)
-    ups = [None if g is None else dense(g) for g in (grad_before, grad_after)]
-    packed = p.rows.packed
-    sums = rewards.new_empty(tokens.numel() + batch, dtype=torch.float64)
-    prefix_sums_kernel[(batch,)](
-        *(pointer(g, rewards) for g in ups), pointer(p.mask, rewards), p.rows.cu, p.first, p.lengths, p.lcp,
-        p.counts, sums, p.rows.width, p.rows.total, stride(p.mask), stride(ups[0]), stride(ups[1]), p.most,
-        PACKED=packed, HAS_MASK=p.mask is not None, HAS_BEFORE=ups[0] is not None,
-        HAS_AFTER=ups[1] is not None, BLOCK=BLOCK,
+    packed, channels, batch = cu_seqlens is not None, channels_of(values, along), rows.shape[1]
+    shape = (size,) if packed else (batch, size)
+    out = output(rows, (channels, *shape), packed, dtype)
+    if out.numel() == 0 or batch == 0:
+        return out
+    mask = as_bytes(mask)
+    r = Rows.of(shape, cu_seqlens, rows)
+    _, leaf, first, lengths, _ = rows.contiguous()
+    _, _, depth, parent = nodes.contiguous()
+    out_stride, plane = _strides(shape)
+    parts = splits(rows, batch * channels, max(1, cdiv(r.width, BLOCK)))
+    nodes_to_tokens_kernel[(batch, parts, channels)](
+        *(rows if t is None else t.contiguous() for t in (values, along, base, factor)), leaf, first, lengths,
+        depth, parent, pointer(mask, rows), r.cu, out, r.width, r.total, stride(mask), out_stride, plane,
+        channels, parts, *_log2(gamma), AT=_AT[at], HAS_VALUES=values is not None, ALONG=along is not None,
+        HAS_BASE=base is not None, DECAY=gamma != 1.0, PACKED=packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
     )  # fmt: skip
-    out = rewards.new_empty(rewards.shape)
-    prefix_backward_kernel[(batch,)](
-        p.rows.cu, p.lcp, p.members, p.counts, sums, out, p.rows.width, p.rows.total, p.most, PACKED=packed
-    )
     return out
+
+
+def nodes_to_tokens_backward(
+    grad: Tensor,
+    values: Tensor | None,
+    along: Tensor | None,
+    base: Tensor | None,
+    factor: Tensor | None,
+    rows: Tensor,
+    nodes: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    size: int,
+    at: str,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, channels, batch = cu_seqlens is not None, channels_of(values, along), rows.shape[1]
+    by_value, by_along, by_base, by_factor = (
+        grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64)
+        for t in (values, along, base, factor)
+    )
+    if grad.numel() == 0 or batch == 0:
+        return by_value, by_along, by_base, by_factor
+    grad, mask = grad.contiguous(), as_bytes(mask)
+    shape = (size,) if packed else (batch, size)
+    r = Rows.of(shape, cu_seqlens, rows)
+    order, leaf, first, lengths, _ = rows.contiguous()
+    begin, end, depth, parent = nodes.contiguous()
+    grad_stride, plane = _strides(shape)
+    sizes = (r.width, r.total, stride(mask), grad_stride, plane, channels, *_log2(gamma))
+    options = {
+        "AT": _AT[at], "ALONG": along is not None, "DECAY": gamma != 1.0, "PACKED": packed,
+        "HAS_MASK": mask is not None, "BLOCK": BLOCK,
+    }  # fmt: skip
+    nodes_backward_kernel[(nodes.shape[1], channels)](
+        grad, grad if factor is None else factor.contiguous(), order, leaf, first, lengths, begin, end, depth,
+        parent, pointer(mask, rows), r.cu, by_value, by_along, *sizes, HAS_VALUES=values is not None, **options,
+    )  # fmt: skip
+    if base is not None or factor is not None:
+        rows_backward_kernel[(batch, channels)](
+            grad, grad if along is None else along.contiguous(), leaf, first, lengths, depth, parent,
+            pointer(mask, rows), r.cu, by_base, by_factor, *sizes, HAS_BASE=base is not None, **options,
+        )  # fmt: skip
+    return by_value, by_along, by_base, by_factor

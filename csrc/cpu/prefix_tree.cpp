@@ -1,6 +1,8 @@
 #include "prefix_tree.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "groups.h"
@@ -12,167 +14,353 @@ namespace {
 int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) { return kernels().common_prefix4(a, b, n); }
 int64_t common_prefix(const int64_t* a, const int64_t* b, int64_t n) { return kernels().common_prefix8(a, b, n); }
 
-// Rows from their first valid token to their last, and the common prefixes of all pairs of a group.
-template <typename Token, typename T>
-struct Prefixes {
-  const PrefixArgs<Token, T>& args;
-  GroupIndex index;
-  std::vector<int64_t> first, length;  // per row
-  std::vector<int64_t> rank;           // of a row among its group's members
-  std::vector<int64_t> table;          // where a group's [n, n] block of lcp starts
-  std::vector<int32_t> lcp;            // -1 where one of the two rows is empty
+// Top down: what all rows of a piece share, then the pieces by the next token. Every token that is shared is
+// read once for every row that shares it, and no other but the first behind it.
+template <typename Token>
+class Builder {
+ public:
+  Builder(const PrefixTreeArgs<Token>& a) : a_(a), tree_(a.tree) {}
 
-  Prefixes(const PrefixArgs<Token, T>& a, int threads)
-      : args(a), index(a.groups, a.rows.batch), first(a.rows.batch), length(a.rows.batch), rank(a.rows.batch) {
-    int64_t cells = 0;
-    for (int64_t g = 0; g < index.view().count; ++g) {
-      table.push_back(cells);
-      cells += index.size(g) * index.size(g);
-      for (int64_t k = 0; k < index.size(g); ++k) rank[index.members[index.offsets[g] + k]] = k;
+  // The tree of some rows, in positions from `base` on.
+  void group(const int64_t* members, int64_t count, int64_t base) {
+    rows_.clear();
+    for (int64_t k = 0; k < count; ++k) {
+      span(members[k]);
+      tree_.leaf[members[k]] = -1;
+      if (tree_.length[members[k]] > 0) rows_.push_back({Token{}, false, members[k]});
     }
-    lcp.resize(cells);
-    parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) span(b);
-    });
-    parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) pairs(b);
-    });
+    const auto live = static_cast<int64_t>(rows_.size());
+    pieces_.clear();
+    if (live) pieces_.push_back({0, live, 0, -1});
+    while (!pieces_.empty()) {
+      const Piece piece = pieces_.back();
+      pieces_.pop_back();
+      if (piece.end - piece.begin == 1) leaf(piece, base);
+      else branch(piece, base);
+    }
+    for (int64_t k = 0; k < live; ++k) tree_.order[base + k] = rows_[k].row;
+    int64_t next = base + live;
+    for (int64_t k = 0; k < count; ++k)
+      if (tree_.length[members[k]] == 0) tree_.order[next++] = members[k];
   }
 
+ private:
+  struct Row {
+    Token next;  // behind what the rows of the piece share
+    bool goes_on;
+    int64_t row;
+    bool operator<(const Row& other) const {
+      return goes_on != other.goes_on ? other.goes_on : goes_on && next < other.next;
+    }
+  };
+  struct Piece {
+    int64_t begin, end, shared, parent;
+  };
+
   void span(int64_t b) {
-    int64_t from = 0, to = args.rows.size(b);
-    if (const uint8_t* mask = args.mask.row(args.rows, b)) {
+    int64_t from = 0, to = a_.rows.size(b);
+    if (const uint8_t* mask = a_.mask.row(a_.rows, b)) {
       while (from < to && !mask[from]) ++from;
       while (to > from && !mask[to - 1]) --to;
     }
-    first[b] = from;
-    length[b] = to - from;
+    tree_.first[b] = from < to ? from : 0;
+    tree_.length[b] = to - from;
   }
 
-  // Of row b with the members after it; both halves of the table are written.
-  void pairs(int64_t b) {
-    const int64_t g = index.group_of[b], n = index.size(g), i = rank[b];
-    int32_t* block = lcp.data() + table[g];
-    const Token* mine = args.tokens.row(args.rows, b) + first[b];
-    block[i * n + i] = length[b] > 0 ? static_cast<int32_t>(length[b]) : -1;
-    for (int64_t j = i + 1; j < n; ++j) {
-      const int64_t other = index.members[index.offsets[g] + j];
-      const int64_t shorter = std::min(length[b], length[other]);
-      const Token* theirs = args.tokens.row(args.rows, other) + first[other];
-      const int64_t shared = shorter > 0 ? common_prefix(mine, theirs, shorter) : -1;
-      block[i * n + j] = block[j * n + i] = static_cast<int32_t>(shared);
+  const Token* tokens(int64_t b) const { return a_.tokens.row(a_.rows, b) + tree_.first[b]; }
+
+  void node(int64_t id, const Piece& piece, int64_t base, int64_t depth) {
+    tree_.begin[id] = base + piece.begin;
+    tree_.end[id] = base + piece.end;
+    tree_.depth[id] = depth;
+    tree_.parent[id] = piece.parent;
+  }
+
+  void leaf(const Piece& piece, int64_t base) {
+    const int64_t row = rows_[piece.begin].row, id = tree_.batch + base + piece.begin;
+    node(id, piece, base, tree_.length[row]);
+    tree_.leaf[row] = id;
+  }
+
+  void branch(const Piece& piece, int64_t base) {
+    const Token* one = tokens(rows_[piece.begin].row);
+    int64_t depth = tree_.length[rows_[piece.begin].row];
+    for (int64_t k = piece.begin + 1; k < piece.end; ++k) {
+      const int64_t row = rows_[k].row, limit = std::min(depth, tree_.length[row]);
+      depth = piece.shared + common_prefix(one + piece.shared, tokens(row) + piece.shared, limit - piece.shared);
+    }
+    for (int64_t k = piece.begin; k < piece.end; ++k) {
+      rows_[k].goes_on = tree_.length[rows_[k].row] > depth;
+      if (rows_[k].goes_on) rows_[k].next = tokens(rows_[k].row)[depth];
+    }
+    std::stable_sort(rows_.begin() + piece.begin, rows_.begin() + piece.end);
+    int64_t from = piece.begin;  // rows that end here come first, each a piece without a node
+    while (from < piece.end && !rows_[from].goes_on) ++from;
+    int64_t second = from > piece.begin ? piece.begin + 1 : piece.end;
+    for (int64_t k = from + 1; k < piece.end && second == piece.end; ++k)
+      if (rows_[k].next != rows_[from].next) second = k;
+    const int64_t id = base + second;
+    node(id, piece, base, depth);
+    for (int64_t k = piece.begin; k < from; ++k) {
+      tree_.leaf[rows_[k].row] = id;
+      if (k > piece.begin) tree_.shared[base + k] = depth;
+    }
+    while (from < piece.end) {
+      int64_t to = from + 1;
+      while (to < piece.end && rows_[to].next == rows_[from].next) ++to;
+      if (from > piece.begin) tree_.shared[base + from] = depth;
+      pieces_.push_back({from, to, depth + 1, id});
+      from = to;
     }
   }
 
-  const int32_t* row(int64_t b) const {
-    const int64_t g = index.group_of[b];
-    return lcp.data() + table[g] + rank[b] * index.size(g);
-  }
-
-  // Row b's states fall into intervals in which the rows that still share its prefix are the same:
-  // visit(from, to, alive) for each, from the longest prefix down; states t in (from, to].
-  template <typename Visit>
-  void intervals(int64_t b, std::vector<int32_t>& depths, Visit visit) const {
-    const int64_t n = index.size(index.group_of[b]);
-    const int32_t* mine = row(b);
-    depths.assign(mine, mine + n);
-    std::sort(depths.begin(), depths.end(), std::greater<int32_t>());
-    for (int64_t k = 0; k < n && depths[k] >= 0;) {
-      const int32_t depth = depths[k];
-      while (k < n && depths[k] == depth) ++k;
-      visit(k < n && depths[k] >= 0 ? depths[k] : -1, depth, k);
-    }
-  }
+  const PrefixTreeArgs<Token>& a_;
+  const MutableTree& tree_;
+  std::vector<Row> rows_;
+  std::vector<Piece> pieces_;
 };
 
 }  // namespace
 
-template <typename Token, typename T>
-void prefix_values(const PrefixArgs<Token, T>& a, int threads) {
-  const Prefixes<Token, T> prefixes(a, threads);
-  const GroupIndex& index = prefixes.index;
-  parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> depths;
-    for (int64_t b = begin; b < end; ++b) {
-      T* before = a.before.row(a.rows, b);
-      T* after = a.after.row(a.rows, b);
-      int32_t* count = a.count.row(a.rows, b);
-      const int64_t width = a.rows.size(b);
-      const int64_t from = prefixes.first[b], length = prefixes.length[b];
-      const auto zero = [&](int64_t t, int64_t stop) {
-        std::fill(before + t, before + stop, T{0});
-        std::fill(after + t, after + stop, T{0});
-        std::fill(count + t, count + stop, 0);
-      };
-      zero(0, from);
-      zero(from + length, width);
-      const int64_t* members = index.members.data() + index.offsets[index.group_of[b]];
-      const int64_t n = index.size(index.group_of[b]);
-      const int32_t* lcp = prefixes.row(b);
-      prefixes.intervals(b, depths, [&](int64_t low, int64_t high, int64_t alive) {
-        // Summed in member order, whatever the depths: rows that share a prefix get the same bits.
-        double sum = 0;
-        for (int64_t k = 0; k < n; ++k)
-          if (lcp[k] >= high) sum += a.rewards[members[k]];
-        const T value = static_cast<T>(sum / alive);
-        // State t lies before token t and after token t - 1.
-        std::fill(before + from + low + 1, before + from + std::min(high + 1, length), value);
-        const int64_t begin_after = std::max<int64_t>(low, 0);
-        std::fill(after + from + begin_after, after + from + high, value);
-        std::fill(count + from + begin_after, count + from + high, static_cast<int32_t>(alive));
-      });
-      if (const uint8_t* mask = a.mask.row(a.rows, b))
-        for (int64_t t = from; t < from + length; ++t)
-          if (!mask[t]) zero(t, t + 1);
+template <typename Token>
+void prefix_tree(const PrefixTreeArgs<Token>& a, int threads) {
+  const int64_t batch = a.rows.batch;
+  std::fill(a.tree.shared, a.tree.shared + batch, -1);
+  std::fill(a.tree.begin, a.tree.begin + a.tree.nodes(), 0);
+  std::fill(a.tree.end, a.tree.end + a.tree.nodes(), 0);
+  std::fill(a.tree.depth, a.tree.depth + a.tree.nodes(), -1);
+  std::fill(a.tree.parent, a.tree.parent + a.tree.nodes(), -1);
+  const GroupIndex index(a.groups, batch);
+  const int64_t groups = index.view().count;
+  // By label, so that the tree does not depend on the order of the rows.
+  std::vector<int64_t> by_label(groups), base(groups);
+  std::iota(by_label.begin(), by_label.end(), 0);
+  std::sort(by_label.begin(), by_label.end(), [&](int64_t g, int64_t h) {
+    return a.groups[index.members[index.offsets[g]]] < a.groups[index.members[index.offsets[h]]];
+  });
+  for (int64_t k = 0, next = 0; k < groups; next += index.size(by_label[k++])) base[k] = next;
+  parallel_for(groups, 1, threads, [&](int64_t begin, int64_t end) {
+    Builder<Token> builder(a);
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t g = by_label[k];
+      builder.group(index.members.data() + index.offsets[g], index.size(g), base[k]);
     }
   });
 }
 
-template <typename Token, typename T>
-void prefix_values_backward(const PrefixArgs<Token, T>& a, int threads) {
-  const Prefixes<Token, T> prefixes(a, threads);
-  const GroupIndex& index = prefixes.index;
-  // What row i's states send to member j; laid out as the common prefixes are, and summed over i in order.
-  std::vector<double> sent(prefixes.lcp.size(), 0.0);
-  parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> depths;
-    std::vector<double> up;
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t from = prefixes.first[b], length = prefixes.length[b];
-      const uint8_t* mask = a.mask.row(a.rows, b);
-      const T* before = a.grad_before.row(a.rows, b);
-      const T* after = a.grad_after.row(a.rows, b);
-      up.assign(length + 1, 0.0);  // per state
-      for (int64_t t = 0; t < length; ++t) {
-        if (mask && !mask[from + t]) continue;
-        if (before) up[t] += before[from + t];
-        if (after) up[t + 1] += after[from + t];
+// ---- sums over subtrees ------------------------------------------------------------------------------------
+
+namespace {
+
+double power(double gamma, int64_t n) { return gamma == 1.0 ? 1.0 : std::pow(gamma, static_cast<double>(n)); }
+
+}  // namespace
+
+void subtree_sums(const SubtreeArgs& a, int threads) {
+  const TreeView& tree = a.tree;
+  const int64_t channels = a.channels;
+  parallel_for(tree.nodes(), 64, threads, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      double* out = a.out + n * channels;
+      std::fill(out, out + channels, 0.0);
+      for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) {
+        const int64_t row = tree.order[p];
+        const double weight = a.weights ? a.weights[row] : 1.0;
+        const double factor = a.centre ? weight : weight * power(a.gamma, tree.length[row] - tree.depth[n]);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double x = a.x[row * channels + c];
+          if (a.centre) {
+            const double off = x - a.centre[n * channels + c];
+            out[c] += factor * off * off;
+          } else {
+            out[c] += factor * x;
+          }
+        }
       }
-      const int64_t g = index.group_of[b], n = index.size(g);
-      double* to = sent.data() + prefixes.table[g] + prefixes.rank[b] * n;
-      const int32_t* lcp = prefixes.row(b);
-      prefixes.intervals(b, depths, [&](int64_t low, int64_t high, int64_t alive) {
-        double sum = 0;
-        for (int64_t t = low + 1; t <= high; ++t) sum += up[t];
-        for (int64_t k = 0; k < n; ++k)
-          if (lcp[k] >= high) to[k] += sum / alive;
-      });
     }
   });
-  for (int64_t b = 0; b < a.rows.batch; ++b) {
-    const int64_t g = index.group_of[b], n = index.size(g);
-    double sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += sent[prefixes.table[g] + i * n + prefixes.rank[b]];
-    a.grad_rewards[b] = static_cast<T>(sum);
+}
+
+void subtree_sums_backward(const SubtreeArgs& a, int threads) {
+  const TreeView& tree = a.tree;
+  const int64_t channels = a.channels;
+  parallel_for(tree.batch, 64, threads, [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      double* grad_x = a.grad_x + row * channels;
+      std::fill(grad_x, grad_x + channels, 0.0);
+      double grad_weight = 0;
+      const double weight = a.weights ? a.weights[row] : 1.0;
+      for (int64_t n = tree.leaf[row]; n >= 0; n = tree.parent[n]) {
+        const double factor = a.centre ? 1.0 : power(a.gamma, tree.length[row] - tree.depth[n]);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double x = a.x[row * channels + c], up = a.grad[n * channels + c] * factor;
+          if (a.centre) {
+            const double off = x - a.centre[n * channels + c];
+            grad_x[c] += 2 * weight * off * up;
+            grad_weight += off * off * up;
+          } else {
+            grad_x[c] += weight * up;
+            grad_weight += x * up;
+          }
+        }
+      }
+      if (a.grad_weights) a.grad_weights[row] = grad_weight;
+    }
+  });
+}
+
+// ---- nodes and tokens --------------------------------------------------------------------------------------
+
+namespace {
+
+struct Span {
+  int64_t from, to;  // tokens, counted from the row's first
+  bool held;         // whether the row's states go on behind the node's depth at its value
+};
+
+// The tokens of a row whose state lies in a node: none where the row's leaf was moved above the node.
+Span span_of(const TreeView& tree, int64_t row, int64_t n, At at) {
+  const int64_t shift = at == At::before ? 0 : 1;  // state s is that of token s - shift
+  const bool held = tree.leaf[row] == n;
+  if (tree.depth[n] > tree.depth[tree.leaf[row]]) return {0, 0, false};
+  const int64_t low = tree.parent_depth(n) + 1;
+  const int64_t high = held ? tree.length[row] : tree.depth[n];
+  return {std::max<int64_t>(low - shift, 0), std::min(high + 1 - shift, tree.length[row]), held};
+}
+
+// What a row says at a node.
+template <typename T>
+double value_of(const NodeTokensArgs<T>& a, int64_t row, int64_t n, int64_t c) {
+  double value = a.values ? a.values[n * a.channels + c] : 0.0;
+  if (a.along)
+    value += a.factor[row * a.channels + c] * power(a.gamma, a.tree.length[row] - a.tree.depth[n]) *
+             a.along[n * a.channels + c];
+  return value;
+}
+
+// gamma^(depth - state) for the states of a span, from its last token to its first: visit(token, factor).
+template <typename Visit>
+void discounted(const TreeView& tree, int64_t n, const Span& span, At at, double gamma, Visit visit) {
+  const int64_t shift = at == At::before ? 0 : 1;
+  double factor = 1;
+  for (int64_t t = span.to - 1; t >= span.from; --t) {
+    const int64_t left = tree.depth[n] - t - shift;
+    if (left > 0) factor = t == span.to - 1 ? power(gamma, left) : factor * gamma;
+    visit(t, factor);
   }
 }
 
-#define REWARDOPS_INSTANTIATE(Token, T)                                    \
-  template void prefix_values<Token, T>(const PrefixArgs<Token, T>&, int); \
-  template void prefix_values_backward<Token, T>(const PrefixArgs<Token, T>&, int);
-REWARDOPS_INSTANTIATE(int32_t, float)
-REWARDOPS_INSTANTIATE(int32_t, double)
-REWARDOPS_INSTANTIATE(int64_t, float)
-REWARDOPS_INSTANTIATE(int64_t, double)
+}  // namespace
+
+template <typename T>
+void nodes_to_tokens(const NodeTokensArgs<T>& a, int threads) {
+  const TreeView& tree = a.tree;
+  const int64_t channels = a.channels;
+  parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t width = a.rows.size(b), first = tree.first[b], length = tree.length[b];
+      const uint8_t* mask = a.mask.row(a.rows, b);
+      for (int64_t c = 0; c < channels; ++c) {
+        T* const row = a.out.row(a.rows, b) + c * a.plane;
+        T* const out = row + first;
+        std::fill(row, out, T{0});
+        std::fill(out + length, row + width, T{0});
+        if (length == 0) continue;
+        const double base = a.base ? a.base[b * channels + c] : 0.0;
+        if (a.at == At::step) std::fill(out, out + length, static_cast<T>(base));
+        for (int64_t n = tree.leaf[b]; n >= 0; n = tree.parent[n]) {
+          const double value = value_of(a, b, n, c);
+          if (a.at == At::step) {
+            const int64_t up = tree.parent[n];
+            if (up >= 0) out[tree.depth[up]] = static_cast<T>(base + (value - value_of(a, b, up, c)));
+            continue;
+          }
+          const Span span = span_of(tree, b, n, a.at);
+          if (a.gamma == 1.0) {
+            std::fill(out + span.from, out + std::max(span.from, span.to), static_cast<T>(base + value));
+          } else {
+            discounted(tree, n, span, a.at, a.gamma,
+                       [&](int64_t t, double factor) { out[t] = static_cast<T>(base + factor * value); });
+          }
+        }
+        if (mask)
+          for (int64_t t = 0; t < length; ++t) out[t] = mask[first + t] ? out[t] : T{0};
+      }
+    }
+  });
+}
+
+template <typename T>
+void nodes_to_tokens_backward(const NodeTokensArgs<T>& a, int threads) {
+  const TreeView& tree = a.tree;
+  const int64_t channels = a.channels;
+  // What a row's tokens send to a node: the sum of their upstream gradients, discounted.
+  const auto sent = [&](int64_t row, int64_t n, int64_t c) {
+    const uint8_t* mask = a.mask.row(a.rows, row);
+    const T* grad = a.grad.row(a.rows, row) + c * a.plane + tree.first[row];
+    if (mask) mask += tree.first[row];
+    double sum = 0;
+    if (a.at == At::step) {
+      const int64_t enters = tree.parent_depth(n), leaves = tree.depth[n];
+      if (tree.depth[n] > tree.depth[tree.leaf[row]]) return 0.0;
+      if (enters >= 0 && (!mask || mask[enters])) sum += grad[enters];
+      if (tree.leaf[row] != n && (!mask || mask[leaves])) sum -= grad[leaves];
+      return sum;
+    }
+    const Span span = span_of(tree, row, n, a.at);
+    if (a.gamma == 1.0) {
+      for (int64_t t = span.from; t < span.to; ++t) sum += mask && !mask[t] ? T{0} : grad[t];
+    } else {
+      discounted(tree, n, span, a.at, a.gamma,
+                 [&](int64_t t, double factor) { sum += mask && !mask[t] ? 0.0 : factor * grad[t]; });
+    }
+    return sum;
+  };
+  parallel_for(tree.nodes(), 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
+        double values = 0, along = 0;
+        for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) {
+          const int64_t row = tree.order[p];
+          const double sum = sent(row, n, c);
+          values += sum;
+          if (a.along) along += a.factor[row * channels + c] * power(a.gamma, tree.length[row] - tree.depth[n]) * sum;
+        }
+        if (a.grad_values) a.grad_values[n * channels + c] = values;
+        if (a.grad_along) a.grad_along[n * channels + c] = along;
+      }
+    }
+  });
+  if (!a.grad_base && !a.grad_factor) return;
+  parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* mask = a.mask.row(a.rows, b);
+      const int64_t first = tree.first[b], length = tree.length[b];
+      for (int64_t c = 0; c < channels; ++c) {
+        if (a.grad_base) {
+          const T* grad = a.grad.row(a.rows, b) + c * a.plane;
+          double sum = 0;
+          for (int64_t t = first; t < first + length; ++t) sum += mask && !mask[t] ? T{0} : grad[t];
+          a.grad_base[b * channels + c] = sum;
+        }
+        if (a.grad_factor) {
+          double sum = 0;
+          for (int64_t n = tree.leaf[b]; n >= 0; n = tree.parent[n])
+            sum += power(a.gamma, length - tree.depth[n]) * a.along[n * channels + c] * sent(b, n, c);
+          a.grad_factor[b * channels + c] = sum;
+        }
+      }
+    }
+  });
+}
+
+template void prefix_tree<int32_t>(const PrefixTreeArgs<int32_t>&, int);
+template void prefix_tree<int64_t>(const PrefixTreeArgs<int64_t>&, int);
+template void nodes_to_tokens<int32_t>(const NodeTokensArgs<int32_t>&, int);
+#define REWARDOPS_INSTANTIATE(T)                                     \
+  template void nodes_to_tokens<T>(const NodeTokensArgs<T>&, int); \
+  template void nodes_to_tokens_backward<T>(const NodeTokensArgs<T>&, int);
+REWARDOPS_INSTANTIATE(float)
+REWARDOPS_INSTANTIATE(double)
 
 }  // namespace rewardops::cpu

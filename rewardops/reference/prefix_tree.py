@@ -1,4 +1,14 @@
-"""Prefix values, the specification (see :func:`rewardops.prefix_values`)."""
+"""Prefix trees, the specification (see :mod:`rewardops.prefix_tree`).
+
+A tree is two integer arrays of fixed size, whatever the tokens. ``rows`` is ``[5, B]``: ``order`` (the row at
+each position: groups by label, the rows of one in lexicographic order, its empty rows last), ``leaf`` (a row's
+deepest node, -1 for an empty row), ``first`` and ``length`` of the row's tokens, and ``shared`` (the tokens that
+the row at a position shares with the one before it, -1 at the first of a group). ``nodes`` is ``[4, 2 B]``:
+``begin`` and ``end`` (the positions of the rows that share it), ``depth`` (of its last state, -1 where there is
+no node) and ``parent``. Node p < B is the prefix at which the rows at the positions p - 1 and p part, kept at
+the first such place; node B + p is what the row at p shares with no other. Its states reach from behind its
+parent's depth to its own, those of a tree's top from 0.
+"""
 
 from __future__ import annotations
 
@@ -44,62 +54,232 @@ def longest_common_prefixes(spans: _Spans, groups: Tensor) -> Tensor:
     return torch.where(same, lcp, -1)
 
 
-def _alive(spans: _Spans, groups: Tensor, row: int, lcp: Tensor) -> Tensor:
-    """``[T, B]``: whether each row of the batch still shares row ``row``'s prefix, before token t."""
-    emitted = torch.arange(spans.tokens.shape[1] + 1, device=lcp.device)
-    return lcp[row] >= emitted[:, None]
-
-
-def prefix_values(
-    tokens: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_group_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    spans = _spans(tokens, mask, cu_seqlens)
-    lcp = longest_common_prefixes(spans, groups)
-    before = rewards.new_zeros(spans.tokens.shape)
-    after, count = torch.zeros_like(before), torch.zeros_like(before, dtype=torch.int32)
-    r = torch.where(spans.length > 0, rewards, 0)
-    for i in range(spans.tokens.shape[0]):
-        alive = _alive(spans, groups, i, lcp)
-        n = alive.sum(1)
-        value = torch.where(alive, r, 0).sum(1) / n.clamp(min=1)
-        start, stop = int(spans.first[i]), int(spans.first[i] + spans.length[i])
-        before[i, start:stop] = value[: stop - start]
-        after[i, start:stop] = value[1 : stop - start + 1]
-        count[i, start:stop] = n[1 : stop - start + 1].to(torch.int32)
-    out = (torch.where(spans.valid, x, 0) for x in (before, after, count))
-    before, after, count = (from_rows(x, tokens.shape, cu_seqlens) for x in out)
-    return before, after, count
-
-
-def prefix_values_backward(
-    grad_before: Tensor | None,
-    grad_after: Tensor | None,
-    tokens: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_group_size: int,
-) -> Tensor:
-    spans = _spans(tokens, mask, cu_seqlens)
-    lcp = longest_common_prefixes(spans, groups)
-    ups = []
-    for grad in (grad_before, grad_after):
-        rows = None if grad is None else to_rows(grad, None, cu_seqlens)[0]
-        ups.append(None if rows is None else torch.where(spans.valid, rows, 0))
-    out = torch.zeros_like(rewards)
+def _precedes(spans: _Spans, groups: Tensor, lcp: Tensor) -> Tensor:
+    """``[i, j]``: whether row j comes before row i."""
+    row = torch.arange(len(groups), device=groups.device)
+    at = lcp.clamp(min=0)
     width = spans.tokens.shape[1]
-    for i in range(spans.tokens.shape[0]):
-        alive = _alive(spans, groups, i, lcp)
-        start, length = int(spans.first[i]), int(spans.length[i])
-        up = rewards.new_zeros(width + 1)
-        for offset, rows in enumerate(ups):
-            if rows is not None:
-                up[offset : offset + length] += rows[i, start : start + length]
-        out += torch.where(alive, (up / alive.sum(1).clamp(min=1))[:, None], 0).sum(0)
-    return out
+    token = spans.tokens.gather(1, at.clamp(max=width - 1)) if width else at
+    goes_on = at < spans.length[:, None]
+    earlier = row < row[:, None]
+    both = torch.where(goes_on, token > token.T, earlier)
+    by_token = torch.where(goes_on == goes_on.T, both, goes_on)
+    empty = spans.length == 0
+    same = groups == groups[:, None]
+    by_end = torch.where(empty == empty[:, None], earlier, empty[:, None])
+    return torch.where(same, torch.where(lcp >= 0, by_token, by_end), groups < groups[:, None])
+
+
+def _enclosing(shared: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Node and depth of what the rows at ``[begin, end)`` share with a neighbour; -1 where nothing."""
+    position = torch.arange(len(shared), device=shared.device)
+    padded = torch.cat([shared, shared.new_full((1,), -1)])
+    depth = torch.maximum(padded[begin], padded[end])
+    below = (shared < depth[:, None]) & (position <= begin[:, None])
+    start = torch.where(below, position, -1).amax(1)
+    found = (shared == depth[:, None]) & (position > start[:, None])
+    node = torch.where(found, position, 2 * len(shared)).amin(1)
+    return torch.where(depth >= 0, node, -1), depth
+
+
+def prefix_tree(
+    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    spans = _spans(tokens, mask, cu_seqlens)
+    batch = len(groups)
+    if batch == 0:
+        return groups.new_zeros(5, 0), groups.new_zeros(4, 0)
+    lcp = longest_common_prefixes(spans, groups)
+    precedes = _precedes(spans, groups, lcp)
+    place = precedes.sum(1)
+    position = torch.arange(batch, device=groups.device)
+    order = torch.empty_like(place)
+    order[place] = position
+    shared = torch.where(precedes, lcp, -1).amax(1)[order]
+
+    lower = shared < shared[:, None]
+    begin = torch.where(lower & (position < position[:, None]), position, -1).amax(1)
+    end = torch.where(lower & (position > position[:, None]), position, batch).amin(1)
+    between = (position > begin[:, None]) & (position < position[:, None])
+    parts = (shared >= 0) & ~(between & (shared == shared[:, None])).any(1)
+    begin = begin.clamp(min=0)
+    node, _ = _enclosing(shared, begin, end)
+    alone_node, alone_up = _enclosing(shared, position, position + 1)
+    length = spans.length[order]
+    own = length > alone_up.clamp(min=0)
+
+    nodes = torch.stack(
+        [
+            torch.cat([torch.where(parts, begin, 0), torch.where(own, position, 0)]),
+            torch.cat([torch.where(parts, end, 0), torch.where(own, position + 1, 0)]),
+            torch.cat([torch.where(parts, shared, -1), torch.where(own, length, -1)]),
+            torch.cat([torch.where(parts, node, -1), torch.where(own, alone_node, -1)]),
+        ]
+    )
+    leaf = torch.where(own, batch + position, alone_node)
+    leaf = torch.where(length > 0, leaf, -1)[place]
+    # An empty row's first column means nothing; every backend says 0.
+    rows = torch.stack([order, leaf, torch.where(spans.length > 0, spans.first, 0), spans.length, shared])
+    return rows, nodes
+
+
+# ---- sums over subtrees ------------------------------------------------------------------------------------
+
+
+def _terms(
+    x: Tensor, weights: Tensor | None, centre: Tensor | None, rows: Tensor, nodes: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``[2 B, B, C]`` by node and position: membership, weight, its factor, and its derivative by x."""
+    order, _, _, length, _ = rows
+    begin, end, depth, _ = nodes
+    position = torch.arange(rows.shape[1], device=rows.device)
+    inside = ((position >= begin[:, None]) & (position < end[:, None]))[:, :, None]
+    weight = (torch.ones_like(length, dtype=x.dtype) if weights is None else weights)[order][None, :, None]
+    value = x[order]
+    if centre is None:
+        left = (length[order] - depth[:, None]).clamp(min=0)
+        slope = (gamma ** left.to(x.dtype))[:, :, None].expand(-1, -1, x.shape[1])
+        return inside, weight, slope * value, slope
+    off = value - centre[:, None]
+    return inside, weight, off * off, 2 * off
+
+
+def subtree_sums(
+    x: Tensor, weights: Tensor | None, centre: Tensor | None, rows: Tensor, nodes: Tensor, gamma: float
+) -> Tensor:
+    inside, weight, term, _ = _terms(x, weights, centre, rows, nodes, gamma)
+    return torch.where(inside, weight * term, 0).sum(1)
+
+
+def subtree_sums_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    centre: Tensor | None,
+    rows: Tensor,
+    nodes: Tensor,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    inside, weight, term, slope = _terms(x, weights, centre, rows, nodes, gamma)
+    by_x, by_weight = torch.zeros_like(x), x.new_zeros(0 if weights is None else len(x))
+    by_x[rows[0]] = torch.where(inside, grad[:, None] * weight * slope, 0).sum(0)
+    if weights is not None:
+        by_weight[rows[0]] = torch.where(inside, grad[:, None] * term, 0).sum((0, 2))
+    return by_x, by_weight
+
+
+# ---- nodes and tokens --------------------------------------------------------------------------------------
+
+
+def channels_of(values: Tensor | None, along: Tensor | None) -> int:
+    given = along if values is None else values
+    assert given is not None
+    return given.shape[1]
+
+
+def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The node of each state ``[B, width + 1]``; the discounts from its depth and from the row's end."""
+    _, _, depth, parent = nodes
+    state = torch.arange(width + 1, device=rows.device)
+    node = rows[1].clamp(min=0)
+    at = node[:, None].repeat(1, width + 1)
+    while True:
+        up = parent[node]
+        if not bool((up >= 0).any()):
+            break
+        node = torch.where(up >= 0, up, node)
+        at = torch.where(state <= depth[node][:, None], node[:, None], at)
+    to_depth = (depth[at] - state).clamp(min=0).to(torch.float64)
+    to_end = to_depth + (rows[3][:, None] - depth[at]).clamp(min=0)
+    return at, gamma**to_depth, gamma**to_end
+
+
+class _Places(NamedTuple):
+    """Where the states of the rows lie among their tokens."""
+
+    column: Tensor  # [B, T], of the caller's: which token of its row it is, clamped
+    valid: Tensor
+    shape: tuple[int, ...]  # of the caller's tokens
+
+
+def _places(rows: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, size: int) -> _Places:
+    shape = (rows.shape[1], size) if cu_seqlens is None else (size,)
+    like = torch.zeros(shape, dtype=torch.bool, device=rows.device)
+    inside = to_rows(like, None, cu_seqlens)[1]
+    valid = inside if mask is None else to_rows(mask, mask, cu_seqlens)[1]
+    column = torch.arange(valid.shape[1], device=rows.device) - rows[2][:, None]
+    valid = valid & (column >= 0) & (column < rows[3][:, None])
+    return _Places(torch.where(valid, column, 0), valid, shape)
+
+
+def nodes_to_tokens(
+    values: Tensor | None,
+    along: Tensor | None,
+    base: Tensor | None,
+    factor: Tensor | None,
+    rows: Tensor,
+    nodes: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    size: int,
+    at: str,
+    gamma: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    places = _places(rows, mask, cu_seqlens, size)
+    width = places.valid.shape[1]
+    out = []
+    for c in range(channels_of(values, along)):
+        if rows.shape[1] == 0:
+            out.append(torch.zeros(places.shape, dtype=dtype, device=rows.device))
+            continue
+        node, to_depth, to_end = _states(rows, nodes, width, gamma)
+        value = torch.zeros_like(to_depth) if values is None else values[:, c][node] * to_depth
+        if along is not None and factor is not None:
+            value = value + factor[:, c, None] * along[:, c][node] * to_end
+        before, after = value[:, :-1], value[:, 1:]
+        x = {"before": before, "after": after, "step": after - before}[at].gather(1, places.column)
+        x = x if base is None else base[:, c, None] + x
+        out.append(from_rows(torch.where(places.valid, x, 0).to(dtype), places.shape, cu_seqlens))
+    return torch.stack(out) if out else torch.zeros((0, *places.shape), dtype=dtype, device=rows.device)
+
+
+def nodes_to_tokens_backward(
+    grad: Tensor,
+    values: Tensor | None,
+    along: Tensor | None,
+    base: Tensor | None,
+    factor: Tensor | None,
+    rows: Tensor,
+    nodes: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    size: int,
+    at: str,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    places = _places(rows, mask, cu_seqlens, size)
+    batch, width = places.valid.shape
+    by_value, by_along, by_base, by_factor = (
+        torch.zeros(0 if t is None else t.shape, dtype=torch.float64, device=grad.device)
+        for t in (values, along, base, factor)
+    )
+    for c in range(channels_of(values, along) if batch else 0):
+        node, to_depth, to_end = _states(rows, nodes, width, gamma)
+        up = to_rows(grad[c], None, cu_seqlens)[0].to(torch.float64)
+        up = torch.where(places.valid, up, 0)
+        if base is not None:
+            by_base[:, c] = up.sum(1)
+        states = up.new_zeros(batch, width + 1)
+        if at != "before":
+            states.scatter_add_(1, places.column + 1, up)
+        if at != "after":
+            states.scatter_add_(1, places.column, up if at == "before" else -up)
+        if values is not None:
+            by_value[:, c].index_put_((node.flatten(),), (states * to_depth).flatten(), accumulate=True)
+        if along is not None and factor is not None:
+            states = states * to_end
+            by_factor[:, c] = (states * along[:, c][node]).sum(1)
+            sent = states * factor[:, c, None]
+            by_along[:, c].index_put_((node.flatten(),), sent.flatten(), accumulate=True)
+    return by_value, by_along, by_base, by_factor

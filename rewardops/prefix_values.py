@@ -1,0 +1,408 @@
+"""Values, advantages and weights of tokens from the prefix tree of their group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import advantages, layout, tree
+from .prefix_tree import Forest, TokenRows
+
+TD_SCALES = ("group", "none")
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dtype, bool]:
+    """Rewards ``[B, C]`` in float64, the dtype of the result, and whether they came as channels."""
+    layout.check_float("rewards", rewards)
+    if rewards.dim() not in (1, 2):
+        raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B] or [B, R]")
+    want = (rows.layout.batch, *rewards.shape[1:])
+    layout.check_shape("rewards", rewards, want, "one per row of tokens")
+    layout.check_device("rewards", rewards, rows.tokens.device, "tokens")
+    (promoted,) = layout.promote(rewards)
+    channels = rewards.dim() == 2
+    return (rewards if channels else rewards[:, None]).double(), promoted.dtype, channels
+
+
+def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
+    if weights is None:
+        return None
+    layout.check_float("weights", weights)
+    layout.check_shape("weights", weights, (rows.layout.batch,), "one per row of tokens")
+    layout.check_device("weights", weights, rows.tokens.device, "tokens")
+    if layout.may_read(weights) and bool((weights < 0).any()):
+        raise ValueError(f"weights: got {float(weights.min())}, want no negative weight")
+    return weights.double()
+
+
+def _check_count(min_count: int) -> None:
+    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"min_count: got {min_count!r}, want a whole number of at least 1")
+
+
+def _shaped(planes: Tensor, channels: bool) -> Tensor:
+    return planes.movedim(0, -1) if channels else planes[0]
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+class PrefixValues(NamedTuple):
+    """Values of the prefix before and after each token, in the layout of the tokens.
+
+    ``after - before`` is the token's temporal difference: 0 wherever the tree does not branch.
+    """
+
+    before: Tensor
+    after: Tensor
+    count: Tensor  # type: ignore[assignment]
+    """int32: the rows of the group that share the prefix up to and including the token."""
+
+
+def _leave_one_out(
+    forest: Forest, x: Tensor, weights: Tensor | None, gamma: float, leaf: Tensor, at: str, dtype: torch.dtype
+) -> Tensor:
+    """``[C, *tokens]``: the means of the other rows; 0 where there is none."""
+    sums = forest.sums(x, weights, gamma=gamma)
+    # Rows without a token may hold anything.
+    own = torch.where(forest.live[:, None], x, 0)
+    if weights is None:
+        others = (forest.count - 1)[:, None]
+        share = torch.where(others > 0, 1 / others.clamp(min=1).double(), 0)
+        along = -share.expand(sums.shape)
+        return forest.tokens(sums * share, dtype, at=at, along=along, factor=own, gamma=gamma, leaf=leaf)
+    weights = torch.where(forest.live, weights, 0)[:, None]
+    minus = -torch.ones_like(sums)
+    summed = forest.tokens(
+        sums, torch.float64, at=at, along=minus, factor=own * weights, gamma=gamma, leaf=leaf
+    )
+    left = forest.tokens(
+        forest.totals(weights[:, 0]), torch.float64, at=at, along=minus[:, :1], factor=weights, leaf=leaf
+    )
+    return torch.where(left > 0, summed / torch.where(left > 0, left, 1), 0).to(dtype)
+
+
+def prefix_values(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    min_count: int = 1,
+    gamma: float = 1.0,
+    leave_one_out: bool = False,
+    hole: str = "prefix",
+) -> PrefixValues:
+    """Value of every prefix: the mean reward of the group's rows that begin with it.
+
+    With ``lcp(i, j)`` the number of leading tokens that rows i and j share, and ``w`` the weights,
+    ``V(i, t) = sum_j w_j gamma^(length_j - t) rewards[j] / sum_j w_j`` over the j with ``lcp(i, j) >= t``;
+    ``before`` is ``V(i, t)`` with t the number of tokens before this one, ``after`` is ``V(i, t + 1)``. V is
+    P2T's of TEMPO (arXiv 2509.18314) and the token target of TVM (2407.12863); a mean over ``count`` outcomes
+    in {0, 1} has variance ``V (1 - V) / count``, which is why a caller may ask for a ``min_count``.
+
+    A row starts at its first valid token and ends with its last one. What is masked in between (the output
+    of a tool, say) is part of the prefix, and gets no value itself; include the end token in the mask, or a
+    finished row and a truncated one are the same prefix. A row without a valid token does not count.
+
+    Args:
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        rewards: ``[B]``, or ``[B, R]`` for several channels over one tree; float32, bfloat16, float16 or
+            float64.
+        groups: ``[B]``, integer labels in any order; rows of other groups never match.
+        group_size: instead of ``groups``: contiguous groups of this many rows, or their sizes.
+        mask: the shape of ``tokens``; bool, integer or float 0/1.
+        cu_seqlens: ``[B + 1]`` for packed rows.
+        weights: ``[B]``, of the rows (importance weights, say), none negative; None for 1. Prefixes whose rows
+            weigh nothing have value 0.
+        min_count: prefixes that fewer rows share take the value of the last one on the row's path that this
+            many do (of the whole group, where there is none).
+        gamma: discount from a row's end to the prefix, from 0 to 1.
+        leave_one_out: the mean of the *other* rows, as a baseline that does not depend on the row's own
+            reward; ``min_count`` counts the others. A row whose group has no other has value 0.
+        hole: what masked tokens between valid ones are: ``"prefix"``, part of what rows share, or ``"skip"``,
+            as if they were not there.
+
+    Returns:
+        :class:`PrefixValues`; float32 (float64 for float64 rewards), 0 where masked; ``before`` and ``after``
+        with a last dimension R for channels. Rows that share a prefix have bitwise equal values on it.
+        Differentiable in ``rewards`` and ``weights``.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an option
+            out of its range.
+    """
+    rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    x, dtype, channels = checked_rewards(rewards, rows)
+    w = checked_weights(weights, rows)
+    _check_count(min_count)
+    layout.check_fraction("gamma", gamma)
+    forest, wanted = rows.forest(), min_count + bool(leave_one_out)
+    leaf = None if wanted == 1 else forest.supported_by(wanted)
+    if leave_one_out:
+        assert leaf is not None
+        before, after = (_leave_one_out(forest, x, w, gamma, leaf, at, dtype) for at in ("before", "after"))
+    else:
+        value = forest.means(x, w, gamma)
+        before, after = (
+            forest.tokens(value, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
+        )
+    count = forest.tokens(forest.count.double()[:, None], torch.int32)[0]
+    return PrefixValues(_shaped(before, channels), _shaped(after, channels), count)
+
+
+def prefix_std(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    ddof: int = 1,
+    hole: str = "prefix",
+) -> Tensor:
+    """Standard deviation of the rewards of the rows that share each prefix, up to and including the token.
+
+    ``sqrt(sum_j w_j (rewards[j] - V)^2 / sum_j w_j * n / (n - ddof))`` over the n rows of the prefix, V their
+    mean; exactly 0 where they are equal, and where ``n <= ddof``.
+
+    Args:
+        ddof: 0 or 1. The rest: as in :func:`prefix_values`.
+
+    Returns:
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64 rewards),
+        0 where masked. Differentiable in ``rewards`` and ``weights``, with gradient 0 where it is 0.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, another ddof.
+    """
+    rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    x, dtype, channels = checked_rewards(rewards, rows)
+    w = checked_weights(weights, rows)
+    advantages.check_scale("std", 0.0, ddof)
+    forest = rows.forest()
+    return _shaped(forest.tokens(node_std(forest, x, w, ddof), dtype), channels)
+
+
+def node_std(forest: Forest, x: Tensor, weights: Tensor | None, ddof: int) -> Tensor:
+    """``[2 B, C]``: of each node's rows."""
+    total, count = forest.totals(weights), forest.count[:, None]
+    squares = forest.sums(x, weights, centre=forest.means(x, weights))
+    factor = torch.where(count > ddof, count / (count - ddof).clamp(min=1), 0)
+    variance = squares / torch.where(total > 0, total, 1) * factor
+    spread = variance > 0
+    return torch.where(spread, torch.where(spread, variance, 1).sqrt(), 0)
+
+
+def tvm_targets(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    min_count: int = 1,
+    gamma: float = 1.0,
+    hole: str = "prefix",
+) -> Tensor:
+    """Targets of a token-level value model: the value of the prefix up to and including each token.
+
+    For outcomes in {0, 1} the empirical probability of a right answer given the prefix (TVM, arXiv 2407.12863),
+    for a squared or cross-entropy loss at every token. ``after`` of :func:`prefix_values`, whose arguments,
+    layouts, gradients and errors it shares, without what else that returns.
+    """
+    rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    x, dtype, channels = checked_rewards(rewards, rows)
+    w = checked_weights(weights, rows)
+    _check_count(min_count)
+    layout.check_fraction("gamma", gamma)
+    forest = rows.forest()
+    leaf = None if min_count == 1 else forest.supported_by(min_count)
+    return _shaped(forest.tokens(forest.means(x, w, gamma), dtype, gamma=gamma, leaf=leaf), channels)
+
+
+def shared_prefix_weights(
+    tokens: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    hole: str = "prefix",
+) -> Tensor:
+    """``1 / n`` per token, n the rows of the group that share the prefix up to and including it.
+
+    What lambda-GRPO (coli-saar/grpo-prm, "GRPO is secretly a process reward model") multiplies a token's loss
+    by, so that a step counts once however many rows run through it. Their sum over a group is the number of
+    tokens that its tree has.
+
+    Args:
+        As in :func:`prefix_values`.
+
+    Returns:
+        The layout of ``tokens``; float32, 0 where masked. Not differentiable.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+    """
+    forest = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole).forest()
+    return forest.tokens(1 / forest.count.clamp(min=1).double()[:, None], torch.float32)[0]
+
+
+# ---- advantages --------------------------------------------------------------------------------------------
+
+
+def tempo_advantages(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: str = "std",
+    eps: float = 1e-6,
+    ddof: int = 1,
+    td_scale: str = "group",
+    hole: str = "prefix",
+) -> Tensor:
+    """TEMPO's token advantages: GRPO's, plus a temporal difference where the group's prefix tree branches.
+
+    ``A[i, t] = (rewards[i] - mean + V(i, t + 1) - V(i, t)) / (std + eps)`` with the values of
+    :func:`prefix_values` and the group's mean and std (arXiv 2509.18314; the paper names neither ddof nor
+    eps). Off the branches it is GRPO's advantage; equal rewards give 0.
+
+    Args:
+        tokens, rewards, groups, group_size, mask, cu_seqlens, hole: as in :func:`prefix_values`; one channel.
+        scale, eps, ddof: as in :func:`rewardops.group_advantages`.
+        td_scale: ``"group"`` divides the temporal difference as the rest is divided (the paper's formula);
+            ``"none"`` adds it as it is, ``(rewards[i] - mean) / (std + eps) + V(i, t + 1) - V(i, t)``.
+
+    Returns:
+        The layout of ``tokens``; float32 (float64 for float64 rewards), 0 where masked. Differentiable in
+        ``rewards``.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
+            unknown scale.
+    """
+    advantages.check_rewards(rewards)
+    advantages.check_scale(scale, eps, ddof)
+    layout.check_choice("td_scale", td_scale, TD_SCALES)
+    rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    x, dtype, _ = checked_rewards(rewards, rows)
+    forest = rows.forest()
+    centred, inv_scale, _ = advantages.forward(
+        rewards.to(dtype),
+        rows.labels,
+        None,
+        None,
+        forest.live[:, None],  # a token a row
+        None,
+        -1,
+        "mean",
+        0.0,
+        scale,
+        float(eps),
+        ddof,
+        False,
+    )
+    value, base = forest.means(x), centred.double()
+    if td_scale == "none":
+        return forest.tokens(value, dtype, at="step", base=base)[0]
+    return forest.tokens(None, dtype, at="step", base=base, along=value, factor=inv_scale[:, None].double())[
+        0
+    ]
+
+
+def tree_rl_advantages(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    form: str = "paper",
+    hole: str = "prefix",
+) -> Tensor:
+    """TreeRL's process rewards over the prefix tree of the group, on every token of a node.
+
+    ``(V(n) - V(root) + V(n) - V(parent)) / sqrt(rows of n)``, V the mean reward (arXiv 2506.11902): the global
+    and the local advantage of a step; what all rows share has 0.
+
+    Args:
+        tokens, rewards, groups, group_size, mask, cu_seqlens, hole: as in :func:`prefix_values`.
+        form: ``"paper"``, or ``"released"`` for what THUDM/TreeRL computes (before it normalises over all
+            steps of a prompt): V of rewards less the mean of the other rows', and every V divided by the square
+            root of its own rows, ``2 V(n) / sqrt(rows of n) - V(parent) / sqrt(rows of parent)``.
+
+    Returns:
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64 rewards),
+        0 where masked. Differentiable in ``rewards``.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an unknown
+            form.
+    """
+    layout.check_choice("form", form, tree.FORMS)
+    rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    x, dtype, channels = checked_rewards(rewards, rows)
+    forest = rows.forest()
+    value = tree.tree_rl(forest.means(x), forest.parent, forest.count, form)
+    return _shaped(forest.tokens(value, dtype), channels)
+
+
+def sibling_advantages(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: layout.Labels = None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: str = "std",
+    eps: float = 1e-6,
+    ddof: int = 1,
+    hole: str = "prefix",
+) -> Tensor:
+    """Advantages relative to the siblings: at every branch, the children are a group, and their values rewards.
+
+    ``(V(n) - mean V) / (std V + eps)`` over the children of n's parent, each counted once, on every token of n
+    up to where it branches in turn (TreeRPO, arXiv 2506.05183, and the edge advantages of SPO-tree,
+    2505.23564, do so in trees of fixed width). What all rows share has 0. A row that ends at a branch has no
+    token there and is no sibling: include the end token in the mask.
+
+    Args:
+        tokens, rewards, groups, group_size, mask, cu_seqlens, weights, hole: as in :func:`prefix_values`.
+        scale, eps, ddof: as in :func:`rewardops.group_advantages`, over the siblings.
+
+    Returns:
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64 rewards),
+        0 where masked. Differentiable in ``rewards`` and ``weights``.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
+            unknown scale.
+    """
+    advantages.check_scale(scale, eps, ddof)
+    rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
+    x, dtype, channels = checked_rewards(rewards, rows)
+    w = checked_weights(weights, rows)
+    forest = rows.forest()
+    value = tree.among_siblings(forest.means(x, w), forest.parent, scale, eps, ddof)
+    return _shaped(forest.tokens(value, dtype), channels)

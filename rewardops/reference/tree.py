@@ -1,0 +1,89 @@
+"""Values of given trees, the specification (see :mod:`rewardops.tree`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_nodes(values: Tensor, index: Tensor) -> Tensor:
+    return values[index]
+
+
+def at_nodes_backward(grad: Tensor, index: Tensor, size: int) -> Tensor:
+    # Terms with equal indices are sorted on a device, not added atomically.
+    return grad.new_zeros(size, grad.shape[1]).index_put_((index,), grad, accumulate=True)
+
+
+def depths(parent: Tensor) -> Tensor:
+    """Edges above each node; by pointer jumping, so that nothing is read back."""
+    own = torch.arange(parent.shape[0], device=parent.device)
+    is_root = (parent < 0) | (parent >= parent.shape[0])
+    step = torch.where(is_root, own, parent)
+    depth = (~is_root).long()
+    for _ in range(parent.shape[0].bit_length()):
+        depth = depth + depth[step]
+        step = step[step]
+    return depth
+
+
+def tree_values(
+    parent: Tensor,
+    rewards: Tensor,
+    visits: Tensor | None,
+    reduce: str,
+    temperature: float,
+    max_depth: int,
+) -> tuple[Tensor, Tensor]:
+    """Values, and how much a node's value moves its parent's."""
+    depth = depths(parent)
+    inner = torch.zeros_like(parent, dtype=torch.bool)
+    inner[parent[depth > 0]] = True
+    values = torch.where(inner, 0, rewards)
+    slope = torch.zeros_like(values)
+    weight = torch.ones_like(values) if visits is None else visits
+    own = torch.arange(parent.shape[0], device=parent.device)
+
+    def total(terms: Tensor, up: Tensor) -> Tensor:
+        return torch.zeros_like(values).index_put_((up,), terms, accumulate=True)
+
+    for level in range(int(depth.max()) if depth.numel() else 0, 0, -1):
+        child = own[(depth == level) & (weight != 0)]
+        up, v, w = parent[child], values[child], weight[child]
+        if reduce == "sum":
+            values = values + total(v, up)
+            slope[child] = 1.0
+        elif reduce == "mean":
+            weighed = total(w, up)
+            values = values + total(w * v, up) / torch.where(weighed == 0, 1, weighed)
+            slope[child] = w / weighed[up]
+        else:
+            sign = -1.0 if reduce == "min" else 1.0
+            best = torch.full_like(values, -torch.inf).scatter_reduce(0, up, sign * v, "amax")
+            if reduce == "softmax":
+                e = ((v - best[up]) / temperature).exp()
+                share = e / total(e, up)[up]
+                values = values + total(share * v, up)
+                slope[child] = share * (1 + (v - values[up]) / temperature)
+            else:
+                first = torch.where(sign * v == best[up], child, len(parent))
+                chosen = torch.full_like(parent, len(parent)).scatter_reduce(0, up, first, "amin")
+                slope[child] = (chosen[up] == child).to(values.dtype)
+                values = values + total(torch.where(chosen[up] == child, v, 0), up)
+    return values, slope
+
+
+def tree_values_backward(grad: Tensor, parent: Tensor, slope: Tensor) -> Tensor:
+    """``g[n] = grad[n] + slope[n] g[parent]``, kept at leaves; the maps along a path compose in pairs."""
+    own = torch.arange(parent.shape[0], device=parent.device)
+    is_root = (parent < 0) | (parent >= parent.shape[0])
+    step = torch.where(is_root, own, parent)
+    factor = torch.where(is_root, 0, slope)
+    total = grad.clone()
+    for _ in range(parent.shape[0].bit_length()):
+        total = total + factor * total[step]
+        factor = factor * factor[step]
+        step = step[step]
+    leaf = torch.ones_like(parent, dtype=torch.bool)
+    leaf[step.new_zeros(0) if not len(parent) else parent[~is_root]] = False
+    return torch.where(leaf, total, 0)

@@ -1,0 +1,276 @@
+"""Trees given by their parents: values from the leaves up, and advantages of nodes.
+
+For tree search, where the tree is known (TreeRL, SPO-tree, ReST-MCTS*, OmegaPRM, Math-Shepherd);
+:mod:`rewardops.prefix_tree` finds it in the tokens, and takes the formulas of its nodes from here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import advantages, layout
+from .dispatch import define
+
+REDUCES = ("mean", "max", "min", "softmax", "sum")
+KINDS = ("local", "global", "tree_rl", "siblings")
+FORMS = ("paper", "released")
+
+
+# ---- ops ---------------------------------------------------------------------------------------------------
+
+_at_nodes_backward = define(
+    "tree",
+    "at_nodes_backward(Tensor grad, Tensor index, SymInt size) -> Tensor",
+    fake=lambda grad, index, size: grad.new_empty(size, grad.shape[1]),
+)
+
+
+def _setup_at(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    values, index = inputs
+    ctx.save_for_backward(index)
+    ctx.size = values.shape[0]
+
+
+# An op of its own so that a compiler does not make atomic additions of its gradient.
+_at_nodes = define(
+    "tree",
+    "at_nodes(Tensor values, Tensor index) -> Tensor",
+    fake=lambda values, index: values.new_empty(index.shape[0], values.shape[1]),
+    setup_context=_setup_at,
+    backward=lambda ctx, grad: (_at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size), None),
+)
+
+_values_backward = define(
+    "tree",
+    "tree_values_backward(Tensor grad, Tensor parent, Tensor slope) -> Tensor",
+    fake=lambda grad, parent, slope: slope.new_empty(slope.shape),
+)
+
+
+def _setup_values(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+_tree_values = define(
+    "tree",
+    "tree_values(Tensor parent, Tensor rewards, Tensor? visits, str reduce, float temperature, SymInt max_depth)"
+    " -> (Tensor values, Tensor slope)",
+    fake=lambda parent, rewards, *_: (rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)),
+    setup_context=_setup_values,
+    backward=lambda ctx, grad, _: (None, _values_backward(grad, *ctx.saved_tensors), *[None] * 4),
+)
+
+
+# ---- nodes by their parents --------------------------------------------------------------------------------
+
+
+def own(parent: Tensor) -> Tensor:
+    return torch.arange(parent.shape[0], device=parent.device)
+
+
+def last(step: Tensor) -> Tensor:
+    """Where following ``step`` from each node ends: at the first node that is its own step."""
+    for _ in range(step.shape[0].bit_length()):
+        step = step[step]
+    return step
+
+
+def _up(parent: Tensor) -> Tensor:
+    """Each node's parent; a root is its own."""
+    inside = (parent >= 0) & (parent < parent.shape[0])
+    return torch.where(inside, parent, own(parent))
+
+
+def local(values: Tensor, parent: Tensor) -> Tensor:
+    """``[M, C]``: a node's value less its parent's; 0 at a root."""
+    return values - _at_nodes(values, _up(parent))
+
+
+def overall(values: Tensor, parent: Tensor) -> Tensor:
+    """``[M, C]``: a node's value less its root's."""
+    return values - _at_nodes(values, last(_up(parent)))
+
+
+def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor:
+    """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
+    root = (leaves.clamp(min=1).double() ** 0.5)[:, None]
+    if form == "paper":
+        return (local(values, parent) + overall(values, parent)) / root
+    # Less the mean of the others, a leaf's reward is that less the mean of all, times n / (n - 1).
+    number = leaves[last(_up(parent))][:, None]
+    spread = number / (number - 1).clamp(min=1)
+    value = torch.where(number > 1, overall(values, parent) * spread, values) / root
+    return value + local(value, parent)
+
+
+def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof: int) -> Tensor:
+    """``[M, C]``: group-relative among the children of a node; 0 at a root."""
+    up = _up(parent)
+    labels = torch.where(up == own(parent), -1 - up, up)
+    columns = [
+        advantages.group_advantages(values[:, c], labels, scale=scale, eps=eps, ddof=ddof)
+        for c in range(values.shape[1])
+    ]
+    return torch.stack(columns, 1) if columns else values
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    layout.check_integer("parent", parent)
+    if parent.dim() != 1:
+        raise ValueError(f"parent: got shape {layout.show(parent.shape)}, want [M] (one per node)")
+    layout.check_float("leaf_rewards", leaf_rewards)
+    layout.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node")
+    layout.check_device("leaf_rewards", leaf_rewards, parent.device, "parent")
+    (promoted,) = layout.promote(leaf_rewards)
+    parent = parent.detach().long()
+    if layout.may_read(parent) and parent.numel():
+        low, high = int(parent.min()), int(parent.max())
+        if low < -1 or high >= parent.shape[0]:
+            bad = low if low < -1 else high
+            raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
+        # In a cycle, no step is its own.
+        end = last(_up(parent))
+        if bool((parent[end] != -1).any()):
+            raise ValueError(
+                f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
+            )
+    return parent, leaf_rewards.double(), promoted.dtype
+
+
+def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int) -> Tensor | None:
+    if visits is None:
+        return None
+    if isinstance(visits, str):
+        layout.check_choice("visits", visits, ("leaves",))
+        return _leaves(parent, max_depth)
+    found = layout.check_tensor("visits", visits)
+    if found.dtype not in (*layout.INTEGERS, *layout.FLOATS):
+        raise TypeError(f"visits: got dtype {found.dtype}, want integer or float")
+    layout.check_shape("visits", found, parent.shape, "one per node")
+    layout.check_device("visits", found, parent.device, "parent")
+    return found.detach().double()
+
+
+def _leaves(parent: Tensor, max_depth: int) -> Tensor:
+    """``[M]`` float64: the leaves below each node."""
+    ones = torch.ones(parent.shape, dtype=torch.float64, device=parent.device)
+    return _tree_values(parent, ones, None, "sum", 1.0, max_depth)[0]  # type: ignore[no-any-return]
+
+
+def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
+    if max_depth is None:
+        # How many launches there are: on a device, reading it would be a synchronisation.
+        if parent.device.type != "cpu":
+            raise ValueError("max_depth: got None, want the largest number of edges above a leaf")
+        return -1
+    if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < 0:
+        raise ValueError(f"max_depth: got {max_depth!r}, want a whole number of at least 0")
+    return max_depth
+
+
+# ---- values and advantages ---------------------------------------------------------------------------------
+
+
+def tree_values(
+    parent: Tensor,
+    leaf_rewards: Tensor,
+    *,
+    reduce: str = "mean",
+    visits: Tensor | str | None = None,
+    temperature: float = 1.0,
+    max_depth: int | None = None,
+) -> Tensor:
+    """Value of every node of given trees, from the leaves up.
+
+    A leaf (a node that is nobody's parent) has its reward as value, every other node a reduction of its
+    children's values. ``"mean"`` is the estimate of Math-Shepherd (soft), TreeRL and SPO-tree, ``"max"`` that of
+    Math-Shepherd (hard) and of best-first search, ``"min"`` the worst case, ``"softmax"`` the mean weighted by
+    ``exp(value / temperature)``, between the mean and the maximum. A mean that counts every child once and one
+    that counts every leaf once differ in an unbalanced tree.
+
+    Args:
+        parent: ``[M]`` integer; the parent of each node, -1 for a root. Nodes in any order, any number of trees.
+        leaf_rewards: ``[M]``; float32, bfloat16, float16 or float64. Read at leaves only.
+        reduce: ``"mean"``, ``"max"``, ``"min"``, ``"softmax"`` or ``"sum"``.
+        visits: ``[M]``, what each node weighs in its parent's mean (visit counts of a search), ``"leaves"`` for
+            the leaves below it, None for 1. Under every reduction a node with 0 visits does not count, and a
+            node none of whose children counts has value 0.
+        temperature: of ``"softmax"``, above 0.
+        max_depth: edges above the deepest leaf, or more. Needed on a device, where a level is a launch.
+
+    Returns:
+        ``[M]``; float32 (float64 for float64 rewards). Differentiable in ``leaf_rewards``; the gradient of a
+        maximum or minimum goes to the first child that attains it.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a parent
+            that is no node, a cycle (both where the values can be read), an option out of its range.
+    """
+    parent, rewards, dtype = _checked(parent, leaf_rewards)
+    layout.check_choice("reduce", reduce, REDUCES)
+    layout.check_positive("temperature", temperature)
+    depth = _checked_depth(max_depth, parent)
+    weight = _checked_visits(visits, parent, depth)
+    values: Tensor = _tree_values(parent, rewards, weight, reduce, float(temperature), depth)[0]
+    return values.to(dtype)
+
+
+def tree_advantages(
+    parent: Tensor,
+    leaf_rewards: Tensor,
+    *,
+    kind: str = "local",
+    reduce: str = "mean",
+    visits: Tensor | str | None = None,
+    temperature: float = 1.0,
+    form: str = "paper",
+    scale: str = "std",
+    eps: float = 1e-6,
+    ddof: int = 1,
+    max_depth: int | None = None,
+) -> Tensor:
+    """Advantage of every node of given trees over where it came from.
+
+    On the values of :func:`tree_values`: ``"local"`` is ``V(n) - V(parent)`` (SPO-tree's, arXiv 2505.23564, and
+    the advantage of a step in a search), ``"global"`` is ``V(n) - V(root)``, ``"tree_rl"`` both over the square
+    root of the leaves below n (2506.11902), ``"siblings"`` the value relative to the other children of the same
+    parent, ``(V(n) - mean V) / (std V + eps)`` (TreeRPO's groups, 2506.05183). Roots have 0.
+
+    Args:
+        parent, leaf_rewards, reduce, visits, temperature, max_depth: as in :func:`tree_values`; without
+            ``visits``, ``"tree_rl"`` counts every leaf once, as its paper does.
+        form: of ``"tree_rl"``, as in :func:`rewardops.tree_rl_advantages`.
+        scale, eps, ddof: of ``"siblings"``, as in :func:`rewardops.group_advantages`.
+
+    Returns:
+        ``[M]``; float32 (float64 for float64 rewards). Differentiable in ``leaf_rewards``.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: as :func:`tree_values`, and an unknown kind, form
+            or scale.
+    """
+    parent, rewards, dtype = _checked(parent, leaf_rewards)
+    layout.check_choice("kind", kind, KINDS)
+    layout.check_choice("form", form, FORMS)
+    layout.check_choice("reduce", reduce, REDUCES)
+    layout.check_positive("temperature", temperature)
+    advantages.check_scale(scale, eps, ddof)
+    depth = _checked_depth(max_depth, parent)
+    if visits is None and kind == "tree_rl" and reduce == "mean":
+        visits = "leaves"
+    weight = _checked_visits(visits, parent, depth)
+    values = _tree_values(parent, rewards, weight, reduce, float(temperature), depth)[0][:, None]
+    if kind == "local":
+        out = local(values, parent)
+    elif kind == "global":
+        out = overall(values, parent)
+    elif kind == "tree_rl":
+        out = tree_rl(values, parent, _leaves(parent, depth), form)
+    else:
+        out = among_siblings(values, parent, scale, eps, ddof)
+    return out[:, 0].to(dtype)
