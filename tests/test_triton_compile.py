@@ -64,10 +64,12 @@ def record() -> list:
         segments,
         selection,
         td,
+        tree,
     )  # fmt: skip
 
     from rewardops.logits import OUTPUTS
     from rewardops.reference.segments import REDUCTIONS
+    from rewardops.tree import REDUCES
 
     launches = recorder()
     vocab, batch, width = 151936, 8, 4096
@@ -151,8 +153,25 @@ def record() -> list:
             segments.segment_reduce_backward(
                 rewards[:, None], values, values.long(), *reduced, m, offsets, op
             )
-        prefix_tree.prefix_values(values.long(), rewards, groups, m, offsets, 4)
-        prefix_tree.prefix_values_backward(values, values, values.int(), rewards, groups, m, offsets, 4)
+        for ids in (values.long(), values.int()):
+            forest = prefix_tree.prefix_tree(ids, groups, m, offsets)
+        nodes, by_row = torch.zeros(2 * batch, 1).double(), torch.zeros(batch, 1).double()
+        for weights, centre, gamma in ((None, None, 1.0), (by_row[:, 0], None, 0.9), (by_row[:, 0], nodes, 1.0)):
+            prefix_tree.subtree_sums(by_row, weights, centre, *forest, gamma)
+            prefix_tree.subtree_sums_backward(nodes, by_row, weights, centre, *forest, gamma)
+        for at, given, gamma in (
+            ("after", (nodes, None, None, None), 1.0),
+            ("before", (nodes, nodes, None, by_row), 0.9),
+            ("step", (None, nodes, by_row, by_row), 1.0),
+        ):
+            where = (*forest, m, offsets, values.shape[-1], at, gamma)
+            for dtype in (torch.float32, torch.float64, torch.int32):
+                if dtype is torch.float32 or at == "after":
+                    prefix_tree.nodes_to_tokens(*given, *where, dtype)
+            prefix_tree.nodes_to_tokens_backward(values[None], *given, *where)
+    for reduce in REDUCES:
+        for visits in (None, rewards.double()):
+            tree.tree_values(groups - 1, rewards.double(), visits, reduce, 0.5, 1)
 
     distinct = {}
     for kernel, args, kwargs in launches:
@@ -310,7 +329,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {row["kernel"] for row in compiled}
-    assert len(kernels) == 25, sorted(kernels)
+    assert len(kernels) == 29, sorted(kernels)
     for target in TARGETS:
         assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
 

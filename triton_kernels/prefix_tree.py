@@ -19,7 +19,7 @@ from .groups import LABELS, next_member
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
-BLOCK = 128 if INTERPRETED else 1024
+BLOCK = 128 if INTERPRETED else 512  # tokens at once
 PLACES = 64 if INTERPRETED else 256  # positions read at once
 
 
@@ -63,8 +63,8 @@ def places_kernel(
     mine = tokens + base + b.to(tl.int64) * tokens_stride + tl.load(first + b)
     length = tl.load(lengths + b)
     place = tl.zeros([], tl.int64)
-    for start in range(0, batch, LABELS):
-        rows = start + tl.arange(0, LABELS)
+    for block in range(0, batch, LABELS):
+        rows = block + tl.arange(0, LABELS)
         lower = (tl.load(groups + rows, mask=rows < batch, other=0) < label) & (rows < batch)
         place += tl.sum(lower.to(tl.int64), 0)
     most = tl.full([], -1, tl.int64)
