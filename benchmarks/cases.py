@@ -47,6 +47,7 @@ class Case:
     differentiable: int = 0  # the first so many inputs get a gradient; 0 for forward only
     peers: dict[str, Function] = field(default_factory=dict)
     floor: tuple[str, Callable[[], Any]] | None = None  # what nobody can leave out; timed, not compared
+    compiled: bool = True  # whether `plain` is one that a compiler finishes with
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -158,13 +159,48 @@ def plain_softmin_rewards(rewards: Tensor, mask: Tensor, steps: Tensor) -> Tenso
 
 
 def plain_prefix_values(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """A member of every group at a time: all pairs at once would be [groups, K, K, T]."""
     x, m = tokens.view(-1, group, tokens.shape[1]), mask.view(-1, group, mask.shape[1])
     r = rewards.view(-1, group)
-    same = ((x[:, :, None] == x[:, None]) & m[:, :, None] & m[:, None]).cumprod(3, dtype=torch.int8).float()
-    value = (same * r[:, None, :, None]).sum(2) / same.sum(2).clamp(min=1)
+    total = torch.zeros(x.shape, device=x.device)
+    count = torch.zeros_like(total)
+    for j in range(group):
+        same = ((x == x[:, j : j + 1]) & m & m[:, j : j + 1]).cumprod(2, dtype=torch.int8)
+        total += same * r[:, j, None, None]
+        count += same
+    value = total / count.clamp(min=1)
     root = r.mean(1)[:, None, None].expand(-1, group, 1)
     before = torch.cat([root, value[..., :-1]], 2)
     return (before * m).view(tokens.shape), (value * m).view(tokens.shape)
+
+
+def trie_prefix_values(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """A trie of dictionaries per group, as it is written in trainers."""
+    before, after = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
+    rows = [x[m].tolist() for x, m in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    outcome = rewards.tolist()
+    for start in range(0, len(rows), group):
+        children: list[dict[int, int]] = [{}]
+        total, count, paths = [0.0], [0], []
+        for b in range(start, start + group):
+            path, node = [0], 0
+            for token in rows[b]:
+                following = children[node].get(token)
+                if following is None:
+                    following = children[node][token] = len(children)
+                    children.append({})
+                    total.append(0.0)
+                    count.append(0)
+                node = following
+                path.append(node)
+            for node in path:
+                total[node] += outcome[b]
+                count[node] += 1
+            paths.append(path)
+        for b, path in enumerate(paths, start):
+            values = torch.tensor([total[n] / count[n] for n in path])
+            before[b, : len(path) - 1], after[b, : len(path) - 1] = values[:-1], values[1:]
+    return before.to(tokens.device), after.to(tokens.device)
 
 
 def plain_tempo(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Tensor:
@@ -221,6 +257,27 @@ def products(count: int, hidden: Tensor, weight: Tensor) -> Callable[[], None]:
     return call
 
 
+def shared_prefixes(
+    rows: int, length: int, group: int, shared: int, vocab: int, g: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and outcomes of ragged rows that branch off an earlier one of their group.
+
+    The depth of a branch is exponential with mean ``shared``: most rows part early, as samples do.
+    """
+    tokens = torch.randint(0, vocab, (rows, length), generator=g, device=device)
+    place = torch.arange(rows, device=device) % group
+    own = (torch.rand(rows, generator=g, device=device) * place).long()  # an earlier row of the group
+    depth = -shared * torch.rand(rows, generator=g, device=device).clamp(min=1e-9).log()
+    column = torch.arange(length, device=device)
+    for k in range(1, group):
+        later = (place == k).nonzero()[:, 0]
+        there = tokens[later - place[later] + own[later]]
+        tokens[later] = torch.where(column < depth[later, None], there, tokens[later])
+    lengths = torch.randint(length // 2, length + 1, (rows,), generator=g, device=device)
+    rewards = torch.randint(0, 2, (rows,), generator=g, device=device).float()
+    return tokens, column < lengths[:, None], rewards
+
+
 # ---- the cases ---------------------------------------------------------------------------------------------
 
 NAMES = (
@@ -241,7 +298,9 @@ NAMES = (
     "gae",
     "gae_long",
     "prefix_values",
+    "prefix_values_large",
     "tempo_advantages",
+    "tempo_advantages_large",
 )
 
 
@@ -384,24 +443,27 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
             size_of(step_rewards) * 2 + size_of(mask, steps),
             floor=("copy of the rewards", lambda: step_rewards.clone()),
         )
-    # A group's rows branch off their first row at random depths.
-    tokens = ids(sizes.vocab, b, t)
-    first = tokens[torch.arange(b, device=device) // k * k]
-    tokens = torch.where(torch.arange(t, device=device) < ids(max(t // 2, 1), b, 1), first, tokens)
+    # As many tokens as above, in shorter rows; the groups of the large cases have 16 times as many.
+    large, on_host = name.endswith("_large"), device.type == "cpu"
+    b, t, k = max(4 * b, 16 * k), t // 2, 16 * k if large else k
+    tokens, mask, rewards = shared_prefixes(b, t, k, t // 10, sizes.vocab, g, device)
     moved = size_of(tokens, mask)
-    if name == "prefix_values":
+    if name.startswith("prefix_values"):
         return Case(
             name,
             lambda x, r, m: rewardops.prefix_values(x, r, group_size=k, mask=m)[:2],
             lambda x, r, m: plain_prefix_values(x, r, m, k),
             (tokens, rewards, mask),
             moved + 12 * b * t,
+            peers={"dictionary trie": lambda x, r, m: trie_prefix_values(x, r, m, k)} if on_host else {},
+            compiled=not large,
         )
-    assert name == "tempo_advantages", name
+    assert name.startswith("tempo_advantages"), name
     return Case(
         name,
         lambda x, r, m: rewardops.tempo_advantages(x, r, group_size=k, mask=m),
         lambda x, r, m: plain_tempo(x, r, m, k),
         (tokens, rewards, mask),
         moved + 4 * b * t,
+        compiled=not large,
     )

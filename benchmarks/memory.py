@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,20 @@ def _resident(field: str) -> int:
 
 def _size(result: Any) -> int:
     return size_of(*([result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]))
+
+
+def keep() -> bool:
+    """Have the C library keep what is freed, as allocators on GPUs do; False where it cannot.
+
+    By default every large result is fetched from the system anew, and on some machines that takes longer than
+    computing it, for every variant alike.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -77,7 +77,7 @@ def run_case(
     """Time one case. A variant that runs out of memory, or fails to compile, is reported and left out."""
     case = cases.make(name, sizes, device, dtype)
     variants = {"ours": case.ours, "eager": case.plain, **case.peers}
-    if compiled:
+    if compiled and case.compiled:
         torch._dynamo.reset()
         variants["compile"] = torch.compile(case.plain, dynamic=False)
     calls: dict[str, Callable[[], Any]] = {}

@@ -286,12 +286,20 @@ Tree<I> tree(int64_t batch, Address rows, Address nodes) {
 
 template <typename Token>
 void prefix_tree(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
-                 Address tree_rows, Address nodes, int threads) {
+                 Address tree_rows, Address nodes, bool skip, int threads) {
   const Rows r = rows(shape);
   const PrefixTreeArgs<Token> a{r, tokens<const uint8_t>(mask), tokens<const Token>(ids), at<const int64_t>(groups),
-                                tree<int64_t>(r.batch, tree_rows, nodes)};
+                                tree<int64_t>(r.batch, tree_rows, nodes), skip};
   const py::gil_scoped_release release;
   rewardops::cpu::prefix_tree(a, threads);
+}
+
+void prefix_lcp(int64_t batch, Address tree_rows, Address groups, int64_t most, Address members, Address lcp,
+                int threads) {
+  const PrefixLcpArgs a{tree<const int64_t>(batch, tree_rows, 0), at<const int64_t>(groups), most, at<int32_t>(members),
+                        at<int32_t>(lcp)};
+  const py::gil_scoped_release release;
+  rewardops::cpu::prefix_lcp(a, threads);
 }
 
 // Backward where grad is given.
@@ -309,7 +317,7 @@ void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t chann
 template <typename T>
 NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
                               int64_t channels, int64_t plane, Address values, Address along, Address base,
-                              Address factor, int where, double gamma) {
+                              Address factor, int where, double gamma, bool skip) {
   NodeTokensArgs<T> a{};
   a.rows = rows(shape);
   a.tree = tree<const int64_t>(a.rows.batch, tree_rows, nodes);
@@ -322,15 +330,16 @@ NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Add
   a.factor = at<const double>(factor);
   a.at = static_cast<At>(where);
   a.gamma = gamma;
+  a.skip = skip;
   return a;
 }
 
 template <typename T>
 void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
                      int64_t channels, int64_t plane, Address values, Address along, Address base, Address factor,
-                     int where, double gamma, const py::tuple& out, int threads) {
+                     int where, double gamma, bool skip, const py::tuple& out, int threads) {
   auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
-                          gamma);
+                          gamma, skip);
   a.out = tokens<T>(out);
   const py::gil_scoped_release release;
   rewardops::cpu::nodes_to_tokens(a, threads);
@@ -339,10 +348,10 @@ void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree
 template <typename T>
 void nodes_to_tokens_backward(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
                               int64_t channels, int64_t plane, Address values, Address along, Address base,
-                              Address factor, int where, double gamma, const py::tuple& grad, Address grad_values,
+                              Address factor, int where, double gamma, bool skip, const py::tuple& grad, Address grad_values,
                               Address grad_along, Address grad_base, Address grad_factor, int threads) {
   auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
-                          gamma);
+                          gamma, skip);
   a.grad = tokens<const T>(grad);
   a.grad_values = at<double>(grad_values);
   a.grad_along = at<double>(grad_along);
@@ -436,6 +445,7 @@ void define_typed(py::module_& m, const char* suffix) {
 void define_trees(py::module_& m) {
   m.def("prefix_tree_i32", prefix_tree<int32_t>);
   m.def("prefix_tree_i64", prefix_tree<int64_t>);
+  m.def("prefix_lcp", prefix_lcp);
   m.def("subtree_sums", subtree_sums);
   m.def("tree_values", tree_values);
   m.def("tree_values_backward", tree_values_backward);

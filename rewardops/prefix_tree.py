@@ -26,10 +26,19 @@ HOLES = ("prefix", "skip")
 
 _prefix_tree = define(
     "prefix_tree",
-    "prefix_tree(Tensor tokens, Tensor groups, Tensor? mask, Tensor? cu_seqlens) -> (Tensor rows, Tensor nodes)",
+    "prefix_tree(Tensor tokens, Tensor groups, Tensor? mask, Tensor? cu_seqlens, bool skip)"
+    " -> (Tensor rows, Tensor nodes)",
     fake=lambda tokens, groups, *_: (
         groups.new_empty(5, groups.shape[0]),
         groups.new_empty(4, 2 * groups.shape[0]),
+    ),
+)
+
+_prefix_lcp = define(
+    "prefix_tree",
+    "prefix_lcp(Tensor rows, Tensor groups, SymInt most) -> (Tensor members, Tensor lcp)",
+    fake=lambda rows, groups, most: tuple(
+        groups.new_empty((groups.shape[0], most), dtype=torch.int32) for _ in range(2)
     ),
 )
 
@@ -67,11 +76,11 @@ _subtree_sums = define(
 
 _ON_TOKENS = (
     "Tensor? values, Tensor? along, Tensor? base, Tensor? factor, Tensor rows, Tensor nodes, Tensor? mask,"
-    " Tensor? cu_seqlens, SymInt size, str at, float gamma"
+    " Tensor? cu_seqlens, bool skip, SymInt size, str at, float gamma"
 )
 
 
-def _fake_tokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, size, at, gamma, dtype):  # type: ignore[no-untyped-def]
+def _fake_tokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, skip, size, at, gamma, dtype):  # type: ignore[no-untyped-def]
     shape = (rows.shape[1], size) if cu_seqlens is None else (size,)
     return rows.new_empty(((along if values is None else values).shape[1], *shape), dtype=dtype)
 
@@ -86,17 +95,17 @@ _tokens_backward = define(
 
 
 def _setup_tokens(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, size, at, gamma, _ = inputs
-    ctx.options = (size, at, gamma)
+    *tensors, skip, size, at, gamma, _ = inputs
+    ctx.options = (skip, size, at, gamma)
     ctx.save_for_backward(*tensors)
 
 
 def _gradient_tokens(ctx, grad):  # type: ignore[no-untyped-def]
     if not grad.dtype.is_floating_point:
-        return (None,) * 12
+        return (None,) * 13
     found = _tokens_backward(grad, *ctx.saved_tensors, *ctx.options)
     given = ctx.saved_tensors[:4]
-    return (*(None if t is None else g for t, g in zip(given, found, strict=True)), *[None] * 8)
+    return (*(None if t is None else g for t, g in zip(given, found, strict=True)), *[None] * 9)
 
 
 _nodes_to_tokens = define(
@@ -109,25 +118,6 @@ _nodes_to_tokens = define(
 
 
 # ---- the trees of a batch ----------------------------------------------------------------------------------
-
-
-def _without_holes(tokens: Tensor, rows: Layout) -> tuple[Tensor, Layout, Tensor]:
-    """Tokens and layout with each row's valid tokens moved to its front; and where each of them went."""
-    valid = rows.valid(tokens.device)
-    # How many valid tokens of its row lie before and at a token, and where its row starts.
-    counted = valid.cumsum(-1)
-    position = torch.arange(tokens.shape[-1], device=tokens.device)
-    if rows.cu_seqlens is None:
-        start, number = torch.zeros_like(counted[:, :1]), counted[:, -1:]
-    else:
-        cu, total = rows.cu_seqlens.long(), torch.cat([counted.new_zeros(1), counted])
-        counted = counted - rows.expand(total[cu[:-1]])
-        start, number = rows.expand(cu[:-1]), rows.expand(total[cu[1:]] - total[cu[:-1]])
-    where = start + counted - 1
-    spill = tokens.new_zeros((*tokens.shape[:-1], tokens.shape[-1] + 1))
-    moved = spill.scatter(-1, torch.where(valid, where, tokens.shape[-1]), tokens)[..., :-1]
-    mask = position < start + number
-    return moved, Layout(rows.batch, rows.shape, mask, rows.cu_seqlens), where.clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -156,11 +146,9 @@ class TokenRows:
 
     def forest(self) -> Forest:
         """The prefix trees of the groups."""
-        tokens, rows, where = self.tokens, self.layout, None
-        if self.hole == "skip" and rows.mask is not None and tokens.numel():
-            tokens, rows, where = _without_holes(tokens, rows)
-        tree_rows, nodes = _prefix_tree(tokens, self.labels, rows.mask, rows.cu_seqlens)
-        return Forest(tree_rows, nodes, tokens, rows, self.layout, where)
+        skip = self.hole == "skip"
+        rows, nodes = _prefix_tree(self.tokens, self.labels, self.layout.mask, self.layout.cu_seqlens, skip)
+        return Forest(rows, nodes, self.layout, skip)
 
 
 @dataclass(frozen=True)
@@ -169,10 +157,8 @@ class Forest:
 
     rows: Tensor
     nodes: Tensor
-    source: Tensor  # the tokens, in `layout`
     layout: Layout
-    given: Layout  # of the tokens as the caller sees them: another one only where holes are skipped
-    where: Tensor | None  # of the caller's tokens in `layout`
+    skip: bool  # whether masked tokens between valid ones are left out
 
     @property
     def leaf(self) -> Tensor:
@@ -245,18 +231,11 @@ class Forest:
         rows = self.rows
         if leaf is not None:
             rows = torch.cat([rows[:1], leaf[None], rows[2:]])
-        at_rest = (self.layout.mask, self.layout.cu_seqlens, self.layout.shape[-1])
+        at_rest = (self.layout.mask, self.layout.cu_seqlens, self.skip, self.layout.shape[-1])
         out: Tensor = _nodes_to_tokens(
             values, along, base, factor, rows, self.nodes, *at_rest, at, float(gamma), dtype
         )
-        return self.to_given(out)
-
-    def to_given(self, x: Tensor) -> Tensor:
-        """Tokens of the layout of the tree, ``[..., *tokens]``, as the caller sees them."""
-        if self.where is None:
-            return x
-        assert self.given.mask is not None
-        return torch.where(self.given.mask, x.gather(-1, self.where.expand(x.shape)), 0)
+        return out
 
 
 # ---- common prefixes ---------------------------------------------------------------------------------------
@@ -314,26 +293,8 @@ def prefix_lcp(
             size that is not known.
     """
     given = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
-    batch, device, labels = given.layout.batch, tokens.device, given.labels
-    most = _largest_group(labels, group_size, max_group_size)
-    order, _, _, length, shared = given.forest().rows
-    position, slot = torch.arange(batch, device=device), torch.arange(most, device=device)
-    ahead = torch.cat([shared, shared.new_full((most,), -1)])[position[:, None] + slot]
-    ahead[:, 0] = torch.iinfo(torch.int64).max
-    ahead = ahead.cummin(1).values
-    ahead[:, 0] = torch.where(length > 0, length, -1)[order]
-    # Positions and rows sorted by label have every group in the same place.
-    by_label, rows = labels.sort(stable=True)
-    begin, end = (torch.searchsorted(by_label, labels, right=side) for side in (False, True))
-    index = begin[:, None] + slot
-    inside = index < end[:, None]
-    members = torch.where(inside, rows[index.clamp(max=max(batch - 1, 0))] if batch else index, -1)
-    place = torch.empty_like(order)
-    place[order] = position
-    here, there = place[:, None], place[members.clamp(min=0)] if batch else members
-    apart = (here - there).abs().clamp(max=most - 1)
-    lcp = torch.where(inside, ahead[torch.minimum(here, there), apart], -1) if batch else members
-    return PrefixLcp(members.to(torch.int32), lcp.to(torch.int32))
+    most = _largest_group(given.labels, group_size, max_group_size)
+    return PrefixLcp(*_prefix_lcp(given.forest().rows, given.labels, most))
 
 
 # ---- the compressed tree -----------------------------------------------------------------------------------
@@ -462,7 +423,7 @@ class PrefixTree:
             mean=None if mean is None else mean[kept],
             std=None if std is None else std[kept],
             rewards=x,
-            tokens=_token_lists(forest),
+            tokens=_token_lists(given),
         )
 
     def __len__(self) -> int:
@@ -547,12 +508,19 @@ class PrefixTree:
         return tree_html(self, decode, title)
 
 
-def _token_lists(forest: Forest) -> tuple[tuple[int, ...], ...]:
-    tokens, first, length = forest.source.cpu(), forest.rows[2].tolist(), forest.rows[3].tolist()
-    cu = forest.layout.cu_seqlens
-    start = [0] * len(first) if cu is None else cu.tolist()
-    rows = tokens if cu is None else [tokens] * len(first)
-    return tuple(
-        tuple(rows[b][start[b] + first[b] : start[b] + first[b] + length[b]].tolist())
-        for b in range(len(first))
+def _token_lists(given: TokenRows) -> tuple[tuple[int, ...], ...]:
+    """Per row from its first valid token to its last; only the valid ones where holes are skipped."""
+    tokens, valid, cu = (
+        given.tokens.cpu(),
+        given.layout.valid(given.tokens.device).cpu(),
+        given.layout.cu_seqlens,
     )
+    sizes = None if cu is None else (cu[1:] - cu[:-1]).tolist()
+    pairs = zip(*(x if sizes is None else x.split(sizes) for x in (tokens, valid)), strict=True)
+    found = []
+    for x, counts in pairs:
+        if given.hole == "prefix":
+            at = counts.nonzero()[:, 0]
+            counts = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0)
+        found.append(tuple(x[counts].tolist()))
+    return tuple(found)

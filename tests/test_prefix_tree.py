@@ -40,10 +40,10 @@ def lcp_of(a, b):
     return sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False)))
 
 
-def arrays(tokens, groups, mask=None, cu=None, backend="reference", device="cpu"):
+def arrays(tokens, groups, mask=None, cu=None, backend="reference", device="cpu", skip=False):
     with rewardops.use_backend(backend):
         args = [None if x is None else x.to(device) for x in (tokens, groups, mask, cu)]
-        return [x.cpu() for x in torch.ops.rewardops.prefix_tree(*args)]
+        return [x.cpu() for x in torch.ops.rewardops.prefix_tree(*args, skip)]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -55,8 +55,9 @@ def test_every_backend_builds_the_same_arrays(target, seed):
     where = (target.backend, target.device)
     for ids in (tokens, tokens.int(), tokens.to(torch.uint8), tokens[:, ::2]):
         m = mask[:, ::2] if ids.shape != mask.shape else mask
-        for a, b in zip(arrays(ids, groups, m, None, *where), arrays(ids, groups, m), strict=True):
-            assert torch.equal(a, b)
+        for skip in (False, True):
+            ours, want = arrays(ids, groups, m, None, *where, skip), arrays(ids, groups, m, skip=skip)
+            assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
     lengths = mask.sum(1)
     packed, cu = pack(tokens, lengths)
     inside = torch.arange(24) < lengths[:, None]
@@ -124,26 +125,29 @@ def test_lcp_of_all_pairs(target, generator, hole, packed):
         assert set(lcp[b, len(want) :].tolist()) <= {-1}
 
 
-def test_lcp_knows_the_size_of_groups(generator):
+def test_lcp_knows_the_size_of_groups(target, generator):
     groups = torch.arange(12) // 4
-    tokens = shared_prefix_tokens(groups, 9, generator)
-    a, b = rewardops.prefix_lcp(tokens, group_size=4), rewardops.prefix_lcp(tokens, groups)
+    tokens = shared_prefix_tokens(groups, 9, generator).to(target.device)
+    groups = groups.to(target.device)
+    known = {} if target.device.type == "cpu" else {"max_group_size": 4}
+    a, b = rewardops.prefix_lcp(tokens, group_size=4), rewardops.prefix_lcp(tokens, groups, **known)
     assert torch.equal(a.lcp, b.lcp)
     assert torch.equal(a.members, b.members)
     assert torch.equal(a.lcp.view(3, 4, 4), a.lcp.view(3, 4, 4).mT)
     assert torch.equal(rewardops.prefix_lcp(tokens, group_size=[4, 2, 6]).lcp[:4, :4], a.lcp[:4])
     cut = rewardops.prefix_lcp(tokens, groups, max_group_size=2)
     assert torch.equal(cut.members, a.members[:, :2])
+    assert torch.equal(cut.lcp, a.lcp[:, :2])
     with pytest.raises(ValueError, match="max_group_size: got 0"):
         rewardops.prefix_lcp(tokens, groups, max_group_size=0)
     for shape in ((0, 0), (0, 4), (3, 0)):
-        empty = rewardops.prefix_lcp(torch.zeros(shape).long(), torch.zeros(shape[0]).long())
-        assert empty.lcp.shape == (shape[0], shape[0] or 1)
+        empty = rewardops.prefix_lcp(tokens[:0].new_zeros(shape), group_size=[shape[0]])
+        assert empty.lcp.shape == (shape[0], shape[0])
 
 
 def tree_of(tokens, groups, mask, **options):
     rewards = torch.randn(tokens.shape[0], generator=torch.Generator().manual_seed(1))
-    given = {"mask": mask, "rewards": rewards, **options}
+    given = {"mask": mask, "rewards": rewards.to(tokens.device), **options}
     return rewardops.PrefixTree.from_tokens(tokens, groups, **given), rewards
 
 
@@ -154,9 +158,9 @@ def test_compressed_tree(target, generator, hole):
     mask[13] = False
     rows = rows_of(tokens, mask, hole)
     on = target.device
-    tree, rewards = tree_of(tokens.to(on), groups.to(on), mask.to(on), hole=hole, rewards=None)
-    assert tree.mean is None
-    tree, rewards = tree_of(tokens, groups, mask, hole=hole)
+    given = (tokens.to(on), groups.to(on), mask.to(on))
+    assert tree_of(*given, hole=hole, rewards=None)[0].mean is None
+    tree, rewards = tree_of(*given, hole=hole)
     live = [b for b in range(26) if rows[b]]
     assert len(tree) <= 2 * len(live) - len({int(groups[b]) for b in live})
     assert [tree.rewards[b] for b in live] == [rewards[b] for b in live]

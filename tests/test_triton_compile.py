@@ -154,9 +154,14 @@ def record() -> list:
                 rewards[:, None], values, values.long(), *reduced, m, offsets, op
             )
         for ids in (values.long(), values.int()):
-            forest = prefix_tree.prefix_tree(ids, groups, m, offsets)
+            forest = prefix_tree.prefix_tree(ids, groups, m, offsets, False)
+        prefix_tree.prefix_lcp(forest[0], groups, 4)
         nodes, by_row = torch.zeros(2 * batch, 1).double(), torch.zeros(batch, 1).double()
-        for weights, centre, gamma in ((None, None, 1.0), (by_row[:, 0], None, 0.9), (by_row[:, 0], nodes, 1.0)):
+        for weights, centre, gamma in (
+            (None, None, 1.0),
+            (by_row[:, 0], None, 0.9),
+            (by_row[:, 0], nodes, 1.0),
+        ):
             prefix_tree.subtree_sums(by_row, weights, centre, *forest, gamma)
             prefix_tree.subtree_sums_backward(nodes, by_row, weights, centre, *forest, gamma)
         for at, given, gamma in (
@@ -164,7 +169,7 @@ def record() -> list:
             ("before", (nodes, nodes, None, by_row), 0.9),
             ("step", (None, nodes, by_row, by_row), 1.0),
         ):
-            where = (*forest, m, offsets, values.shape[-1], at, gamma)
+            where = (*forest, m, offsets, False, values.shape[-1], at, gamma)
             for dtype in (torch.float32, torch.float64, torch.int32):
                 if dtype is torch.float32 or at == "after":
                     prefix_tree.nodes_to_tokens(*given, *where, dtype)
@@ -329,7 +334,7 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {row["kernel"] for row in compiled}
-    assert len(kernels) == 29, sorted(kernels)
+    assert len(kernels) == 30, sorted(kernels)
     for target in TARGETS:
         assert {row["kernel"] for row in compiled if row["target"] == target} == kernels
 

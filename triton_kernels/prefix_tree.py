@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.prefix_tree import channels_of
+from ..reference.layout import move, move_back, places_without_holes
+from ..reference.prefix_tree import channels_of, members_of
 from .groups import LABELS, next_member
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
@@ -173,8 +174,11 @@ def nodes_kernel(
 
 
 def prefix_tree(
-    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, skip: bool
 ) -> tuple[Tensor, Tensor]:
+    if skip and mask is not None:
+        places = places_without_holes(mask, cu_seqlens)
+        tokens, mask = move(tokens, mask, places), move(mask, mask, places)
     groups, mask, tokens = groups.contiguous(), as_bytes(mask), dense(tokens)
     r = Rows.of(tokens.shape, cu_seqlens, groups)
     rows, nodes = groups.new_empty(5, r.batch), groups.new_empty(4, 2 * r.batch)
@@ -192,6 +196,44 @@ def prefix_tree(
     )  # fmt: skip
     nodes_kernel[grid](order, leaf, lengths, shared, *nodes, r.batch, BLOCK=PLACES)
     return rows, nodes
+
+
+@triton.jit(do_not_specialize=["batch", "most"])
+def prefix_lcp_kernel(order, lengths, shared, rank, lcp, batch, most):
+    """Program p: what the row at p shares with the rows of its group, from its neighbours on."""
+    p = tl.program_id(0).to(tl.int64)
+    row = tl.load(order + p)
+    target = lcp + row * most
+    own = tl.load(rank + row)
+    length = tl.load(lengths + row)
+    tl.store(target + own, tl.where(length > 0, length, -1).to(tl.int32), mask=own < most)
+    least = length
+    q = p
+    common = tl.load(shared + q)
+    while common >= 0:
+        q -= 1
+        least = tl.minimum(least, common)
+        place = tl.load(rank + tl.load(order + q))
+        tl.store(target + place, least.to(tl.int32), mask=place < most)
+        common = tl.load(shared + q)
+    least = length
+    q = p + 1
+    common = tl.load(shared + q, mask=q < batch, other=-1)
+    while common >= 0:
+        least = tl.minimum(least, common)
+        place = tl.load(rank + tl.load(order + q))
+        tl.store(target + place, least.to(tl.int32), mask=place < most)
+        q += 1
+        common = tl.load(shared + q, mask=q < batch, other=-1)
+
+
+def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    members, rank = members_of(groups, most)
+    order, _, _, lengths, shared = rows.contiguous()
+    lcp = groups.new_full((len(groups), most), -1, dtype=torch.int32)
+    if len(groups):
+        prefix_lcp_kernel[(len(groups),)](order, lengths, shared, rank, lcp, len(groups), most)
+    return members.to(torch.int32), lcp
 
 
 # ---- sums over subtrees ------------------------------------------------------------------------------------
@@ -506,11 +548,15 @@ def nodes_to_tokens(
     nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    skip: bool,
     size: int,
     at: str,
     gamma: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    if skip and mask is not None:
+        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma, dtype)
+        return move_back(nodes_to_tokens(*given), mask, places_without_holes(mask, cu_seqlens))
     packed, channels, batch = cu_seqlens is not None, channels_of(values, along), rows.shape[1]
     shape = (size,) if packed else (batch, size)
     out = output(rows, (channels, *shape), packed, dtype)
@@ -541,10 +587,15 @@ def nodes_to_tokens_backward(
     nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    skip: bool,
     size: int,
     at: str,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if skip and mask is not None:
+        moved = move(grad, mask, places_without_holes(mask, cu_seqlens))
+        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma)
+        return nodes_to_tokens_backward(moved, *given)
     packed, channels, batch = cu_seqlens is not None, channels_of(values, along), rows.shape[1]
     by_value, by_along, by_base, by_factor = (
         grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64)

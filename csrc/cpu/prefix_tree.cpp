@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
+#include <unordered_map>
 #include <vector>
 
 #include "groups.h"
@@ -24,6 +26,7 @@ class Builder {
   // The tree of some rows, in positions from `base` on.
   void group(const int64_t* members, int64_t count, int64_t base) {
     rows_.clear();
+    moved_.clear();
     for (int64_t k = 0; k < count; ++k) {
       span(members[k]);
       tree_.leaf[members[k]] = -1;
@@ -63,11 +66,29 @@ class Builder {
       while (from < to && !mask[from]) ++from;
       while (to > from && !mask[to - 1]) --to;
     }
-    tree_.first[b] = from < to ? from : 0;
+    tree_.first[b] = from < to && !a_.skip ? from : 0;
     tree_.length[b] = to - from;
+    if (a_.skip && to > from) without_holes(b, from, to);
   }
 
-  const Token* tokens(int64_t b) const { return a_.tokens.row(a_.rows, b) + tree_.first[b]; }
+  // Rows that do not begin at their first column or have holes are copied.
+  void without_holes(int64_t b, int64_t from, int64_t to) {
+    const uint8_t* mask = a_.mask.row(a_.rows, b);
+    if (!mask || (from == 0 && !std::memchr(mask, 0, to))) return;
+    const Token* row = a_.tokens.row(a_.rows, b);
+    std::vector<Token>& copy = moved_[b];
+    for (int64_t t = from; t < to; ++t)
+      if (mask[t]) copy.push_back(row[t]);
+    tree_.length[b] = static_cast<int64_t>(copy.size());
+  }
+
+  const Token* tokens(int64_t b) const {
+    if (!moved_.empty()) {
+      const auto copy = moved_.find(b);
+      if (copy != moved_.end()) return copy->second.data();
+    }
+    return a_.tokens.row(a_.rows, b) + tree_.first[b];
+  }
 
   void node(int64_t id, const Piece& piece, int64_t base, int64_t depth) {
     tree_.begin[id] = base + piece.begin;
@@ -118,6 +139,7 @@ class Builder {
   const MutableTree& tree_;
   std::vector<Row> rows_;
   std::vector<Piece> pieces_;
+  std::unordered_map<int64_t, std::vector<Token>> moved_;  // rows without their holes
 };
 
 }  // namespace
@@ -144,6 +166,36 @@ void prefix_tree(const PrefixTreeArgs<Token>& a, int threads) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t g = by_label[k];
       builder.group(index.members.data() + index.offsets[g], index.size(g), base[k]);
+    }
+  });
+}
+
+void prefix_lcp(const PrefixLcpArgs& a, int threads) {
+  const TreeView& tree = a.tree;
+  const GroupIndex index(a.groups, tree.batch);
+  std::vector<int64_t> rank(tree.batch);
+  for (int64_t g = 0; g < index.view().count; ++g)
+    for (int64_t k = 0; k < index.size(g); ++k) rank[index.members[index.offsets[g] + k]] = k;
+  parallel_for(tree.batch, 16, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = tree.order[p], g = index.group_of[row];
+      int32_t* members = a.members + row * a.most;
+      int32_t* lcp = a.lcp + row * a.most;
+      const int64_t listed = std::min(a.most, index.size(g));
+      for (int64_t k = 0; k < listed; ++k) members[k] = static_cast<int32_t>(index.members[index.offsets[g] + k]);
+      std::fill(members + listed, members + a.most, -1);
+      std::fill(lcp, lcp + a.most, -1);
+      const auto put = [&](int64_t q, int64_t shared) {
+        const int64_t k = rank[tree.order[q]];
+        if (k < a.most) lcp[k] = static_cast<int32_t>(shared);
+      };
+      const int64_t length = tree.length[row];
+      put(p, length > 0 ? length : -1);
+      // Two rows share the least of what the neighbours between them do.
+      int64_t least = length;
+      for (int64_t q = p; tree.shared[q] >= 0; --q) put(q - 1, least = std::min(least, tree.shared[q]));
+      least = length;
+      for (int64_t q = p + 1; q < tree.batch && tree.shared[q] >= 0; ++q) put(q, least = std::min(least, tree.shared[q]));
     }
   });
 }
@@ -260,6 +312,9 @@ void nodes_to_tokens(const NodeTokensArgs<T>& a, int threads) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t width = a.rows.size(b), first = tree.first[b], length = tree.length[b];
       const uint8_t* mask = a.mask.row(a.rows, b);
+      // Without its holes a row is written to its front first.
+      const bool moved = a.skip && mask && length > 0 && std::memchr(mask, 0, length);
+      const bool holes = !a.skip && mask && length > 0 && std::memchr(mask + first, 0, length);
       for (int64_t c = 0; c < channels; ++c) {
         T* const row = a.out.row(a.rows, b) + c * a.plane;
         T* const out = row + first;
@@ -283,15 +338,35 @@ void nodes_to_tokens(const NodeTokensArgs<T>& a, int threads) {
                        [&](int64_t t, double factor) { out[t] = static_cast<T>(base + factor * value); });
           }
         }
-        if (mask)
+        if (holes)
           for (int64_t t = 0; t < length; ++t) out[t] = mask[first + t] ? out[t] : T{0};
+        if (moved)
+          for (int64_t t = width - 1, k = length; t >= 0; --t) row[t] = mask[t] ? row[--k] : T{0};
       }
     }
   });
 }
 
 template <typename T>
-void nodes_to_tokens_backward(const NodeTokensArgs<T>& a, int threads) {
+void nodes_to_tokens_backward(const NodeTokensArgs<T>& given, int threads) {
+  NodeTokensArgs<T> a = given;
+  std::vector<T> moved;
+  if (a.skip && a.mask.data) {
+    moved.resize(static_cast<size_t>(a.channels * a.plane));
+    Tokens<T> front{moved.data(), a.grad.stride};
+    parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t c = 0; c < a.channels; ++c) {
+          const uint8_t* mask = a.mask.row(a.rows, b);
+          const T* from = a.grad.row(a.rows, b) + c * a.plane;
+          T* to = front.row(a.rows, b) + c * a.plane;
+          for (int64_t t = 0; t < a.rows.size(b); ++t)
+            if (mask[t]) *to++ = from[t];
+        }
+    });
+    a.grad = {moved.data(), a.grad.stride};
+    a.mask = {};
+  }
   const TreeView& tree = a.tree;
   const int64_t channels = a.channels;
   // What a row's tokens send to a node: the sum of their upstream gradients, discounted.

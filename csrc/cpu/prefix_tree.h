@@ -31,10 +31,21 @@ struct PrefixTreeArgs {
   Tokens<const Token> tokens;
   const int64_t* groups;  // [B]
   MutableTree tree;
+  bool skip;  // a row is its valid tokens only, not all from the first to the last
 };
 
 template <typename Token>
 void prefix_tree(const PrefixTreeArgs<Token>& a, int threads);
+
+// Per row, the members of its group in ascending order and what it shares with them; -1 behind the last.
+struct PrefixLcpArgs {
+  TreeView tree;
+  const int64_t* groups;
+  int64_t most;            // entries of a row; the members behind them are left out
+  int32_t *members, *lcp;  // [B, most]
+};
+
+void prefix_lcp(const PrefixLcpArgs& a, int threads);
 
 // Over a node's rows: the sum of weight * gamma^(length - depth) * x, or of weight * (x - centre)^2.
 struct SubtreeArgs {
@@ -69,6 +80,7 @@ struct NodeTokensArgs {
   const double *base, *factor;   // [B, C]; base may be null
   At at;
   double gamma;
+  bool skip;
   Tokens<T> out;                // forward only
   Tokens<const T> grad;         // backward only
   double *grad_values, *grad_along, *grad_base, *grad_factor;  // backward only; null where not given

@@ -20,7 +20,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 
 
 def prefix_tree(
-    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, skip: bool
 ) -> tuple[Tensor, Tensor]:
     shape = Shape(tokens.shape, cu_seqlens)
     # Ids are compared in one of two widths.
@@ -29,9 +29,25 @@ def prefix_tree(
     groups, mask = groups.contiguous(), as_bytes(mask)
     rows, nodes = groups.new_empty(5, shape.batch), groups.new_empty(4, 2 * shape.batch)
     getattr(compiled_module(), "prefix_tree_i64" if wide else "prefix_tree_i32")(
-        shape.tuple, strided(mask), strided(ids), address(groups), address(rows), address(nodes), threads()
+        shape.tuple,
+        strided(mask),
+        strided(ids),
+        address(groups),
+        address(rows),
+        address(nodes),
+        skip,
+        threads(),
     )
     return rows, nodes
+
+
+def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    rows, groups = rows.contiguous(), groups.contiguous()
+    members, lcp = (groups.new_empty((len(groups), most), dtype=torch.int32) for _ in range(2))
+    compiled_module().prefix_lcp(  # type: ignore[union-attr]
+        len(groups), address(rows), address(groups), most, address(members), address(lcp), threads()
+    )
+    return members, lcp
 
 
 def _subtrees(
@@ -83,6 +99,7 @@ class _NodesOnTokens:
         nodes: Tensor,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        skip: bool,
         size: int,
         at: str,
         gamma: float,
@@ -104,6 +121,7 @@ class _NodesOnTokens:
             *a[2:],
             _AT[at],
             gamma,
+            skip,
         ]
 
     def planes(self, tensor: Tensor) -> tuple[int, int]:
@@ -119,12 +137,13 @@ def nodes_to_tokens(
     nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    skip: bool,
     size: int,
     at: str,
     gamma: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    p = _NodesOnTokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, size, at, gamma)
+    p = _NodesOnTokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, skip, size, at, gamma)
     shape = (p.channels, *p.tokens)
     out = fresh(shape, dtype) if cu_seqlens is None else torch.zeros(shape, dtype=dtype)
     _function("nodes_to_tokens", dtype)(*p.head, p.planes(out), threads())
@@ -141,11 +160,12 @@ def nodes_to_tokens_backward(
     nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    skip: bool,
     size: int,
     at: str,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = _NodesOnTokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, size, at, gamma)
+    p = _NodesOnTokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, skip, size, at, gamma)
     up = grad.contiguous()
     outs = [
         torch.empty(0 if t is None else t.shape, dtype=torch.float64) for t in (values, along, base, factor)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import from_rows, same_group, to_rows
+from .layout import from_rows, move, move_back, places_without_holes, same_group, to_rows
 
 
 class _Spans(NamedTuple):
@@ -83,8 +83,11 @@ def _enclosing(shared: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tens
 
 
 def prefix_tree(
-    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, skip: bool
 ) -> tuple[Tensor, Tensor]:
+    if skip and mask is not None:
+        places = places_without_holes(mask, cu_seqlens)
+        tokens, mask = move(tokens, mask, places), move(mask, mask, places)
     spans = _spans(tokens, mask, cu_seqlens)
     batch = len(groups)
     if batch == 0:
@@ -121,6 +124,37 @@ def prefix_tree(
     # An empty row's first column means nothing; every backend says 0.
     rows = torch.stack([order, leaf, torch.where(spans.length > 0, spans.first, 0), spans.length, shared])
     return rows, nodes
+
+
+def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Members of each row's group in row order, and what it shares with them: ``[B, most]`` both."""
+    order, _, _, length, shared = rows
+    batch, device = len(order), rows.device
+    if batch == 0:
+        return (torch.zeros(0, most, dtype=torch.int32, device=device),) * 2
+    position = torch.arange(batch, device=device)
+    # Two rows share the least of what the neighbours between them do: [position, how far ahead].
+    ahead = torch.cat([shared, shared.new_full((batch,), -1)])[position[:, None] + position]
+    ahead[:, 0] = torch.iinfo(torch.int64).max
+    ahead = ahead.cummin(1).values
+    ahead[:, 0] = torch.where(length > 0, length, -1)[order]
+    members, _ = members_of(groups, most)
+    place = torch.empty_like(order)
+    place[order] = position
+    here, there = place[:, None], place[members.clamp(min=0)]
+    lcp = ahead[torch.minimum(here, there), (here - there).abs()]
+    return members.to(torch.int32), torch.where(members >= 0, lcp, -1).to(torch.int32)
+
+
+def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """``[B, most]``: the rows of each row's group, ascending, -1 behind them; ``[B]``: its place among them."""
+    by_label, rows = groups.sort(stable=True)
+    begin, end = (torch.searchsorted(by_label, groups, right=side) for side in (False, True))
+    index = begin[:, None] + torch.arange(most, device=groups.device)
+    members = torch.where(index < end[:, None], rows[index.clamp(max=max(len(rows) - 1, 0))], -1)
+    rank = torch.empty_like(rows)
+    rank[rows] = torch.arange(len(rows), device=groups.device)
+    return members, rank - begin
 
 
 # ---- sums over subtrees ------------------------------------------------------------------------------------
@@ -221,11 +255,15 @@ def nodes_to_tokens(
     nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    skip: bool,
     size: int,
     at: str,
     gamma: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    if skip and mask is not None:
+        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma, dtype)
+        return move_back(nodes_to_tokens(*given), mask, places_without_holes(mask, cu_seqlens))
     places = _places(rows, mask, cu_seqlens, size)
     width = places.valid.shape[1]
     out = []
@@ -254,10 +292,15 @@ def nodes_to_tokens_backward(
     nodes: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    skip: bool,
     size: int,
     at: str,
     gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if skip and mask is not None:
+        moved = move(grad, mask, places_without_holes(mask, cu_seqlens))
+        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma)
+        return nodes_to_tokens_backward(moved, *given)
     places = _places(rows, mask, cu_seqlens, size)
     batch, width = places.valid.shape
     by_value, by_along, by_base, by_factor = (
