@@ -16,7 +16,10 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """N tokens over a vocabulary of V; B rows of T tokens in groups of K; hidden states of D, and how many."""
+    """N tokens over a vocabulary of V; B rows of T tokens in groups of K; hidden states of D, and how many.
+
+    Prefix trees have rows of their own, in groups of K and in large ones.
+    """
 
     tokens: int
     vocab: int
@@ -25,11 +28,15 @@ class Sizes:
     group: int = 8
     hidden: int = 1024
     hidden_tokens: int = 1024
+    tree_rows: int = 4096
+    tree_length: int = 2048
+    large_group: int = 128
 
 
 FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192, hidden=4096, hidden_tokens=8192)
 CPU = Sizes(tokens=512, vocab=151936, rows=1024, length=4096)
-TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4, hidden=16, hidden_tokens=6)
+TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4, hidden=16, hidden_tokens=6,
+             tree_rows=8, tree_length=12, large_group=8)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -443,9 +450,8 @@ def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = tor
             size_of(step_rewards) * 2 + size_of(mask, steps),
             floor=("copy of the rewards", lambda: step_rewards.clone()),
         )
-    # As many tokens as above, in shorter rows; the groups of the large cases have 16 times as many.
     large, on_host = name.endswith("_large"), device.type == "cpu"
-    b, t, k = max(4 * b, 16 * k), t // 2, 16 * k if large else k
+    b, t, k = sizes.tree_rows, sizes.tree_length, sizes.large_group if large else k
     tokens, mask, rewards = shared_prefixes(b, t, k, t // 10, sizes.vocab, g, device)
     moved = size_of(tokens, mask)
     if name.startswith("prefix_values"):

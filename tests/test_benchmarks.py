@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, memory, run, timing  # noqa: E402
+from benchmarks import cases, curves, memory, run, timing  # noqa: E402
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
@@ -51,6 +51,26 @@ def test_a_report_and_its_table():
     for row in report["cases"]:
         assert row["variants"]["ours"]["median"] > 0
         assert row["largest_difference"]["eager"] < 0.05
+
+
+def test_curves(tmp_path, monkeypatch):
+    for name, value in (
+        ("ROWS", 8),
+        ("LENGTH", 20),
+        ("GROUPS", (1, 4)),
+        ("SHARED", (0, 5)),
+        ("USUAL", {"group": 2, "shared": 4}),
+    ):
+        monkeypatch.setattr(curves, name, value)
+    found = curves.measure(torch.device("cpu"), seconds=0.01)
+    assert [p["group"] for p in found["group"]] == [1, 4]
+    assert [p["shared"] for p in found["shared"]] == [0, 5]
+    for p in found["group"] + found["shared"]:
+        assert set(p["ms"]) == set(curves.VARIANTS)
+        assert 0 <= p["saved"] < 1
+    pytest.importorskip("matplotlib")
+    curves.plot(found, tmp_path / "cost.svg")
+    assert "dictionary trie" in (tmp_path / "cost.svg").read_text()
 
 
 def test_peak_memory():

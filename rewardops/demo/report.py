@@ -37,6 +37,7 @@ svg .title { fill: var(--ink); font-size: 13px; } svg .grid { stroke: var(--line
 .branch { border-left: 3px solid var(--ink); margin-left: 3px; padding-left: 2px; }
 .good.end::after, .good.line::before { content: "\\2713"; font-weight: bold; font-size: 11px; }
 .bad.end::after, .bad.line::before { content: "\\2717"; font-weight: bold; font-size: 11px; }
+.tree { overflow-x: auto; }
 .scale { display: inline-block; width: 16rem; height: .8rem; border-radius: 3px; vertical-align: middle;
          border: 1px solid var(--line);
          background: linear-gradient(90deg, rgba(213,94,0,.7), rgba(213,94,0,0), rgba(0,114,178,0), rgba(0,114,178,.7)); }
@@ -146,15 +147,27 @@ def panel(group: Group, recipe: str, peak: float) -> str:
     return "".join(parts) + "</div>"
 
 
+def tree(group: Group) -> str:
+    """The prefix tree of a group, with the values of its branches."""
+    r = group.rollouts
+    found = rewardops.PrefixTree.from_tokens(r.tokens, r.groups, mask=r.mask, rewards=r.rewards)
+    texts = {
+        int(token): piece
+        for row, pieces in zip(r.tokens, group.pieces, strict=True)
+        for token, piece in zip(row, pieces, strict=False)
+    }
+    return f'<div class="tree">{found.to_svg(lambda ids: "".join(texts[i] for i in ids))}</div>'
+
+
 def groups_section(groups: Sequence[Group]) -> str:
     """Every group, its recipes side by side under one scale each."""
     parts = [
         '<p class="key">advantage: below 0 <span class="scale"></span> above 0 (each panel in units of its own largest;'
         " no colour is 0). A bar before a token is a branch of the group's prefix tree: from there on fewer rows share"
-        " the prefix. A tick or cross ends a checked step. Point at a token for its numbers.</p>"
+        " the prefix, as the drawing of the tree shows with its values. A tick or cross ends a checked step. Point at a token for its numbers.</p>"
     ]
     for group in groups:
-        parts.append(f"<h2>{escape(group.title)}</h2><div class='panels'>")
+        parts.append(f"<h2>{escape(group.title)}</h2>{tree(group)}<div class='panels'>")
         for recipe, advantages in group.advantages.items():
             peak = float(advantages.abs().max()) or 1.0
             parts.append(

@@ -190,7 +190,7 @@ def report(path: Path, wanted: Sequence[str], count: int) -> tuple[str, list[str
     order = list(by_label)
     chosen = list(wanted) or [order[g] for g in telling(batch, count)]
 
-    values = rewardops.prefix_values(batch.tokens, batch.rewards, batch.groups, mask=batch.mask)
+    shared = rewardops.PrefixTree.from_tokens(batch.tokens, batch.groups, mask=batch.mask).dedup_stats()
     tokens = int(batch.mask.sum())
     silent = sum(len({r.reward for r in members}) == 1 for members in by_label.values())
     facts = [
@@ -199,11 +199,8 @@ def report(path: Path, wanted: Sequence[str], count: int) -> tuple[str, list[str
         ("tokens", f"{tokens:,}"),
         ("mean reward", f"{float(batch.rewards.mean()):.3f}"),
         ("groups of equal rewards, which teach nothing", f"{silent:,} ({silent / len(by_label):.0%})"),
-        (
-            "tokens in a prefix that another response shares",
-            f"{int((values.count > 1).sum()) / max(tokens, 1):.1%}",
-        ),
-        ("tokens saved by computing shared prefixes once", f"{_saved(values.count, batch.mask):.1%}"),
+        ("tokens in a prefix that another response shares", f"{shared.shared:.1%}"),
+        ("tokens saved by computing shared prefixes once", f"{shared.saved:.1%}"),
     ]
     groups = []
     for label in chosen:
@@ -228,9 +225,3 @@ def report(path: Path, wanted: Sequence[str], count: int) -> tuple[str, list[str
     lead = f"{len(chosen)} of {len(by_label)} groups, by {', '.join(names)}. Drawn by rewardops."
     lines = [f"{key}: {value}" for key, value in facts] + notes
     return page(title, lead, section, groups_section(groups)), lines
-
-
-def _saved(count: Tensor, mask: Tensor) -> float:
-    """A token whose prefix n rows share would be computed once instead of n times."""
-    once = torch.where(mask, 1.0 / count.clamp(min=1), 0).sum()
-    return float(1 - once / mask.sum().clamp(min=1))
