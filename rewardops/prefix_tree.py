@@ -353,7 +353,7 @@ class PrefixTree:
     """``[M]`` float64, standard deviation (ddof 1) of them; 0 for a single row."""
     rewards: Tensor | None
     """``[B]`` float64."""
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[Tensor, ...]
     """Per row, from its first valid token to its last."""
 
     @staticmethod
@@ -394,7 +394,8 @@ class PrefixTree:
             with torch.no_grad():
                 mean, std = forest.means(x, w)[:, 0].cpu(), node_std(forest, x, w, 1)[:, 0].cpu()
             x = x.detach()[:, 0].cpu()
-        order, leaf, _, _, _ = forest.rows.cpu()
+        rows = forest.rows.cpu()
+        order, leaf, _, _, _ = rows
         begin, end, depth, parent = forest.nodes.cpu()
 
         kept = (depth >= 0).nonzero()[:, 0]
@@ -423,7 +424,7 @@ class PrefixTree:
             mean=None if mean is None else mean[kept],
             std=None if std is None else std[kept],
             rewards=x,
-            tokens=_token_lists(given),
+            tokens=_token_rows(given, rows),
         )
 
     def __len__(self) -> int:
@@ -441,7 +442,8 @@ class PrefixTree:
     def tokens_of(self, node: int) -> tuple[int, ...]:
         """A node's own tokens."""
         start = int(self.start[node])
-        return self.tokens[int(self.row[node])][start : start + int(self.length[node])]
+        own = self.tokens[int(self.row[node])][start : start + int(self.length[node])]
+        return tuple(own.tolist())
 
     def path(self, row: int) -> list[int]:
         """The nodes from the top to where a row ends; none for an empty row."""
@@ -508,19 +510,14 @@ class PrefixTree:
         return tree_html(self, decode, title)
 
 
-def _token_lists(given: TokenRows) -> tuple[tuple[int, ...], ...]:
+def _token_rows(given: TokenRows, rows: Tensor) -> tuple[Tensor, ...]:
     """Per row from its first valid token to its last; only the valid ones where holes are skipped."""
-    tokens, valid, cu = (
-        given.tokens.cpu(),
-        given.layout.valid(given.tokens.device).cpu(),
-        given.layout.cu_seqlens,
-    )
+    tokens, cu = given.tokens.cpu(), given.layout.cu_seqlens
     sizes = None if cu is None else (cu[1:] - cu[:-1]).tolist()
-    pairs = zip(*(x if sizes is None else x.split(sizes) for x in (tokens, valid)), strict=True)
-    found = []
-    for x, counts in pairs:
-        if given.hole == "prefix":
-            at = counts.nonzero()[:, 0]
-            counts = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0)
-        found.append(tuple(x[counts].tolist()))
-    return tuple(found)
+    found = tokens.unbind() if sizes is None else tokens.split(sizes)
+    if given.hole == "skip":
+        valid = given.layout.valid(given.tokens.device).cpu()
+        masks = valid.unbind() if sizes is None else valid.split(sizes)
+        return tuple(x[m] for x, m in zip(found, masks, strict=True))
+    spans = zip(found, *rows[2:4].tolist(), strict=True)
+    return tuple(x[first : first + length] for x, first, length in spans)

@@ -134,8 +134,8 @@ def prefix_values(
 
     Returns:
         :class:`PrefixValues`; float32 (float64 for float64 rewards), 0 where masked; ``before`` and ``after``
-        with a last dimension R for channels. Rows that share a prefix have bitwise equal values on it.
-        Differentiable in ``rewards`` and ``weights``.
+        with a last dimension R for channels. Rows that share a prefix have bitwise equal values on it (those of
+        ``leave_one_out`` are a row's own). Differentiable in ``rewards`` and ``weights``.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an option

@@ -164,7 +164,7 @@ def test_compressed_tree(target, generator, hole):
     live = [b for b in range(26) if rows[b]]
     assert len(tree) <= 2 * len(live) - len({int(groups[b]) for b in live})
     assert [tree.rewards[b] for b in live] == [rewards[b] for b in live]
-    assert tree.tokens == tuple(map(tuple, rows))
+    assert [x.tolist() for x in tree.tokens] == rows
     for b in range(26):
         path = tree.path(b)
         assert [t for n in path for t in tree.tokens_of(n)] == rows[b]

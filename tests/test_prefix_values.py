@@ -529,3 +529,13 @@ def test_property_differences_telescope(seed, batch, width):
     again = rewardops.prefix_values(tokens[order], rewards[order], groups[order] + 1, mask=mask[order])
     torch.testing.assert_close(again.before, before[order], rtol=1e-12, atol=1e-12)
     assert torch.equal(again.count, count[order])
+    # Packed rows, and a row that is there twice.
+    lengths = mask.sum(1)
+    packed, cu = pack(tokens, lengths)
+    flat = rewardops.prefix_values(packed, rewards, groups, cu_seqlens=cu)
+    for a, b in zip(flat, (before, after, count), strict=True):
+        assert torch.equal(a, pack(b, lengths)[0])
+    twice = [torch.cat([x, x[:1]]) for x in (tokens, groups, mask)]
+    both = rewardops.prefix_values(twice[0], torch.cat([rewards, rewards[:1] + 1]), twice[1], mask=twice[2])
+    for x in both:
+        assert torch.equal(x[0], x[-1])

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.layout import move, move_back, places_without_holes
-from ..reference.prefix_tree import channels_of, members_of
-from .groups import LABELS, next_member
+from ..reference.prefix_tree import by_group, channels_of, members_of
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
@@ -49,28 +48,24 @@ def spans_kernel(
     tl.store(length_out + b, tl.maximum(end - begin, 0))
 
 
-@triton.jit(do_not_specialize=["batch", "width", "total", "tokens_stride"])
+@triton.jit(do_not_specialize=["width", "total", "tokens_stride"])
 def places_kernel(
-    tokens, groups, cu, first, lengths, order, shared, batch, width, total, tokens_stride,
-    PACKED: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, members, group_begin, group_end, cu, first, lengths, order, shared, width, total, tokens_stride,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program b: the place of row b among all rows, and what it shares with the row before it.
 
     Of the rows before it in lexicographic order, the last one is the one that shares most.
     """
     b = tl.program_id(0)
-    label = tl.load(groups + b)
     base, _ = row_bounds(cu, b, width, total, PACKED)
     mine = tokens + base + b.to(tl.int64) * tokens_stride + tl.load(first + b)
     length = tl.load(lengths + b)
-    place = tl.zeros([], tl.int64)
-    for block in range(0, batch, LABELS):
-        rows = block + tl.arange(0, LABELS)
-        lower = (tl.load(groups + rows, mask=rows < batch, other=0) < label) & (rows < batch)
-        place += tl.sum(lower.to(tl.int64), 0)
+    begin = tl.load(group_begin + b)
+    place = begin
     most = tl.full([], -1, tl.int64)
-    j = next_member(groups, label, b * 0 - 1, batch, LABELS)
-    while j < batch:
+    for k in range(begin, tl.load(group_end + b)):
+        j = tl.load(members + k)
         other = tl.load(lengths + j)
         shorter = tl.minimum(length, other)
         same = shorter
@@ -95,7 +90,6 @@ def places_kernel(
                 ahead = (both & (y < x)) | ((same == shorter) & ended)
                 most = tl.where(ahead, tl.maximum(most, same), most)
         place += (ahead & (j != b)).to(tl.int64)
-        j = next_member(groups, label, j, batch, LABELS)
     tl.store(order + place, b.to(tl.int64))
     tl.store(shared + place, most)
 
@@ -191,8 +185,8 @@ def prefix_tree(
         PACKED=r.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
     )  # fmt: skip
     places_kernel[grid](
-        tokens, groups, r.cu, first, lengths, order, shared, r.batch, r.width, r.total, stride(tokens),
-        PACKED=r.packed, LABELS=LABELS, BLOCK=BLOCK,
+        tokens, *by_group(groups), r.cu, first, lengths, order, shared, r.width, r.total, stride(tokens),
+        PACKED=r.packed, BLOCK=BLOCK,
     )  # fmt: skip
     nodes_kernel[grid](order, leaf, lengths, shared, *nodes, r.batch, BLOCK=PLACES)
     return rows, nodes

@@ -146,10 +146,16 @@ def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]
     return members.to(torch.int32), torch.where(members >= 0, lcp, -1).to(torch.int32)
 
 
+def by_group(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows sorted by label, those of one ascending; and per row where its group begins and ends there."""
+    labels, rows = groups.sort(stable=True)
+    begin, end = (torch.searchsorted(labels, groups, right=side) for side in (False, True))
+    return rows, begin, end
+
+
 def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """``[B, most]``: the rows of each row's group, ascending, -1 behind them; ``[B]``: its place among them."""
-    by_label, rows = groups.sort(stable=True)
-    begin, end = (torch.searchsorted(by_label, groups, right=side) for side in (False, True))
+    rows, begin, end = by_group(groups)
     index = begin[:, None] + torch.arange(most, device=groups.device)
     members = torch.where(index < end[:, None], rows[index.clamp(max=max(len(rows) - 1, 0))], -1)
     rank = torch.empty_like(rows)

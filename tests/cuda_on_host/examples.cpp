@@ -1,0 +1,213 @@
+// Kernels that show what the harness runs, and faults that it finds. The first argument names the case.
+#include "cuda_on_host.h"
+
+#include <string>
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  std::exit(1);
+}
+
+// ---- right kernels -----------------------------------------------------------------------------------------
+
+template <typename T>
+__device__ T warp_sum(T x) {
+  for (int delta = 16; delta > 0; delta /= 2) x += __shfl_xor_sync(kAll, x, delta);
+  return x;
+}
+
+// The sum of each block's part, and of all by an atomic.
+template <typename T>
+__global__ void sum_kernel(const T* in, int n, T* parts, T* total) {
+  __shared__ T warps[32];
+  T x = 0;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) x += in[i];
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    x = warp_sum(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : T{0});
+    if (threadIdx.x == 0) {
+      parts[blockIdx.x] = x;
+      atomicAdd(total, x);
+    }
+  }
+}
+
+// Running sums from the right, a row a block: shuffles in a warp, shared memory between them, a carry between tiles.
+__global__ void scan_kernel(const float* in, float* out, int width) {
+  float* warps = cuda_on_host::shared<float>();
+  const float* row = in + blockIdx.x * width;
+  float carry = 0;
+  const int tiles = (width + blockDim.x - 1) / blockDim.x;
+  for (int tile = tiles - 1; tile >= 0; --tile) {
+    const int t = tile * blockDim.x + threadIdx.x;
+    float x = t < width ? row[t] : 0.f;
+    for (unsigned delta = 1; delta < 32; delta *= 2) {
+      const float right = __shfl_down_sync(kAll, x, delta);
+      if (threadIdx.x % 32 + delta < 32) x += right;
+    }
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (unsigned w = threadIdx.x / 32 + 1; w < blockDim.x / 32; ++w) x += warps[w];
+    if (t < width) out[blockIdx.x * width + t] = x + carry;
+    float all = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; ++w) all += warps[w];
+    carry += all;
+    __syncthreads();
+  }
+}
+
+// Votes under a mask that is not the whole warp, equal values, and counts over the block.
+__global__ void votes_kernel(unsigned* out) {
+  const unsigned lane = threadIdx.x % 32;
+  if (threadIdx.x < 8) {
+    const unsigned odd = __ballot_sync(0xffu, lane & 1);
+    const unsigned same = __match_any_sync(0xffu, lane / 2);
+    if (lane == 0) out[0] = odd;
+    if (lane == 5) out[1] = same;
+  }
+  const int count = __syncthreads_count(threadIdx.x % 3 == 0);
+  const int any = __syncthreads_or(threadIdx.x == 41), all = __syncthreads_and(threadIdx.x != 41);
+  if (threadIdx.x == 0) {
+    out[2] = count;
+    out[3] = any * 2 + all;
+  }
+  const float up = __shfl_up_sync(kAll, static_cast<float>(lane), 3), of = __shfl_sync(kAll, float(lane), 9, 8);
+  if (threadIdx.x == 7) out[4] = static_cast<unsigned>(up * 100 + of);
+}
+
+// A block waits for what the one before it leaves, as in a look-back; blocks run in order.
+__global__ void chain_kernel(int* values, int* ready) {
+  using flag = cuda::atomic_ref<int, cuda::thread_scope_device>;
+  if (threadIdx.x == 0) {
+    while (blockIdx.x > 0 && !flag(ready[blockIdx.x - 1]).load(cuda::std::memory_order_acquire)) {
+    }
+    values[blockIdx.x] = blockIdx.x ? values[blockIdx.x - 1] * 2 : 1;
+    flag(ready[blockIdx.x]).store(1, cuda::std::memory_order_release);
+  }
+}
+
+// A row on the blocks of a cluster: each reduces a part, and reads the others' sums from their shared memory.
+__global__ void cluster_kernel(const float4* in, int quarters, float* out) {
+  auto cluster = cooperative_groups::this_cluster();
+  float* sums = cuda_on_host::shared<float>();
+  float x = 0;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < quarters; i += gridDim.x * blockDim.x) {
+    const float4 four = in[i];
+    x += four.x + four.y + four.z + four.w;
+  }
+  x = warp_sum(x);
+  if (threadIdx.x == 0) sums[0] = x;
+  cluster.sync();
+  if (threadIdx.x == 0) {
+    float total = 0;
+    for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) total += *cluster.map_shared_rank(sums, rank);
+    out[blockIdx.x] = total;
+  }
+  cluster.sync();  // nobody leaves while its memory is read
+}
+
+// ---- faults ------------------------------------------------------------------------------------------------
+
+// No barrier between what one warp writes and another reads.
+__global__ void race_kernel(int* out) {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = 7;
+  if (threadIdx.x == 40) *out = value;
+}
+
+__global__ void left_kernel() {
+  if (threadIdx.x == 3) return;
+  __syncthreads();
+}
+
+__global__ void left_warp_kernel(int* out) {
+  if (threadIdx.x == 3) return;
+  out[threadIdx.x] = __shfl_sync(kAll, int(threadIdx.x), 0);
+}
+
+// Two blocks of a cluster without a barrier between them.
+__global__ void cluster_race_kernel(int* out) {
+  auto cluster = cooperative_groups::this_cluster();
+  int* value = cuda_on_host::shared<int>();
+  if (threadIdx.x == 0) *value = blockIdx.x;
+  if (threadIdx.x == 1) out[blockIdx.x] = *cluster.map_shared_rank(value, 1 - cluster.block_rank());
+}
+
+__global__ void lane_kernel() { __syncwarp(0xfffffffeu); }
+
+__global__ void bounds_kernel() { cuda_on_host::shared<int>()[threadIdx.x + 1] = 1; }
+
+}  // namespace
+
+int main(int, char** argv) {
+  using cuda_on_host::launch;
+  using cuda_on_host::launch_clusters;
+  const std::string name = argv[1];
+  if (name == "sum") {
+    std::vector<double> in(1000), parts(3);
+    double want = 0, total = 0;
+    for (size_t i = 0; i < in.size(); ++i) want += in[i] = i * 0.25 - 60;
+    launch(sum_kernel<double>, {3}, {96}, 0, in.data(), 1000, parts.data(), &total);
+    expect(parts[0] + parts[1] + parts[2] == want, "parts");
+    expect(total == want, "total");
+  } else if (name == "scan") {
+    const int width = 150;
+    std::vector<float> in(2 * width), out(2 * width);
+    for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i % 7) - 2;
+    launch(scan_kernel, {2}, {64}, 2 * sizeof(float), in.data(), out.data(), width);
+    for (int row = 0; row < 2; ++row) {
+      float want = 0;
+      for (int t = width - 1; t >= 0; --t) {
+        want += in[row * width + t];
+        expect(out[row * width + t] == want, "scan");
+      }
+    }
+  } else if (name == "votes") {
+    std::vector<unsigned> out(5);
+    launch(votes_kernel, {1}, {64}, 0, out.data());
+    expect(out[0] == 0xaau, "ballot");
+    expect(out[1] == 0x30u, "match");
+    expect(out[2] == 22, "count");
+    expect(out[3] == 2, "or, and");
+    expect(out[4] == 401, "shuffles");
+  } else if (name == "chain") {
+    std::vector<int> values(6), ready(6);
+    launch(chain_kernel, {6}, {32}, 0, values.data(), ready.data());
+    expect(values[5] == 32, "chain");
+  } else if (name == "cluster") {
+    std::vector<float4> in(300);
+    float want = 0, out[4];
+    for (int i = 0; i < 300; ++i) {
+      in[i] = make_float4(i, 1, 2, -i);
+      want += 3;
+    }
+    launch_clusters(cluster_kernel, 4, {4}, {32}, sizeof(float), in.data(), 300, out);
+    for (const float total : out) expect(total == want, "cluster");
+  } else if (name == "cluster_race") {
+    int out[2];
+    launch_clusters(cluster_race_kernel, 2, {2}, {32}, sizeof(int), out);
+  } else if (name == "race") {
+    int out = 0;
+    launch(race_kernel, {1}, {64}, 0, &out);
+  } else if (name == "left") {
+    launch(left_kernel, {1}, {64}, 0);
+  } else if (name == "left_warp") {
+    int out[32];
+    launch(left_warp_kernel, {1}, {32}, 0, out);
+  } else if (name == "lane") {
+    launch(lane_kernel, {1}, {32}, 0);
+  } else if (name == "bounds") {
+    launch(bounds_kernel, {1}, {32}, 32 * sizeof(int));
+  } else {
+    return 2;
+  }
+  std::puts("ok");
+  return 0;
+}
