@@ -86,7 +86,7 @@ def test_groups_of_any_size(target, generator):
 
 def test_a_tree_that_leans(target):
     """Every row parts from the next one token later: as deep as there are rows, from either end."""
-    n = 40 if target.interpreted else 300
+    n = 24 if target.interpreted else 300
     tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
     for x in (tokens, tokens.flip(0), 1 - tokens):
         where = (target.backend, target.device)

@@ -176,10 +176,11 @@ def test_options_match_the_trie(target, generator, name):
 
 def test_channels_are_columns(target, generator):
     """Several rewards over one tree, in one call; padded and packed."""
-    tokens, _, groups, _ = draw(16, 30, generator)
-    lengths = torch.randint(0, 31, (16,), generator=generator)
-    mask = torch.arange(30) < lengths[:, None]
-    rewards = torch.randn(16, 3, generator=generator)
+    rows, width = (8, 14) if target.interpreted else (16, 30)
+    tokens, _, groups, _ = draw(rows, width, generator)
+    lengths = torch.randint(0, width + 1, (rows,), generator=generator)
+    mask = torch.arange(width) < lengths[:, None]
+    rewards = torch.randn(rows, 3, generator=generator)
     packed, cu = pack(tokens, lengths)
     for tokens_, mask_, cu_ in ((tokens, mask, None), (packed, None, cu)):
         fns = [
@@ -198,11 +199,12 @@ def test_channels_are_columns(target, generator):
         for fn in fns:
             ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
             for c in range(3):
-                alone = evaluate(fn, [rewards[:, c]], backend=target.backend, device=target.device)
-                for a, b in zip(ours.outputs, alone.outputs, strict=True):
+                alone = fn(rewards[:, c].to(target.device))
+                alone = [alone] if isinstance(alone, torch.Tensor) else alone
+                for a, b in zip(ours.outputs, alone, strict=True):
                     assert torch.equal(a[..., c] if a.dim() > b.dim() else a, b)
-    none = values(tokens, groups, mask)(torch.zeros(16, 0, device=target.device))
-    assert none.before.shape == (16, 30, 0)
+    none = values(tokens, groups, mask)(torch.zeros(rows, 0, device=target.device))
+    assert none.before.shape == (rows, width, 0)
 
 
 def test_std_matches_the_trie(target, generator):
@@ -487,7 +489,9 @@ def test_empty(target, shape):
 def test_real_rollouts(target, shared, split):
     """Real answers at byte level and by words, four to a question."""
     with (shared / "data" / "gsm8k_rollouts.jsonl").open() as file:
-        rows = [json.loads(line) for _, line in zip(range(32), file, strict=False)]
+        rows = [
+            json.loads(line) for _, line in zip(range(12 if target.interpreted else 32), file, strict=False)
+        ]
     known = {}
     texts = [
         list(row["response"].encode())
