@@ -348,8 +348,9 @@ void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree
 template <typename T>
 void nodes_to_tokens_backward(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
                               int64_t channels, int64_t plane, Address values, Address along, Address base,
-                              Address factor, int where, double gamma, bool skip, const py::tuple& grad, Address grad_values,
-                              Address grad_along, Address grad_base, Address grad_factor, int threads) {
+                              Address factor, int where, double gamma, bool skip, const py::tuple& grad,
+                              Address grad_values, Address grad_along, Address grad_base, Address grad_factor,
+                              int threads) {
   auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
                           gamma, skip);
   a.grad = tokens<const T>(grad);

@@ -116,6 +116,11 @@ def check_non_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, want a finite number of at least 0")
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, want a whole number of at least {least}")
+
+
 def check_fraction(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1")

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import layout, tree
 from .dispatch import define
 from .layout import Labels, Layout
+from .reference.prefix_tree import OnTokens
 
 HOLES = ("prefix", "skip")
 
@@ -80,17 +81,15 @@ _ON_TOKENS = (
 )
 
 
-def _fake_tokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, skip, size, at, gamma, dtype):  # type: ignore[no-untyped-def]
-    shape = (rows.shape[1], size) if cu_seqlens is None else (size,)
-    return rows.new_empty(((along if values is None else values).shape[1], *shape), dtype=dtype)
+def _fake_tokens(*arguments):  # type: ignore[no-untyped-def]
+    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
+    return a.rows.new_empty((a.channels, *a.shape), dtype=dtype)
 
 
 _tokens_backward = define(
     "prefix_tree",
     f"nodes_to_tokens_backward(Tensor grad, {_ON_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda grad, *inputs: tuple(
-        grad.new_empty(0 if t is None else t.shape, dtype=torch.float64) for t in inputs[:4]
-    ),
+    fake=lambda grad, *arguments: OnTokens(*arguments).gradients(grad),
 )
 
 
@@ -252,8 +251,7 @@ class PrefixLcp(NamedTuple):
 
 def _largest_group(labels: Tensor, group_size: int | Sequence[int] | None, given: int | None) -> int:
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise ValueError(f"max_group_size: got {given!r}, want a whole number of at least 1")
+        layout.check_whole("max_group_size", given, 1)
         return given
     if isinstance(group_size, int):
         return group_size

@@ -41,11 +41,6 @@ def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
     return weights.double()
 
 
-def _check_count(min_count: int) -> None:
-    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
-        raise ValueError(f"min_count: got {min_count!r}, want a whole number of at least 1")
-
-
 def _shaped(planes: Tensor, channels: bool) -> Tensor:
     return planes.movedim(0, -1) if channels else planes[0]
 
@@ -144,7 +139,7 @@ def prefix_values(
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
-    _check_count(min_count)
+    layout.check_whole("min_count", min_count, 1)
     layout.check_fraction("gamma", gamma)
     forest, wanted = rows.forest(), min_count + bool(leave_one_out)
     leaf = None if wanted == 1 else forest.supported_by(wanted)
@@ -227,7 +222,7 @@ def tvm_targets(
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
-    _check_count(min_count)
+    layout.check_whole("min_count", min_count, 1)
     layout.check_fraction("gamma", gamma)
     forest = rows.forest()
     leaf = None if min_count == 1 else forest.supported_by(min_count)

@@ -83,26 +83,23 @@ def _up(parent: Tensor) -> Tensor:
     return torch.where(inside, parent, own(parent))
 
 
-def local(values: Tensor, parent: Tensor) -> Tensor:
-    """``[M, C]``: a node's value less its parent's; 0 at a root."""
-    return values - _at_nodes(values, _up(parent))
-
-
-def overall(values: Tensor, parent: Tensor) -> Tensor:
-    """``[M, C]``: a node's value less its root's."""
-    return values - _at_nodes(values, last(_up(parent)))
+def _less(values: Tensor, ancestor: Tensor) -> Tensor:
+    """``[M, C]``: a node's value less its ancestor's; 0 where that is the node itself."""
+    return values - _at_nodes(values, ancestor)
 
 
 def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor:
     """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
-    root = (leaves.clamp(min=1).double() ** 0.5)[:, None]
+    up = _up(parent)
+    root = last(up)
+    scale = (leaves.clamp(min=1).double() ** 0.5)[:, None]
     if form == "paper":
-        return (local(values, parent) + overall(values, parent)) / root
+        return (_less(values, up) + _less(values, root)) / scale
     # Less the mean of the others, a leaf's reward is that less the mean of all, times n / (n - 1).
-    number = leaves[last(_up(parent))][:, None]
+    number = leaves[root][:, None]
     spread = number / (number - 1).clamp(min=1)
-    value = torch.where(number > 1, overall(values, parent) * spread, values) / root
-    return value + local(value, parent)
+    value = torch.where(number > 1, _less(values, root) * spread, values) / scale
+    return value + _less(value, up)
 
 
 def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof: int) -> Tensor:
@@ -168,8 +165,7 @@ def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
         if parent.device.type != "cpu":
             raise ValueError("max_depth: got None, want the largest number of edges above a leaf")
         return -1
-    if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < 0:
-        raise ValueError(f"max_depth: got {max_depth!r}, want a whole number of at least 0")
+    layout.check_whole("max_depth", max_depth, 0)
     return max_depth
 
 
@@ -266,9 +262,9 @@ def tree_advantages(
     weight = _checked_visits(visits, parent, depth)
     values = _tree_values(parent, rewards, weight, reduce, float(temperature), depth)[0][:, None]
     if kind == "local":
-        out = local(values, parent)
+        out = _less(values, _up(parent))
     elif kind == "global":
-        out = overall(values, parent)
+        out = _less(values, last(_up(parent)))
     elif kind == "tree_rl":
         out = tree_rl(values, parent, _leaves(parent, depth), form)
     else:

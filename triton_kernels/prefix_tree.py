@@ -8,6 +8,7 @@ mostly. Then one write of each token, or one read on the way back; sums are by n
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.layout import move, move_back, places_without_holes
-from ..reference.prefix_tree import by_group, channels_of, members_of
+from ..reference.prefix_tree import AT, OnTokens, by_group, members_of
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
@@ -350,10 +351,10 @@ def subtree_sums_backward(
 
 # ---- nodes and tokens --------------------------------------------------------------------------------------
 
+# In the order of AT.
 AFTER = tl.constexpr(0)
 BEFORE = tl.constexpr(1)
 STEP = tl.constexpr(2)
-_AT = {"after": 0, "before": 1, "step": 2}
 
 
 @triton.jit
@@ -533,88 +534,57 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[1], shape[0] * shape[1]) if len(shape) == 2 else (0, shape[0])
 
 
-def nodes_to_tokens(
-    values: Tensor | None,
-    along: Tensor | None,
-    base: Tensor | None,
-    factor: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    skip: bool,
-    size: int,
-    at: str,
-    gamma: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    if skip and mask is not None:
-        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma, dtype)
-        return move_back(nodes_to_tokens(*given), mask, places_without_holes(mask, cu_seqlens))
-    packed, channels, batch = cu_seqlens is not None, channels_of(values, along), rows.shape[1]
-    shape = (size,) if packed else (batch, size)
-    out = output(rows, (channels, *shape), packed, dtype)
+def nodes_to_tokens(*arguments: Any) -> Tensor:
+    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
+    if a.skip and a.mask is not None:
+        front = nodes_to_tokens(*a.at_front(), dtype)
+        return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
+    packed, channels, batch = a.cu_seqlens is not None, a.channels, a.rows.shape[1]
+    out = output(a.rows, (channels, *a.shape), packed, dtype)
     if out.numel() == 0 or batch == 0:
         return out
-    mask = as_bytes(mask)
-    r = Rows.of(shape, cu_seqlens, rows)
-    _, leaf, first, lengths, _ = rows.contiguous()
-    _, _, depth, parent = nodes.contiguous()
-    out_stride, plane = _strides(shape)
-    parts = splits(rows, batch * channels, max(1, cdiv(r.width, BLOCK)))
+    mask = as_bytes(a.mask)
+    r = Rows.of(a.shape, a.cu_seqlens, a.rows)
+    _, leaf, first, lengths, _ = a.rows.contiguous()
+    _, _, depth, parent = a.nodes.contiguous()
+    out_stride, plane = _strides(a.shape)
+    parts = splits(a.rows, batch * channels, max(1, cdiv(r.width, BLOCK)))
     nodes_to_tokens_kernel[(batch, parts, channels)](
-        *(rows if t is None else t.contiguous() for t in (values, along, base, factor)), leaf, first, lengths,
-        depth, parent, pointer(mask, rows), r.cu, out, r.width, r.total, stride(mask), out_stride, plane,
-        channels, parts, *_log2(gamma), AT=_AT[at], HAS_VALUES=values is not None, ALONG=along is not None,
-        HAS_BASE=base is not None, DECAY=gamma != 1.0, PACKED=packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
+        *(a.rows if t is None else t.contiguous() for t in a[:4]), leaf, first, lengths, depth, parent,
+        pointer(mask, a.rows), r.cu, out, r.width, r.total, stride(mask), out_stride, plane, channels, parts,
+        *_log2(a.gamma), AT=AT.index(a.at), HAS_VALUES=a.values is not None, ALONG=a.along is not None,
+        HAS_BASE=a.base is not None, DECAY=a.gamma != 1.0, PACKED=packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return out
 
 
-def nodes_to_tokens_backward(
-    grad: Tensor,
-    values: Tensor | None,
-    along: Tensor | None,
-    base: Tensor | None,
-    factor: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    skip: bool,
-    size: int,
-    at: str,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if skip and mask is not None:
-        moved = move(grad, mask, places_without_holes(mask, cu_seqlens))
-        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma)
-        return nodes_to_tokens_backward(moved, *given)
-    packed, channels, batch = cu_seqlens is not None, channels_of(values, along), rows.shape[1]
-    by_value, by_along, by_base, by_factor = (
-        grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64)
-        for t in (values, along, base, factor)
-    )
+def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    a = OnTokens(*arguments)
+    if a.skip and a.mask is not None:
+        moved = move(grad, a.mask, places_without_holes(a.mask, a.cu_seqlens))
+        return nodes_to_tokens_backward(moved, *a.at_front())
+    packed, channels, batch = a.cu_seqlens is not None, a.channels, a.rows.shape[1]
+    by_value, by_along, by_base, by_factor = a.gradients(grad)
     if grad.numel() == 0 or batch == 0:
         return by_value, by_along, by_base, by_factor
-    grad, mask = grad.contiguous(), as_bytes(mask)
-    shape = (size,) if packed else (batch, size)
-    r = Rows.of(shape, cu_seqlens, rows)
-    order, leaf, first, lengths, _ = rows.contiguous()
-    begin, end, depth, parent = nodes.contiguous()
-    grad_stride, plane = _strides(shape)
-    sizes = (r.width, r.total, stride(mask), grad_stride, plane, channels, *_log2(gamma))
+    grad, mask = grad.contiguous(), as_bytes(a.mask)
+    r = Rows.of(a.shape, a.cu_seqlens, a.rows)
+    order, leaf, first, lengths, _ = a.rows.contiguous()
+    begin, end, depth, parent = a.nodes.contiguous()
+    grad_stride, plane = _strides(a.shape)
+    sizes = (r.width, r.total, stride(mask), grad_stride, plane, channels, *_log2(a.gamma))
     options = {
-        "AT": _AT[at], "ALONG": along is not None, "DECAY": gamma != 1.0, "PACKED": packed,
+        "AT": AT.index(a.at), "ALONG": a.along is not None, "DECAY": a.gamma != 1.0, "PACKED": packed,
         "HAS_MASK": mask is not None, "BLOCK": BLOCK,
     }  # fmt: skip
-    nodes_backward_kernel[(nodes.shape[1], channels)](
-        grad, grad if factor is None else factor.contiguous(), order, leaf, first, lengths, begin, end, depth,
-        parent, pointer(mask, rows), r.cu, by_value, by_along, *sizes, HAS_VALUES=values is not None, **options,
+    nodes_backward_kernel[(a.nodes.shape[1], channels)](
+        grad, grad if a.factor is None else a.factor.contiguous(), order, leaf, first, lengths, begin, end,
+        depth, parent, pointer(mask, a.rows), r.cu, by_value, by_along, *sizes,
+        HAS_VALUES=a.values is not None, **options,
     )  # fmt: skip
-    if base is not None or factor is not None:
+    if a.base is not None or a.factor is not None:
         rows_backward_kernel[(batch, channels)](
-            grad, grad if along is None else along.contiguous(), leaf, first, lengths, depth, parent,
-            pointer(mask, rows), r.cu, by_base, by_factor, *sizes, HAS_BASE=base is not None, **options,
+            grad, grad if a.along is None else a.along.contiguous(), leaf, first, lengths, depth, parent,
+            pointer(mask, a.rows), r.cu, by_base, by_factor, *sizes, HAS_BASE=a.base is not None, **options,
         )  # fmt: skip
     return by_value, by_along, by_base, by_factor

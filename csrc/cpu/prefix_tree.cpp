@@ -267,17 +267,15 @@ namespace {
 
 struct Span {
   int64_t from, to;  // tokens, counted from the row's first
-  bool held;         // whether the row's states go on behind the node's depth at its value
 };
 
 // The tokens of a row whose state lies in a node: none where the row's leaf was moved above the node.
 Span span_of(const TreeView& tree, int64_t row, int64_t n, At at) {
   const int64_t shift = at == At::before ? 0 : 1;  // state s is that of token s - shift
-  const bool held = tree.leaf[row] == n;
-  if (tree.depth[n] > tree.depth[tree.leaf[row]]) return {0, 0, false};
+  if (tree.depth[n] > tree.depth[tree.leaf[row]]) return {0, 0};
   const int64_t low = tree.parent_depth(n) + 1;
-  const int64_t high = held ? tree.length[row] : tree.depth[n];
-  return {std::max<int64_t>(low - shift, 0), std::min(high + 1 - shift, tree.length[row]), held};
+  const int64_t high = tree.leaf[row] == n ? tree.length[row] : tree.depth[n];
+  return {std::max<int64_t>(low - shift, 0), std::min(high + 1 - shift, tree.length[row])};
 }
 
 // What a row says at a node.

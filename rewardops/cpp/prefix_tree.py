@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import compiled_module
-from ..reference.prefix_tree import channels_of
-from .memory import Shape, address, as_bytes, dense, fresh, rows_dense, strided, threads
+from ..reference.prefix_tree import AT, OnTokens
+from .memory import Shape, address, allocate, as_bytes, dense, rows_dense, strided, threads
 
-_AT = {"after": 0, "before": 1, "step": 2}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.int32: "i32"}
-
-
-def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(compiled_module(), f"{name}_{_SUFFIX[dtype]}")
 
 
 def prefix_tree(
@@ -86,90 +82,37 @@ def subtree_sums_backward(
     return grad_x, grad_weights
 
 
-class _NodesOnTokens:
-    """The leading arguments of both passes, and what they point at."""
-
-    def __init__(
-        self,
-        values: Tensor | None,
-        along: Tensor | None,
-        base: Tensor | None,
-        factor: Tensor | None,
-        rows: Tensor,
-        nodes: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        skip: bool,
-        size: int,
-        at: str,
-        gamma: float,
-    ) -> None:
-        batch = rows.shape[1]
-        self.channels = channels_of(values, along)
-        self.tokens = (batch, size) if cu_seqlens is None else (size,)
-        self.shape = Shape(self.tokens, cu_seqlens)
-        self.kept = [dense(t) for t in (rows, nodes, values, along, base, factor)]
-        self.mask = as_bytes(mask)
-        a = [address(t) for t in self.kept]
-        plane = batch * size if cu_seqlens is None else size
-        self.head = [
-            self.shape.tuple,
-            strided(self.mask),
-            *a[:2],
-            self.channels,
-            plane,
-            *a[2:],
-            _AT[at],
-            gamma,
-            skip,
-        ]
-
-    def planes(self, tensor: Tensor) -> tuple[int, int]:
-        return address(tensor), 0 if self.shape.cu is not None else tensor.shape[-1]
+def _run(a: OnTokens, name: str, tokens: Tensor, *outs: Tensor) -> None:
+    """A pass between nodes and ``tokens``, ``[C, *tokens]``, the output of one and the gradient of the other."""
+    shape, mask = Shape(a.shape, a.cu_seqlens), as_bytes(a.mask)
+    kept = [dense(t) for t in (a.rows, a.nodes, *a[:4])]  # alive until the call is over
+    tree_rows, nodes, *given = map(address, kept)
+    getattr(compiled_module(), f"{name}_{_SUFFIX[tokens.dtype]}")(
+        shape.tuple,
+        strided(mask),
+        tree_rows,
+        nodes,
+        a.channels,
+        math.prod(a.shape),
+        *given,
+        AT.index(a.at),
+        a.gamma,
+        a.skip,
+        (address(tokens), 0 if a.cu_seqlens is not None else a.size),
+        *(address(o) if o.numel() else 0 for o in outs),
+        threads(),
+    )
 
 
-def nodes_to_tokens(
-    values: Tensor | None,
-    along: Tensor | None,
-    base: Tensor | None,
-    factor: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    skip: bool,
-    size: int,
-    at: str,
-    gamma: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    p = _NodesOnTokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, skip, size, at, gamma)
-    shape = (p.channels, *p.tokens)
-    out = fresh(shape, dtype) if cu_seqlens is None else torch.zeros(shape, dtype=dtype)
-    _function("nodes_to_tokens", dtype)(*p.head, p.planes(out), threads())
+def nodes_to_tokens(*arguments: Any) -> Tensor:
+    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
+    out = allocate(torch.empty(0, dtype=dtype), (a.channels, *a.shape), a.cu_seqlens)
+    _run(a, "nodes_to_tokens", out)
     return out
 
 
-def nodes_to_tokens_backward(
-    grad: Tensor,
-    values: Tensor | None,
-    along: Tensor | None,
-    base: Tensor | None,
-    factor: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    skip: bool,
-    size: int,
-    at: str,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = _NodesOnTokens(values, along, base, factor, rows, nodes, mask, cu_seqlens, skip, size, at, gamma)
-    up = grad.contiguous()
-    outs = [
-        torch.empty(0 if t is None else t.shape, dtype=torch.float64) for t in (values, along, base, factor)
-    ]
-    addresses = [address(o) if o.numel() else 0 for o in outs]
-    _function("nodes_to_tokens_backward", grad.dtype)(*p.head, p.planes(up), *addresses, threads())
-    return outs[0], outs[1], outs[2], outs[3]
+def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    a = OnTokens(*arguments)
+    outs = a.gradients(grad)
+    _run(a, "nodes_to_tokens_backward", grad.contiguous(), *outs)
+    return outs

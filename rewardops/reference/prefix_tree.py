@@ -12,7 +12,7 @@ parent's depth to its own, those of a tree's top from 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,10 +211,43 @@ def subtree_sums_backward(
 # ---- nodes and tokens --------------------------------------------------------------------------------------
 
 
-def channels_of(values: Tensor | None, along: Tensor | None) -> int:
-    given = along if values is None else values
-    assert given is not None
-    return given.shape[1]
+AT = ("after", "before", "step")
+
+
+class OnTokens(NamedTuple):
+    """The arguments that writing nodes to tokens and its gradient share, in the order of their schemas."""
+
+    values: Tensor | None
+    along: Tensor | None
+    base: Tensor | None
+    factor: Tensor | None
+    rows: Tensor
+    nodes: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    skip: bool
+    size: int
+    at: str
+    gamma: float
+
+    @property
+    def channels(self) -> int:
+        given = self.along if self.values is None else self.values
+        assert given is not None
+        return given.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tokens."""
+        return (self.rows.shape[1], self.size) if self.cu_seqlens is None else (self.size,)
+
+    def at_front(self) -> OnTokens:
+        """The same over rows whose valid tokens were moved to their front."""
+        return self._replace(mask=None, skip=False)
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Zeros for those of values, along, base and factor; empty where one was not given."""
+        return tuple(grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64) for t in self[:4])
 
 
 def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,91 +272,61 @@ class _Places(NamedTuple):
 
     column: Tensor  # [B, T], of the caller's: which token of its row it is, clamped
     valid: Tensor
-    shape: tuple[int, ...]  # of the caller's tokens
 
 
-def _places(rows: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, size: int) -> _Places:
-    shape = (rows.shape[1], size) if cu_seqlens is None else (size,)
-    like = torch.zeros(shape, dtype=torch.bool, device=rows.device)
-    inside = to_rows(like, None, cu_seqlens)[1]
-    valid = inside if mask is None else to_rows(mask, mask, cu_seqlens)[1]
-    column = torch.arange(valid.shape[1], device=rows.device) - rows[2][:, None]
-    valid = valid & (column >= 0) & (column < rows[3][:, None])
-    return _Places(torch.where(valid, column, 0), valid, shape)
+def _places(a: OnTokens) -> _Places:
+    like = torch.zeros(a.shape, dtype=torch.bool, device=a.rows.device)
+    inside = to_rows(like, None, a.cu_seqlens)[1]
+    valid = inside if a.mask is None else to_rows(a.mask, a.mask, a.cu_seqlens)[1]
+    column = torch.arange(valid.shape[1], device=a.rows.device) - a.rows[2][:, None]
+    valid = valid & (column >= 0) & (column < a.rows[3][:, None])
+    return _Places(torch.where(valid, column, 0), valid)
 
 
-def nodes_to_tokens(
-    values: Tensor | None,
-    along: Tensor | None,
-    base: Tensor | None,
-    factor: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    skip: bool,
-    size: int,
-    at: str,
-    gamma: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    if skip and mask is not None:
-        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma, dtype)
-        return move_back(nodes_to_tokens(*given), mask, places_without_holes(mask, cu_seqlens))
-    places = _places(rows, mask, cu_seqlens, size)
+def nodes_to_tokens(*arguments: Any) -> Tensor:
+    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
+    if a.skip and a.mask is not None:
+        front = nodes_to_tokens(*a.at_front(), dtype)
+        return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
+    values, along, base, factor = a[:4]
+    places = _places(a)
     width = places.valid.shape[1]
     out = []
-    for c in range(channels_of(values, along)):
-        if rows.shape[1] == 0:
-            out.append(torch.zeros(places.shape, dtype=dtype, device=rows.device))
+    for c in range(a.channels):
+        if a.rows.shape[1] == 0:
+            out.append(torch.zeros(a.shape, dtype=dtype, device=a.rows.device))
             continue
-        node, to_depth, to_end = _states(rows, nodes, width, gamma)
+        node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
         value = torch.zeros_like(to_depth) if values is None else values[:, c][node] * to_depth
         if along is not None and factor is not None:
             value = value + factor[:, c, None] * along[:, c][node] * to_end
         before, after = value[:, :-1], value[:, 1:]
-        x = {"before": before, "after": after, "step": after - before}[at].gather(1, places.column)
+        x = {"before": before, "after": after, "step": after - before}[a.at].gather(1, places.column)
         x = x if base is None else base[:, c, None] + x
-        out.append(from_rows(torch.where(places.valid, x, 0).to(dtype), places.shape, cu_seqlens))
-    return torch.stack(out) if out else torch.zeros((0, *places.shape), dtype=dtype, device=rows.device)
+        out.append(from_rows(torch.where(places.valid, x, 0).to(dtype), a.shape, a.cu_seqlens))
+    return torch.stack(out) if out else torch.zeros((0, *a.shape), dtype=dtype, device=a.rows.device)
 
 
-def nodes_to_tokens_backward(
-    grad: Tensor,
-    values: Tensor | None,
-    along: Tensor | None,
-    base: Tensor | None,
-    factor: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    skip: bool,
-    size: int,
-    at: str,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if skip and mask is not None:
-        moved = move(grad, mask, places_without_holes(mask, cu_seqlens))
-        given = (values, along, base, factor, rows, nodes, None, cu_seqlens, False, size, at, gamma)
-        return nodes_to_tokens_backward(moved, *given)
-    places = _places(rows, mask, cu_seqlens, size)
+def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    a = OnTokens(*arguments)
+    if a.skip and a.mask is not None:
+        moved = move(grad, a.mask, places_without_holes(a.mask, a.cu_seqlens))
+        return nodes_to_tokens_backward(moved, *a.at_front())
+    values, along, base, factor = a[:4]
+    places = _places(a)
     batch, width = places.valid.shape
-    by_value, by_along, by_base, by_factor = (
-        torch.zeros(0 if t is None else t.shape, dtype=torch.float64, device=grad.device)
-        for t in (values, along, base, factor)
-    )
-    for c in range(channels_of(values, along) if batch else 0):
-        node, to_depth, to_end = _states(rows, nodes, width, gamma)
-        up = to_rows(grad[c], None, cu_seqlens)[0].to(torch.float64)
+    by_value, by_along, by_base, by_factor = a.gradients(grad)
+    for c in range(a.channels if batch else 0):
+        node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
+        up = to_rows(grad[c], None, a.cu_seqlens)[0].to(torch.float64)
         up = torch.where(places.valid, up, 0)
         if base is not None:
             by_base[:, c] = up.sum(1)
         states = up.new_zeros(batch, width + 1)
-        if at != "before":
+        if a.at != "before":
             states.scatter_add_(1, places.column + 1, up)
-        if at != "after":
-            states.scatter_add_(1, places.column, up if at == "before" else -up)
+        if a.at != "after":
+            states.scatter_add_(1, places.column, up if a.at == "before" else -up)
         if values is not None:
             by_value[:, c].index_put_((node.flatten(),), (states * to_depth).flatten(), accumulate=True)
         if along is not None and factor is not None:
