@@ -1,11 +1,9 @@
-// The Python module: addresses and sizes in, nothing out. Arguments were checked, and outputs allocated, by
-// the callers in rewardops/cpp; the interpreter lock is released while a kernel runs.
-#include <pybind11/pybind11.h>
-
+// The Python module: addresses and sizes in, nothing out; the interpreter lock is released while a kernel runs.
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/advantages.h"
 #include "cpu/entropy.h"
 #include "cpu/pages.h"
@@ -15,51 +13,14 @@
 #include "cpu/selection.h"
 #include "cpu/tree.h"
 #include "rewardops/cpu/kernels.h"
+#ifdef REWARDOPS_HAS_CUDA
+#include "cuda/bindings.h"
+#endif
 
-namespace py = pybind11;
+using namespace rewardops;
 using namespace rewardops::cpu;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// A per-token array comes as (address, row stride); address 0 for one that is not given.
-template <typename T>
-Tokens<T> tokens(const py::tuple& strided) {
-  return {at<T>(strided[0].cast<Address>()), strided[1].cast<int64_t>()};
-}
-
-// (batch, width, address of cu_seqlens or 0, number of packed tokens)
-Rows rows(const py::tuple& r) {
-  return {r[0].cast<int64_t>(), r[1].cast<int64_t>(), at<const int64_t>(r[2].cast<Address>()),
-          r[3].cast<int64_t>()};
-}
-
-// (address, dtype, inner, outer stride, inner stride); address 0 for rows that are not given.
-LogitsRows logits_rows(const py::handle& r) {
-  const auto t = r.cast<py::tuple>();
-  return {at<const void>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), t[4].cast<int64_t>()};
-}
-
-// As rewardops.cpp.logits._problem makes it; the number of rows, which comes first, aside.
-LogitsArgs logits_args(const py::tuple& p) {
-  return {logits_rows(p[1]),
-          logits_rows(p[2]),
-          p[3].cast<int64_t>(),
-          p[4].cast<int64_t>(),
-          at<const int64_t>(p[5].cast<Address>()),
-          at<const uint8_t>(p[6].cast<Address>()),
-          p[7].cast<double>(),
-          at<const double>(p[8].cast<Address>()),
-          p[9].cast<double>(),
-          p[10].cast<double>()};
-}
 
 // Rows per range such that a range is worth a thread's waking.
 int64_t row_grain(int64_t row_bytes) {
@@ -129,27 +90,6 @@ void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Ad
   parallel_for(count, 8192, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
-// What a row's advantage is relative to: (groups, given, lengths, baseline, quantile, scale, eps, ddof, raw).
-template <typename T>
-AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
-                                  const py::tuple& relative) {
-  AdvantagesArgs<T> a{};
-  a.rows = rows(shape);
-  a.tokens_given = tokens_given;
-  a.mask = tokens<const uint8_t>(mask);
-  a.rewards = at<const T>(rewards);
-  a.groups = at<const int64_t>(relative[0].cast<Address>());
-  a.given = at<const T>(relative[1].cast<Address>());
-  a.lengths = at<const T>(relative[2].cast<Address>());
-  a.baseline = static_cast<Baseline>(relative[3].cast<int>());
-  a.quantile = relative[4].cast<double>();
-  a.scale = static_cast<Scale>(relative[5].cast<int>());
-  a.eps = relative[6].cast<double>();
-  a.ddof = relative[7].cast<int>();
-  a.raw_singletons = relative[8].cast<bool>();
-  return a;
-}
-
 template <typename T>
 void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                       const py::tuple& relative, Address advantages, Address inv_scale, Address numerators,
@@ -160,7 +100,7 @@ void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple
   a.numerators = at<T>(numerators);
   const SpreadArgs<T> s{a.rows, a.mask, a.advantages, tokens<T>(spread)};
   const py::gil_scoped_release release;
-  group_advantages(a, threads);
+  rewardops::cpu::group_advantages(a, threads);
   if (tokens_given)
     parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
                  [&](int64_t begin, int64_t end) { kernels().of<T>().spread(s, begin, end); });
@@ -176,7 +116,7 @@ void group_advantages_backward(const py::tuple& shape, bool tokens_given, const 
   a.grad_rewards = at<T>(out);
   a.grad_given = at<T>(grad_given);
   const py::gil_scoped_release release;
-  group_advantages_backward(a, threads);
+  rewardops::cpu::group_advantages_backward(a, threads);
 }
 
 template <typename Args>
@@ -197,23 +137,10 @@ int64_t chunks_of(const Rows& r, int64_t longest) {
 }
 
 template <typename T>
-void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& rewards, int kind,
+void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& rewards,
              const py::tuple& steps, const py::tuple& grad, const py::tuple& found, bool largest, double temperature,
              bool flag, const py::tuple& log_sums, const py::tuple& out, const std::string& which, int threads) {
-  ReturnsArgs<T> a{};
-  a.rows = rows(shape);
-  a.mask = tokens<const uint8_t>(mask);
-  a.rewards = tokens<const T>(rewards);
-  a.kind = static_cast<Steps>(kind);
-  if (a.kind == Steps::flags) a.flags = tokens<const uint8_t>(steps);
-  if (a.kind == Steps::ids) a.ids = tokens<const int64_t>(steps);
-  a.grad = tokens<const T>(grad);
-  a.returns = tokens<const T>(found);
-  a.largest = largest;
-  a.temperature = temperature;
-  a.through_weights = a.mean = flag;
-  a.log_sums = tokens<double>(log_sums);
-  a.out = tokens<T>(out);
+  auto a = returns_args<T>(shape, mask, rewards, steps, grad, found, largest, temperature, flag, log_sums, out);
   a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(T)));
   a.chunks = chunks_of(a.rows, longest);
   std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
@@ -234,54 +161,17 @@ void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
-// inputs: rewards, values, rho, trace, gammas, lambdas per token; per_row: gammas, lambdas, bootstrap.
-// outputs: forward out, returns; backward grad, grad_returns, grad_rewards, grad_values.
 template <typename T>
 void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& inputs,
              const py::tuple& per_row, double gamma, double lambda, bool decay, bool backward,
              const py::tuple& outputs, Address grad_bootstrap, int threads) {
-  const auto strided = [](const py::tuple& t, int k) { return t[k].cast<py::tuple>(); };
-  TdArgs<T> a{};
-  a.rows = rows(shape);
-  a.mask = tokens<const uint8_t>(mask);
-  a.rewards = tokens<const T>(strided(inputs, 0));
-  a.values = tokens<const T>(strided(inputs, 1));
-  a.rho = tokens<const T>(strided(inputs, 2));
-  a.trace = tokens<const T>(strided(inputs, 3));
-  a.gammas = tokens<const double>(strided(inputs, 4));
-  a.lambdas = tokens<const double>(strided(inputs, 5));
-  a.row_gammas = at<const double>(per_row[0].cast<Address>());
-  a.row_lambdas = at<const double>(per_row[1].cast<Address>());
-  a.bootstrap = at<const T>(per_row[2].cast<Address>());
-  a.gamma = gamma;
-  a.lambda = lambda;
-  a.decay = decay;
-  a.backward = backward;
-  if (backward) {
-    a.grad = tokens<const T>(strided(outputs, 0));
-    a.grad_returns = tokens<const T>(strided(outputs, 1));
-    a.grad_rewards = tokens<T>(strided(outputs, 2));
-    a.grad_values = tokens<T>(strided(outputs, 3));
-    a.grad_bootstrap = at<T>(grad_bootstrap);
-  } else {
-    a.out = tokens<T>(strided(outputs, 0));
-    a.returns = tokens<T>(strided(outputs, 1));
-  }
+  auto a = td_args<T>(shape, mask, inputs, per_row, gamma, lambda, decay, backward, outputs, grad_bootstrap);
   a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(T)));
   a.chunks = chunks_of(a.rows, longest);
   std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
   a.state = state.data();
   const py::gil_scoped_release release;
   run_scan(kernels().of<T>().td, a, threads);
-}
-
-// From the addresses of rewardops.prefix_tree's two arrays.
-template <typename I>
-Tree<I> tree(int64_t batch, Address rows, Address nodes) {
-  I* r = at<I>(rows);
-  I* n = at<I>(nodes);
-  const int64_t m = 2 * batch;
-  return {batch, r, r + batch, r + 2 * batch, r + 3 * batch, r + 4 * batch, n, n + m, n + 2 * m, n + 3 * m};
 }
 
 template <typename Token>
@@ -312,26 +202,6 @@ void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t chann
   const py::gil_scoped_release release;
   if (a.grad) rewardops::cpu::subtree_sums_backward(a, threads);
   else rewardops::cpu::subtree_sums(a, threads);
-}
-
-template <typename T>
-NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                              int64_t channels, int64_t plane, Address values, Address along, Address base,
-                              Address factor, int where, double gamma, bool skip) {
-  NodeTokensArgs<T> a{};
-  a.rows = rows(shape);
-  a.tree = tree<const int64_t>(a.rows.batch, tree_rows, nodes);
-  a.mask = tokens<const uint8_t>(mask);
-  a.channels = channels;
-  a.plane = plane;
-  a.values = at<const double>(values);
-  a.along = at<const double>(along);
-  a.base = at<const double>(base);
-  a.factor = at<const double>(factor);
-  a.at = static_cast<At>(where);
-  a.gamma = gamma;
-  a.skip = skip;
-  return a;
 }
 
 template <typename T>
@@ -465,4 +335,8 @@ PYBIND11_MODULE(_C, m) {
   define_trees(m);
   define_typed<float>(m, "_f32");
   define_typed<double>(m, "_f64");
+#ifdef REWARDOPS_HAS_CUDA
+  auto cuda = m.def_submodule("cuda", "CUDA C++ kernels; called by rewardops.cuda");
+  rewardops::cuda::define(cuda);
+#endif
 }

@@ -1,8 +1,8 @@
 """Dispatch: one schema per op, its fake and its gradient, and which backend serves it on a device.
 
 An op is defined once with :func:`define`; its implementations are the functions of the same name in
-``rewardops.reference.<family>``, ``rewardops.cpp.<family>`` and ``rewardops.triton_kernels.<family>``.
-Backward passes are ops too. Backends are looked up when an op runs, so a compiled graph follows
+``rewardops.reference.<family>``, ``rewardops.cpp.<family>``, ``rewardops.triton_kernels.<family>`` and, for the few
+ops where a kernel in CUDA C++ has a reason, ``rewardops.cuda.<family>``. Backward passes are ops too. Backends are looked up when an op runs, so a compiled graph follows
 :func:`use_backend` as eager code does.
 """
 
@@ -20,44 +20,50 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 _PACKAGES = {
     "reference": "rewardops.reference",
     "cpp": "rewardops.cpp",
     "triton": "rewardops.triton_kernels",
+    "cuda": "rewardops.cuda",
 }
-# First that can serve wins. Process-wide and not per thread: backward passes run on threads of autograd's.
+# First that can serve wins. CUDA C++ is chosen by name: no kernel of it has been measured ahead of Triton's yet.
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 
 _library = torch.library.Library("rewardops", "DEF")
-_forced: str | None = None
+# Process-wide and not per thread: backward passes run on threads of autograd's.
+_forced: tuple[str, ...] = ()
 
 
 class BackendUnavailable(RuntimeError):
     """The backend asked for cannot serve this op on this device."""
 
 
-def _check_name(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, want one of {', '.join(repr(b) for b in BACKENDS)}")
-    return name
+def _names(text: str | None) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"backend: got {name!r}, want one of {', '.join(repr(b) for b in BACKENDS)}")
+    return names
 
 
-if os.environ.get("REWARDOPS_BACKEND"):
-    _forced = _check_name(os.environ["REWARDOPS_BACKEND"])
+_forced = _names(os.environ.get("REWARDOPS_BACKEND"))
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Serve every op by one backend (``"reference"``, ``"cpp"`` or ``"triton"``) while the context is open.
+    """Serve every op by one backend (``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``) while the context is open.
+
+    Several names separated by commas are tried in that order: ``"cuda,triton"`` takes the CUDA C++ kernels where
+    there are any, and Triton elsewhere. An op that none of them can serve raises :class:`BackendUnavailable`.
 
     Process-wide, and looked up when an op runs: a backward pass called after the context has closed is
-    served by the default again. None restores the default order. An op that the backend cannot serve
-    raises :class:`BackendUnavailable`. ``REWARDOPS_BACKEND`` sets the same from the environment.
+    served by the default again. None restores the default order. ``REWARDOPS_BACKEND`` sets the same from the
+    environment.
     """
     global _forced
-    before, _forced = _forced, None if name is None else _check_name(name)
+    before, _forced = _forced, _names(name)
     try:
         yield
     finally:
@@ -91,6 +97,26 @@ def compiled_module() -> types.ModuleType | None:
 
 
 @functools.cache
+def cuda_module() -> types.ModuleType | None:
+    """The CUDA C++ kernels: of the compiled module, or those that ``REWARDOPS_CUDA_ON_HOST`` names, which run on CPUs.
+
+    The latter is a build by ``tests/cuda_on_host``, for tests of kernels where there is no GPU.
+    """
+    path = cuda_on_host()
+    if path is None:
+        return getattr(compiled_module(), "cuda", None)
+    spec = importlib.util.spec_from_file_location("cuda_on_host", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda_on_host() -> str | None:
+    return os.environ.get("REWARDOPS_CUDA_ON_HOST") or None
+
+
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -100,8 +126,8 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def unavailable(backend: str, device_type: str) -> str | None:
-    """Why a backend cannot serve tensors on a device; None where it can."""
+def unavailable(backend: str, device_type: str, family: str | None = None, op: str | None = None) -> str | None:
+    """Why a backend cannot serve tensors on a device, or an op there; None where it can."""
     if backend == "reference":
         return None
     if backend == "cpp":
@@ -110,30 +136,45 @@ def unavailable(backend: str, device_type: str) -> str | None:
         if compiled_module() is None:
             return "the compiled module rewardops._C is missing (install rewardops with a C++ compiler)"
         return None
-    if not has_triton():
-        return "the package triton is not installed"
-    if device_type == "cpu" and not triton_interprets():
-        return "it serves GPU tensors; on the CPU only by the interpreter (TRITON_INTERPRET=1)"
+    if backend == "triton":
+        if not has_triton():
+            return "the package triton is not installed"
+        if device_type == "cpu" and not triton_interprets():
+            return "it serves GPU tensors; on the CPU only by the interpreter (TRITON_INTERPRET=1)"
+        return None
+    if device_type != ("cuda" if cuda_on_host() is None else "cpu"):
+        return "it serves GPU tensors; on the CPU only a build of its kernels for tests (REWARDOPS_CUDA_ON_HOST)"
+    if cuda_module() is None:
+        return "the CUDA C++ kernels are missing (install rewardops where nvcc is found)"
+    if family is not None and op is not None and _implementation(backend, family, op) is None:
+        return f"it has no kernel for {op}"
     return None
 
 
-def backend_for(device_type: str) -> str:
+def backend_for(device_type: str, family: str | None = None, op: str | None = None) -> str:
     """The backend that serves an op on a device."""
-    if _forced is not None:
-        why = unavailable(_forced, device_type)
-        if why is not None:
-            raise BackendUnavailable(f"backend {_forced!r} cannot serve {device_type} tensors: {why}")
-        return _forced
-    for name in _ORDER.get(device_type, ("reference",)):
-        if unavailable(name, device_type) is None:
+    for name in _forced or _ORDER.get(device_type, ("reference",)):
+        why = unavailable(name, device_type, family, op)
+        if why is None:
             return name
-    return "reference"
+    if not _forced:
+        return "reference"
+    served = f"{op} for {device_type} tensors" if op else f"{device_type} tensors"
+    raise BackendUnavailable(f"backend {','.join(_forced)!r} cannot serve {served}: {why}")
 
 
 @functools.cache
-def _implementation(backend: str, family: str, op: str) -> Callable[..., Any]:
-    module = importlib.import_module(f"{_PACKAGES[backend]}.{family}")
-    return getattr(module, op)
+def _implementation(backend: str, family: str, op: str) -> Callable[..., Any] | None:
+    package = _PACKAGES[backend]
+    if backend == "cuda" and importlib.util.find_spec(f"{package}.{family}") is None:
+        return None
+    return getattr(importlib.import_module(f"{package}.{family}"), op, None)
+
+
+def _run(device_type: str, family: str, op: str, args: tuple[Any, ...]) -> Any:
+    implementation = _implementation(backend_for(device_type, family, op), family, op)
+    assert implementation is not None, op
+    return implementation(*args)
 
 
 def define(
@@ -150,12 +191,12 @@ def define(
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 
     def on_cpu(*args: Any) -> Any:
-        return _implementation(backend_for("cpu"), family, op)(*args)
+        return _run("cpu", family, op, args)
 
     def on_cuda(*args: Any) -> Any:
         # Kernels are launched on the current device, which need not be the tensors'.
         with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
-            return _implementation(backend_for("cuda"), family, op)(*args)
+            return _run("cuda", family, op, args)
 
     _library.impl(op, on_cpu, "CPU")
     _library.impl(op, on_cuda, "CUDA")
@@ -176,14 +217,15 @@ def config() -> dict[str, str]:
         if module is not None
         else "not built: CPU ops run on the reference"
     )
-    lines["cuda kernels"] = "none in this version"
+    why = unavailable("cuda", "cuda")
+    lines["cuda kernels"] = "built; chosen by name" if why is None else f"not available: {why}"
     if has_triton():
         lines["triton"] = importlib.import_module("triton").__version__
         if triton_interprets():
             lines["triton"] += ", interpreted on the CPU"
     else:
         lines["triton"] = "not installed"
-    lines["forced backend"] = _forced or "none"
+    lines["forced backend"] = ",".join(_forced) or "none"
     for device_type in _ORDER:
         try:
             lines[f"{device_type} ops"] = backend_for(device_type)

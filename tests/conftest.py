@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,36 +27,60 @@ torch.set_num_threads(2)
 
 
 class Target(NamedTuple):
-    """A backend and the device that it is tested on."""
+    """A backend, or several in the order of preference, and the device that it is tested on."""
 
     backend: str
     device: torch.device
 
     @property
     def interpreted(self) -> bool:
-        """Triton on the CPU: small inputs will do, its blocks are small as well."""
-        return self.backend == "triton" and self.device.type == "cpu"
+        """A GPU's kernels on the CPU: small inputs will do, their blocks are small as well."""
+        return self.device.type == "cpu" and self.backend.startswith(("triton", "cuda"))
 
 
-def _targets() -> list:
-    cases = [
-        ("reference", "cpu", None),
-        ("cpp", "cpu", dispatch.unavailable("cpp", "cpu")),
-        ("triton", "cuda" if HAS_GPU else "cpu", None if importlib.util.find_spec("triton") else "no triton"),
-    ]
-    return [
-        pytest.param(
-            Target(name, torch.device(device)),
-            id=f"{name}-{device}",
-            marks=[] if why is None else pytest.mark.skip(reason=why),
-        )
-        for name, device, why in cases
-    ]
+def _case(backend: str, device: str, why: str | None) -> object:
+    return pytest.param(
+        Target(backend, torch.device(device)),
+        id=f"{backend.partition(',')[0]}-{device}",
+        marks=[] if why is None else pytest.mark.skip(reason=why),
+    )
 
 
-@pytest.fixture(params=_targets())
+GPU = "cuda" if HAS_GPU else "cpu"
+TARGETS = [
+    _case("reference", "cpu", None),
+    _case("cpp", "cpu", dispatch.unavailable("cpp", "cpu")),
+    _case("triton", GPU, None if importlib.util.find_spec("triton") else "no triton"),
+]
+# For ops that have kernels in CUDA C++; what else a function is made of is the specification's.
+sys.path.insert(0, str(Path(__file__).parent))
+from cuda_on_host import build as cuda_on_host  # noqa: E402
+
+if HAS_GPU:
+    _missing = dispatch.unavailable("cuda", "cuda")
+else:
+    _missing = None if cuda_on_host.COMPILER else "no C++ compiler"
+CUDA_TARGET = _case("cuda,reference", GPU, _missing)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every backend for a test of a `target`; that of CUDA C++ in modules that say `CUDA = True`."""
+    if "target" in metafunc.fixturenames:
+        cuda = [CUDA_TARGET] if getattr(metafunc.module, "CUDA", False) else []
+        metafunc.parametrize("target", TARGETS + cuda, indirect=True)
+
+
+@functools.cache
+def run_cuda_on_host() -> None:
+    """From here on the kernels in CUDA C++ serve CPU tensors, by the harness."""
+    os.environ.setdefault("REWARDOPS_CUDA_ON_HOST", str(cuda_on_host.build()))
+
+
+@pytest.fixture
 def target(request: pytest.FixtureRequest):
     """Each backend in turn, forced for the whole test."""
+    if request.param.backend.startswith("cuda") and not HAS_GPU:
+        run_cuda_on_host()
     with dispatch.use_backend(request.param.backend):
         yield request.param
 

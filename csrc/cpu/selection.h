@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "rewardops/cpu/rows.h"
+#include "rewardops/rows.h"
 
 namespace rewardops::cpu {
 

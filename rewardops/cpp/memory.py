@@ -1,4 +1,4 @@
-"""Tensors as the compiled module takes them: addresses, row strides and the shape of the rows."""
+"""Tensors as the compiled module takes them: addresses, row strides and the shape of the rows; and what runs it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from ..dispatch import compiled_module
 
 NONE = (0, 0)
 Strided = tuple[int, int]
-
-
-def function(name: str, like: Tensor, suffix: str = "") -> Any:
-    """The compiled function for the precision of ``like``."""
-    precision = "f64" if like.dtype is torch.float64 else "f32"
-    return getattr(compiled_module(), f"{name}_{precision}{suffix}")
 
 
 def address(tensor: Tensor | None) -> int:
@@ -46,15 +40,17 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
 class Shape:
     """The rows of per-token tensors: padded, or packed by offsets that are kept alive here."""
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> None:
-        self.cu = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    def __init__(
+        self, shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, via: Via | None = None
+    ) -> None:
+        self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
         if self.cu is None:
             self.batch, self.longest = shape[0], shape[1]
-            self.tuple = (shape[0], shape[1], 0, 0)
+            self.tuple = (shape[0], shape[1], 0, 0, True)
         else:
             self.batch = self.cu.shape[0] - 1
-            self.longest = int((self.cu[1:] - self.cu[:-1]).max()) if self.batch else 0
-            self.tuple = (self.batch, 0, self.cu.data_ptr(), shape[0])
+            self.longest = (via or CPU).longest(self.cu, shape[0])
+            self.tuple = (self.batch, 0, self.cu.data_ptr(), shape[0], self.cu.dtype is torch.int64)
 
 
 def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -64,9 +60,43 @@ def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def allocate(like: Tensor, shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> Tensor:
-    """An output per token: what lies between packed rows, should the offsets leave gaps, is 0."""
-    return fresh(shape, like.dtype) if cu_seqlens is None else like.new_zeros(shape)
+class Via:
+    """How the callers reach kernels; this one the CPU's. ``rewardops.cuda`` has another, for the same callers."""
+
+    def module(self) -> Any:
+        return compiled_module()
+
+    def function(self, name: str, like: Tensor) -> Any:
+        """The compiled function for the precision of ``like``."""
+        return getattr(self.module(), f"{name}_{'f64' if like.dtype is torch.float64 else 'f32'}")
+
+    def longest(self, cu_seqlens: Tensor, total: int) -> int:
+        """The length of the longest packed row, or a bound."""
+        return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if len(cu_seqlens) > 1 else 0
+
+    def fresh(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return fresh(shape, dtype)
+
+    def allocate(
+        self,
+        like: Tensor,
+        shape: torch.Size | tuple[int, ...],
+        cu_seqlens: Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """An output per token: what lies between packed rows, should the offsets leave gaps, is 0."""
+        dtype = dtype or like.dtype
+        if cu_seqlens is None:
+            return self.fresh(shape, dtype, like.device)
+        return like.new_zeros(shape, dtype=dtype)
+
+    def execution(self, like: Tensor) -> tuple[int, ...]:
+        """What runs the kernels, the last arguments of every call: here how many threads."""
+        return (torch.get_num_threads(),)
+
+
+CPU = Via()
+function, allocate = CPU.function, CPU.allocate
 
 
 def threads() -> int:

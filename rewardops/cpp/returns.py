@@ -1,4 +1,4 @@
-"""Returns on the CPU."""
+"""Returns on the CPU, and by CUDA C++ kernels (``rewardops.cuda.returns``)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from torch import Tensor
 
 from ..layout import batch_of
 from ..reference.returns import differences, prefix_scan
-from .memory import (
-    NONE,
-    Shape,
-    Strided,
-    address,
-    allocate,
-    as_bytes,
-    fresh,
-    function,
-    rows_dense,
-    strided,
-    threads,
-)  # fmt: skip
+from .memory import CPU, NONE, Shape, Strided, Via, address, as_bytes, rows_dense, strided
 
 __all__ = [
     "differences", "extreme_returns", "extreme_returns_backward", "prefix_scan", "softmin_returns",
@@ -44,25 +32,31 @@ def _run(
     temperature: float = 1.0,
     flag: bool = False,
     log_sums: Strided = NONE,
+    via: Via = CPU,
 ) -> Tensor:
-    rows = Shape(rewards.shape, cu_seqlens)
+    rows = Shape(rewards.shape, cu_seqlens, via)
     rewards, grad, returns, mask = rows_dense(rewards), _dense(grad), _dense(returns), as_bytes(mask)
     kind = 0
     if steps is not None:
         kind = 1 if steps.dtype is torch.bool else 2
         steps = as_bytes(steps) if kind == 1 else rows_dense(steps)
-    out = allocate(rewards, rewards.shape, cu_seqlens)
-    function("returns", rewards)(
-        rows.tuple, rows.longest, strided(mask), strided(rewards), kind, strided(steps), strided(grad),
-        strided(returns), largest, temperature, flag, log_sums, strided(out), which, threads(),
+    out = via.allocate(rewards, rewards.shape, cu_seqlens)
+    via.function("returns", rewards)(
+        rows.tuple, rows.longest, strided(mask), strided(rewards), (kind, strided(steps)), strided(grad),
+        strided(returns), largest, temperature, flag, log_sums, strided(out), which, *via.execution(rewards),
     )  # fmt: skip
     return out
 
 
 def extreme_returns(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None, largest: bool
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    largest: bool,
+    via: Via = CPU,
 ) -> Tensor:
-    return _run("extremes", rewards, mask, cu_seqlens, steps, largest=largest)
+    return _run("extremes", rewards, mask, cu_seqlens, steps, largest=largest, via=via)
 
 
 def extreme_returns_backward(
@@ -73,8 +67,9 @@ def extreme_returns_backward(
     cu_seqlens: Tensor | None,
     steps: Tensor | None,
     largest: bool,
+    via: Via = CPU,
 ) -> Tensor:
-    return _run("extremes_backward", rewards, mask, cu_seqlens, steps, grad=grad, returns=returns)
+    return _run("extremes_backward", rewards, mask, cu_seqlens, steps, grad=grad, returns=returns, via=via)
 
 
 def softmin_returns(
@@ -84,12 +79,12 @@ def softmin_returns(
     steps: Tensor | None,
     temperature: float,
     mean: bool,
+    via: Via = CPU,
 ) -> tuple[Tensor, Tensor]:
-    make = fresh if cu_seqlens is None else torch.zeros
-    logs = make(rewards.shape, dtype=torch.float64)
+    logs = via.allocate(rewards, rewards.shape, cu_seqlens, torch.float64)
     out = _run(
         "softmin_returns", rewards, mask, cu_seqlens, steps, temperature=temperature, flag=mean,
-        log_sums=strided(logs),
+        log_sums=strided(logs), via=via,
     )  # fmt: skip
     return out, logs
 
@@ -102,11 +97,12 @@ def softmin_returns_backward(
     cu_seqlens: Tensor | None,
     steps: Tensor | None,
     temperature: float,
+    via: Via = CPU,
 ) -> Tensor:
     logs = rows_dense(log_sums)
     return _run(
         "softmin_returns_backward", rewards, mask, cu_seqlens, steps, grad=grad, temperature=temperature,
-        log_sums=strided(logs),
+        log_sums=strided(logs), via=via,
     )  # fmt: skip
 
 
@@ -154,18 +150,19 @@ def _td(
     options: tuple[float, float, bool, bool],
     outputs: tuple[Tensor | None, ...],
     grad_bootstrap: Tensor | None,
+    via: Via,
 ) -> None:
     rewards = tokens[0]
     assert rewards is not None
-    rows = Shape(rewards.shape, cu_seqlens)
+    rows = Shape(rewards.shape, cu_seqlens, via)
     per_row = [_per_row(x) for x in factors]
     per_token = [None if row is not None else x for x, row in zip(factors, per_row, strict=True)]
     kept = [_dense(x) for x in (*tokens, *per_token)]
     mask, bootstrap = as_bytes(mask), None if bootstrap is None else bootstrap.contiguous()
-    function("td_scan", rewards)(
+    via.function("td_scan", rewards)(
         rows.tuple, rows.longest, strided(mask), tuple(strided(x) for x in kept),
         (*(address(x) for x in per_row), address(bootstrap)), *options, tuple(strided(x) for x in outputs),
-        address(grad_bootstrap), threads(),
+        address(grad_bootstrap), *via.execution(rewards),
     )  # fmt: skip
 
 
@@ -182,12 +179,13 @@ def td_scan(
     gamma: float,
     lam: float,
     decay: bool,
+    via: Via = CPU,
 ) -> tuple[Tensor, Tensor]:
-    out = allocate(rewards, rewards.shape, cu_seqlens)
-    returns = None if values is None else allocate(rewards, rewards.shape, cu_seqlens)
+    out = via.allocate(rewards, rewards.shape, cu_seqlens)
+    returns = None if values is None else via.allocate(rewards, rewards.shape, cu_seqlens)
     options = (gamma, lam, decay, False)
     tokens = (rewards, values, rho, trace)
-    _td(tokens, (gammas, lambdas), bootstrap, mask, cu_seqlens, options, (out, returns), None)
+    _td(tokens, (gammas, lambdas), bootstrap, mask, cu_seqlens, options, (out, returns), None, via)
     return out, rewards.new_empty(0) if returns is None else returns
 
 
@@ -206,15 +204,24 @@ def td_scan_backward(
     decay: bool,
     has_values: bool,
     has_bootstrap: bool,
+    via: Via = CPU,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, grad_returns = _dense(grad), _dense(grad_returns)
-    on_rewards = allocate(rewards, rewards.shape, cu_seqlens)
-    on_values = allocate(rewards, rewards.shape, cu_seqlens) if has_values else None
+    on_rewards = via.allocate(rewards, rewards.shape, cu_seqlens)
+    on_values = via.allocate(rewards, rewards.shape, cu_seqlens) if has_values else None
     batch = batch_of(rewards.shape, cu_seqlens)
     on_bootstrap = rewards.new_zeros(batch) if has_bootstrap else None
     options, outputs = (gamma, lam, decay, True), (grad, grad_returns, on_rewards, on_values)
     _td(
-        (rewards, None, rho, trace), (gammas, lambdas), None, mask, cu_seqlens, options, outputs, on_bootstrap
+        (rewards, None, rho, trace),
+        (gammas, lambdas),
+        None,
+        mask,
+        cu_seqlens,
+        options,
+        outputs,
+        on_bootstrap,
+        via,
     )
     return (
         on_rewards,

@@ -1,0 +1,39 @@
+// Arguments of the advantages kernels, on every device.
+#pragma once
+
+#include <cstdint>
+
+#include "rewardops/rows.h"
+
+namespace rewardops {
+
+enum class Baseline : int {
+  mean = 0, leave_one_out = 1, median = 2, quantile = 3, max = 4, second_max = 5, length_weighted = 6, given = 7, none = 8
+};
+enum class Scale : int { std = 0, batch_std = 1, mean_abs = 2, range = 3, none = 4 };
+
+template <typename T>
+struct AdvantagesArgs {
+  Rows rows;                    // batch; the rest only where tokens_given
+  bool tokens_given;            // the rewards belong to rows of tokens: empty ones are not members
+  Tokens<const uint8_t> mask;
+  const T* rewards;             // [B]
+  const int64_t* groups;        // [B]
+  const T* given;               // [B]; may be null
+  const T* lengths;             // [B]; may be null
+  Baseline baseline;
+  double quantile;
+  Scale scale;
+  double eps;
+  int ddof;
+  bool raw_singletons;
+  T* advantages;                // forward: [B]
+  T* inv_scale;                 // forward: [B]
+  T* numerators;                // forward: [B], reward less baseline
+  Tokens<const T> grad;         // backward: tokens, or [B] where none are given; may be null
+  const T* grad_inv_scale;      // backward: [B]; may be null
+  T* grad_rewards;              // backward: [B]
+  T* grad_given;                // backward: [B]; may be null
+};
+
+}  // namespace rewardops

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: the callers of ``rewardops.cpp``, on a stream; one file per family that has any."""
