@@ -56,11 +56,8 @@ TARGETS = [
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_on_host import build as cuda_on_host  # noqa: E402
 
-if HAS_GPU:
-    _missing = dispatch.unavailable("cuda", "cuda")
-else:
-    _missing = None if cuda_on_host.COMPILER else "no C++ compiler"
-CUDA_TARGET = _case("cuda,reference", GPU, _missing)
+NO_CUDA = "no C++ compiler" if cuda_on_host.COMPILER is None else None
+CUDA_TARGET = _case("cuda,reference", GPU, dispatch.unavailable("cuda", "cuda") if HAS_GPU else NO_CUDA)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

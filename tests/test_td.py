@@ -12,6 +12,7 @@ import rewardops
 from rewardops import dispatch
 from rewardops.testing import check_op, evaluate, pack, random_mask
 
+CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
 HOLES = ("hold", "decay")
 
 
@@ -256,7 +257,7 @@ def test_few_long_rows_are_cut(target, generator, hole):
     mask[0, n // 4 : n // 4 + n // 3] = False
     mask[0, -n // 10 :] = False
     boot = torch.randn(1, generator=generator, dtype=torch.float64)
-    many = 40 if target.backend == "cpp" else 5  # more rows than are cut
+    many = {"cpp": 40, "triton": 5}.get(target.backend, 9)  # more rows than are cut
     found = []
     for copies in (1, many):
         fn = gae(gamma=0.999, lam=0.99, mask=mask.expand(copies, -1), hole=hole)
@@ -267,6 +268,34 @@ def test_few_long_rows_are_cut(target, generator, hole):
             found.append([o[0].detach() for o in outputs] + [g[0] for g in torch.autograd.grad(loss, xs)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_rows_that_start_anywhere(target, generator, batch):
+    """Loads of several tokens at once, and those of rows whose arrays have no common alignment."""
+    if target.interpreted and target.backend == "triton":
+        pytest.skip("Triton's compiler sees to that")
+    n = 611 if target.interpreted else 2611
+    if target.backend == "reference":
+        n = 40
+    wide = torch.randn(3, batch, n + 8, generator=generator)
+    mask = torch.rand(batch, n + 8, generator=generator) > 0.1
+    for shift, other, end in ((0, 0, 0), (1, 1, 0), (3, 3, 3), (0, 2, 1), (2, 1, 2)):
+        r, v = wide[0][:, shift : n - end], wide[1][:, other : n - end + other - shift]
+        for m in (None, mask[:, shift : n - end]):
+            fn = gae(gamma=0.99, lam=0.9, mask=m)
+            check_op(fn, [r, v], backend=target.backend, device=target.device)
+    lengths = torch.full((batch,), n // 2) - torch.arange(batch)  # packed rows of odd lengths
+    packed, cu = pack(wide[0][:, :n], lengths)
+    values, _ = pack(wide[1][:, :n], lengths)
+    ratio, _ = pack(wide[2][:, :n], lengths)
+    for dtype in (torch.int32, torch.int64):
+
+        def fn(r, v, dtype=dtype):
+            where = {"cu_seqlens": cu.to(r.device, dtype)}
+            return rewardops.vtrace(r, v, ratio.to(r), lam=0.9, **where)
+
+        check_op(fn, [packed, values], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("shape", [(16_384, 5), (1, 262_144)], ids=str)

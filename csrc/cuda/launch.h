@@ -26,10 +26,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments&&... arguments) {
   constexpr int64_t kMost = 2147483647;
   if (grid.x == 0 || grid.y == 0) return;
-  if (grid.x > kMost) throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.x) + " blocks are too many");
+  if (grid.x > kMost) throw std::runtime_error(std::string(name) + ": too many blocks, " + std::to_string(grid.x));
   constexpr size_t kWithoutAsking = 48 << 10;
   if (grid.shared > kWithoutAsking)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)),
+          name);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3{static_cast<unsigned>(grid.x), grid.y, 1};
   config.blockDim = dim3{grid.threads, 1, 1};
@@ -51,7 +52,5 @@ inline int attribute(cudaDeviceAttr which) {
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
 }
-
-inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
 }  // namespace rewardops::cuda

@@ -94,6 +94,10 @@ class Via:
         """What runs the kernels, the last arguments of every call: here how many threads."""
         return (torch.get_num_threads(),)
 
+    def scan(self, like: Tensor, rows: Shape) -> tuple[tuple[int, ...], Tensor | None]:
+        """The last arguments of a scan along rows, and the memory among them, to be kept until the call is over."""
+        return self.execution(like), None
+
 
 CPU = Via()
 function, allocate = CPU.function, CPU.allocate

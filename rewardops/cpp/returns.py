@@ -41,9 +41,10 @@ def _run(
         kind = 1 if steps.dtype is torch.bool else 2
         steps = as_bytes(steps) if kind == 1 else rows_dense(steps)
     out = via.allocate(rewards, rewards.shape, cu_seqlens)
+    execution, _kept = via.scan(rewards, rows)
     via.function("returns", rewards)(
         rows.tuple, rows.longest, strided(mask), strided(rewards), (kind, strided(steps)), strided(grad),
-        strided(returns), largest, temperature, flag, log_sums, strided(out), which, *via.execution(rewards),
+        strided(returns), largest, temperature, flag, log_sums, strided(out), which, *execution,
     )  # fmt: skip
     return out
 
@@ -159,10 +160,11 @@ def _td(
     per_token = [None if row is not None else x for x, row in zip(factors, per_row, strict=True)]
     kept = [_dense(x) for x in (*tokens, *per_token)]
     mask, bootstrap = as_bytes(mask), None if bootstrap is None else bootstrap.contiguous()
+    execution, _state = via.scan(rewards, rows)
     via.function("td_scan", rewards)(
         rows.tuple, rows.longest, strided(mask), tuple(strided(x) for x in kept),
         (*(address(x) for x in per_row), address(bootstrap)), *options, tuple(strided(x) for x in outputs),
-        address(grad_bootstrap), *via.execution(rewards),
+        address(grad_bootstrap), *execution,
     )  # fmt: skip
 
 

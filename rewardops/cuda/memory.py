@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cpp.memory import Via
+from ..cpp.memory import Shape, Via
 from ..dispatch import cuda_module
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return int(cuda_module().multiprocessors())  # type: ignore[union-attr]
 
 
 class Stream(Via):
     """The current stream of the tensors' device."""
+
+    # Of a block. On a CPU, where each costs time, fewer: small inputs then have several tiles.
+    most_threads = 256
+    most_threads_on_host = 64
 
     def module(self) -> Any:
         return cuda_module()
@@ -27,6 +39,21 @@ class Stream(Via):
         if like.device.type != "cuda":
             return (0,)
         return (torch._C._cuda_getCurrentRawStream(like.device.index),)
+
+    def scan(self, like: Tensor, rows: Shape) -> tuple[tuple[int, ...], Tensor | None]:
+        """Stream, threads of a block, and tiles that are blocks of their own, where rows alone are too few.
+
+        How many is decided by the shape and the device alone, and so are the bits of the result.
+        """
+        module, batch, longest = self.module(), rows.batch, rows.longest
+        most = self.most_threads if like.is_cuda else self.most_threads_on_host
+        threads = min(most, max(32, -(-longest // 128) * 32))
+        tile = module.scan_tile(threads)
+        if batch >= 2 * _multiprocessors(like.device) or longest <= 2 * tile:
+            return (*self.execution(like), threads, 0, 0), None
+        chunks = -(-longest // tile) + 1  # the first may be cut short, for the others to be aligned
+        state = torch.zeros(module.scan_state(batch, chunks), dtype=torch.uint8, device=like.device)
+        return (*self.execution(like), threads, chunks, state.data_ptr()), state
 
 
 CUDA = Stream()

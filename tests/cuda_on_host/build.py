@@ -19,11 +19,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
+         "-Wno-unknown-pragmas"]  # fmt: skip
 
 
 def _sources() -> list[Path]:
-    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "bindings.cpp", HERE / "module.cpp"]
+    cuda = ROOT / "csrc" / "cuda"
+    return [*sorted(cuda.glob("*.cu")), cuda / "bindings.cpp", HERE / "module.cpp"]
 
 
 def build(sanitizer: str = "") -> Path:
@@ -34,7 +36,12 @@ def build(sanitizer: str = "") -> Path:
                 sysconfig.get_path("include")]  # fmt: skip
     flags = [*FLAGS, *(f"-I{path}" for path in includes)]
     flags += [f"-fsanitize={sanitizer}"] if sanitizer else []
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.rglob("*.h"), HERE / "include"]
+    headers = [
+        *(ROOT / "csrc").rglob("*.h"),
+        *(ROOT / "csrc").rglob("*.cuh"),
+        *HERE.rglob("*.h"),
+        HERE / "include",
+    ]
     common = hashlib.sha256(" ".join([COMPILER or "", *flags]).encode())
     for header in sorted(h for h in headers if h.is_file()):
         common.update(header.read_bytes())

@@ -222,7 +222,8 @@ inline void life_of_a_fiber() noexcept {
 inline void add_fiber() {
   auto* fiber = new Fiber;
   fiber->index = static_cast<unsigned>(fibers.pool.size());
-  void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int kKind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, kKind, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE)) fail("no memory for the stack of a thread");
   ucontext_t at;
   if (getcontext(&at)) fail("getcontext");

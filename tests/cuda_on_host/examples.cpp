@@ -1,7 +1,12 @@
 // Kernels that show what the harness runs, and faults that it finds. The first argument names the case.
-#include "cuda_on_host.h"
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
+#include <cuda/atomic>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -113,7 +118,86 @@ __global__ void cluster_kernel(const float4* in, int quarters, float* out) {
   cluster.sync();  // nobody leaves while its memory is read
 }
 
+// One shuffle and one count right after the other: what a lane has left stays until the slowest has read it. The
+// quarters of a warp come by turns under one mask each.
+__global__ void relay_kernel(unsigned* wrong) {
+  const unsigned lane = threadIdx.x % 32, first = lane / 8 * 8, quarter = 0xffu << first;
+  for (unsigned round = 0; round < 40; ++round) {
+    if (__shfl_sync(kAll, lane * round, round % 32) != round % 32 * round) atomicAdd(wrong, 1);
+    if (__shfl_sync(quarter, lane + round, round % 8, 8) != first + round % 8 + round) atomicAdd(wrong, 1);
+    if (__syncthreads_count(threadIdx.x < round) != int(round)) atomicAdd(wrong, 1);
+  }
+}
+
+// Threads of one block that wait for one another without a barrier: for a flag, for a lock, for a counter.
+__global__ void poll_kernel(int* flag, int* lock, int* counter) {
+  using ref = cuda::atomic_ref<int, cuda::thread_scope_block>;
+  if (threadIdx.x < 32) {
+    while (!ref(*flag).load(cuda::std::memory_order_acquire)) __nanosleep(20);
+  } else if (threadIdx.x == 40) {
+    ref(*flag).store(1, cuda::std::memory_order_release);
+  }
+  if (threadIdx.x % 32 == 0) {
+    while (atomicCAS(lock, 0, 1) != 0) {
+    }
+    atomicAdd(counter, 1);
+    atomicExch(lock, 0);
+  }
+  while (atomicAdd(counter, 0) < 3) {
+  }
+}
+
+// Arguments by value, of any size, as launchers hand them on.
+struct Arguments {
+  const float* in;
+  float* out;
+  int n;
+  float weights[200];
+};
+
+template <int kBlock>
+__global__ void __launch_bounds__(kBlock, 2) weigh_kernel(const __grid_constant__ Arguments a, double scale) {
+  float* tile = cuda_on_host::shared<float>();
+  const int i = blockIdx.x * kBlock + threadIdx.x;
+  tile[threadIdx.x] = i < a.n ? __ldg(a.in + i) : 0.f;
+  __syncthreads();
+  if (i < a.n) __stcs(a.out + i, tile[kBlock - 1 - threadIdx.x] * a.weights[i % 200] * static_cast<float>(scale));
+}
+
+template <int kBlock>
+cudaError_t weigh(const Arguments& a, size_t shared_bytes) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = (a.n + kBlock - 1) / kBlock;
+  config.blockDim = kBlock;
+  config.dynamicSmemBytes = shared_bytes;
+  return cudaLaunchKernelEx(&config, weigh_kernel<kBlock>, a, 2);
+}
+
+__global__ void functions_kernel(unsigned* right) {
+  const int lane = threadIdx.x;
+  bool all = __reduce_add_sync(kAll, lane) == 496 && __reduce_min_sync(kAll, 5 - lane) == -26;
+  all &= __reduce_max_sync(kAll, unsigned(lane)) == 31 && __reduce_or_sync(kAll, 1u << lane) == kAll;
+  all &= min(-1, 2u) == 2 && max(3LL, 4) == 4 && min(1.f, 2.) == 1 && max(NAN, 2.f) == 2;
+  all &= __clz(1) == 31 && __clzll(0) == 64 && __ffs(8) == 4 && __brev(6) == 0x60000000u && __popcll(~0ull) == 64;
+  all &= __float_as_int(1.f) == 0x3f800000 && __uint_as_float(0x40000000u) == 2 && __expf(0.f) == 1;
+  atomicAnd(right, all ? kAll : 0);
+}
+
 // ---- faults ------------------------------------------------------------------------------------------------
+
+// All are there, but half of a warp at one barrier and half at another.
+__global__ void deadlock_kernel() {
+  if (threadIdx.x < 16)
+    __syncthreads();
+  else
+    __syncwarp();
+}
+
+// Nobody ever sets it.
+__global__ void poll_in_vain_kernel(int* flag) {
+  while (!cuda::atomic_ref<int>(*flag).load()) {
+  }
+}
 
 // No barrier between what one warp writes and another reads.
 __global__ void race_kernel(int* out) {
@@ -143,6 +227,24 @@ __global__ void cluster_race_kernel(int* out) {
 __global__ void lane_kernel() { __syncwarp(0xfffffffeu); }
 
 __global__ void bounds_kernel() { cuda_on_host::shared<int>()[threadIdx.x + 1] = 1; }
+
+// ---- numbers of 16 bits ------------------------------------------------------------------------------------
+
+// Every number comes back; what lies between two goes to the nearer one, and to the even one from the middle.
+template <typename T>
+void expect_rounding(unsigned infinity) {
+  for (unsigned bits = 0; bits < 0x10000; ++bits) {
+    const float x = T::from_bits(static_cast<uint16_t>(bits));
+    const bool nan = (bits & 0x7fff) > infinity;
+    expect(std::isnan(x) == nan, "a NaN is one");
+    expect(nan ? std::isnan(float(T(x))) : T(x).bits() == bits, "there and back");
+    if ((bits & 0x7fff) + 1 >= infinity) continue;
+    const double next = float(T::from_bits(static_cast<uint16_t>(bits + 1))), middle = (x + next) / 2;
+    expect(T(middle).bits() == bits + bits % 2, "of two as near, the even one");
+    expect(T(middle + (x - next) * 1e-9).bits() == bits && T(middle - (x - next) * 1e-9).bits() == bits + 1, "nearest");
+  }
+  expect(T(INFINITY).bits() == infinity && T(-1e300).bits() == (infinity | 0x8000), "infinity");
+}
 
 }  // namespace
 
@@ -190,6 +292,53 @@ int main(int, char** argv) {
     }
     launch_clusters(cluster_kernel, 4, {4}, {32}, sizeof(float), in.data(), 300, out);
     for (const float total : out) expect(total == want, "cluster");
+  } else if (name == "relay") {
+    unsigned wrong = 0;
+    launch(relay_kernel, {2}, {64}, 0, &wrong);
+    expect(wrong == 0, "shuffles and counts");
+  } else if (name == "poll") {
+    int flag = 0, lock = 0, counter = 0;
+    launch(poll_kernel, {1}, {96}, 0, &flag, &lock, &counter);
+    expect(counter == 3, "lock");
+  } else if (name == "launch") {
+    std::vector<float> in(300, 3.f), out(300);
+    Arguments a = {in.data(), out.data(), 300, {}};
+    for (int k = 0; k < 200; ++k) a.weights[k] = static_cast<float>(k);
+    expect(weigh<64>(a, 64 * sizeof(float)) == cudaSuccess, "launch");
+    for (int i = 0; i < 256; ++i) expect(out[i] == 6.f * (i % 200), "weigh");
+    expect(weigh<64>(a, 50000) == cudaErrorInvalidValue, "too much shared memory");
+    expect(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess, "last error");
+    cudaFuncSetAttribute(weigh_kernel<64>, cudaFuncAttributeMaxDynamicSharedMemorySize, 50000);
+    expect(weigh<64>(a, 50000) == cudaSuccess, "allowed more shared memory");
+    expect(weigh<2048>(a, 8192) == cudaErrorInvalidConfiguration, "too many threads");
+    a.n = 0;
+    expect(weigh<64>(a, 256) == cudaErrorInvalidConfiguration, "no blocks");
+  } else if (name == "launch_cluster") {
+    std::vector<float4> in(300, make_float4(1, 2, 3, 4));
+    float out[4];
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {4, 1, 1};
+    cudaLaunchConfig_t config = {4, 32, sizeof(float), nullptr, &attribute, 1};
+    expect(cudaLaunchKernelEx(&config, cluster_kernel, in.data(), 300, out) == cudaSuccess, "launch");
+    for (const float total : out) expect(total == 3000, "cluster");
+    config.gridDim = 6;
+    expect(cudaLaunchKernelEx(&config, cluster_kernel, in.data(), 300, out) != cudaSuccess, "no multiple");
+  } else if (name == "functions") {
+    unsigned right = 1;
+    launch(functions_kernel, {1}, {32}, 0, &right);
+    expect(right == 1, "functions");
+  } else if (name == "numbers") {
+    expect_rounding<__nv_bfloat16>(0x7f80);
+    expect_rounding<__half>(0x7c00);
+    expect(__half2float(__float2half(65519.f)) == 65504 && std::isinf(__half2float(65520)), "the largest half");
+    expect(__bfloat162float(__float2bfloat16(1.00390625f)) == 1 && float(__nv_bfloat16(3)) == 3, "bfloat16");
+    expect(sizeof(__half) == 2 && alignof(__half2) == 4, "sizes");
+  } else if (name == "deadlock") {
+    launch(deadlock_kernel, {1}, {32}, 0);
+  } else if (name == "poll_in_vain") {
+    int flag = 0;
+    launch(poll_in_vain_kernel, {1}, {1}, 0, &flag);
   } else if (name == "cluster_race") {
     int out[2];
     launch_clusters(cluster_race_kernel, 2, {2}, {32}, sizeof(int), out);
