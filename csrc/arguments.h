@@ -78,6 +78,30 @@ AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, con
   return a;
 }
 
+// What the forward pass adds: outputs per row, and per token where the rewards belong to rows of tokens.
+template <typename T>
+void advantages_outputs(AdvantagesArgs<T>& a, Address advantages, Address inv_scale, Address numerators,
+                        const py::tuple& out) {
+  a.advantages = at<T>(advantages);
+  a.inv_scale = at<T>(inv_scale);
+  a.numerators = at<T>(numerators);
+  a.out = tokens<T>(out);
+}
+
+// And the backward pass; kept: (1 / scale, numerators) of the forward one; sums: (address, parts of a row).
+template <typename T>
+void advantages_gradients(AdvantagesArgs<T>& a, const py::tuple& grad, Address grad_inv_scale, const py::tuple& kept,
+                          const py::tuple& sums, Address out, Address grad_given) {
+  a.grad = tokens<const T>(grad);
+  a.grad_inv_scale = at<const T>(grad_inv_scale);
+  a.inv_scale = at<T>(kept[0].cast<Address>());
+  a.numerators = at<T>(kept[1].cast<Address>());
+  a.sums = at<double>(sums[0].cast<Address>());
+  a.parts = sums[1].cast<int64_t>();
+  a.grad_rewards = at<T>(out);
+  a.grad_given = at<T>(grad_given);
+}
+
 // steps: (kind, (address, stride)); `flag` is the mean of soft-min returns, or the weights' gradient of its rewards.
 template <typename T>
 ReturnsArgs<T> returns_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& rewards,
@@ -144,23 +168,47 @@ Tree<I> tree(int64_t batch, Address rows, Address nodes) {
   return {batch, r, r + batch, r + 2 * batch, r + 3 * batch, r + 4 * batch, n, n + m, n + 2 * m, n + 3 * m};
 }
 
+template <typename Token>
+PrefixTreeArgs<Token> prefix_tree_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids,
+                                       Address groups, Address tree_rows, Address nodes, bool skip) {
+  const Rows r = rows(shape);
+  return {r, tokens<const uint8_t>(mask), tokens<const Token>(ids), at<const int64_t>(groups),
+          tree<int64_t>(r.batch, tree_rows, nodes), skip};
+}
+
+inline PrefixLcpArgs prefix_lcp_args(int64_t batch, Address tree_rows, Address groups, int64_t most, Address members,
+                                     Address lcp) {
+  return {tree<const int64_t>(batch, tree_rows, 0), at<const int64_t>(groups), most, at<int32_t>(members),
+          at<int32_t>(lcp)};
+}
+
+// given: values, along, base, factor. on_tokens is the output, or, where there are gradients of these four, the gradient.
 template <typename T>
 NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                              int64_t channels, int64_t plane, Address values, Address along, Address base,
-                              Address factor, int where, double gamma, bool skip) {
+                              int64_t channels, int64_t plane, const py::tuple& given, int where, double gamma,
+                              bool skip, const py::tuple& on_tokens, const py::tuple& gradients) {
   NodeTokensArgs<T> a{};
   a.rows = rows(shape);
   a.tree = tree<const int64_t>(a.rows.batch, tree_rows, nodes);
   a.mask = tokens<const uint8_t>(mask);
   a.channels = channels;
   a.plane = plane;
-  a.values = at<const double>(values);
-  a.along = at<const double>(along);
-  a.base = at<const double>(base);
-  a.factor = at<const double>(factor);
+  a.values = at<const double>(given[0].cast<Address>());
+  a.along = at<const double>(given[1].cast<Address>());
+  a.base = at<const double>(given[2].cast<Address>());
+  a.factor = at<const double>(given[3].cast<Address>());
   a.at = static_cast<At>(where);
   a.gamma = gamma;
   a.skip = skip;
+  if (gradients.empty()) {
+    a.out = tokens<T>(on_tokens);
+  } else {
+    a.grad = tokens<const T>(on_tokens);
+    a.grad_values = at<double>(gradients[0].cast<Address>());
+    a.grad_along = at<double>(gradients[1].cast<Address>());
+    a.grad_base = at<double>(gradients[2].cast<Address>());
+    a.grad_factor = at<double>(gradients[3].cast<Address>());
+  }
   return a;
 }
 

@@ -95,10 +95,8 @@ void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple
                       const py::tuple& relative, Address advantages, Address inv_scale, Address numerators,
                       const py::tuple& spread, int threads) {
   AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  a.advantages = at<T>(advantages);
-  a.inv_scale = at<T>(inv_scale);
-  a.numerators = at<T>(numerators);
-  const SpreadArgs<T> s{a.rows, a.mask, a.advantages, tokens<T>(spread)};
+  advantages_outputs(a, advantages, inv_scale, numerators, spread);
+  const SpreadArgs<T> s{a.rows, a.mask, a.advantages, a.out};
   const py::gil_scoped_release release;
   rewardops::cpu::group_advantages(a, threads);
   if (tokens_given)
@@ -108,13 +106,11 @@ void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple
 
 template <typename T>
 void group_advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
-                               const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale, Address out,
-                               Address grad_given, int threads) {
+                               const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale,
+                               const py::tuple& kept, const py::tuple& sums, Address out, Address grad_given,
+                               int threads) {
   AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  a.grad = tokens<const T>(grad);
-  a.grad_inv_scale = at<const T>(grad_inv_scale);
-  a.grad_rewards = at<T>(out);
-  a.grad_given = at<T>(grad_given);
+  advantages_gradients(a, grad, grad_inv_scale, kept, sums, out, grad_given);
   const py::gil_scoped_release release;
   rewardops::cpu::group_advantages_backward(a, threads);
 }
@@ -177,17 +173,14 @@ void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
 template <typename Token>
 void prefix_tree(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
                  Address tree_rows, Address nodes, bool skip, int threads) {
-  const Rows r = rows(shape);
-  const PrefixTreeArgs<Token> a{r, tokens<const uint8_t>(mask), tokens<const Token>(ids), at<const int64_t>(groups),
-                                tree<int64_t>(r.batch, tree_rows, nodes), skip};
+  const auto a = prefix_tree_args<Token>(shape, mask, ids, groups, tree_rows, nodes, skip);
   const py::gil_scoped_release release;
   rewardops::cpu::prefix_tree(a, threads);
 }
 
 void prefix_lcp(int64_t batch, Address tree_rows, Address groups, int64_t most, Address members, Address lcp,
                 int threads) {
-  const PrefixLcpArgs a{tree<const int64_t>(batch, tree_rows, 0), at<const int64_t>(groups), most, at<int32_t>(members),
-                        at<int32_t>(lcp)};
+  const auto a = prefix_lcp_args(batch, tree_rows, groups, most, members, lcp);
   const py::gil_scoped_release release;
   rewardops::cpu::prefix_lcp(a, threads);
 }
@@ -204,32 +197,18 @@ void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t chann
   else rewardops::cpu::subtree_sums(a, threads);
 }
 
+// Backward where gradients are wanted.
 template <typename T>
 void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                     int64_t channels, int64_t plane, Address values, Address along, Address base, Address factor,
-                     int where, double gamma, bool skip, const py::tuple& out, int threads) {
-  auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
-                          gamma, skip);
-  a.out = tokens<T>(out);
+                     int64_t channels, int64_t plane, const py::tuple& given, int where, double gamma, bool skip,
+                     const py::tuple& on_tokens, const py::tuple& gradients, int threads) {
+  const auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, given, where, gamma, skip, on_tokens,
+                                gradients);
+  const bool backward = !gradients.empty();
   const py::gil_scoped_release release;
+  if constexpr (std::is_floating_point_v<T>)
+    if (backward) return rewardops::cpu::nodes_to_tokens_backward(a, threads);
   rewardops::cpu::nodes_to_tokens(a, threads);
-}
-
-template <typename T>
-void nodes_to_tokens_backward(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                              int64_t channels, int64_t plane, Address values, Address along, Address base,
-                              Address factor, int where, double gamma, bool skip, const py::tuple& grad,
-                              Address grad_values, Address grad_along, Address grad_base, Address grad_factor,
-                              int threads) {
-  auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, values, along, base, factor, where,
-                          gamma, skip);
-  a.grad = tokens<const T>(grad);
-  a.grad_values = at<double>(grad_values);
-  a.grad_along = at<double>(grad_along);
-  a.grad_base = at<double>(grad_base);
-  a.grad_factor = at<double>(grad_factor);
-  const py::gil_scoped_release release;
-  rewardops::cpu::nodes_to_tokens_backward(a, threads);
 }
 
 void tree_values(int64_t nodes, Address parent, Address rewards, Address visits, int reduce, double temperature,
@@ -310,7 +289,6 @@ void define_typed(py::module_& m, const char* suffix) {
   m.def(name("segment_reduce").c_str(), segment_reduce<T>);
   m.def(name("largest").c_str(), largest<T>);
   m.def(name("nodes_to_tokens").c_str(), nodes_to_tokens<T>);
-  m.def(name("nodes_to_tokens_backward").c_str(), nodes_to_tokens_backward<T>);
 }
 
 void define_trees(py::module_& m) {

@@ -21,7 +21,7 @@ from .entropy import (
 from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
 from .layout import debug
 from .linear import linear_token_loss, linear_token_stats
-from .logits import TokenStats, merge_token_stats, token_stats, token_stats_partial
+from .logits import TokenStats, merge_token_stats, token_stats, token_stats_and_grad, token_stats_partial
 from .prefix_tree import DedupStats, PrefixLcp, PrefixTree, prefix_lcp
 from .prefix_values import (
     PrefixValues,
@@ -103,6 +103,7 @@ __all__ = [
     "tempo_advantages",
     "token_kl",
     "token_stats",
+    "token_stats_and_grad",
     "token_stats_partial",
     "tree_advantages",
     "tree_rl_advantages",

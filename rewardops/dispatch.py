@@ -2,8 +2,8 @@
 
 An op is defined once with :func:`define`; its implementations are the functions of the same name in
 ``rewardops.reference.<family>``, ``rewardops.cpp.<family>``, ``rewardops.triton_kernels.<family>`` and, for the few
-ops where a kernel in CUDA C++ has a reason, ``rewardops.cuda.<family>``. Backward passes are ops too. Backends are looked up when an op runs, so a compiled graph follows
-:func:`use_backend` as eager code does.
+ops where a kernel in CUDA C++ has a reason, ``rewardops.cuda.<family>``. Backward passes are ops too. Backends are
+looked up when an op runs, so a compiled graph follows :func:`use_backend` as eager code does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _forced = _names(os.environ.get("REWARDOPS_BACKEND"))
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Serve every op by one backend (``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``) while the context is open.
+    """Serve every op by one backend (``reference``, ``cpp``, ``triton`` or ``cuda``) while the context is open.
 
     Several names separated by commas are tried in that order: ``"cuda,triton"`` takes the CUDA C++ kernels where
     there are any, and Triton elsewhere. An op that none of them can serve raises :class:`BackendUnavailable`.
@@ -98,15 +98,16 @@ def compiled_module() -> types.ModuleType | None:
 
 @functools.cache
 def cuda_module() -> types.ModuleType | None:
-    """The CUDA C++ kernels: of the compiled module, or those that ``REWARDOPS_CUDA_ON_HOST`` names, which run on CPUs.
+    """The CUDA C++ kernels of the compiled module, or those that ``REWARDOPS_CUDA_ON_HOST`` names.
 
-    The latter is a build by ``tests/cuda_on_host``, for tests of kernels where there is no GPU.
+    The latter run on CPUs: a build by ``tests/cuda_on_host``, for tests of kernels where there is no GPU.
     """
     path = cuda_on_host()
     if path is None:
         return getattr(compiled_module(), "cuda", None)
     spec = importlib.util.spec_from_file_location("cuda_on_host", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -126,7 +127,9 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def unavailable(backend: str, device_type: str, family: str | None = None, op: str | None = None) -> str | None:
+def unavailable(
+    backend: str, device_type: str, family: str | None = None, op: str | None = None
+) -> str | None:
     """Why a backend cannot serve tensors on a device, or an op there; None where it can."""
     if backend == "reference":
         return None
@@ -143,11 +146,13 @@ def unavailable(backend: str, device_type: str, family: str | None = None, op: s
             return "it serves GPU tensors; on the CPU only by the interpreter (TRITON_INTERPRET=1)"
         return None
     if device_type != ("cuda" if cuda_on_host() is None else "cpu"):
-        return "it serves GPU tensors; on the CPU only a build of its kernels for tests (REWARDOPS_CUDA_ON_HOST)"
+        return (
+            "it serves GPU tensors; on the CPU only a build of its kernels for tests (REWARDOPS_CUDA_ON_HOST)"
+        )
     if cuda_module() is None:
         return "the CUDA C++ kernels are missing (install rewardops where nvcc is found)"
     if family is not None and op is not None and _implementation(backend, family, op) is None:
-        return f"it has no kernel for {op}"
+        return "it has no kernel for it"
     return None
 
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from . import layout
 from .dispatch import define
-from .logits import OUTPUTS, TokenStats, check_beta, check_outputs, softcap_of, temperatures_of, vocab_of
+from .logits import (
+    OUTPUTS,
+    TokenStats,
+    check_beta,
+    check_coefficients,
+    check_outputs,
+    softcap_of,
+    temperatures_of,
+    vocab_of,
+)
 from .reference import logits as spec
 from .reference.linear import precision
 
@@ -306,13 +315,7 @@ def linear_token_loss(
         reference's side is constant. And :class:`TokenStats`, detached. The weight's gradient is summed over
         blocks in a float32 tensor of its size.
     """
-    if not isinstance(coefficients, Mapping) or not coefficients:
-        raise ValueError("coefficients: got none, want a mapping from names of outputs to tensors")
-    for name, value in coefficients.items():
-        layout.check_choice("coefficients", name, [n for n in OUTPUTS if n != "is_top1"])
-        layout.check_float(f"coefficients[{name!r}]", value)
-        layout.check_shape(f"coefficients[{name!r}]", value, tokens.shape, "one per token")
-        layout.check_device(f"coefficients[{name!r}]", value, hidden.device, "hidden")
+    check_coefficients(coefficients, tokens, hidden.device, "hidden")
     names, args = _arguments(hidden, weight, tokens, [*coefficients, *outputs], **options)
     terms = [name for name in names if name in coefficients]
     grad = torch.is_grad_enabled()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,14 @@ def _fake(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 
     return made
 
 
+def _fake_stacked(coefficients, terms, logits, tokens, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty((len(rest[-1]), *tokens.shape), dtype=spec.accumulator(logits))
+
+
+def _fake_stacked_and_grad(coefficients, terms, logits, *rest):  # type: ignore[no-untyped-def]
+    return _fake_stacked(coefficients, terms, logits, *rest), logits.new_empty(logits.shape)
+
+
 def _fake_gradients(logits, ref_logits, to_logits, to_ref):  # type: ignore[no-untyped-def]
     grad = logits.new_empty(logits.shape if to_logits else 0)
     like = logits if ref_logits is None else ref_logits
@@ -73,6 +81,7 @@ def _fake_partial_backward(grad, record, logits, tokens, ref_logits, *rest):  # 
 
 
 _SAVED = f"Tensor saved, {_SCALARS}, SymInt vocab, float beta, str[] outputs, bool to_logits, bool to_ref"
+_INPUTS_OVERWRITTEN = _INPUTS.replace("Tensor logits", "Tensor(a!) logits")
 
 _backward = define(
     "logits",
@@ -82,8 +91,7 @@ _backward = define(
 
 _backward_inplace = define(
     "logits",
-    f"token_stats_backward_(Tensor?[] grads, {_INPUTS.replace('Tensor logits', 'Tensor(a!) logits')},"
-    f" {_SAVED}) -> Tensor",
+    f"token_stats_backward_(Tensor?[] grads, {_INPUTS_OVERWRITTEN}, {_SAVED}) -> Tensor",
     fake=_fake_backward_inplace,
 )
 
@@ -120,6 +128,23 @@ _forward = define(
     fake=lambda *args: _fake(*args[:-1]),
     setup_context=_setup,
     backward=_gradient,
+)
+
+# Statistics come stacked, in the order of the outputs and is_top1 as 0 or 1: functionalisation, which takes the op
+# that writes over the logits into a compiled graph, knows no lists.
+_KNOWN = "Tensor[] coefficients, str[] terms"
+_OPTIONS = f"{_SCALARS}, SymInt vocab, float beta, str[] outputs"
+
+_and_grad = define(
+    "logits",
+    f"token_stats_and_grad({_KNOWN}, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_stacked_and_grad,
+)
+
+_and_grad_inplace = define(
+    "logits",
+    f"token_stats_and_grad_({_KNOWN}, {_INPUTS_OVERWRITTEN}, {_OPTIONS}) -> Tensor",
+    fake=_fake_stacked,
 )
 
 _SHARD = f"{_SCALARS}, SymInt first, SymInt vocab"
@@ -232,11 +257,52 @@ def check_beta(beta: float, names: Sequence[str]) -> None:
             raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
 
 
+def check_coefficients(
+    coefficients: Mapping[str, Tensor], tokens: Tensor, device: torch.device, other: str
+) -> None:
+    """Of a loss that is linear in the outputs: a constant for each token."""
+    if not isinstance(coefficients, Mapping) or not coefficients:
+        raise ValueError("coefficients: got none, want a mapping from names of outputs to tensors")
+    for name, value in coefficients.items():
+        layout.check_choice("coefficients", name, [n for n in OUTPUTS if n != "is_top1"])
+        layout.check_float(f"coefficients[{name!r}]", value)
+        layout.check_shape(f"coefficients[{name!r}]", value, tokens.shape, "one per token")
+        layout.check_device(f"coefficients[{name!r}]", value, device, other)
+
+
 def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Half and single precision mix; float64 on one side makes both float64."""
     if ref_logits is None or torch.float64 not in (logits.dtype, ref_logits.dtype):
         return logits, ref_logits
     return logits.to(torch.float64), ref_logits.to(torch.float64)
+
+
+def _arguments(
+    logits: Tensor,
+    tokens: Tensor,
+    outputs: Sequence[str],
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    beta: float,
+) -> tuple[list[str], tuple[Any, ...]]:
+    """Checked, as the ops take them."""
+    _check_logits(logits, tokens, ref_logits)
+    names = check_outputs(outputs, OUTPUTS, ref_logits is not None)
+    temperatures, scalar = temperatures_of(temperature, tokens)
+    cap = softcap_of(softcap)
+    vocab = vocab_of(vocab_size, logits.shape[-1])
+    check_beta(beta, names)
+    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    tokens = tokens.to(torch.int64)
+    if layout.debugging():
+        layout.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
+    logits, ref_logits = _same_precision(logits, ref_logits)
+    return names, (
+        logits, tokens, ref_logits, mask, temperatures, scalar, cap, vocab, float(beta), names,
+    )  # fmt: skip
 
 
 def token_stats(
@@ -313,22 +379,77 @@ def token_stats(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
             unknown output, an output of two models without ``ref_logits``, a number out of its range.
     """
-    _check_logits(logits, tokens, ref_logits)
-    names = check_outputs(outputs, OUTPUTS, ref_logits is not None)
-    temperatures, scalar = temperatures_of(temperature, tokens)
-    cap = softcap_of(softcap)
-    vocab = vocab_of(vocab_size, logits.shape[-1])
-    check_beta(beta, names)
-    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
-    tokens = tokens.to(torch.int64)
-    if layout.debugging():
-        layout.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
-    logits, ref_logits = _same_precision(logits, ref_logits)
-    inplace = inplace_backward and not torch.compiler.is_compiling()
-    _, *found = _forward(
-        logits, tokens, ref_logits, mask, temperatures, scalar, cap, vocab, float(beta), names, inplace
+    names, args = _arguments(
+        logits, tokens, outputs, temperature, softcap, vocab_size, ref_logits, mask, beta
     )
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    _, *found = _forward(*args, inplace)
     return TokenStats(**dict(zip(names, found, strict=True)))
+
+
+def token_stats_and_grad(
+    logits: Tensor,
+    tokens: Tensor,
+    coefficients: Mapping[str, Tensor],
+    *,
+    outputs: Sequence[str] = (),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ref_logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    beta: float = 0.5,
+    inplace: bool = False,
+) -> tuple[TokenStats, Tensor]:
+    """The token statistics, and the gradient in the logits of a loss that is linear in them.
+
+    ``loss = sum over tokens and names of coefficients[name] * stats.name``; see :func:`linear_token_loss` for which
+    losses are of this form. Where the coefficients are known at the call, the gradient need not wait for a backward
+    pass, and the logits need not be read again for it. The rest of the backward pass starts from it::
+
+        logits = model(input_ids).logits[:, :-1]
+        stats, grad = token_stats_and_grad(logits, tokens, {"logprob": -advantages / count}, mask=mask)
+        logits.backward(grad)
+
+    The ``cuda`` backend keeps a row on chip between its statistics and its gradient: one read and one write of
+    the logits. It does so for float32, bfloat16 and float16, outputs of one model, and rows of up to 1.8 MB (before
+    Hopper 160 KB). All else, and the other backends, take a forward and a backward pass: two reads, one write.
+
+    Args:
+        logits, tokens, temperature, softcap, vocab_size, ref_logits, mask, beta: as in :func:`token_stats`.
+        coefficients: names of outputs (not ``is_top1``), each with a float tensor of the shape of ``tokens``;
+            constants, no gradient flows into them. At masked tokens they do not matter.
+        outputs: statistics to return beside the terms of the loss.
+        inplace: write the gradient over the logits, which saves the memory of a second ``[N, V]``. The logits are
+            gone then; autograd raises where another op has saved them for its backward pass.
+
+    Returns:
+        :class:`TokenStats`, and the gradient, in the shape and dtype of the logits: zeros where masked and from
+        ``vocab_size`` on. With ``inplace`` it is the logits' own memory. Neither is differentiable. The reference's
+        side is constant.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+    """
+    _check_logits(logits, tokens, ref_logits)
+    check_coefficients(coefficients, tokens, logits.device, "logits")
+    target = logits.detach()
+    names, args = _arguments(
+        target, tokens, [*coefficients, *outputs], temperature, softcap, vocab_size,
+        None if ref_logits is None else ref_logits.detach(), mask, beta,
+    )  # fmt: skip
+    terms = [name for name in names if name in coefficients]
+    fixed = [coefficients[name].detach() for name in terms]
+    if inplace and args[0] is target:
+        grad, stacked = target, _and_grad_inplace(fixed, terms, *args)
+    else:
+        stacked, grad = _and_grad(fixed, terms, *args)
+        # Computed in the reference's float64, where its dtype is not the logits'.
+        grad = target.copy_(grad) if inplace else grad.to(logits.dtype)
+    if inplace and not (torch.compiler.is_compiling() or logits.is_inference()):
+        torch.autograd.graph.increment_version(logits)
+    found = dict(zip(names, stacked.unbind(0), strict=True))
+    return TokenStats(**{k: v.bool() if k == "is_top1" else v for k, v in found.items()}), grad
 
 
 def token_stats_partial(

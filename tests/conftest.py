@@ -83,6 +83,17 @@ def target(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def target_cuda() -> torch.device:
+    """The device of the kernels in CUDA C++."""
+    target = CUDA_TARGET.values[0]
+    if why := CUDA_TARGET.marks:
+        pytest.skip(why[0].kwargs["reason"])
+    if not HAS_GPU:
+        run_cuda_on_host()
+    return target.device
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20260)
 

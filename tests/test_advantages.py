@@ -12,6 +12,8 @@ import rewardops
 from rewardops.advantages import BASELINES, SCALES
 from rewardops.testing import check_op, evaluate, pack, random_groups, random_mask
 
+CUDA = True  # the target of kernels in CUDA C++ too
+
 
 def advantages(groups=None, **options):
     def fn(rewards):
@@ -42,7 +44,8 @@ RANKED = ("median", 0.3, "second_max")
 
 def skip_slow(target, baseline, scale, ddof=1):
     """Bisection by the interpreter takes seconds."""
-    if target.interpreted and baseline in RANKED and (scale not in ("none", "batch_std") or ddof == 0):
+    slow = target.interpreted and target.backend == "triton" and baseline in RANKED
+    if slow and (scale not in ("none", "batch_std") or ddof == 0):
         pytest.skip("covered by the other scales")
 
 
@@ -430,6 +433,21 @@ def test_65536_rows_in_shuffled_groups(target, generator):
     torch.testing.assert_close(got.double(), want.flatten()[order], rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_of_the_scale_alone(target, generator):
+    """Packed rows without a mask, and no gradient of tokens to say how many there are."""
+    rewards, groups = torch.randn(7, generator=generator), torch.tensor([1, 1, 2, 2, 1, 2, 1])
+    cu = torch.tensor([0, 3, 3, 5, 9, 10, 12, 12])  # rows 1 and 6 are empty
+
+    def fn(rewards):
+        there = (x.to(rewards.device) for x in (groups, cu))
+        options = ("mean", 0.0, "std", 1e-6, 1, False)
+        return rewardops.advantages.forward(
+            rewards, next(there), None, None, None, next(there), 12, *options
+        )[1]
+
+    check_op(fn, [rewards], backend=target.backend, device=target.device)
+
+
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 def test_empty(target, shape):
     rewards, mask = torch.ones(shape[0]), torch.ones(shape).bool()
@@ -501,6 +519,127 @@ def test_property_order_and_names_do_not_matter(seed, size, baseline, scale):
         return
     sums = torch.zeros(3).index_add(0, groups, here)
     torch.testing.assert_close(sums, torch.zeros(3), rtol=0, atol=2e-6 * size)
+
+
+# ---- CUDA C++: blocks of several rows, lists of members, vectors of tokens --------------------------------
+
+
+def by_cuda(device, fn, rewards, up=None):
+    """Values, and the gradient of the rewards."""
+    leaf = rewards.to(device).requires_grad_()
+    with rewardops.use_backend("cuda"):
+        out = fn(leaf)
+        if up is None:
+            return out.detach().cpu()
+        (grad,) = torch.autograd.grad(out, leaf, up.to(device))
+    return out.detach().cpu(), grad.cpu()
+
+
+@pytest.mark.parametrize(
+    ("groups", "masked", "baseline", "scale"),
+    [
+        (42, True, "mean", "std"), (42, False, 0.3, "range"), (2, True, "median", "batch_std"),
+        (2, False, "second_max", "mean_abs"), (2, True, "length_weighted", "std"), (2, True, "none", "none"),
+    ],
+)  # fmt: skip
+def test_lists_of_members(target_cuda, generator, groups, masked, baseline, scale):
+    """More members than a block has space for: of all of its groups together; of one, which is listed in parts."""
+    rows = 2100  # 64 of a block
+    groups = torch.arange(rows) % groups * 3 - 5
+    if len(groups.unique()) == 2:
+        groups = torch.where(torch.rand(rows, generator=generator) < 0.01, groups, 7)
+    rewards = (torch.randperm(rows, generator=generator) / 97.0 - 3.1).float()
+    live = torch.rand(rows, generator=generator) > (0.1 if masked else 0)
+    options = {"baseline": baseline, "scale": scale, "ddof": 1, "eps": 1e-4}
+    options |= extras(baseline, rewards, generator)
+    there = {"mask": live[:, None]} if masked else {}
+    up = torch.randn(rows, generator=generator) * live
+    got, grad = by_cuda(
+        target_cuda, advantages(groups, **options, **there), rewards, up[:, None] if masked else up
+    )
+    exact = rewards[live].double().requires_grad_()
+    options = {k: v[live] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = loop(exact, groups[live], **options)
+    (want_grad,) = torch.autograd.grad(want, exact, up[live].double())
+    torch.testing.assert_close(got.flatten()[live].double(), want.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad[live].double(), want_grad, rtol=1e-4, atol=1e-4)
+    assert not got.flatten()[~live].any()
+    assert not grad[~live].any()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "median", "second_max"])
+def test_bits_are_of_the_members_alone(target_cuda, generator, baseline):
+    """However rows are dealt out to blocks."""
+    fn, rewards = advantages, torch.randn(12, generator=generator)
+    groups = torch.tensor([4, 1, 1, 4, 4, 1, 4, 4, 1, 4, 1, 1])
+    want = by_cuda(target_cuda, fn(groups, baseline=baseline), rewards)
+    places = torch.randperm(500, generator=generator)[:12].sort().values
+    more, labels = torch.randn(500, generator=generator), torch.arange(500) // 5 + 10
+    more[places], labels[places] = rewards, groups
+    assert torch.equal(by_cuda(target_cuda, fn(labels, baseline=baseline), more)[places], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_at_every_alignment(target_cuda, generator, dtype, packed):
+    """Rows and masks that start anywhere; vectors, chunks of them, what is left; NaN behind masks."""
+    for width, first in ((1, 0), (2, 1), (3, 3), (5, 2), (8, 1), (131, 3), (516, 0), (1031, 1), (1032, 5)):
+        mask = (torch.rand(5, width + 7, generator=generator) > 0.3)[:, first : first + width]
+        rewards = torch.randn(5, generator=generator).to(dtype)
+        up = torch.randn(5, width, generator=generator).to(dtype).masked_fill(~mask, torch.nan)
+        want = torch.where(mask, rewards[:, None], 0)
+        want_grad = torch.where(mask, up, 0).double().sum(1)
+        tokens = {"mask": mask}
+        if packed:
+            lengths = torch.tensor([width, 0, max(width - 1, 0), 3 % (width + 1), width])
+            inside = torch.arange(width) < lengths[:, None]
+            want_grad = torch.where(mask & inside, up, 0).double().sum(1)
+            tokens = dict(zip(("mask", "cu_seqlens"), pack(mask, lengths), strict=True))
+            up, want = pack(up, lengths)[0], pack(want, lengths)[0]
+
+        def fn(r, tokens=tokens):
+            there = {k: v.to(r.device) for k, v in tokens.items()}
+            return rewardops.advantages_to_tokens(r, **there)
+
+        got, grad = by_cuda(target_cuda, fn, rewards, up)
+        assert torch.equal(got, want)
+        torch.testing.assert_close(grad.double(), want_grad, rtol=3e-7, atol=1e-6)
+
+
+def test_parts_of_long_rows(target_cuda, generator):
+    """Several blocks of a row, forward and backward."""
+    mask = torch.rand(3, 9001, generator=generator) > 0.5
+    mask[1] = False
+    rewards, up = torch.tensor([1.5, 9.0, -0.25]), torch.randn(3, 9001, generator=generator)
+    got, grad = by_cuda(target_cuda, advantages(torch.zeros(3).long(), mask=mask, scale="none"), rewards, up)
+    want = torch.tensor([0.875, 0, -0.875])
+    assert torch.equal(got, torch.where(mask, want[:, None], 0))
+    sums = torch.where(mask, up, 0).double().sum(1)
+    exact = torch.stack([sums[0] - (sums[0] + sums[2]) / 2, sums[1], sums[2] - (sums[0] + sums[2]) / 2])
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_whose_first_valid_token_is_late(target_cuda):
+    """Wherever the row's mask begins: the first look, the aligned search, and its end."""
+    late = [0, 7, 8, 9, 30, 39, 40, 41, 55, 56, 57, 72, 551, 552, 580, 1063, 1199]
+    for width in (1200, 1213):
+        mask = torch.zeros(len(late) + 1, width).bool()
+        for row, t in enumerate(late):
+            mask[row, t] = True
+        rewards = torch.arange(len(late) + 1.0)
+        got = by_cuda(
+            target_cuda, advantages(torch.zeros(len(rewards)).long(), mask=mask, scale="none"), rewards
+        )
+        want = torch.where(mask, (rewards - rewards[:-1].mean())[:, None], 0)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_nan_has_the_highest_rank(target_cuda):
+    for nan in (torch.nan, -torch.nan):
+        rewards = torch.tensor([5.0, nan, 1.0, 3.0, 2.0])
+        for baseline, middle in (("median", 3.0), (0.25, 2.0), (0.6, 3.8)):
+            fn = advantages(group_size=5, baseline=baseline, scale="none")
+            torch.testing.assert_close(by_cuda(target_cuda, fn, rewards), rewards - middle, equal_nan=True)
 
 
 # ---- PURE --------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import rewardops
 from rewardops.testing import pack, random_groups, random_mask, shared_prefix_tokens
 
+CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
+
 
 def draw(batch, width, generator, holes=True):
     groups = random_groups(batch, generator)
@@ -100,6 +102,79 @@ def test_a_tree_that_leans(target):
         torch.testing.assert_close(values.before[b, :b].cpu(), torch.tensor(want), rtol=1e-5, atol=1e-6)
 
 
+def same_arrays(target, *given, **options):
+    ours = arrays(*given, backend=target.backend, device=target.device, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ours, arrays(*given, **options), strict=True))
+
+
+def branches(width, generator):
+    """Nine rows in two groups; those of a branch part from one another far behind where they left the others."""
+    kinds = torch.tensor([0, 1, 1, 2, 1, 0, 2, 1, 1])
+    tokens = torch.randint(-9, 9, (3, width), generator=generator)
+    tokens[1, :7], tokens[2, :640] = tokens[0, :7], tokens[0, :640]
+    tokens[1, 7], tokens[2, 640] = tokens[0, 7] - 1, tokens[0, 640] + 1
+    rows = tokens[kinds].clone()
+    for b, place in ((2, width - 1), (4, 1021), (6, 1290), (7, 519)):
+        rows[b, place] += 1
+    return rows, torch.tensor([4, 4, 4, 4, 4, 4, 4, 1, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_rows_that_start_anywhere(target, generator, dtype):
+    """Compares of 16 bytes at once, and of rows that have no common alignment."""
+    if target.backend == "reference":
+        pytest.skip("it is what the others are compared with")
+    width = 1300
+    tokens, groups = branches(width + 8, generator)
+    tokens = tokens.to(dtype)
+    for shift in range(4):
+        same_arrays(target, tokens[:, shift : width + shift], groups)
+    start = torch.tensor([0, 1, 2, 3, 5, 1, 0, 700, 2])  # as prompts that are padded on the left
+    end = torch.tensor([width, width, width, 900, 1100, 1200, width, width, width])
+    column = torch.arange(width)
+    mask = (column >= start[:, None]) & (column < end[:, None])
+    same_arrays(target, tokens[:, :width], groups, mask)
+    moved = torch.zeros(9, width, dtype=dtype)
+    for b in range(9):
+        moved[b, start[b] : end[b]] = tokens[b, : end[b] - start[b]]
+    for skip in (False, True):
+        same_arrays(target, moved, groups, mask, skip=skip)
+    holes = mask & (torch.rand(9, width, generator=generator) > 0.1)
+    same_arrays(target, moved, groups, holes, skip=True)
+    lengths = end - start
+    packed, cu = pack(tokens[:, :width], lengths)
+    same_arrays(target, packed, groups, None, cu)
+    for skip in (False, True):
+        same_arrays(target, packed, groups, pack(holes, lengths)[0], cu.long(), skip=skip)
+
+
+def test_tokens_far_from_the_ends_of_a_row(target, generator):
+    """Masked on both sides, for longer than a search looks at once."""
+    width = 9000
+    spans = [(0, width), (17, 40), (4100, 4103), (8999, 9000), (4096, 8192), (0, 1), (5, 5), (3, 8998)]
+    column = torch.arange(width)
+    mask = torch.stack([(column >= a) & (column < b) for a, b in spans])
+    tokens = torch.randint(0, 2, (8, width), generator=generator)
+    for b in (2, 3, 7):
+        tokens[b, spans[b][0] : spans[b][1]] = tokens[0, : spans[b][1] - spans[b][0]]
+    for shift in (0, 3):
+        same_arrays(target, tokens[:, shift:], torch.zeros(8).long(), mask[:, shift:])
+
+
+def test_labels_counted_or_sorted(target, generator, monkeypatch):
+    tokens, groups, mask = draw(70, 9, generator)
+    members = [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
+    same_arrays(target, tokens, groups, mask)
+    if target.backend.startswith("cuda"):
+        monkeypatch.setattr("rewardops.cuda.prefix_tree.COUNTED", 0)
+    same_arrays(target, tokens, groups, mask)
+    members += [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
+    with rewardops.use_backend("reference"):
+        members += [rewardops.prefix_lcp(tokens, groups, max_group_size=40)]
+    for found in members[:2]:
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, members[2], strict=True))
+
+
 @pytest.mark.parametrize("hole", ["prefix", "skip"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_lcp_of_all_pairs(target, generator, hole, packed):
@@ -143,6 +218,75 @@ def test_lcp_knows_the_size_of_groups(target, generator):
     for shape in ((0, 0), (0, 4), (3, 0)):
         empty = rewardops.prefix_lcp(tokens[:0].new_zeros(shape), group_size=[shape[0]])
         assert empty.lcp.shape == (shape[0], shape[0])
+
+
+# ---- nodes and tokens, op by op ----------------------------------------------------------------------------
+
+
+def on_tokens(target, tokens, groups, mask, cu, generator, at, gamma, skip, channels=2, dtype=torch.float64):
+    """What nodes say of tokens, and the gradients, against the specification; some leaves lie higher up."""
+    rows, nodes = arrays(tokens, groups, mask, cu, skip=skip)
+    batch = len(groups)
+    up = nodes[3][rows[1].clamp(min=0)]
+    rows[1] = torch.where((torch.arange(batch) % 5 == 3) & (rows[1] >= 0) & (up >= 0), up, rows[1])
+    values, along = torch.randn(2, 2 * batch, channels, generator=generator, dtype=torch.float64)
+    base, factor = torch.randn(2, batch, channels, generator=generator, dtype=torch.float64)
+    grad = torch.randn(channels, *tokens.shape, generator=generator, dtype=dtype)
+    ops = torch.ops.rewardops
+    for of_nodes in ((values, None, None, None), (None, along, base, factor), (values, along, base, factor)):
+        found = []
+        for backend, device in ((target.backend, target.device), ("reference", "cpu")):
+            tensors = [None if t is None else t.to(device) for t in (*of_nodes, rows, nodes, mask, cu)]
+            options = (skip, tokens.shape[-1], at, gamma)
+            with rewardops.use_backend(backend):
+                out = ops.nodes_to_tokens(*tensors, *options, dtype)
+                up = grad if mask is None else grad.masked_fill(~mask, torch.nan)
+                gradients = ops.nodes_to_tokens_backward(up.to(device), *tensors, *options)
+            found.append([x.cpu() for x in (out, *gradients)])
+        tolerance = 1e-12 if dtype is torch.float64 else 1e-6
+        for ours, want in zip(*found, strict=True):
+            torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
+        if mask is not None:
+            assert bool((found[0][0][:, ~mask] == 0).all())
+
+
+AT_AND_GAMMA = [("after", 1.0), ("before", 0.97), ("after", 0.0), ("step", 1.0)]
+
+
+@pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
+def test_tokens_of_nodes(target, generator, at, gamma):
+    """Rows of several tiles, and few of them; every alignment."""
+    if target.backend == "reference":
+        pytest.skip("it is what the others are compared with")
+    width = 1300 if target.backend == "triton" and target.interpreted else 4200
+    tokens, groups = branches(width + 4, generator)
+    mask = random_mask(9, width + 4, generator)
+    mask[:, :3] = False
+    mask[1:4] |= torch.arange(width + 4) > 900
+    args = (generator, at, gamma)
+    on_tokens(target, tokens[:, :width], groups, None, None, *args, False, dtype=torch.float32)
+    on_tokens(target, tokens[:, 1 : width + 1], groups, mask[:, 1 : width + 1], None, *args, False)
+    on_tokens(target, tokens[:, :-1], groups, mask[:, :-1], None, *args, True)
+    lengths = torch.tensor([width, 1, 0, 811, 1029, 47, 1024, 2, 1500])
+    packed, cu = pack(tokens, lengths)
+    for skip, m in ((False, None), (False, mask), (True, mask)):
+        on_tokens(target, packed, groups, None if m is None else pack(m, lengths)[0], cu, *args, skip)
+
+
+@pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
+def test_tokens_of_a_tree_that_leans(target, generator, at, gamma):
+    """Paths of more nodes than are listed at once, and nodes of many rows."""
+    n = 40 if target.backend == "triton" and target.interpreted else 150
+    tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
+    on_tokens(target, tokens, torch.zeros(n).long(), None, None, generator, at, gamma, False, channels=1)
+
+
+@pytest.mark.parametrize("gamma", [0.999, 0.99999])
+def test_powers_of_long_rows(target, generator, gamma):
+    if target.interpreted and target.backend == "triton":
+        pytest.skip("slow")
+    tokens = torch.zeros(2, 70_000, dtype=torch.int32)
+    on_tokens(target, tokens, torch.arange(2), None, None, generator, "after", gamma, False, channels=1)
 
 
 def tree_of(tokens, groups, mask, **options):

@@ -20,6 +20,8 @@ from rewardops.testing import (
     shared_prefix_tokens,
 )
 
+CUDA = True  # there are kernels in CUDA C++
+
 
 def call(fn, tokens, groups, mask=None, cu_seqlens=None, **options):
     """``fn`` of the rewards, with the rest wherever they are."""

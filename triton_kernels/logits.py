@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows
+from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows, with_gradient
 from .arithmetic import expm1_negative, log1p
 from .launch import INTERPRETED, cdiv, multiprocessors, pair, splits
 
@@ -1139,6 +1139,11 @@ def token_stats_partial_backward(
         out if to_logits else None, ref_out if to_ref else None,
     )  # fmt: skip
     return out, ref_out
+
+
+token_stats_and_grad, token_stats_and_grad_ = with_gradient(
+    token_stats, token_stats_backward, token_stats_backward_
+)
 
 
 # ---- for blocks of logits that a product has just made: gradients written where the caller wants them ------------

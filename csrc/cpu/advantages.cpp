@@ -214,7 +214,8 @@ void group_advantages(const AdvantagesArgs<T>& a, int threads) {
 template <typename T>
 void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
   const Relative<T> groups(a, threads);
-  std::vector<double> up(a.rows.batch, 0.0);
+  double* up = a.sums;
+  std::fill_n(up, a.rows.batch, 0.0);
   if (a.grad.data) {
     parallel_for(a.rows.batch, kRowGrain, threads, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import compiled_module
-from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows
+from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows, with_gradient
 from .memory import address, dense, fresh, threads
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -24,7 +24,7 @@ def _unit_stride(logits: Tensor | None) -> Tensor | None:
     return logits if logits is None or logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _rows(logits: Tensor | None) -> Rows:
+def rows(logits: Tensor | None) -> Rows:
     """Address, dtype, and the rows of the leading dimensions: inner rows, outer and inner stride."""
     if logits is None:
         return _NO_ROWS
@@ -33,7 +33,7 @@ def _rows(logits: Tensor | None) -> Rows:
     return logits.data_ptr(), _DTYPES[logits.dtype], max(lead[-1], 1), outer, inner
 
 
-class _Problem:
+class Problem:
     """What forward and backward have in common, as the compiled module takes it; keeps its tensors alive."""
 
     def __init__(
@@ -53,7 +53,7 @@ class _Problem:
         self.kept = tokens.contiguous(), dense(mask), dense(temperatures)
         ids, valid, per_row = (address(t) for t in self.kept)
         self.tuple = (
-            tokens.numel(), _rows(self.logits), _rows(self.ref), vocab, first, ids, valid,
+            tokens.numel(), rows(self.logits), rows(self.ref), vocab, first, ids, valid,
             temperature, per_row, softcap, beta,
         )  # fmt: skip
 
@@ -71,7 +71,7 @@ def token_stats(
     outputs: Sequence[str],
     inplace: bool,
 ) -> list[Tensor]:
-    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     acc = accumulator(logits)
     # Zeros: not every row of it is filled.
     saved = torch.zeros((saved_rows(ref_logits is not None), *tokens.shape), dtype=torch.float64)
@@ -95,7 +95,7 @@ def token_stats_partial(
     vocab: int,
     outputs: Sequence[str],
 ) -> Tensor:
-    problem = _Problem(
+    problem = Problem(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
     )
     record = torch.empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
@@ -106,7 +106,7 @@ def token_stats_partial(
 
 
 def _backward(
-    problem: _Problem,
+    problem: Problem,
     grads: tuple[int, ...],
     saved: Tensor | None,
     grad_record: Tensor | None,
@@ -122,14 +122,14 @@ def _backward(
         address(grad_record),
         address(record),
         problem.logits.shape[-1],
-        _rows(grad_logits),
-        _rows(grad_ref),
+        rows(grad_logits),
+        rows(grad_ref),
         threads(),
     )
 
 
 def _from_saved(
-    problem: _Problem,
+    problem: Problem,
     grads: Sequence[Tensor | None],
     outputs: Sequence[str],
     saved: Tensor,
@@ -142,13 +142,13 @@ def _from_saved(
 
 
 def _from_record(
-    problem: _Problem, grad_record: Tensor, record: Tensor, out: Tensor | None, ref_out: Tensor | None
+    problem: Problem, grad_record: Tensor, record: Tensor, out: Tensor | None, ref_out: Tensor | None
 ) -> None:
     nothing = (0,) * len(OUTPUTS)
     _backward(problem, nothing, None, grad_record.contiguous(), record.contiguous(), out, ref_out)
 
 
-def _gradients(problem: _Problem, to_logits: bool, to_ref: bool) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(problem: Problem, to_logits: bool, to_ref: bool) -> tuple[Tensor | None, Tensor | None]:
     logits, ref = problem.logits, problem.ref
     return (
         fresh(logits.shape, logits.dtype) if to_logits and logits is not None else None,
@@ -176,7 +176,7 @@ def token_stats_backward(
     to_logits: bool,
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     made = _gradients(problem, to_logits, to_ref)
     _from_saved(problem, grads, outputs, saved, *made)
     return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
@@ -199,7 +199,7 @@ def token_stats_backward_(
     to_ref: bool,
 ) -> Tensor:
     """The gradient of the logits written over them; returns that of the reference."""
-    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     assert problem.logits is not None
     _, ref = _gradients(problem, False, to_ref)
     _from_saved(problem, grads, outputs, saved, problem.logits, ref)
@@ -223,12 +223,17 @@ def token_stats_partial_backward(
     to_logits: bool,
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = _Problem(
+    problem = Problem(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
     )
     made = _gradients(problem, to_logits, to_ref)
     _from_record(problem, grad_record, record, *made)
     return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
+
+
+token_stats_and_grad, token_stats_and_grad_ = with_gradient(
+    token_stats, token_stats_backward, token_stats_backward_
+)
 
 
 # ---- for blocks of logits that a product has just made: gradients written where the caller wants them ------------
@@ -251,7 +256,7 @@ def token_stats_backward_to(
     ref_out: Tensor | None,
 ) -> None:
     """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
-    problem = _Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, 0, vocab, beta)
     _from_saved(problem, grads, outputs, saved, out, ref_out)
 
 
@@ -271,7 +276,7 @@ def token_stats_partial_backward_to(
     ref_out: Tensor | None,
 ) -> None:
     """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
-    problem = _Problem(
+    problem = Problem(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
     )
     _from_record(problem, grad_record, record, out, ref_out)

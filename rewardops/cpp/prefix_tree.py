@@ -1,8 +1,9 @@
-"""Prefix trees on the CPU."""
+"""Prefix trees on the CPU, and by CUDA C++ kernels (``rewardops.cuda.prefix_tree``)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,21 +11,35 @@ from torch import Tensor
 
 from ..dispatch import compiled_module
 from ..reference.prefix_tree import AT, OnTokens
-from .memory import Shape, address, allocate, as_bytes, dense, rows_dense, strided, threads
+from .memory import CPU, Shape, Via, address, as_bytes, dense, rows_dense, strided, threads
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.int32: "i32"}
 
+# What kernels on a device work in, made of the arguments: addresses ahead of the stream.
+Memory = Callable[..., Sequence[Tensor | None]]
+
+
+def _none(*_: Any) -> Sequence[Tensor | None]:
+    return ()
+
 
 def prefix_tree(
-    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, skip: bool
+    tokens: Tensor,
+    groups: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    skip: bool,
+    via: Via = CPU,
+    memory: Memory = _none,
 ) -> tuple[Tensor, Tensor]:
-    shape = Shape(tokens.shape, cu_seqlens)
+    shape = Shape(tokens.shape, cu_seqlens, via)
     # Ids are compared in one of two widths.
     wide = tokens.dtype is torch.int64
     ids = rows_dense(tokens if wide else tokens.to(torch.int32))
     groups, mask = groups.contiguous(), as_bytes(mask)
     rows, nodes = groups.new_empty(5, shape.batch), groups.new_empty(4, 2 * shape.batch)
-    getattr(compiled_module(), "prefix_tree_i64" if wide else "prefix_tree_i32")(
+    kept = memory(groups, ids, skip and mask is not None)
+    getattr(via.module(), "prefix_tree_i64" if wide else "prefix_tree_i32")(
         shape.tuple,
         strided(mask),
         strided(ids),
@@ -32,16 +47,27 @@ def prefix_tree(
         address(rows),
         address(nodes),
         skip,
-        threads(),
+        *map(address, kept),
+        *via.execution(groups),
     )
     return rows, nodes
 
 
-def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def prefix_lcp(
+    rows: Tensor, groups: Tensor, most: int, via: Via = CPU, memory: Memory = _none
+) -> tuple[Tensor, Tensor]:
     rows, groups = rows.contiguous(), groups.contiguous()
     members, lcp = (groups.new_empty((len(groups), most), dtype=torch.int32) for _ in range(2))
-    compiled_module().prefix_lcp(  # type: ignore[union-attr]
-        len(groups), address(rows), address(groups), most, address(members), address(lcp), threads()
+    kept = memory(groups)
+    via.module().prefix_lcp(
+        len(groups),
+        address(rows),
+        address(groups),
+        most,
+        address(members),
+        address(lcp),
+        *map(address, kept),
+        *via.execution(groups),
     )
     return members, lcp
 
@@ -82,37 +108,41 @@ def subtree_sums_backward(
     return grad_x, grad_weights
 
 
-def _run(a: OnTokens, name: str, tokens: Tensor, *outs: Tensor) -> None:
-    """A pass between nodes and ``tokens``, ``[C, *tokens]``, the output of one and the gradient of the other."""
-    shape, mask = Shape(a.shape, a.cu_seqlens), as_bytes(a.mask)
+def _run(a: OnTokens, tokens: Tensor, gradients: Sequence[Tensor], via: Via, memory: Memory) -> None:
+    """Nodes to ``tokens``, ``[C, *tokens]``, or, where gradients are wanted, back: these are the tokens' then."""
+    shape, mask = Shape(a.shape, a.cu_seqlens, via), as_bytes(a.mask)
     kept = [dense(t) for t in (a.rows, a.nodes, *a[:4])]  # alive until the call is over
     tree_rows, nodes, *given = map(address, kept)
-    getattr(compiled_module(), f"{name}_{_SUFFIX[tokens.dtype]}")(
+    work = memory(tokens, a.skip and mask is not None and bool(gradients))
+    getattr(via.module(), f"nodes_to_tokens_{_SUFFIX[tokens.dtype]}")(
         shape.tuple,
         strided(mask),
         tree_rows,
         nodes,
         a.channels,
         math.prod(a.shape),
-        *given,
+        tuple(given),
         AT.index(a.at),
         a.gamma,
         a.skip,
         (address(tokens), 0 if a.cu_seqlens is not None else a.size),
-        *(address(o) if o.numel() else 0 for o in outs),
-        threads(),
+        tuple(address(g) if g.numel() else 0 for g in gradients),
+        *map(address, work),
+        *via.execution(a.rows),
     )
 
 
-def nodes_to_tokens(*arguments: Any) -> Tensor:
+def nodes_to_tokens(*arguments: Any, via: Via = CPU, memory: Memory = _none) -> Tensor:
     a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
-    out = allocate(torch.empty(0, dtype=dtype), (a.channels, *a.shape), a.cu_seqlens)
-    _run(a, "nodes_to_tokens", out)
+    out = via.allocate(a.rows, (a.channels, *a.shape), a.cu_seqlens, dtype)
+    _run(a, out, (), via, memory)
     return out
 
 
-def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def nodes_to_tokens_backward(
+    grad: Tensor, *arguments: Any, via: Via = CPU, memory: Memory = _none
+) -> tuple[Tensor, ...]:
     a = OnTokens(*arguments)
-    outs = a.gradients(grad)
-    _run(a, "nodes_to_tokens_backward", grad.contiguous(), *outs)
-    return outs
+    gradients = a.gradients(grad)
+    _run(a, grad.contiguous(), gradients, via, memory)
+    return gradients

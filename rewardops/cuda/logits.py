@@ -37,7 +37,8 @@ def _one_pass(
     vocab: int,
     beta: float,
     outputs: Sequence[str],
-    inplace: bool = False,
+    *,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """None where the kernel does not serve: a reference's logits, float64, rows that do not fit."""
     if ref_logits is not None or logits.dtype is torch.float64:
@@ -67,7 +68,7 @@ def _one_pass(
 
 
 def token_stats_and_grad(*args: Any) -> tuple[Tensor, Tensor]:
-    return _one_pass(*args) or _two_passes(*args)
+    return _one_pass(*args, inplace=False) or _two_passes(*args)
 
 
 def token_stats_and_grad_(*args: Any) -> Tensor:

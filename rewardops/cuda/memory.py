@@ -25,6 +25,8 @@ class Stream(Via):
     # Of a block. On a CPU, where each costs time, fewer: small inputs then have several tiles.
     most_threads = 256
     most_threads_on_host = 64
+    # Rows of a multiprocessor from which on each row is walked by one block.
+    rows_enough = 2
 
     def module(self) -> Any:
         return cuda_module()
@@ -49,7 +51,7 @@ class Stream(Via):
         most = self.most_threads if like.is_cuda else self.most_threads_on_host
         threads = min(most, max(32, -(-longest // 128) * 32))
         tile = module.scan_tile(threads)
-        if batch >= 2 * _multiprocessors(like.device) or longest <= 2 * tile:
+        if batch >= self.rows_enough * _multiprocessors(like.device) or longest <= tile:
             return (*self.execution(like), threads, 0, 0), None
         chunks = -(-longest // tile) + 1  # the first may be cut short, for the others to be aligned
         state = torch.zeros(module.scan_state(batch, chunks), dtype=torch.uint8, device=like.device)

@@ -7,6 +7,7 @@ into the record of the whole, and every statistic is a function of that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -532,3 +533,38 @@ def token_stats_partial_backward(
         side_gradient(logits, y, u, None, policy, *rest) if to_logits else logits.new_empty(0),
         side_gradient(ref_logits, u, y, None, ref, *rest) if to_ref else ref_logits.new_empty(0),
     )
+
+
+# ---- a loss that is known at the call ------------------------------------------------------------------------
+
+
+def with_gradient(
+    forward: Callable[..., Any], backward: Callable[..., Any], backward_: Callable[..., Any]
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """``token_stats_and_grad`` and its form in place, of a backend's forward and backward passes."""
+
+    def run(coefficients, terms, logits, *rest):  # type: ignore[no-untyped-def]
+        """The statistics, stacked; and the arguments of the backward pass."""
+        *tensors, temperature, softcap, vocab, beta, outputs = rest
+        scalars = (temperature, softcap, vocab, beta, outputs)
+        acc = accumulator(logits)
+        saved, *found = forward(logits, *tensors, *scalars, False)
+        given = {name: c.to(acc) for name, c in zip(terms, coefficients, strict=True)}
+        ups = [given.get(name) for name in outputs]
+        return torch.stack([x.to(acc) for x in found]), (ups, logits, *tensors, saved, *scalars)
+
+    def token_stats_and_grad(*args):  # type: ignore[no-untyped-def]
+        stacked, rest = run(*args)
+        return stacked, backward(*rest, True, False)[0]
+
+    def token_stats_and_grad_(*args):  # type: ignore[no-untyped-def]
+        stacked, rest = run(*args)
+        backward_(*rest, True, False)
+        return stacked
+
+    return token_stats_and_grad, token_stats_and_grad_
+
+
+token_stats_and_grad, token_stats_and_grad_ = with_gradient(
+    token_stats, token_stats_backward, token_stats_backward_
+)

@@ -28,10 +28,13 @@ struct AdvantagesArgs {
   int ddof;
   bool raw_singletons;
   T* advantages;                // forward: [B]
-  T* inv_scale;                 // forward: [B]
-  T* numerators;                // forward: [B], reward less baseline
+  Tokens<T> out;                // forward: the same written to the tokens, where they are given
+  T* inv_scale;                 // [B]; forward out, backward in
+  T* numerators;                // [B], reward less baseline; forward out, backward in
   Tokens<const T> grad;         // backward: tokens, or [B] where none are given; may be null
   const T* grad_inv_scale;      // backward: [B]; may be null
+  double* sums;                 // backward: [B, parts], memory for sums of the gradients of a row's tokens
+  int64_t parts;
   T* grad_rewards;              // backward: [B]
   T* grad_given;                // backward: [B]; may be null
 };

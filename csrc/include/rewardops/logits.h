@@ -3,7 +3,11 @@
 
 #include <cstdint>
 
+#include "rewardops/rows.h"
+
 namespace rewardops {
+
+constexpr int64_t kIgnored = -100;  // a token of this id counts as masked
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
@@ -12,6 +16,8 @@ struct LogitsRows {
   const void* data;  // null where not given
   DType dtype;
   int64_t inner, stride_outer, stride_inner;
+
+  REWARDOPS_BOTH int64_t offset(int64_t n) const { return n / inner * stride_outer + n % inner * stride_inner; }
 };
 
 struct LogitsArgs {
@@ -24,9 +30,10 @@ struct LogitsArgs {
   const double* temperatures;  // one per row, or null
   double softcap;        // 0 for none
   double beta;           // of the Jensen-Shannon divergence
-};
 
-constexpr int64_t kIgnored = -100;  // a token of this id counts as masked
+  REWARDOPS_BOTH bool masked(int64_t n) const { return (mask && !mask[n]) || tokens[n] == kIgnored; }
+  REWARDOPS_BOTH double temperature_of(int64_t n) const { return temperatures ? temperatures[n] : temperature; }
+};
 
 // What can be asked for, in the order of rewardops.logits.OUTPUTS; each array may be null.
 enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kSumSqLogprob, kMeanLogit, kIsTop1, kRefLogprob,
@@ -59,6 +66,18 @@ struct TokenStatsBackwardArgs {
   const double *grad_record, *record;  // partial statistics: instead of grads and saved
   int64_t width;                       // columns of the gradient; those beyond vocab are 0
   LogitsRows grad_logits, grad_ref;    // either may be null, and be the logits themselves
+};
+
+constexpr int kPolicyOutputs = kRefLogprob;  // those of one model come first
+
+// Statistics and the gradient of a loss that is linear in them, without a reference.
+struct TokenStatsAndGradArgs {
+  LogitsArgs in;
+  int64_t count;
+  float* outputs[kPolicyOutputs];             // each may be null; is_top1 is 0 or 1
+  const float* coefficients[kPolicyOutputs];  // each may be null
+  int64_t width;                              // as above
+  LogitsRows grad;                            // may be the logits themselves
 };
 
 }  // namespace rewardops

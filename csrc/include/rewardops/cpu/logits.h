@@ -20,21 +20,9 @@ constexpr double kLn2 = 0.6931471805599453;
 template <typename T> struct AccOf { using type = float; };
 template <> struct AccOf<double> { using type = double; };
 
-inline int64_t row_offset(const LogitsRows& rows, int64_t n) {
-  return (n / rows.inner) * rows.stride_outer + (n % rows.inner) * rows.stride_inner;
-}
-
 template <typename T>
 inline T* logits_row(const LogitsRows& rows, int64_t n) {
-  return static_cast<T*>(const_cast<void*>(rows.data)) + row_offset(rows, n);
-}
-
-inline bool masked(const LogitsArgs& in, int64_t n) {
-  return (in.mask && !in.mask[n]) || in.tokens[n] == kIgnored;
-}
-
-inline double temperature_of(const LogitsArgs& in, int64_t n) {
-  return in.temperatures ? in.temperatures[n] : in.temperature;
+  return static_cast<T*>(const_cast<void*>(rows.data)) + rows.offset(n);
 }
 
 template <typename Acc>
@@ -476,8 +464,8 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   using Acc = typename AccOf<T>::type;
   double* r = a.record + n * kFields;
   for (int k = 0; k < kFields; ++k) r[k] = 0;
-  if (masked(a.in, n)) return;
-  const double t = temperature_of(a.in, n), none = std::numeric_limits<double>::quiet_NaN();
+  if (a.in.masked(n)) return;
+  const double t = a.in.temperature_of(n), none = std::numeric_limits<double>::quiet_NaN();
   const Sums s = sums_of<T>(a.in, n, a.terms, t);
   const int64_t column = a.in.tokens[n] - a.in.first;
   const bool found = column >= 0 && column < a.in.vocab;
@@ -510,12 +498,12 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   const auto put_top1 = [&](bool value) {
     if (a.outputs[kIsTop1]) static_cast<uint8_t*>(a.outputs[kIsTop1])[n] = value;
   };
-  if (masked(a.in, n)) {
+  if (a.in.masked(n)) {
     for (int o = 0; o < kOutputs; ++o) if (o != kIsTop1) put(static_cast<Output>(o), 0);
     put_top1(false);
     return;  // what is saved was zeroed when allocated
   }
-  const double t = temperature_of(a.in, n), none = std::numeric_limits<double>::quiet_NaN();
+  const double t = a.in.temperature_of(n), none = std::numeric_limits<double>::quiet_NaN();
   const Sums s = sums_of<T>(a.in, n, terms_of(a), t);
   const bool empty = s.shift == -infinity<double>();  // no column has any mass
   const double log_sum = empty ? none : std::log(s.total);

@@ -205,19 +205,19 @@ inline const Acc* slopes_of(const LogitsRows& rows, int64_t n, int64_t start, in
 inline void store_zeros(const LogitsRows& rows, int64_t n, int64_t begin, int64_t end) {
   if (!rows.data || end <= begin) return;
   const int64_t size = rows.dtype == DType::f64 ? 8 : rows.dtype == DType::f32 ? 4 : 2;
-  std::memset(logits_row<char>({rows.data, rows.dtype, 1, 0, 0}, 0) + (row_offset(rows, n) + begin) * size, 0,
+  std::memset(logits_row<char>({rows.data, rows.dtype, 1, 0, 0}, 0) + (rows.offset(n) + begin) * size, 0,
               (end - begin) * size);
 }
 
 template <typename Acc>
 inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   const LogitsArgs& in = a.in;
-  if (masked(in, n)) {
+  if (in.masked(n)) {
     store_zeros(a.grad_logits, n, 0, a.width);
     store_zeros(a.grad_ref, n, 0, a.width);
     return;
   }
-  const double t = temperature_of(in, n);
+  const double t = in.temperature_of(n);
   const int64_t column = in.tokens[n] - in.first;
   const bool found = column >= 0 && column < in.vocab;
   Side policy, ref;

@@ -1,0 +1,144 @@
+"""Runs every kernel in CUDA C++ once or twice, on small rows, against the specification.
+
+A program of its own, to be run under a sanitizer: ``test_cuda_kernels.py`` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rewardops
+from rewardops.cuda.memory import CUDA
+from rewardops.testing import pack, random_mask, shared_prefix_tokens
+
+KINDS = ("every_token", "flags", "ids")
+
+
+def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
+    """Values and gradients by CUDA C++ as by the specification."""
+    found = []
+    for backend in ("cuda,reference", "reference"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with rewardops.use_backend(backend):
+            out = fn(*leaves)
+            outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+            loss = sum((x.double() * (1 + k)).sum() for k, x in enumerate(outputs))
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append([x.detach() for x in (*outputs, *grads) if x is not None])
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+def scans(dtype: torch.dtype) -> Iterator[str]:
+    g = torch.Generator().manual_seed(0)
+    r, v = (torch.randn(1, 300, generator=g, dtype=dtype) for _ in range(2))  # two tiles
+    mask = torch.rand(1, 300, generator=g) > 0.2
+    flags = torch.rand(1, 300, generator=g) > 0.6
+    boot = torch.randn(1, generator=g, dtype=dtype)
+    for hole in ("hold", "decay"):
+        options = {"gamma": 0.9, "lam": 0.8, "mask": mask, "hole": hole}
+        same(lambda r, v, b, o=options: rewardops.gae(r, v, bootstrap=b, **o), r, v, boot)
+        yield f"gae {hole}"
+    same(lambda r, v: rewardops.vtrace(r, v, v.detach(), lam=0.9, mask=mask), r, v)
+    yield "vtrace"
+    same(lambda r: rewardops.discounted_returns(r, gamma=0.9, mask=mask), r)
+    yield "discounted_returns"
+    for kind, steps in dict(zip(KINDS, (None, flags, flags.long().cumsum(1)), strict=True)).items():
+        for fn in (rewardops.min_returns, rewardops.softmin_returns):
+            same(lambda r, fn=fn, s=steps: fn(r, mask=mask, steps=s), r)
+            yield f"{fn.__name__} {kind}"
+
+
+def returns() -> Iterator[str]:
+    """In tiles that look back, and by blocks that walk a row."""
+    for CUDA.rows_enough in (2, 0):
+        for dtype in (torch.float32, torch.float64):
+            for done in scans(dtype):
+                yield f"{done} {dtype} {CUDA.rows_enough}"
+    g = torch.Generator().manual_seed(0)
+    packed, cu = pack(torch.randn(3, 140, generator=g), torch.tensor([70, 0, 133]))
+    same(lambda r: rewardops.gae(r, r.detach(), gamma=0.9, lam=0.9, cu_seqlens=cu), packed)
+    yield "packed rows"
+
+
+def prefix_trees() -> Iterator[str]:
+    """Rows that share more than a search looks at once, in several tiles, with and without their holes."""
+    g = torch.Generator().manual_seed(0)
+    groups = torch.tensor([1, 0, 1, 1, 0])
+    tokens = shared_prefix_tokens(groups, 1100, g)
+    tokens[3, :1090] = tokens[2, :1090]
+    mask = random_mask(5, 1100, g) | (torch.arange(1100) > 1060) | (torch.arange(5) == 3)[:, None]
+    kinds = ((torch.int32, torch.float32, "prefix"), (torch.int64, torch.float64, "skip"))
+    for dtype_of_ids, dtype, hole in kinds:
+        ids, rewards = tokens.to(dtype_of_ids), torch.randn(5, generator=g, dtype=dtype)
+        for options in ({"gamma": 0.99}, {"leave_one_out": True}):
+            given = {"mask": mask, "hole": hole, **options}
+            same(lambda r, x=ids, o=given: rewardops.prefix_values(x, r, groups, **o), rewards)
+            yield f"prefix_values {hole} {dtype} {options}"
+    same(lambda r: rewardops.tempo_advantages(tokens, r, groups, mask=mask), rewards)
+    yield "tempo_advantages"
+    packed, cu = pack(tokens[:, :40], torch.tensor([7, 40, 0, 13, 26]))
+    found = []
+    for backend in ("cuda,reference", "reference"):
+        with rewardops.use_backend(backend):
+            found.append(rewardops.prefix_lcp(packed, groups, cu_seqlens=cu, max_group_size=3).lcp)
+    assert torch.equal(*found)
+    yield "prefix_lcp of packed rows"
+
+
+def advantages() -> Iterator[str]:
+    g = torch.Generator().manual_seed(0)
+    groups = torch.tensor([3, 1, 3, 3, 1, 1, 3])
+    mask = (torch.rand(7, 70, generator=g) > 0.3)[:, 1:66]
+    mask[4] = False
+    for dtype in (torch.float32, torch.float64):
+        r = torch.randn(7, generator=g, dtype=dtype)
+        for baseline, scale in (
+            ("mean", "std"),
+            ("median", "batch_std"),
+            (0.3, "range"),
+            ("length_weighted", "none"),
+        ):
+            options: dict[str, Any] = {"baseline": baseline, "scale": scale, "mask": mask}
+            same(lambda r, o=options: rewardops.group_advantages(r, groups, **o), r)
+            yield f"group_advantages {baseline} {scale} {dtype}"
+        same(lambda r: rewardops.group_advantages(r, groups), r)
+    packed, cu = pack(mask, torch.tensor([60, 0, 3, 65, 1, 7, 64]))
+    same(lambda r: rewardops.group_advantages(r, groups, mask=packed, cu_seqlens=cu), r)
+    yield "packed rows"
+
+
+def logits() -> Iterator[str]:
+    """In clusters of every size: the limit says how much of a row a block may hold."""
+    kernels = importlib.import_module("rewardops.cuda.logits")
+    g = torch.Generator().manual_seed(0)
+    for dtype, limit in itertools.product((torch.float32, torch.bfloat16, torch.float16), (2**16, 1024)):
+        kernels.BYTES_PER_BLOCK = limit
+        x = (torch.randn(4, 1001, generator=g) * 3).to(dtype)
+        y = torch.tensor([7, 1000, -100, 512])
+        for names in (("logprob",), ("logprob", "entropy"), rewardops.logits.OUTPUTS[:6]):
+            coefficients = {name: torch.randn(4, generator=g) for name in names}
+            found = []
+            for backend in ("cuda", "reference"):
+                with rewardops.use_backend(backend):
+                    stats, grad = rewardops.token_stats_and_grad(x.clone(), y, coefficients, inplace=True)
+                    found.append([*(s for s in stats if s is not None), grad])
+            for ours, want in zip(*found, strict=True):
+                torch.testing.assert_close(ours, want, rtol=2e-2, atol=1e-2)
+            yield f"token_stats_and_grad {dtype} {limit} {len(names)}"
+
+
+FAMILIES = (returns, prefix_trees, advantages, logits)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for family in FAMILIES:
+        for done in family():
+            print(done, flush=True)
+    print("every kernel ran")
