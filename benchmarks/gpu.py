@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -42,7 +41,10 @@ def environment(dry: bool) -> dict[str, str]:
         "REWARDOPS_OFFLINE": "1",
     }
     if dry:
-        found.update(TRITON_INTERPRET="1", REWARDOPS_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
+        # CUDA C++ takes minutes to build, and nothing here would run it.
+        found.update(
+            TRITON_INTERPRET="1", REWARDOPS_BACKEND="triton", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0"
+        )
     return found
 
 
@@ -78,26 +80,29 @@ def test(dry: bool) -> int:
 
 
 def measure(dry: bool, out: Path) -> None:
-    """Time every case once; called in a process of its own, in which the built package is imported."""
+    """Time the cases of the README, in a process of its own, in which the built package is imported.
+
+    All cases take longer than a machine is lent for: ``python -m benchmarks run --full`` has them. A dry run walks
+    through one of each family, since interpreted kernels are slow.
+    """
     import torch
 
-    from benchmarks import cases, run
+    from benchmarks import case, readme, report, run
 
-    device = torch.device("cpu" if dry else "cuda")
-    report = run.run_all(
-        cases.NAMES,
-        cases.TINY if dry else cases.FULL,
-        device,
+    settings = run.Settings(
+        device="cpu" if dry else "cuda",
+        sizes="tiny" if dry else "full",
         runs=2 if dry else 20,
         seconds=1.0 if dry else 4.0,
         compiled=not dry,
-        progress=say,
     )
     name = "dry" if dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    base = out / f"{name}-{report['machine']['date']}"
-    base.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    base.with_suffix(".md").write_text(run.markdown(report))
-    print("\n" + run.markdown(report))
+    base = out / f"{name}-{time.strftime('%Y-%m-%d')}"
+    first = [case.names(family)[0] for family in case.families()]
+    items = run.plan(first if dry else readme.HEADLINE, settings.sizes)
+    found = run.run_all(items, settings, out=base.with_suffix(".json"), fresh=True, say=say)
+    base.with_suffix(".md").write_text(report.markdown(found))
+    print("\n" + report.markdown(found))
     say(f"wrote {base}.json and .md")
 
 

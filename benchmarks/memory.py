@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .cases import size_of
+from .case import as_tuple
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -24,7 +24,7 @@ def _resident(field: str) -> int:
 
 
 def _size(result: Any) -> int:
-    return size_of(*([result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]))
+    return sum(t.numel() * t.element_size() for t in as_tuple(result))
 
 
 def keep() -> bool:
@@ -41,6 +41,13 @@ def keep() -> bool:
     return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
+def _give_back() -> None:
+    """What the C library keeps would hide what the next call takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes; None where the system does not count. Call it warm, so that libraries have made their own buffers."""
     if device.type == "cuda":
@@ -51,6 +58,7 @@ def peak(call: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before - _size(result)
     try:
+        _give_back()
         _CLEAR.write_text("5")  # the peak from here on
         before = _resident("VmRSS")
         result = call()

@@ -1,12 +1,21 @@
-"""Runs cases: ours against the plain formula in eager and under torch.compile, with the error beside it."""
+"""Runs cases: ours against the plain formula and other packages, with memory and error beside the time.
+
+A report is a dictionary, written as JSON after each row: what it was measured on, and a row for each case, dtype
+and sizes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,185 +24,319 @@ import torch
 import rewardops
 from rewardops import dispatch
 
-from . import cases, memory, timing
+from . import accuracy, memory, timing
+from .case import CPU, FULL, QUICK, TINY, Case, Function, Missing, Sizes, axes, dtypes, make, op
 
 ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = 1
+PACKAGES = ("numpy", "triton", "trl", "verl", "liger-kernel", "torchrl", "cut-cross-entropy")
+SIZES = {"tiny": TINY, "quick": QUICK, "cpu": CPU, "full": FULL}
+COPY = "copy"  # of as many bytes as the case must move: the roofline
+
+Report = dict[str, Any]
+Row = dict[str, Any]
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it to mean anything."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    found: dict[str, Any] = {
-        "rewardops": rewardops.__version__,
-        "commit": commit or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        **dispatch.config(),
-    }
+class Refused(ValueError):
+    """What was asked for cannot be done, and why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured; all rows of a report share them."""
+
+    device: str = "cpu"
+    sizes: str = "cpu"
+    """The name of the usual ones, from which sweeps part."""
+    runs: int = 50
+    seconds: float = 4.0
+    compiled: bool = True
+    backends: tuple[str, ...] = ()
+    """Others than the default one, that ours is timed on as well."""
+    keep_memory: bool = False
+    """Whether the C library keeps what is freed, which is for the caller to see to."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row to be measured."""
+
+    case: str
+    dtype: torch.dtype
+    sizes: Sizes
+    swept: str | None = None
+    """The axis that it is a point of, where its sizes are not the usual ones."""
+
+    def key(self) -> tuple[Any, ...]:
+        return (self.case, dtype_name(self.dtype), *asdict(self.sizes).items())
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What makes rows of two reports the same measurement."""
+    return (row["case"], row["dtype"], *row["sizes"].items())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plan(names: Iterable[str], sizes: str, sweep: Iterable[str] = ()) -> list[Item]:
+    """Every case at its sizes, followed by its points along the axes to sweep (``"all"``: along all it has)."""
+    sweep, usual, quick = set(sweep), SIZES[sizes], sizes in ("tiny", "quick")
+    items: dict[tuple[Any, ...], Item] = {}
+    for name in names:
+        found = [Item(name, dtype, usual) for dtype in dtypes(name)]
+        for axis, values in axes(name, quick=quick).items():
+            if not sweep & {axis, "all"}:
+                continue
+            if axis == "dtype":
+                found += [Item(name, dtype, usual, axis) for dtype in values]
+            else:
+                changed = [replace(usual, **{axis: value}) for value in values]
+                found += [Item(name, dtype, s, axis) for dtype in dtypes(name) for s in changed]
+        for item in found:
+            items.setdefault(item.key(), item)
+    return list(items.values())
+
+
+# ---- what a figure needs beside it to mean anything ----------------------------------------------------------
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+
+def _commit() -> str:
+    """With a mark where code was changed since."""
+    changed = _git("status", "--porcelain", "-uno", ".", ":!benchmarks/results", ":!docs", ":!*.md")
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = properties.name
-        found["multiprocessors"] = properties.multi_processor_count
-        found["cuda"] = torch.version.cuda
-    else:
-        model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        found["cpu"] = model[0].partition(":")[2].strip() if model else platform.processor()
+        return {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+    info = Path("/proc/cpuinfo")
+    model = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    return {
+        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": dispatch.config()["cpp"],
+    }
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {"rewardops": rewardops.__version__, "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
+    if device.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 
-def _step(fn: cases.Function, case: cases.Case) -> Callable[[], Any]:
-    if not case.differentiable:
-        return lambda: fn(*case.inputs)
-    leaves = [x.detach().requires_grad_() for x in case.inputs[: case.differentiable]]
-    rest = case.inputs[case.differentiable :]
-
-    def step() -> Any:
-        out = fn(*leaves, *rest)
-        outs = [out] if isinstance(out, torch.Tensor) else list(out)
-        return torch.autograd.grad(outs, leaves, [torch.ones_like(o) for o in outs])
-
-    return step
-
-
-def _largest_error(got: Any, want: Any) -> float:
-    pairs = [(got, want)] if isinstance(got, torch.Tensor) else list(zip(got, want, strict=True))
-    return max((float((a.float() - b.float()).abs().max()) if a.numel() else 0.0) for a, b in pairs)
-
-
-def run_case(
-    name: str,
-    sizes: cases.Sizes,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    runs: int,
-    seconds: float,
-    compiled: bool = True,
-) -> dict[str, Any]:
-    """Time one case. A variant that runs out of memory, or fails to compile, is reported and left out."""
-    case = cases.make(name, sizes, device, dtype)
-    variants = {"ours": case.ours, "eager": case.plain, **case.peers}
-    if compiled and case.compiled:
-        torch._dynamo.reset()
-        variants["compile"] = torch.compile(case.plain, dynamic=False)
-    calls: dict[str, Callable[[], Any]] = {}
-    results, notes = {}, {}
-    for variant, fn in variants.items():
-        step = _step(fn, case)
-        try:
-            results[variant] = step()
-            calls[variant] = step
-        except torch.OutOfMemoryError:
-            notes[variant] = "out of memory"
-        except RuntimeError as error:
-            if variant == "ours":
-                raise
-            notes[variant] = f"failed: {str(error).splitlines()[0][:120]}"
-    difference = {v: _largest_error(results["ours"], r) for v, r in results.items() if v != "ours"}
-    del results
-    extra = {variant: memory.peak(call, device) for variant, call in calls.items()}
-    if case.floor is not None:
-        calls[case.floor[0]] = case.floor[1]
-    found = timing.interleaved(calls, device, runs=runs, seconds=seconds)
-    ours = found["ours"].median
+def header(settings: Settings) -> Report:
+    device = torch.device(settings.device)
     return {
-        "case": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "sizes": asdict(sizes),
-        "bytes": case.bytes_moved,
-        "gb_per_s": case.bytes_moved / ours / 1e6,
-        "variants": {variant: asdict(t) for variant, t in found.items()},
-        "speedup": {v: t.median / ours for v, t in found.items() if v != "ours"},
-        "extra_bytes": extra,
-        "floor": case.floor[0] if case.floor else None,
-        "largest_difference": difference,
-        "notes": notes,
+        "schema": SCHEMA,
+        "machine": _machine(device),
+        "versions": _versions(device),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "settings": {**asdict(settings), "backends": list(settings.backends)},
+        "backend": dispatch.backend_for(device.type),
+        "rows": [],
     }
 
 
-def _title(row: dict[str, Any]) -> str:
-    return row["case"] + (f", {row['dtype']}" if len(cases.dtypes(row["case"])) > 1 else "")
+# ---- a row ---------------------------------------------------------------------------------------------------
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """A table of a report: milliseconds, and how many times longer the others take.
+def _around(variant: str) -> contextlib.AbstractContextManager[None]:
+    """``ours/<backend>`` runs with that backend forced."""
+    ours, _, backend = variant.partition("/")
+    return dispatch.use_backend(backend) if ours == "ours" and backend else contextlib.nullcontext()
 
-    The roofline is the time in which the measured copy bandwidth moves the bytes that a case must move.
-    """
-    m = report["machine"]
-    where = m.get("gpu") if m.get("gpu", "none") != "none" else m.get("cpu")
-    rows = report["cases"]
-    floors = {row["floor"] for row in rows}
-    peers = sorted({v for row in rows for v in row["variants"]} - {"ours", "eager", "compile"} - floors)
-    others = {"eager": "eager", "compile": "torch.compile", **{p: p for p in peers}}
-    head = ["case", "ours, ms", "roofline, ms", "GB/s", "of copy"]
-    head += [cell for other in others.values() for cell in (f"{other}, ms", "ratio")]
-    lines = [
-        f"{where}, torch {m['torch']}, commit {m['commit']}, {m['date']};"
-        f" copy bandwidth {report['copy_gb_per_s']:.0f} GB/s; backend: {report['backend']}",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
-    ]
-    for row in rows:
-        v = row["variants"]
-        name = _title(row)
-        roofline = row["bytes"] / report["copy_gb_per_s"] / 1e6
-        cells = [name, f"{v['ours']['median']:.3f}", f"{roofline:.3f}", f"{row['gb_per_s']:.0f}"]
-        cells.append(f"{row['gb_per_s'] / report['copy_gb_per_s']:.0%}")
-        for other in others:
-            if other in v:
-                cells += [f"{v[other]['median']:.3f}", f"{row['speedup'][other]:.1f}x"]
-            else:
-                cells += [row["notes"].get(other, "not run"), ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| case | floor | ms | ours to it |", "|---|---|---|---|"] * any(
-        row["floor"] for row in rows
-    )
-    for row in rows:
-        if row["floor"]:
-            least = row["variants"][row["floor"]]["median"]
-            ours = row["variants"]["ours"]["median"] / least
-            lines.append(f"| {_title(row)} | {row['floor']} | {least:.1f} | {ours:.2f}x |")
-    heads = ["ours", *others]
-    lines += ["", "Peak memory beyond inputs and results, MB:", ""]
-    lines += ["| case | " + " | ".join(["ours", *others.values()]) + " |", "|---" * (len(heads) + 1) + "|"]
-    for row in rows:
-        sizes = [row["extra_bytes"].get(v) for v in heads]
-        cells = ["" if size is None else f"{size / 1e6:.1f}" for size in sizes]
-        lines.append(f"| {_title(row)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+
+def _variants(case: Case, settings: Settings) -> tuple[dict[str, Function], dict[str, str]]:
+    """What is timed, and what is not and why."""
+    found: dict[str, Function | Missing] = {"ours": case.ours}
+    found |= {f"ours/{backend}": case.ours for backend in settings.backends}
+    found["eager"] = case.plain
+    if not settings.compiled:
+        found["compile"] = Missing("left out of this run")
+    elif not case.compiled:
+        found["compile"] = Missing("it does not finish compiling this")
+    else:
+        torch._dynamo.reset()
+        found["compile"] = torch.compile(case.plain, dynamic=False)
+    found |= case.peers
+    missing = {variant: fn.why for variant, fn in found.items() if isinstance(fn, Missing)}
+    return {v: fn for v, fn in found.items() if not isinstance(fn, Missing)}, missing
+
+
+def _exact(case: Case) -> tuple[torch.Tensor, ...]:
+    """The results in float64, of the very numbers that the variants get."""
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs)
+    return case.call(case.exact or case.plain, inputs)()
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+
+
+def _tidy(value: Any) -> Any:
+    """Six digits, and nothing that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _tidy(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def measure(item: Item, settings: Settings) -> Row:
+    """One row. A variant that runs out of memory, or fails to compile, is listed as missing and left out."""
+    device = torch.device(settings.device)
+    row: Row = {
+        "case": item.case,
+        "op": op(item.case),
+        "dtype": dtype_name(item.dtype),
+        "sizes": asdict(item.sizes),
+        "swept": item.swept,
+        "variants": {},
+        "missing": {},
+        "best_other": None,
+        "floor": None,
+    }
+    try:
+        case = make(item.case, item.sizes, device, item.dtype)
+    except torch.OutOfMemoryError as error:
+        return {**row, "missing": {"ours": _why(error)}}
+    functions, missing = _variants(case, settings)
+    exact = None
+    if case.compared:
+        try:
+            exact = _exact(case)
+        except torch.OutOfMemoryError as error:
+            missing["float64"] = _why(error)
+    calls: dict[str, Callable[[], Any]] = {}
+    beside: dict[str, dict[str, Any]] = {}
+    for variant, fn in functions.items():
+        call = case.call(fn)
+        try:
+            with _around(variant):
+                result = call()
+                error = None if exact is None else accuracy.largest_error(result, exact)
+                del result
+                beside[variant] = {"extra_bytes": memory.peak(call, device), "error": error}
+        except Exception as error:  # whatever a compiler or another package raises
+            missing[variant] = _why(error)
+        else:
+            calls[variant] = call
+    del exact
+    compared = tuple(calls)
+    if case.floor is not None:
+        calls[case.floor[0]] = case.floor[1]
+    calls[COPY], copied = timing.copy_of(case.bytes_moved, device)
+    rounds = timing.interleaved(calls, device, runs=settings.runs, seconds=settings.seconds, around=_around)
+    times = {variant: timing.summary(r) for variant, r in rounds.items()}
+    copy = copied / times[COPY].median / 1e6  # GB/s
+    for variant in compared:
+        t = times[variant]
+        row["variants"][variant] = {
+            **asdict(t),
+            "gb_per_s": case.bytes_moved / t.median / 1e6,
+            "share_of_copy": case.bytes_moved / t.median / 1e6 / copy,
+            **beside[variant],
+        }
+        if variant != "ours" and "ours" in rounds:
+            ratio = timing.paired_ratio(rounds[variant], rounds["ours"])
+            row["variants"][variant]["ratio"] = asdict(ratio)
+    others = {v: t["ratio"]["median"] for v, t in row["variants"].items() if "ratio" in t and "ours" not in v}
+    row |= {
+        "bytes": case.bytes_moved,
+        "copy_gb_per_s": copy,
+        "roofline": case.bytes_moved / copy / 1e6,
+        "floor": {"name": case.floor[0], **asdict(times[case.floor[0]])} if case.floor else None,
+        "best_other": min(others, key=others.__getitem__) if others else None,
+        "missing": missing,
+    }
+    return _tidy(row)
+
+
+# ---- a report ------------------------------------------------------------------------------------------------
+
+
+def title(row: Row) -> str:
+    """As it is called in tables: the case, its dtype if it is not float32, and the point of a sweep."""
+    parts = [row["case"]] + [row["dtype"]] * (row["dtype"] != "float32")
+    if row["swept"] not in (None, "dtype"):
+        parts.append(f"{row['swept']} = {row['sizes'][row['swept']]}")
+    return ", ".join(parts)
+
+
+def line(row: Row) -> str:
+    """What is said of a row while it runs."""
+    ours = row["variants"].get("ours")
+    if ours is None:
+        return f"{title(row)}: {row['missing']['ours']}"
+    said = f"{title(row)}: {ours['median']:.3f} ms, {ours['share_of_copy']:.0%} of copy"
+    if row["best_other"] is not None:
+        r = row["variants"][row["best_other"]]["ratio"]
+        said += f"; {row['best_other']} {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
+    return said
+
+
+def load(path: Path) -> Report:
+    report = json.loads(path.read_text())
+    if report.get("schema") != SCHEMA:
+        raise Refused(f"{path.name}: not a report of this version of the suite")
+    return report
+
+
+def _write(report: Report, path: Path) -> None:
+    part = path.with_name(path.name + ".part")  # a run that is stopped leaves the last whole report
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
+
+
+def begin(settings: Settings, out: Path | None, *, fresh: bool = False) -> Report:
+    """A new report, or the one in ``out`` to go on with. Refused where that one is of something else."""
+    report = header(settings)
+    if out is None or fresh or not out.exists():
+        return report
+    before = load(out)
+    parts = ("machine", "versions", "commit", "settings", "backend")
+    if changed := [part for part in parts if before[part] != report[part]]:
+        raise Refused(
+            f"{out.name} was measured with another {', '.join(changed)}; another file, or --fresh to begin it anew"
+        )
+    return before
 
 
 def run_all(
-    names: Iterable[str],
-    sizes: cases.Sizes,
-    device: torch.device,
+    items: Iterable[Item],
+    settings: Settings,
     *,
-    runs: int = 20,
-    seconds: float = 8.0,
-    compiled: bool = True,
-    progress: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """A report over the named cases."""
-    copied = min(sizes.tokens * sizes.vocab * 2, 2**31)
-    report: dict[str, Any] = {
-        "machine": machine(device),
-        "backend": dispatch.backend_for(device.type),
-        "copy_gb_per_s": timing.copy_bandwidth(device, max(copied, 2**20)),
-        "cases": [],
-    }
-    for name, dtype in ((n, dtype) for n in names for dtype in cases.dtypes(n)):
-        row = run_case(name, sizes, device, dtype, runs=runs, seconds=seconds, compiled=compiled)
-        report["cases"].append(row)
-        rest = "".join(f", {v} {s:.1f}x" for v, s in row["speedup"].items())
-        progress(
-            f"{name} {row['dtype']}: {row['variants']['ours']['median']:.3f} ms{rest} {row['notes'] or ''}"
-        )
-        if device.type == "cuda":
+    out: Path | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Measure what the report in ``out`` does not have yet."""
+    report = begin(settings, out, fresh=fresh)
+    known = {key(row) for row in report["rows"]}
+    for item in items:
+        if item.key() in known:
+            continue
+        row = measure(item, settings)
+        report["rows"].append(row)
+        if out is not None:
+            _write(report, out)
+        say(line(row))
+        if settings.device.startswith("cuda"):
             torch.cuda.empty_cache()
     return report

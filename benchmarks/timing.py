@@ -1,12 +1,21 @@
-"""How it is timed: variants interleaved run by run, a cold cache on GPUs, medians and spreads."""
+"""How it is timed: variants interleaved run by run, a cold cache on GPUs, medians, spreads and paired ratios."""
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+Call = Callable[[], object]
+Rounds = dict[int, float]  # milliseconds, by the round in which they were measured
+
+LEAST = 3  # rounds of every call, however slow
+LARGEST_COPY = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -19,13 +28,31 @@ class Timing:
     runs: int
 
 
-def _quantiles(samples: list[float]) -> Timing:
-    ordered = sorted(samples)
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long another call takes, and the interval of 95 % confidence around it."""
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+
+
+def summary(rounds: Rounds) -> Timing:
+    ordered = sorted(rounds.values())
 
     def at(q: float) -> float:
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
     return Timing(at(0.2), at(0.5), at(0.8), len(ordered))
+
+
+def paired_ratio(theirs: Rounds, ours: Rounds, resamples: int = 1000) -> Ratio:
+    """From the rounds in which both ran, which share what else the machine did then; a seeded bootstrap."""
+    pairs = np.array([theirs[i] / ours[i] for i in theirs if i in ours])
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
+    low, high = np.quantile(np.median(pairs[drawn], axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(pairs)), float(low), float(high), len(pairs))
 
 
 class Clock:
@@ -38,7 +65,7 @@ class Clock:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(2 * cache // 4, dtype=torch.int32, device=device)
 
-    def once(self, call: Callable[[], object]) -> float:
+    def once(self, call: Call) -> float:
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -55,25 +82,41 @@ class Clock:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], device: torch.device, *, runs: int, seconds: float
-) -> dict[str, Timing]:
-    """Median and spread of each call, the calls taking turns; warmed up once, bounded in time."""
+    calls: dict[str, Call],
+    device: torch.device,
+    *,
+    runs: int,
+    seconds: float,
+    around: Callable[[str], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> dict[str, Rounds]:
+    """The calls take turns, in another order each round; ``around(name)`` is open, and not timed, for each.
+
+    Each has an equal share of the seconds, and sits out once it has spent that, after LEAST rounds.
+    """
     clock = Clock(device)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    deadline = time.perf_counter() + seconds
-    for done in range(runs):
-        for name, call in calls.items():
-            samples[name].append(clock.once(call))
-        if done >= 2 and time.perf_counter() > deadline:
-            break
-    return {name: _quantiles(s) for name, s in samples.items()}
+    order = random.Random(0)
+    rounds: dict[str, Rounds] = {name: {} for name in calls}
+    for name, call in calls.items():
+        with around(name):
+            call()  # warm
+    spent = dict.fromkeys(calls, 0.0)
+    for i in range(runs):
+        names = [n for n in calls if i < LEAST or spent[n] < seconds / len(calls)]
+        order.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            with around(name):
+                rounds[name][i] = clock.once(calls[name])
+            spent[name] += time.perf_counter() - start
+    return rounds
 
 
-def copy_bandwidth(device: torch.device, size: int) -> float:
-    """GB/s of a large copy on the device, bytes read and bytes written: the ceiling for these ops."""
-    source = torch.randint(0, 2**31 - 1, (max(size // 4, 1),), dtype=torch.int32, device=device)
+def copy_of(size: int, device: torch.device) -> tuple[Call, int]:
+    """A copy that moves so many bytes, half of them read and half written, or fewer; and how many.
+
+    What ops of this size are measured against: it shows the caches that a case of the size has, too.
+    """
+    count = max(min(size, LARGEST_COPY) // 8, 1)
+    source = torch.randint(0, 2**31 - 1, (count,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, device, runs=15, seconds=10)["copy"]
-    return 2 * source.numel() * 4 / timing.median / 1e6
+    return lambda: target.copy_(source), 8 * count

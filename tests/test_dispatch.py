@@ -65,6 +65,32 @@ def smooth(outputs):
     return [o for o in outputs if o is not None and o.is_floating_point()]
 
 
+class KnownLoss(torch.autograd.Function):
+    """A loss of one model's logits whose gradient comes with its value."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens, mask, coefficient, inplace):
+        coefficients = {name: coefficient for name in rewardops.logits.OUTPUTS[:6]}
+        stats, grad = rewardops.token_stats_and_grad(
+            logits.clone() if inplace else logits,
+            tokens,
+            coefficients,
+            outputs=("is_top1",),
+            mask=mask,
+            temperature=0.7,
+            softcap=2.0,
+            vocab_size=VOCAB - 2,
+            inplace=inplace,
+        )
+        ctx.save_for_backward(grad)
+        return sum((coefficient * getattr(stats, name)).sum() for name in coefficients)
+
+    @staticmethod
+    def backward(ctx, up):
+        (grad,) = ctx.saved_tensors
+        return up * grad, None, None, None, None
+
+
 def padded_calls(i: Inputs):
     """(name, function, differentiable inputs) of every public op on padded rows."""
     y = i.tokens
@@ -113,6 +139,16 @@ def padded_calls(i: Inputs):
                 )
             ),
             [i.logits, i.logits.flip(0) * 0.7],
+        ),
+        (
+            "token_stats_and_grad",
+            lambda x: KnownLoss.apply(x, y, i.mask, i.values, False),
+            [i.logits],
+        ),
+        (
+            "token_stats_and_grad in place",
+            lambda x: KnownLoss.apply(x, y, i.mask, i.values, True),
+            [i.logits],
         ),
         (
             "linear_token_stats",
@@ -318,6 +354,11 @@ def packed_calls(i: Inputs):
             lambda x: rewardops.token_stats(x, tokens, mask=i.packed_mask)[:2],
             [i.pack(i.logits)],
         ),
+        (
+            "token_stats_and_grad",
+            lambda x: KnownLoss.apply(x, tokens, i.packed_mask, values, False),
+            [i.pack(i.logits)],
+        ),
         ("token_kl", lambda a, b: rewardops.token_kl(a, b, mask=i.packed_mask), [values, values * 1.3 - 0.2]),
         ("group_advantages", lambda r: rewardops.group_advantages(r, i.groups, **options), [i.rewards]),
         (
@@ -415,9 +456,10 @@ def test_opcheck(target, calls):
             outputs = fn(*xs)
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
             torch.autograd.grad(outputs, xs, [torch.ones_like(o) for o in outputs])
-        assert len(seen) >= 2, name
+        # A gradient that comes with the value has no op of its own, nor one.
+        assert len(seen) >= (1 if "and_grad" in name else 2), name
         for func, args in seen:
-            forward = "backward" not in func.name()
+            forward = "backward" not in func.name() and "and_grad" not in func.name()
             detached = [
                 a.detach().clone().requires_grad_(forward and a.is_floating_point())
                 if isinstance(a, torch.Tensor)

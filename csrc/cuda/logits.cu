@@ -10,9 +10,10 @@ namespace {
 
 using logits::Terms;
 
-constexpr int64_t kMostBlocks = 8;   // of a cluster that every device with clusters can launch
-constexpr int64_t kMostRows = 8;     // that a cluster takes one after the other
-constexpr int64_t kWaves = 16;       // below so many of them a cluster takes fewer
+constexpr int64_t kMostBlocks = 8;  // of a cluster that every device with clusters can launch
+constexpr int64_t kMostRows = 8;    // that a cluster takes one after the other
+constexpr int64_t kWaves = 16;      // below so many of them a cluster takes fewer
+constexpr int kAllShared = 100;     // per cent of what caches and shared memory have between them, for two blocks
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -35,8 +36,10 @@ void run(const TokenStatsAndGradArgs& a, int blocks, void* stream) {
   const int64_t each = std::clamp<int64_t>(a.count / (kWaves * at_once), 1, kMostRows);
   const Grid grid{divided(a.count, each) * blocks, 1, static_cast<unsigned>(slices.threads),
                   static_cast<size_t>(slices.shared), static_cast<unsigned>(blocks)};
-  launch("token_stats_and_grad", logits::token_stats_and_grad_kernel<T, kTerms, kCapped>, grid, stream, a,
-         static_cast<int>(slices.packs * logits::kPackBytes / static_cast<int64_t>(sizeof(T))));
+  const char* const name = "token_stats_and_grad";
+  const auto kernel = logits::token_stats_and_grad_kernel<T, kTerms, kCapped>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kAllShared), name);
+  launch(name, kernel, grid, stream, a, static_cast<int>(slices.packs * logits::kPack<T>));
 }
 
 // Capped logits take registers, and time: one kernel for all statistics of them.

@@ -95,9 +95,7 @@ def token_stats_partial(
     vocab: int,
     outputs: Sequence[str],
 ) -> Tensor:
-    problem = Problem(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
-    )
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5)
     record = torch.empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
     terms = reduce(or_, (_TERMS.get(name, 0) for name in outputs), 0)
     nothing = (0,) * len(OUTPUTS)
@@ -223,9 +221,7 @@ def token_stats_partial_backward(
     to_logits: bool,
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = Problem(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
-    )
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5)
     made = _gradients(problem, to_logits, to_ref)
     _from_record(problem, grad_record, record, *made)
     return _or_empty(made[0], logits, logits), _or_empty(made[1], ref_logits, logits)
@@ -276,7 +272,5 @@ def token_stats_partial_backward_to(
     ref_out: Tensor | None,
 ) -> None:
     """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
-    problem = Problem(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5
-    )
+    problem = Problem(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab, 0.5)
     _from_record(problem, grad_record, record, out, ref_out)

@@ -2,13 +2,14 @@
 //
 // group_advantages_kernel: a block serves a few neighbouring rows, or a part of the tokens of one. It reads the labels
 //   of all rows once, lists the members of its rows' groups in shared memory, joins each of those groups once, and
-//   writes the rows' tokens. Bits depend on a group's members alone, and not on how the rows are dealt out.
+//   writes the rows' tokens. Bits depend on a group's members (of more than kListed, on their rows too), not on how the
+//   rows are dealt out.
 // row_sums_kernel, group_advantages_backward_kernel: the gradients of tokens, summed by row; then the same joins.
 //
 // Moved, for 512 rows of 8192 tokens in float32: 4.2 MB of mask and 16.8 MB of tokens, 21 MB or 4.9 us at 4.3 TB/s, in
-// either direction. For 8192 rows of 1024: 42 MB or 9.8 us. On top, from the L2 cache: the labels, 8 bytes for each row
-// and block, 2 MB and 27 MB in all, and a sector of mask for each member; all of it ahead of the first store, so that it
-// costs latency: about 3 us. Per row alone the latency is all there is.
+// either direction. For 8192 rows of 1024: 42 MB or 9.8 us. On top, from the L2 cache: the labels, 8 bytes for each
+// row and block, 2 MB and 27 MB in all, and a sector of mask for each member; all of it ahead of the first store, so
+// that it costs latency: about 3 us. Per row alone the latency is all there is.
 //
 // Why not Triton: a program has no list of what it found. It reads labels and masks again for each pass over a group (3
 // for a std, 35 for a median, 67 in float64) and each row of it, and all labels for every row: 537 MB from L2 for the
@@ -121,7 +122,8 @@ struct Line {
     return each;
   }
   __device__ auto* vector(int64_t t) const {
-    using Vector = std::conditional_t<std::is_const_v<T>, const Pack<std::remove_const_t<T>, kVector>, Pack<T, kVector>>;
+    using Plain = Pack<std::remove_const_t<T>, kVector>;
+    using Vector = std::conditional_t<std::is_const_v<T>, const Plain, Plain>;
     return reinterpret_cast<Vector*>(data + t);
   }
   // The chunks `chunk`, `chunk + step`, ... by the lanes of a warp: one(t) for a token, some(t, N) for N vectors, the

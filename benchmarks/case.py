@@ -1,0 +1,224 @@
+"""What is timed: a case is an op with its data, the formula as people write it, and other packages' versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """N tokens over a vocabulary of V; B rows of T tokens in groups of K; hidden states of D, and how many.
+
+    Prefix trees have rows of their own, in groups of K and in large ones, that part from an earlier row of their
+    group after ``shared`` tokens in the mean.
+    """
+
+    tokens: int
+    vocab: int
+    rows: int
+    length: int
+    group: int = 8
+    hidden: int = 1024
+    hidden_tokens: int = 1024
+    tree_rows: int = 4096
+    tree_length: int = 2048
+    large_group: int = 128
+    shared: int = 204
+    steps: int = 16
+    """Tokens of a step in the mean."""
+    density: float = 1.0
+    """Share of valid tokens inside the rows: below 1 there are holes."""
+    ragged: bool = True
+    """Whether rows are of any length up to T."""
+    ragged_groups: bool = False
+    """Whether groups are of any size up to 2 K - 1."""
+    layout: str = "padded"
+    """Or ``"packed"``."""
+
+
+TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4, hidden=16, hidden_tokens=6,
+             tree_rows=8, tree_length=12, large_group=8, shared=2, steps=4)  # fmt: skip
+QUICK = Sizes(tokens=64, vocab=32768, rows=256, length=1024, hidden=256, hidden_tokens=128,
+              tree_rows=256, tree_length=512, large_group=64, shared=51)  # fmt: skip
+CPU = Sizes(tokens=512, vocab=151936, rows=1024, length=4096)
+FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192, hidden=4096, hidden_tokens=8192)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A field of :class:`Sizes`, or the dtype, and the values a sweep gives it."""
+
+    quick: tuple[Any, ...]
+    long: tuple[Any, ...]
+
+
+AXES = {
+    "tokens": Axis((16, 64, 256), (16, 64, 256, 1024, 4096)),
+    "vocab": Axis((1000, 8000, 32768), (1000, 8000, 32000, 128256, 151936, 262144)),
+    "hidden": Axis((64, 256), (512, 1024, 2048, 4096)),
+    "hidden_tokens": Axis((32, 128), (64, 256, 1024, 4096)),
+    "rows": Axis((64, 256, 1024), (16, 64, 256, 1024, 4096)),
+    "length": Axis((128, 512, 2048), (128, 512, 2048, 8192, 32768)),
+    "group": Axis((2, 8, 64), (2, 8, 32, 128)),
+    "tree_rows": Axis((64, 256), (64, 256, 1024, 4096)),
+    "tree_length": Axis((128, 512), (128, 512, 2048, 8192)),
+    "shared": Axis((0, 32, 512), (0, 16, 64, 128, 256, 512, 1024, 2048)),
+    "steps": Axis((2, 64), (2, 16, 128)),
+    "density": Axis((1.0, 0.5), (1.0, 0.9, 0.5, 0.1)),
+    "ragged": Axis((False, True), (False, True)),
+    "ragged_groups": Axis((False, True), (False, True)),
+    "layout": Axis(("padded", "packed"), ("padded", "packed")),
+    "dtype": Axis((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)),
+}
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Another package's version that cannot run here, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """``ours(*inputs)``, ``plain(*inputs)`` and what other packages do return the same tensors.
+
+    ``bytes_moved`` is what must cross memory at least: every input once, every output once, and the same again for
+    the backward pass.
+    """
+
+    name: str
+    op: str
+    """The public name it is about."""
+    ours: Function
+    plain: Function
+    inputs: tuple[Tensor, ...]
+    bytes_moved: int
+    differentiable: int = 0
+    """The first so many inputs get a gradient; 0 for forward only."""
+    peers: dict[str, Function | Missing] = field(default_factory=dict)
+    floor: tuple[str, Callable[[], Any]] | None = None
+    """What nobody can leave out; timed, not compared."""
+    compiled: bool = True
+    """Whether ``plain`` is one that a compiler finishes with."""
+    exact: Function | None = None
+    """In float64, where ``plain`` on float64 copies of the float inputs would not do."""
+    compared: bool = True
+    """Whether all of them compute the same numbers."""
+
+    def call(
+        self, fn: Function, inputs: tuple[Tensor, ...] | None = None
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """``fn`` as it is timed: forward, or forward and backward, which returns the gradients.
+
+        What reaches the results from above is random, and the same numbers for every variant and precision.
+        """
+        inputs = self.inputs if inputs is None else inputs
+        if not self.differentiable:
+            return lambda: as_tuple(fn(*inputs))
+        leaves = [x.detach().requires_grad_() for x in inputs[: self.differentiable]]
+        upstream: list[Tensor] = []
+
+        def step() -> tuple[Tensor, ...]:
+            outs = as_tuple(fn(*leaves, *inputs[self.differentiable :]))
+            if not upstream:
+                g = torch.Generator(leaves[0].device).manual_seed(1)
+                upstream.extend(torch.randn(o.shape, generator=g, device=o.device).to(o.dtype) for o in outs)
+            return torch.autograd.grad(outs, leaves, upstream)
+
+        return step
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result."""
+    return (out,) if isinstance(out, Tensor) else tuple(x for x in out if x is not None)
+
+
+# ---- the registry --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    family: str
+    op: str
+    build: Callable[..., Case]
+    variant: str
+    axes: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def register(
+    *variants: str,
+    op: str | None = None,
+    axes: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
+    """Make a case of a function from :class:`benchmarks.data.Data`, of its name, and one more for each variant.
+
+    ``gae`` with the variants ``"backward"`` and ``"long"`` is ``gae``, ``gae_backward`` and ``gae_long``.
+    """
+
+    def keep(build: Callable[..., Case]) -> Callable[..., Case]:
+        name, family = build.__name__, build.__module__.rpartition(".")[2]
+        for variant in ("", *variants):
+            full = "_".join(part for part in (name, variant) if part)
+            assert full not in _entries, full
+            _entries[full] = _Entry(family, op or name, build, variant, axes, dtypes)
+        return build
+
+    return keep
+
+
+def _registered() -> dict[str, _Entry]:
+    from . import cases  # noqa: F401  (its modules register themselves)
+
+    return _entries
+
+
+def names(family: str | None = None) -> tuple[str, ...]:
+    """All cases, or those of a family (a module of ``benchmarks/cases``)."""
+    return tuple(n for n, entry in _registered().items() if family in (None, entry.family))
+
+
+def families() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry.family for entry in _registered().values()))
+
+
+def op(name: str) -> str:
+    """The public name that a case is about."""
+    return _registered()[name].op
+
+
+def dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """Those a case is timed with."""
+    return _registered()[name].dtypes
+
+
+def axes(name: str, *, quick: bool = False) -> dict[str, tuple[Any, ...]]:
+    """Which fields of :class:`Sizes`, and ``"dtype"``, are swept for a case, and over which values."""
+    found = {axis: AXES[axis] for axis in _registered()[name].axes}
+    return {axis: values.quick if quick else values.long for axis, values in found.items()}
+
+
+def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
+    """A case with its data; ``dtype`` is that of its large float inputs."""
+    from .data import Data
+
+    entry = _registered()[name]
+    return entry.build(Data(name, entry.op, entry.variant, sizes, device, dtype))

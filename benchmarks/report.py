@@ -1,0 +1,167 @@
+"""What is made of a report: Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .run import Report, Row, title
+
+NAMES = {"compile": "torch.compile"}
+
+
+def where(report: Report) -> str:
+    """The machine, in words."""
+    m = report["machine"]
+    return m["gpu"] if "gpu" in m else f"{m['cpu']}, {m['threads']} of {m['cores']} cores"
+
+
+def measured(report: Report) -> str:
+    """On what, with which versions, when."""
+    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if name != "rewardops")
+    return f"{where(report)}; {versions}; commit {report['commit']}, {report['date']}"
+
+
+def copy_bandwidth(report: Report) -> float:
+    """GB/s of the largest copy: rows have one each, of their size."""
+    return max((r["bytes"], r["copy_gb_per_s"]) for r in report["rows"] if "bytes" in r)[1]
+
+
+def usual(report: Report) -> list[Row]:
+    """The rows at the usual sizes, of which ours ran."""
+    return [row for row in report["rows"] if row["swept"] is None and "ours" in row["variants"]]
+
+
+def times(x: float) -> str:
+    return f"{x:.0f}x" if x >= 100 else f"{x:.1f}x" if x >= 10 else f"{x:.2f}x"
+
+
+def ms(x: float) -> str:
+    return f"{x:.0f}" if x >= 1000 else f"{x:.1f}" if x >= 10 else f"{x:.3g}"
+
+
+def _error(variant: dict[str, Any]) -> str:
+    return "" if variant["error"] is None else f"{float(variant['error']['relative']):.0e}"
+
+
+def ratio(row: Row, variant: str) -> str:
+    """How many times as long as ours; of the best other with its interval, in bold."""
+    r = row["variants"][variant]["ratio"]
+    if variant != row["best_other"]:
+        return times(r["median"])
+    return f"**{times(r['median'])}** [{times(r['low'])[:-1]}, {times(r['high'])[:-1]}]"
+
+
+def peers(row: Row) -> list[str]:
+    """The variants of other packages, and loops as people write them."""
+    return [v for v in row["variants"] if not v.startswith("ours") and v not in ("eager", "compile")]
+
+
+def others(row: Row, cell: Callable[[str], str]) -> list[str]:
+    """The cells of eager, of torch.compile, and of all the rest in one."""
+    own = [cell(v) if v in row["variants"] else row["missing"].get(v, "") for v in ("eager", "compile")]
+    return [*own, "; ".join(f"{v} {cell(v)}" for v in peers(row))]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def _times(row: Row) -> list[str]:
+    ours = row["variants"]["ours"]
+
+    def cell(variant: str) -> str:
+        error = _error(row["variants"][variant])
+        return ratio(row, variant) + (f", {error}" if error else "")
+
+    spread = f"{ms(ours['p20'])} to {ms(ours['p80'])}"
+    share = f"{ours['share_of_copy']:.0%}"
+    cells = [ms(ours["median"]), spread, ms(row["roofline"]), f"{ours['gb_per_s']:.3g}", share, _error(ours)]
+    return [title(row), *cells, *others(row, cell)]
+
+
+def _memory(row: Row) -> list[str]:
+    def cell(variant: str) -> str:
+        size = row["variants"][variant]["extra_bytes"]
+        return "" if size is None else f"{size / 1e6:.1f}"
+
+    return [title(row), cell("ours"), *others(row, cell)]
+
+
+def _backends(rows: list[Row]) -> list[str]:
+    """Ours on other backends than the default one, where that was asked for."""
+    asked = list(
+        dict.fromkeys(v for row in rows for v in [*row["variants"], *row["missing"]] if "ours/" in v)
+    )
+    if not asked:
+        return []
+
+    def cell(row: Row, variant: str) -> str:
+        found = row["variants"].get(variant)
+        if found is None:
+            return row["missing"].get(variant, "")
+        return f"{ms(found['median'])} ({times(found['ratio']['median'])}, {_error(found)})"
+
+    head = ["case", "ours, ms", *(v.removeprefix("ours/") for v in asked)]
+    cells = ([title(r), ms(r["variants"]["ours"]["median"]), *(cell(r, v) for v in asked)] for r in rows)
+    return ["", "On other backends, milliseconds (times ours, relative error):", "", *table(head, cells)]
+
+
+def _floors(rows: list[Row]) -> list[str]:
+    found = [row for row in rows if row["floor"]]
+    if not found:
+        return []
+
+    def cells(row: Row) -> list[str]:
+        floor = row["floor"]
+        return [
+            title(row),
+            floor["name"],
+            ms(floor["median"]),
+            times(row["variants"]["ours"]["median"] / floor["median"]),
+        ]
+
+    head = ["case", "what nobody can leave out", "ms", "ours to it"]
+    return ["", *table(head, map(cells, found))]
+
+
+def _missing(report: Report) -> list[str]:
+    """Each reason once, with the cases that it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in report["rows"]:
+        for variant, why in row["missing"].items():
+            cases = found.setdefault((variant, why), [])
+            if row["case"] not in cases:
+                cases.append(row["case"])
+    if not found:
+        return []
+    lines = [f"- {NAMES.get(v, v)}: {why} ({', '.join(cases)})" for (v, why), cases in found.items()]
+    return ["", "Not measured:", "", *lines]
+
+
+def markdown(report: Report) -> str:
+    """Times with errors, memory, floors, and what is missing."""
+    rows = [row for row in report["rows"] if "ours" in row["variants"]]
+    head = ["case", "ours, ms", "p20 to p80", "roofline, ms", "GB/s", "of copy", "error"]
+    names = ["eager", NAMES["compile"], "others"]
+    settings = report["settings"]
+    kept = "; freed memory kept" if settings["keep_memory"] else ""
+    lines = [
+        f"{measured(report)}; sizes: {settings['sizes']}; backend: {report['backend']}{kept}."
+        + (f" Largest copy: {copy_bandwidth(report):.0f} GB/s." if rows else ""),
+        "",
+        "Others: times as long as ours (of the fastest in bold, with the 95 % interval), and the largest error"
+        " against float64 relative to the largest value.",
+        "",
+        *table([*head, *names], map(_times, rows)),
+        *_backends(rows),
+        *_floors(rows),
+        "",
+        "Peak memory beyond inputs and results, MB:",
+        "",
+        *table(["case", "ours", *names], map(_memory, rows)),
+        *_missing(report),
+    ]
+    return "\n".join(lines) + "\n"
