@@ -1,145 +1,301 @@
-"""``python -m benchmarks.gpu``: build, test and time on a GPU, with what a bare GPU machine has.
+"""``python -m benchmarks.gpu``: build, test, check and time on a GPU, with what a bare GPU machine has.
 
-Needs a checkout, a python3 with torch, Triton, pybind11, setuptools, pytest and hypothesis, cmake, ninja;
-no network. Nothing is installed into the environment: the package is built into ``build/gpu``.
-Writes ``<gpu>-<date>.json`` and ``.md`` to ``--out``, ``$OUT`` or ``benchmarks/results``.
+Needs a checkout, a python3 with torch, Triton, pybind11, setuptools, pytest and hypothesis, nvcc, cmake, ninja; no
+network. Nothing is installed into the environment: the package is built into ``build/gpu``. It ends inside nine
+minutes, and a part that passed is not done again: call it once more to go on, with ``--fresh`` to begin anew, with
+``--part`` for some parts only. Writes ``<gpu>-<date>.json`` and ``.md`` to ``--out``, ``$OUT`` or
+``benchmarks/results``.
 
-``--dry`` walks the same steps on the CPU, on tiny shapes and with interpreted kernels; its figures mean
-nothing and are written to ``build/gpu`` alone.
+``--dry`` walks the same parts on the CPU: tiny shapes, interpreted kernels, and those in CUDA C++ by the harness of
+the tests; its figures mean nothing and are written to ``build/gpu`` alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
+STATE = BUILD / "state.json"
+LIMIT = 530.0  # seconds in all
+MANY_TOKENS = 65536  # beside the usual number, where the statistics of logits are concerned
 
 
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def environment(dry: bool) -> dict[str, str]:
-    """The built package first, then the checkout for its benchmarks; never the checkout's own package."""
-    paths = [str(SITE), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    # cmake and ninja may be this environment's, which need not have been activated.
-    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    found = {
-        **os.environ,
-        "PATH": os.pathsep.join(programs),
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        "PYTHONUNBUFFERED": "1",
-        "REWARDOPS_OFFLINE": "1",
-    }
-    if dry:
-        # CUDA C++ takes minutes to build, and nothing here would run it.
-        found.update(
-            TRITON_INTERPRET="1", REWARDOPS_BACKEND="triton", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0"
-        )
-    return found
+@dataclass(frozen=True)
+class Walk:
+    """What the parts have in common."""
+
+    dry: bool
+    out: Path
+
+    def environment(self) -> dict[str, str]:
+        """The built package first, then the checkout for its benchmarks; never the checkout's own package."""
+        paths = [str(SITE), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        # cmake and ninja may be this environment's, which need not have been activated.
+        programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+        found = {
+            **os.environ,
+            "PATH": os.pathsep.join(programs),
+            "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+            "PYTHONUNBUFFERED": "1",
+            "REWARDOPS_OFFLINE": "1",
+        }
+        if self.dry:
+            # CUDA C++ takes minutes to build for GPUs, and nothing here would run it.
+            found.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0")
+        elif "CUDAARCHS" not in found:
+            import torch
+
+            found["CUDAARCHS"] = "".join(map(str, torch.cuda.get_device_capability()))
+        return found
+
+    def run(self, command: list[str], limit: float, **environment: str) -> tuple[int, str]:
+        """In ``build/gpu``, where no package of the checkout shadows the built one; status and last words."""
+        try:
+            done = subprocess.run(
+                command, cwd=BUILD, env={**self.environment(), **environment}, timeout=max(limit, 1.0),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            printed = error.stdout or b""
+            text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+            print(text[-3000:], flush=True)
+            return 124, f"stopped after {limit:.0f} s"
+        print(done.stdout[-12000:] if done.returncode else done.stdout[-1500:], flush=True)
+        return done.returncode, (done.stdout.strip().splitlines() or [""])[-1]
+
+    def pytest(self, files: list[str], chosen: str, limit: float) -> tuple[int, str]:
+        # Compiling kernels takes longer than running them: several processes, where pytest-xdist is there.
+        workers = [] if self.dry or importlib.util.find_spec("xdist") is None else ["-n", "8"]
+        where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+        paths = [str(TESTS / f"test_{name}.py") for name in files]
+        command = [sys.executable, "-m", "pytest", "-q", *workers, *where, "-k", chosen, *paths]
+        return self.run(command, limit)
 
 
-def run(command: list[str], dry: bool, limit: float) -> int:
-    """Run in ``build/gpu``, where no package of the checkout shadows the built one."""
-    try:
-        return subprocess.run(command, cwd=BUILD, env=environment(dry), timeout=limit).returncode
-    except subprocess.TimeoutExpired:
-        say(f"stopped after {limit:.0f} s")
-        return 124
+# ---- the parts ---------------------------------------------------------------------------------------------
 
 
-def build(dry: bool) -> int:
+def build(walk: Walk, limit: float) -> tuple[int, str]:
     SITE.mkdir(parents=True, exist_ok=True)
     options = "--quiet --no-build-isolation --no-deps --no-index --no-compile --upgrade"
     command = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(SITE), str(ROOT)]
-    return run(command, dry, 180)
+    return walk.run(command, limit)
 
 
-def test(dry: bool) -> int:
-    """The op tests on the device, with Triton kernels; in a dry run one family's, by the interpreter."""
-    families = ("logits", "kl", "advantages", "entropy", "returns", "prefix_tree", "prefix_values", "tree")
-    families = ("kl",) if dry else families
-    files = [str(ROOT / "tests" / f"test_{f}.py") for f in families]
-    if not dry:
-        files += [str(ROOT / "tests" / f"test_{f}.py") for f in ("dispatch", "layout")]
-    # Compiling kernels takes longer than running them: several processes, where pytest-xdist is there.
-    workers = [] if dry or importlib.util.find_spec("xdist") is None else ["-n", "8"]
-    where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
-    command += [*workers, *where, *files]
-    return run(command, dry, 200)
+def test(walk: Walk, limit: float) -> tuple[int, str]:
+    """The op tests on the device, by Triton's kernels and those in CUDA C++; a dry run takes a few."""
+    if walk.dry:
+        return walk.pytest(["kl", "td"], "(triton and test_kl) or (cuda and by_hand)", limit)
+    families = (
+        "logits",
+        "logits_and_grad",
+        "linear",
+        "kl",
+        "advantages",
+        "entropy",
+        "selection",
+        "returns",
+        "td",
+    )
+    others = (
+        "segments",
+        "shaping",
+        "prefix_tree",
+        "prefix_values",
+        "tree",
+        "dispatch",
+        "layout",
+        "cuda_kernels",
+    )
+    return walk.pytest([*families, *others], "triton or cuda", limit)
 
 
-def measure(dry: bool, out: Path) -> None:
-    """Time the cases of the README, in a process of its own, in which the built package is imported.
+def device(walk: Walk, limit: float) -> tuple[int, str]:
+    """Nothing is read back, calls can be captured, bits repeat, sizes share kernels; without a GPU all skip."""
+    return walk.pytest(["device"], "test", limit)
 
-    All cases take longer than a machine is lent for: ``python -m benchmarks run --full`` has them. A dry run walks
-    through one of each family, since interpreted kernels are slow.
+
+def sanitize(walk: Walk, limit: float) -> tuple[int, str]:
+    """Every kernel in CUDA C++ under compute-sanitizer; in a dry run once by the harness, which finds no less."""
+    script = [sys.executable, str(TESTS / "cuda_on_host" / "every_kernel.py")]
+    if walk.dry:
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            return 0, "not done: no C++ compiler"
+        status, path = walk.run([sys.executable, str(TESTS / "cuda_on_host" / "build.py")], limit)
+        return walk.run(script, limit, REWARDOPS_CUDA_ON_HOST=path) if status == 0 else (status, path)
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return 0, "not done: there is no compute-sanitizer"
+    said = []
+    for check in ("memcheck", "racecheck"):
+        options = ["--tool", check, "--error-exitcode", "66", "--kernel-regex", "kns=rewardops"]
+        status, words = walk.run([tool, *options, *script, "--device", "cuda"], limit / 2)
+        said.append(f"{check}: {words}")
+        if status:
+            return status, said[-1]
+    return 0, "; ".join(said)
+
+
+def timing(walk: Walk, limit: float) -> tuple[int, str]:
+    """In a process of its own, in which the built package is imported; row by row, so that it can go on."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--measure", "--out", str(walk.out)]
+    if walk.dry:
+        return walk.run([*command, "--dry"], limit, REWARDOPS_BACKEND="triton")
+    return walk.run(command, limit)
+
+
+Part = Callable[[Walk, float], "tuple[int, str]"]
+# With the seconds that each may take at most.
+PARTS: dict[str, tuple[Part, float]] = {
+    "build": (build, 150),
+    "test": (test, 220),
+    "device": (device, 90),
+    "sanitize": (sanitize, 120),
+    "time": (timing, 300),
+}
+
+
+def base_name(walk: Walk) -> Path:
+    """Of the report, without its ending."""
+    if walk.dry:
+        name = "dry"
+    else:
+        import torch
+
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return walk.out / f"{name}-{time.strftime('%Y-%m-%d')}"
+
+
+def measure(walk: Walk) -> None:
+    """Time the cases of the README; ``python -m benchmarks run --full`` has all, which take hours.
+
+    A dry run walks through one case of each family, since interpreted kernels are slow.
     """
-    import torch
-
     from benchmarks import case, readme, report, run
 
     settings = run.Settings(
-        device="cpu" if dry else "cuda",
-        sizes="tiny" if dry else "full",
-        runs=2 if dry else 20,
-        seconds=1.0 if dry else 4.0,
-        compiled=not dry,
+        device="cpu" if walk.dry else "cuda",
+        sizes="tiny" if walk.dry else "full",
+        runs=2 if walk.dry else 20,
+        seconds=1.0 if walk.dry else 4.0,
+        compiled=not walk.dry,
+        backends=() if walk.dry else ("cuda,triton",),
     )
-    name = "dry" if dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    base = out / f"{name}-{time.strftime('%Y-%m-%d')}"
     first = [case.names(family)[0] for family in case.families()]
-    items = run.plan(first if dry else readme.HEADLINE, settings.sizes)
-    found = run.run_all(items, settings, out=base.with_suffix(".json"), fresh=True, say=say)
-    base.with_suffix(".md").write_text(report.markdown(found))
+    items = run.plan(first if walk.dry else readme.HEADLINE, settings.sizes)
+    if not walk.dry:
+        many = [x for x in items if x.case.startswith("token_stats")]
+        items += [replace(x, sizes=replace(x.sizes, tokens=MANY_TOKENS), swept="tokens") for x in many]
+    path = base_name(walk).with_suffix(".json")
+    found = run.run_all(items, settings, out=path, say=say)
+    path.with_suffix(".md").write_text(report.markdown(found))
     print("\n" + report.markdown(found))
-    say(f"wrote {base}.json and .md")
+
+
+# ---- the walk ----------------------------------------------------------------------------------------------
+
+
+def _known(walk: Walk, fresh: bool) -> dict[str, Any]:
+    """What earlier calls found, of this very code and kind."""
+    code = hashlib.sha256()
+    for folder in ("csrc", "rewardops", "triton_kernels", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                code.update(path.read_bytes())
+    own = {"code": code.hexdigest(), "dry": walk.dry, "parts": {}}
+    if fresh or not STATE.exists():
+        return own
+    found: dict[str, Any] = json.loads(STATE.read_text())
+    return found if all(found.get(k) == own[k] for k in ("code", "dry")) else own
+
+
+def _written(walk: Walk, known: dict[str, Any]) -> None:
+    """What the parts found, at the end of the report."""
+    path = base_name(walk).with_suffix(".json")
+    if not path.exists():
+        return
+    report = {**json.loads(path.read_text()), "qualification": known["parts"]}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    lines = ["", "| part | result | seconds | last words |", "|---|---|---|---|"]
+    for name, part in known["parts"].items():
+        words = part["words"].replace("|", "/")[:160]
+        lines.append(f"| {name} | {part['result']} | {part['seconds']} | {words} |")
+    page = path.with_suffix(".md")
+    page.write_text(page.read_text().split("\n| part |")[0].rstrip("\n") + "\n" + "\n".join(lines) + "\n")
+    say(f"wrote {path} and .md")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dry", action="store_true", help="no GPU: tiny shapes, interpreted kernels")
     parser.add_argument("--out", type=Path, help="folder for the report")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part (repeatable)")
+    parser.add_argument("--fresh", action="store_true", help="do parts again that have passed")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     default = BUILD if options.dry else Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    out = (options.out or default).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    walk = Walk(options.dry, (options.out or default).resolve())
+    walk.out.mkdir(parents=True, exist_ok=True)
     if options.measure:
-        measure(options.dry, out)
+        measure(walk)
         return 0
 
-    if not options.dry:
+    if not walk.dry:
         import torch
 
         if not torch.cuda.is_available():
             print("no GPU: torch.cuda.is_available() is false (--dry walks the script without one)")
             return 2
     begin = time.monotonic()
-    say("build")
-    if build(options.dry):
-        return 1
-    say("test")
-    tested = test(options.dry)
-    say("time")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--measure", "--out", str(out)]
-    timed = run(command + (["--dry"] if options.dry else []), options.dry, 240)
-    say(
-        f"build ok, tests {'ok' if tested == 0 else 'FAILED'}, "
-        f"timing {'ok' if timed == 0 else 'FAILED'}, {time.monotonic() - begin:.0f} s"
-    )
-    return 1 if tested or timed else 0
+    known = _known(walk, options.fresh)
+    if options.fresh:
+        base_name(walk).with_suffix(".json").unlink(missing_ok=True)
+    failed = []
+    for name in options.part or PARTS:
+        part, most = PARTS[name]
+        if known["parts"].get(name, {}).get("result") == "ok" and not options.part:
+            say(f"{name}: passed before")
+            continue
+        left = LIMIT - (time.monotonic() - begin)
+        if left < 20 and not walk.dry:
+            say(f"{name}: no time left; call again to go on")
+            failed.append(name)
+            continue
+        say(name)
+        start = time.monotonic()
+        status, words = part(walk, most if walk.dry else min(most, left))
+        result = "ok" if status == 0 else "stopped" if status == 124 else "FAILED"
+        known["parts"][name] = {"result": result, "seconds": round(time.monotonic() - start), "words": words}
+        STATE.write_text(json.dumps(known, indent=1) + "\n")
+        if status:
+            failed.append(name)
+            if name == "build":
+                break
+    _written(walk, known)
+    results = ", ".join(f"{name} {part['result']}" for name, part in known["parts"].items())
+    say(f"{results}; {time.monotonic() - begin:.0f} s")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

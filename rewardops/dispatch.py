@@ -96,15 +96,17 @@ def compiled_module() -> types.ModuleType | None:
     return module
 
 
-@functools.cache
 def cuda_module() -> types.ModuleType | None:
     """The CUDA C++ kernels of the compiled module, or those that ``REWARDOPS_CUDA_ON_HOST`` names.
 
     The latter run on CPUs: a build by ``tests/cuda_on_host``, for tests of kernels where there is no GPU.
     """
     path = cuda_on_host()
-    if path is None:
-        return getattr(compiled_module(), "cuda", None)
+    return getattr(compiled_module(), "cuda", None) if path is None else _module_at(path)
+
+
+@functools.cache
+def _module_at(path: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_on_host", path)
     assert spec is not None
     assert spec.loader is not None

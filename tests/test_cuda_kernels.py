@@ -133,6 +133,15 @@ def test_cuda_alone_serves_what_it_has(target_cuda):
         assert not rewardops.token_kl(rewards, rewards).any()
 
 
+def test_what_was_asked_first_does_not_stay(monkeypatch, target_cuda):
+    """The module is looked up by where it is now: `show_config` may have asked before."""
+    here = dispatch.cuda_module()
+    monkeypatch.delenv("REWARDOPS_CUDA_ON_HOST", raising=False)
+    rewardops.show_config()
+    monkeypatch.undo()
+    assert dispatch.cuda_module() is here
+
+
 def test_a_launch_that_fails_names_the_kernel(target_cuda):
     x = torch.ones(1, 4, device=target_cuda)
     shape, row = (1, 4, 0, 0, True), (x.data_ptr(), 4)

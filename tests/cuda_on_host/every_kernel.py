@@ -1,10 +1,11 @@
 """Runs every kernel in CUDA C++ once or twice, on small rows, against the specification.
 
-A program of its own, to be run under a sanitizer: ``test_cuda_kernels.py`` does.
+A program of its own, to be run under a sanitizer: ``test_cuda_kernels.py`` does, and ``make gpu`` under a GPU's.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -17,7 +18,12 @@ import rewardops
 from rewardops.cuda.memory import CUDA
 from rewardops.testing import pack
 
+CUDA.most_threads = CUDA.most_threads_on_host  # rows of a few hundred tokens then have several tiles
 KINDS = ("every_token", "flags", "ids")
+
+
+def generator() -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(0)
 
 
 def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
@@ -36,7 +42,7 @@ def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
 
 
 def scans(dtype: torch.dtype) -> Iterator[str]:
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     r, v = (torch.randn(1, 300, generator=g, dtype=dtype) for _ in range(2))  # two tiles
     mask = torch.rand(1, 300, generator=g) > 0.2
     flags = torch.rand(1, 300, generator=g) > 0.6
@@ -61,7 +67,7 @@ def returns() -> Iterator[str]:
         for dtype in (torch.float32, torch.float64):
             for done in scans(dtype):
                 yield f"{done} {dtype} {CUDA.rows_enough}"
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     packed, cu = pack(torch.randn(3, 140, generator=g), torch.tensor([70, 0, 133]))
     same(lambda r: rewardops.gae(r, r.detach(), gamma=0.9, lam=0.9, cu_seqlens=cu), packed)
     yield "packed rows"
@@ -69,7 +75,7 @@ def returns() -> Iterator[str]:
 
 def prefix_trees() -> Iterator[str]:
     """Rows that share more than a search looks at once, in two tiles, with and without their holes."""
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     groups = torch.zeros(3, dtype=torch.int64)
     tokens = torch.randint(0, 3, (1, 1100), generator=g).repeat(3, 1)
     tokens[1:, 5] += 1
@@ -95,7 +101,7 @@ def prefix_trees() -> Iterator[str]:
 
 
 def advantages() -> Iterator[str]:
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     groups = torch.tensor([3, 1, 3, 3, 1, 1, 3])
     mask = (torch.rand(7, 70, generator=g) > 0.3)[:, 1:66]
     mask[4] = False
@@ -119,7 +125,7 @@ def advantages() -> Iterator[str]:
 def logits() -> Iterator[str]:
     """In clusters of every size: the limit says how much of a row a block may hold."""
     kernels = importlib.import_module("rewardops.cuda.logits")
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     for dtype, limit in itertools.product((torch.float32, torch.bfloat16, torch.float16), (2**16, 1024)):
         kernels.BYTES_PER_BLOCK = limit
         x = (torch.randn(4, 1001, generator=g) * 3).to(dtype)
@@ -139,6 +145,9 @@ def logits() -> Iterator[str]:
 FAMILIES = (returns, prefix_trees, advantages, logits)
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, and not by the harness")
+    torch.set_default_device(parser.parse_args().device)
     torch.set_num_threads(1)
     for family in FAMILIES:
         for done in family():

@@ -161,8 +161,8 @@ struct Softcap {
   }
 };
 
-// (z - shift) / temperature, as a power of two. The factor is off by half a unit in the last place, but the same in both
-// passes: probabilities are those at a temperature that is off by as much, and sum to 1. -inf stays -inf.
+// (z - shift) / temperature, as a power of two. The factor is off by half a unit in the last place, but the same in
+// both passes: probabilities are those at a temperature that is off by as much, and sum to 1. -inf stays -inf.
 struct Exponent {
   float shift, scale;
 
@@ -281,7 +281,7 @@ __device__ Part merged(const Part* parts, int count, double scale) {
 // With e = 2^t the gradient in a logit is
 //   e (on_e + on_t t + e (on_square + on_square_t t)) + on_one + [column = token] on_token
 // times the slope of the softcap. 1 / temperature and the normalisers are in the coefficients, and with them the
-// constants of log p = ln2 t - log total: near the largest logit, where the mass is, t is small, and so is its rounding.
+// constants of log p = ln2 t - log total: near the largest logit, where the mass is, t and its rounding are small.
 struct alignas(16) Gradient {
   float on_e, on_t, on_square, on_square_t, on_one, on_token, shift;
 
