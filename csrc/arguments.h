@@ -182,7 +182,8 @@ inline PrefixLcpArgs prefix_lcp_args(int64_t batch, Address tree_rows, Address g
           at<int32_t>(lcp)};
 }
 
-// given: values, along, base, factor. on_tokens is the output, or, where there are gradients of these four, the gradient.
+// given: values, along, base, factor. on_tokens is the output, or, where there are gradients of these four, the
+// gradient.
 template <typename T>
 NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
                               int64_t channels, int64_t plane, const py::tuple& given, int where, double gamma,

@@ -223,31 +223,48 @@ def test_lcp_knows_the_size_of_groups(target, generator):
 # ---- nodes and tokens, op by op ----------------------------------------------------------------------------
 
 
-def on_tokens(target, tokens, groups, mask, cu, generator, at, gamma, skip, channels=2, dtype=torch.float64):
-    """What nodes say of tokens, and the gradients, against the specification; some leaves lie higher up."""
+def on_tokens(
+    target,
+    tokens,
+    groups,
+    mask,
+    cu,
+    generator,
+    at,
+    gamma,
+    skip,
+    *,
+    given="vabf",
+    channels=2,
+    dtype=torch.float64,
+):
+    """What nodes say of tokens, and the gradients, against the specification; some leaves lie higher up.
+
+    ``given``: which of values, along, base and factor.
+    """
     rows, nodes = arrays(tokens, groups, mask, cu, skip=skip)
     batch = len(groups)
     up = nodes[3][rows[1].clamp(min=0)]
     rows[1] = torch.where((torch.arange(batch) % 5 == 3) & (rows[1] >= 0) & (up >= 0), up, rows[1])
     values, along = torch.randn(2, 2 * batch, channels, generator=generator, dtype=torch.float64)
     base, factor = torch.randn(2, batch, channels, generator=generator, dtype=torch.float64)
+    named = {"v": values, "a": along, "b": base, "f": factor}
+    of_nodes = [x if name in given else None for name, x in named.items()]
     grad = torch.randn(channels, *tokens.shape, generator=generator, dtype=dtype)
-    ops = torch.ops.rewardops
-    for of_nodes in ((values, None, None, None), (None, along, base, factor), (values, along, base, factor)):
-        found = []
-        for backend, device in ((target.backend, target.device), ("reference", "cpu")):
-            tensors = [None if t is None else t.to(device) for t in (*of_nodes, rows, nodes, mask, cu)]
-            options = (skip, tokens.shape[-1], at, gamma)
-            with rewardops.use_backend(backend):
-                out = ops.nodes_to_tokens(*tensors, *options, dtype)
-                up = grad if mask is None else grad.masked_fill(~mask, torch.nan)
-                gradients = ops.nodes_to_tokens_backward(up.to(device), *tensors, *options)
-            found.append([x.cpu() for x in (out, *gradients)])
-        tolerance = 1e-12 if dtype is torch.float64 else 1e-6
-        for ours, want in zip(*found, strict=True):
-            torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
-        if mask is not None:
-            assert bool((found[0][0][:, ~mask] == 0).all())
+    grad = grad if mask is None else grad.masked_fill(~mask, torch.nan)
+    options = (skip, tokens.shape[-1], at, gamma)
+    ops, found = torch.ops.rewardops, []
+    for backend, device in ((target.backend, target.device), ("reference", "cpu")):
+        tensors = [None if t is None else t.to(device) for t in (*of_nodes, rows, nodes, mask, cu)]
+        with rewardops.use_backend(backend):
+            out = ops.nodes_to_tokens(*tensors, *options, dtype)
+            gradients = ops.nodes_to_tokens_backward(grad.to(device), *tensors, *options)
+        found.append([x.cpu() for x in (out, *gradients)])
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-6
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
+    if mask is not None:
+        assert bool((found[0][0][:, ~mask] == 0).all())
 
 
 AT_AND_GAMMA = [("after", 1.0), ("before", 0.97), ("after", 0.0), ("step", 1.0)]
@@ -258,25 +275,30 @@ def test_tokens_of_nodes(target, generator, at, gamma):
     """Rows of several tiles, and few of them; every alignment."""
     if target.backend == "reference":
         pytest.skip("it is what the others are compared with")
-    width = 1300 if target.backend == "triton" and target.interpreted else 4200
+    interpreted = target.backend == "triton" and target.interpreted
+    if interpreted and at == "after":
+        pytest.skip("slow")
+    width = 1300 if interpreted else 2300
     tokens, groups = branches(width + 4, generator)
     mask = random_mask(9, width + 4, generator)
     mask[:, :3] = False
     mask[1:4] |= torch.arange(width + 4) > 900
     args = (generator, at, gamma)
     on_tokens(target, tokens[:, :width], groups, None, None, *args, False, dtype=torch.float32)
-    on_tokens(target, tokens[:, 1 : width + 1], groups, mask[:, 1 : width + 1], None, *args, False)
-    on_tokens(target, tokens[:, :-1], groups, mask[:, :-1], None, *args, True)
+    on_tokens(target, tokens[:, 1:], groups, mask[:, 1:], None, *args, False, given="v")
+    on_tokens(target, tokens[:, :-2], groups, mask[:, :-2], None, *args, True, given="abf")
     lengths = torch.tensor([width, 1, 0, 811, 1029, 47, 1024, 2, 1290])
     packed, cu = pack(tokens, lengths)
-    for skip, m in ((False, None), (False, mask), (True, mask)):
-        on_tokens(target, packed, groups, None if m is None else pack(m, lengths)[0], cu, *args, skip)
+    packed_mask = pack(mask, lengths)[0]
+    on_tokens(target, packed, groups, None, cu, *args, False, given="v")
+    on_tokens(target, packed, groups, packed_mask, cu, *args, False, given="vb", dtype=torch.float32)
+    on_tokens(target, packed, groups, packed_mask, cu, *args, True)
 
 
 @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
 def test_tokens_of_a_tree_that_leans(target, generator, at, gamma):
     """Paths of more nodes than are listed at once, and nodes of many rows."""
-    n = 40 if target.backend == "triton" and target.interpreted else 150
+    n = 20 if target.backend == "triton" and target.interpreted else 150
     tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
     on_tokens(target, tokens, torch.zeros(n).long(), None, None, generator, at, gamma, False, channels=1)
 

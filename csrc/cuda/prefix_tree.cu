@@ -81,7 +81,8 @@ void nodes_to_tokens_backward(const NodeTokensArgs<T>& given, T* moved, void* st
     a.grad = {front.data, front.stride};
     a.mask = {};
   }
-  launch("nodes_to_tokens_backward nodes", nodes_backward_kernel<T>, block_for_each(a.tree.nodes(), a.channels), stream, a);
+  launch("nodes_to_tokens_backward nodes", nodes_backward_kernel<T>, block_for_each(a.tree.nodes(), a.channels), stream,
+         a);
   if (a.grad_base || a.grad_factor)
     launch("nodes_to_tokens_backward rows", rows_backward_kernel<T>, block_for_each(a.rows.batch, a.channels), stream,
            a);

@@ -34,8 +34,8 @@ struct PrefixTreeArgs {
   bool skip;  // a row is its valid tokens only, not all from the first to the last
 };
 
-// Rows by label, those of a group ascending: the group of row b is rows[begin[b]], ..., rows[end[b] - 1]. On a GPU, where
-// it is a kernel's work to find it, part of the arguments.
+// Rows by label, those of a group ascending: the group of row b is rows[begin[b]], ..., rows[end[b] - 1]. On a GPU,
+// where it is a kernel's work to find it, part of the arguments.
 struct ByLabel {
   const int64_t *rows, *begin, *end;
 };

@@ -1,23 +1,25 @@
 // Prefix trees of groups of rows, common prefixes, and values of nodes written to tokens; and back.
 //
-// Contract: as prefix_tree, prefix_lcp, nodes_to_tokens and nodes_to_tokens_backward of rewardops/reference/prefix_tree.py;
-// integers exactly, sums in double and in an order that depends on the tree alone.
+// Contract: as prefix_tree, prefix_lcp, nodes_to_tokens and nodes_to_tokens_backward of
+// rewardops/reference/prefix_tree.py; integers exactly, sums in double and in an order that depends on the tree alone.
 //
 // Bytes, for B = 1024 rows of T = 8192 in groups of 16 that share a prompt of 512 tokens (int64):
 //   rows_kernel     up to 8 KB of mask and 4 KB of tokens a row, the leader's from L2: 12 MB, 2.9 us at 4.3 TB/s
 //   places_kernel   16 codes a row, and a sector or two of each row of a pair that the leader did not tell apart: 1 MB
 //   nodes_to_tokens, and its backward    mask 1 and token 4 each: 42 MB, 9.8 us
-// Tree, labels and codes stay in L2: by_label_kernel reads 8 MB there, nodes_kernel and prefix_lcp_kernel less than 1 MB;
-// these take what a launch takes.
+// Tree, labels and codes stay in L2: by_label_kernel reads 8 MB there, nodes_kernel and prefix_lcp_kernel less than 1
+// MB; these take what a launch takes.
 //
-// Why not Triton: there a program compares its row with one member after the other, 512 tokens at a time, and reads what
-// all share once for each pair: 130 MB here. A warp can leave a loop alone, and threads can take what is left by votes.
-// Here each row is first compared with one row of its group, its leader, by a whole block: which of two rows comes first,
-// and what they share, is known by that for all but those that leave the leader's path at the same token on the same
-// side. And writing tokens, the nodes of a row's path are listed once in shared memory, not walked for every block of it.
+// Why not Triton: there a program compares its row with one member after the other, 512 tokens at a time, and reads
+// what all share once for each pair: 130 MB here. A warp can leave a loop alone, and threads can take what is left by
+// votes. Here each row is first compared with one row of its group, its leader, by a whole block: which of two rows
+// comes first, and what they share, is known by that for all but those that leave the leader's path at the same token
+// on the same side. And writing tokens, the nodes of a row's path are listed once in shared memory, not walked for
+// every block of it.
 #pragma once
 
 #include <climits>
+#include <cstring>
 
 #include "rewardops/cuda/scan.cuh"
 #include "rewardops/prefix_tree.h"
@@ -26,11 +28,11 @@ namespace rewardops::cuda::trees {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocks = 4;  // of a multiprocessor
-constexpr int kFew = 4;     // tokens that tell most rows apart
-constexpr int kNodes = 64;  // of a path at once
+constexpr int kBlocks = 4;                // of a multiprocessor
+constexpr int kFew = 4;                   // tokens that tell most rows apart
+constexpr int kNodes = 64;                // of a path at once
 constexpr int kTile = kThreads * kItems;  // tokens of a block at once
-constexpr int kInFlight = 32;  // bytes that a thread reads at once
+constexpr int kInFlight = 64;             // bytes that a thread reads at once where sums take them
 
 // ---- over a block ------------------------------------------------------------------------------------------
 
@@ -91,6 +93,15 @@ __device__ int off_boundary(const T* address) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
 }
 
+// The elements of 16 bytes. (By __ldg, as compilers take other loads of a Pack to pieces here.)
+template <typename T>
+__device__ Pack<T, 16 / sizeof(T)> load_pack(const T* address) {
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(address));
+  Pack<T, 16 / sizeof(T)> pack;
+  memcpy(&pack, &bits, sizeof pack);
+  return pack;
+}
+
 // What is searched: element t is a hit or not, kEach of them are one load of 16 bytes where t lies at a boundary.
 // Here: the elements of which a test holds; kBackwards: from in front of `data`, to the left.
 template <typename T, typename Test, bool kBackwards = false>
@@ -105,7 +116,7 @@ struct Where {
   }
   __device__ bool one(int64_t t) const { return test(kBackwards ? data[-1 - t] : data[t]); }
   __device__ unsigned pack(int64_t t) const {
-    const auto all = *reinterpret_cast<const Pack<T, kEach>*>(kBackwards ? data - t - kEach : data + t);
+    const auto all = load_pack(kBackwards ? data - t - kEach : data + t);
     unsigned hits = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) hits |= (test(all.at[kBackwards ? kEach - 1 - i : i]) ? 1u : 0u) << i;
@@ -122,8 +133,7 @@ struct Differ {
   __device__ int off(int64_t t) const { return off_boundary(x + t) == off_boundary(y + t) ? off_boundary(x + t) : -1; }
   __device__ bool one(int64_t t) const { return x[t] != y[t]; }
   __device__ unsigned pack(int64_t t) const {
-    const auto a = *reinterpret_cast<const Pack<Token, kEach>*>(x + t);
-    const auto b = *reinterpret_cast<const Pack<Token, kEach>*>(y + t);
+    const auto a = load_pack(x + t), b = load_pack(y + t);
     unsigned hits = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) hits |= (a.at[i] != b.at[i] ? 1u : 0u) << i;
@@ -157,8 +167,8 @@ __device__ int64_t first_hit(const Source& source, int64_t from, int64_t limit) 
 
 // ---- tokens of a row ---------------------------------------------------------------------------------------
 
-// The tokens [low, high) of a row as threads take them, kItems at once, from `start` on: the last place up to `low` from
-// which all arrays can be read so. (A row has no 2^31 tokens: what it shares with others is told in 32 bits.)
+// The tokens [low, high) of a row as threads take them, kItems at once, from `start` on: the last place up to `low`
+// from which all arrays can be read so. (A row has no 2^31 tokens: what it shares with others is told in 32 bits.)
 struct Stretch {
   int low, high, start;
   bool packs;
@@ -210,7 +220,8 @@ struct WithoutHoles {
 
 // Block (b, c): channel c of row b.
 template <typename Word>
-__global__ void __launch_bounds__(kThreads, kBlocks) without_holes_kernel(const __grid_constant__ WithoutHoles<Word> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    without_holes_kernel(const __grid_constant__ WithoutHoles<Word> a) {
   __shared__ Count warps[2][kMostWarps];
   const int64_t b = blockIdx.x, channel = blockIdx.y * a.plane;
   const uint8_t* mask = a.mask.row(a.rows, b);
@@ -332,8 +343,8 @@ __device__ T* from_lane(T* address, int source) {
   return reinterpret_cast<T*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(address), source));
 }
 
-// Block b: the place of row b among all rows, and what it shares with the row before it: of those before it in its group,
-// the last one shares most. A lane takes a member; what codes and a few tokens leave open, the warp compares.
+// Block b: the place of row b among all rows, and what it shares with the row before it: of those before it in its
+// group, the last one shares most. A lane takes a member; what codes and a few tokens leave open, the warp compares.
 template <typename Token>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     places_kernel(const __grid_constant__ PrefixTreeArgs<Token> a, const __grid_constant__ ByLabel groups,
@@ -570,9 +581,9 @@ class PathValues {
     __syncthreads();
   }
 
-  // x of the thread's tokens: of number `first` of the row, from its first valid one, and of those behind it; `valid` are
-  // those that count where others are skipped. None that matters, of any thread, is below `lowest`. Returns whether all
-  // are x[0].
+  // x of the thread's tokens: of number `first` of the row, from its first valid one, and of those behind it; `valid`
+  // are those that count where others are skipped. None that matters, of any thread, is below `lowest`. Returns
+  // whether all are x[0].
   __device__ bool read(int first, unsigned valid, int lowest, double (&x)[kItems]) {
     const int shift = shift_of(a_.at);
     const auto state = [&](int i) { return first + shift + (kHoles ? __popc(valid & ((1u << i) - 1)) : i); };
@@ -674,7 +685,8 @@ class PathValues {
 // Block (b, c + channels * k): part k of the tokens of row b in channel c. kHoles: masked tokens are skipped, otherwise
 // they are states as well.
 template <typename T, bool kHoles>
-__global__ void __launch_bounds__(kThreads, kBlocks) nodes_to_tokens_kernel(const __grid_constant__ NodeTokensArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    nodes_to_tokens_kernel(const __grid_constant__ NodeTokensArgs<T> a) {
   __shared__ Listed listed;
   __shared__ Powers::Table table;
   const int channels = static_cast<int>(a.channels), c = blockIdx.y % channels;
@@ -755,10 +767,12 @@ __device__ void visit_gradients(const T* grad, const uint8_t* mask, int from, in
   }
 }
 
-// Block (n, c): what the tokens whose state lies in node n send to it in channel c, over its rows. As many rows at once as
-// there are, by as many threads each as that leaves, or a warp where tokens are many.
+// Block (n, c): what the tokens whose state lies in node n send to it in channel c, over its rows. As many rows at
+// once as there are, by as many threads each as that leaves, or a warp where tokens are many. (Blocks of nodes that
+// many rows share have much to read, so rather fewer of them at once, with more in flight each.)
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) nodes_backward_kernel(const __grid_constant__ NodeTokensArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks - 1)
+    nodes_backward_kernel(const __grid_constant__ NodeTokensArgs<T> a) {
   __shared__ Powers::Table table;
   const TreeView& tree = a.tree;
   const int64_t n = blockIdx.x, c = blockIdx.y;
