@@ -420,7 +420,7 @@ def walk_dry(out: Path, *options: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
 
 
