@@ -481,7 +481,7 @@ def token_stats_partial(
             ``jsd``, whose terms need the whole row's normalisers.
 
     Returns:
-        ``[*tokens.shape, 13]``, float64: for each token sums relative to the part's largest logit
+        ``[*tokens.shape, 14]``, float64: for each token sums relative to the part's largest logit
         (``rewardops.reference.logits.RECORD`` names them). Sums that no output needs are NaN.
 
     Raises:
@@ -530,7 +530,7 @@ def merge_token_stats(
     A few operations per token, in float64 and plain PyTorch on every device, which ``torch.compile`` fuses.
 
     Args:
-        records: ``[parts, *tokens.shape, 13]``, or a sequence of what :func:`token_stats_partial` returned.
+        records: ``[parts, *tokens.shape, 14]``, or a sequence of what :func:`token_stats_partial` returned.
         outputs: as given to :func:`token_stats_partial`; what was not asked for there comes out as NaN.
         dtype: of the statistics.
 
