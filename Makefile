@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 ARGS ?=
 
-.PHONY: venv demo test lint bench gpu gpu-dry clean
+.PHONY: venv demo test thorough lint bench gpu gpu-dry clean
 
 venv: $(INSTALLED)
 
@@ -25,6 +25,10 @@ lint: venv
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# With what takes too long for every change: more Triton targets, more sanitizers, 10,000 fuzzed calls.
+thorough: export REWARDOPS_THOROUGH = 1
+thorough: test
 
 bench: venv
 	$(BIN)/python -m benchmarks $(ARGS)

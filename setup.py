@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,18 +35,30 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DREWARDOPS_MODULE_DIR={target.parent}",
+            f"-DREWARDOPS_CUDA={os.environ.get('REWARDOPS_CUDA', 'AUTO')}",
         ]
-        if "REWARDOPS_CUDA" in os.environ:
-            configure.append(f"-DREWARDOPS_CUDA={os.environ['REWARDOPS_CUDA']}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
 
+    def copy_file(self, infile: str, outfile: str, *args: object, **kwargs: object) -> tuple[str, bool]:
+        """Into the checkout, all at once: processes import the module meanwhile."""
+        made = f"{outfile}.tmp"
+        shutil.copy2(infile, made)
+        os.replace(made, outfile)
+        return outfile, True
 
-# Never a top-level triton_kernels: Triton ships a package of that name, and others import it.
-setup(
-    packages=[*find_packages(include=["rewardops", "rewardops.*"]), "rewardops.triton_kernels"],
-    package_dir={"rewardops.triton_kernels": "triton_kernels"},
-    package_data={"rewardops": ["py.typed"]},
-    ext_modules=[Extension("rewardops._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+
+# One build at a time in a checkout: they share its build folder. The lock is the checkout's own directory.
+checkout = os.open(ROOT, os.O_RDONLY)
+fcntl.flock(checkout, fcntl.LOCK_EX)
+try:
+    # Never a top-level triton_kernels: Triton ships a package of that name, and others import it.
+    setup(
+        packages=[*find_packages(include=["rewardops", "rewardops.*"]), "rewardops.triton_kernels"],
+        package_dir={"rewardops.triton_kernels": "triton_kernels"},
+        package_data={"rewardops": ["py.typed"]},
+        ext_modules=[Extension("rewardops._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )
+finally:
+    os.close(checkout)

@@ -124,6 +124,7 @@ def test(walk: Walk, limit: float) -> tuple[int, str]:
         "prefix_values",
         "tree",
         "dispatch",
+        "testing",
         "layout",
         "cuda_kernels",
     )
@@ -133,6 +134,12 @@ def test(walk: Walk, limit: float) -> tuple[int, str]:
 def device(walk: Walk, limit: float) -> tuple[int, str]:
     """Nothing is read back, calls can be captured, bits repeat, sizes share kernels; without a GPU all skip."""
     return walk.pytest(["device"], "test", limit)
+
+
+def verify(walk: Walk, limit: float) -> tuple[int, str]:
+    """What users run: every op on every backend that serves the device, held to float64."""
+    command = [sys.executable, "-m", "rewardops", "verify", "--quick"]
+    return walk.run([*command, *(["--op", "token_kl"] if walk.dry else ["--device", "cuda"])], limit)
 
 
 def sanitize(walk: Walk, limit: float) -> tuple[int, str]:
@@ -170,6 +177,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "build": (build, 150),
     "test": (test, 220),
     "device": (device, 90),
+    "verify": (verify, 120),
     "sanitize": (sanitize, 120),
     "time": (timing, 300),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,17 +66,22 @@ forward = define(
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
-def check_rewards(rewards: Tensor) -> None:
-    layout.check_float("rewards", rewards)
+def check_rewards(rewards: Tensor, name: str = "rewards") -> None:
+    layout.check_float(name, rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B] (one per row)")
+        raise ValueError(f"{name}: got shape {layout.show(rewards.shape)}, want [B] (one per row)")
+    layout.check_values(name, rewards)
 
 
 def check_scale(scale: str, eps: float, ddof: int) -> None:
     layout.check_choice("scale", scale, SCALES)
     layout.check_non_negative("eps", eps)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof: got {ddof!r}, want 0 or 1")
+    layout.check_ddof(ddof)
+
+
+def check_whitening(eps: float, ddof: int) -> None:
+    layout.check_non_negative("eps", eps)
+    layout.check_ddof(ddof)
 
 
 def _quantile(baseline: str | float) -> tuple[str, float]:
@@ -94,15 +100,16 @@ def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
     return found
 
 
-def _lengths(lengths: Tensor | None, rows: layout.Layout | None, rewards: Tensor) -> Tensor:
-    if lengths is not None:
-        found = _per_row("lengths", lengths, rewards)
-        if layout.may_read(found) and bool((found < 0).any()):
-            raise ValueError("lengths: got a value below 0, want none")
-        return found.detach()
-    if rows is None:
-        raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
-    return segments.row_counts(rows, rewards.device)
+def _check_lengths(lengths: Tensor | None, rows: layout.Layout | None, rewards: Tensor) -> None:
+    if lengths is None:
+        if rows is None:
+            raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
+        return
+    found = _per_row("lengths", lengths, rewards)
+    if found.dtype not in (*layout.INTEGERS, *layout.FLOATS):
+        raise TypeError(f"lengths: got dtype {found.dtype}, want integer or float")
+    if layout.may_read(found) and bool((found < 0).any()):
+        raise ValueError("lengths: got a value below 0, want none")
 
 
 # ---- the op ------------------------------------------------------------------------------------------------
@@ -182,88 +189,156 @@ def group_advantages(
     """
     layout.check_float("rewards", rewards)
     options: dict[str, Any] = {
-        "baseline": baseline, "scale": scale, "eps": eps, "ddof": ddof, "singleton": singleton,
-        "lengths": lengths, "given": given,
+        "group_size": group_size, "baseline": baseline, "scale": scale, "eps": eps, "ddof": ddof,
+        "singleton": singleton, "lengths": lengths, "given": given, "mask": mask, "cu_seqlens": cu_seqlens,
+        "num_tokens": num_tokens,
     }  # fmt: skip
-    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     if rewards.dim() == 2:
-        return _of_several(rewards, groups, group_size, weights, options, tokens)
+        relative, total = _summed(rewards, groups, weights, **options)
+        return relative.spread(total)
     if weights is not None:
         raise ValueError(
             f"weights: got a value for rewards {layout.show(rewards.shape)}, want rewards [B, R]"
         )
-    return _of_one(rewards, groups, group_size, tokens=tokens, **options)[0]
+    return _Relative.of(rewards, groups, **options).advantages(rewards)
 
 
-def _of_one(  # type: ignore[no-untyped-def]
-    rewards, groups, group_size, *, baseline, scale, eps, ddof, singleton, lengths, given, tokens
-) -> tuple[Tensor, Tensor]:
-    """Advantages, and reward less baseline over scale per row."""
-    check_rewards(rewards)
-    ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
-    name, quantile = _quantile(baseline)
-    check_scale(scale, eps, ddof)
-    layout.check_choice("singleton", singleton, ("zero", "raw"))
-    if singleton == "raw" and scale == "batch_std":
-        raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
-    rows = layout.row_layout(rewards, **tokens)
-    if (given is None) == (name == "given"):
-        raise ValueError(f"given: got {'None' if given is None else 'a value'} with baseline={baseline!r}")
-    if given is not None:
-        layout.check_float("given", _per_row("given", given, rewards))
-        rewards, given = layout.promote(rewards, given)
-    else:
-        (rewards,) = layout.promote(rewards)
-    counted = _lengths(lengths, rows, rewards).to(rewards.dtype) if name == "length_weighted" else None
-    if lengths is not None and counted is None:
-        raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
-    out, inv_scale, _ = forward(
-        rewards,
-        ids,
-        given,
-        counted,
-        None if rows is None else rows.mask,
-        None if rows is None else rows.cu_seqlens,
-        -1 if rows is None or rows.cu_seqlens is None else rows.shape[0],
-        name,
-        quantile,
-        scale,
-        float(eps),
-        ddof,
-        singleton == "raw",
-    )
-    return out, inv_scale
+def _summed(
+    rewards: Tensor, groups: layout.Labels, weights: Sequence[float] | Tensor | None, **options: Any
+) -> tuple[_Relative, Tensor]:
+    """Per row the weighted sum of each reward's advantages, of rewards ``[B, R]``."""
+    columns = rewards.unbind(1)
+    relative = _Relative.of(columns[0] if columns else rewards.sum(1), groups, **options)
+    shares = _weights(weights, len(columns))
+    by_row = relative.by_row()
+    total = layout.promote(rewards)[0].new_zeros(rewards.shape[0])
+    for share, column in zip(shares, columns, strict=True):
+        total = total + share * by_row.advantages(column)[:, 0]
+    return relative, total
 
 
-def _of_several(rewards, groups, group_size, weights, options, tokens) -> Tensor:  # type: ignore[no-untyped-def]
-    """Each reward for itself, and their weighted sum written to the tokens."""
-    count = rewards.shape[1]
+def _weights(weights: Sequence[float] | Tensor | None, count: int) -> Sequence[float] | Tensor:
     if weights is None:
-        weights = [1.0] * count
-    if len(weights) != count:
-        raise ValueError(f"weights: got {len(weights)}, want {count} (the columns of rewards)")
-    rows = layout.row_layout(rewards[:, 0] if count else rewards.sum(1), **tokens)
-    ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
-    if options["lengths"] is None and options["baseline"] == "length_weighted":
-        options = {**options, "lengths": _lengths(None, rows, rewards[:, 0])}
-    (wide,) = layout.promote(rewards)
-    total = wide.new_zeros(rewards.shape[0])
-    for k in range(count):
-        total = total + weights[k] * _rows_of(wide[:, k], ids, options, rows)
-    return total if rows is None else advantages_to_tokens(total, **tokens)
+        return [1.0] * count
+    if isinstance(weights, Tensor):
+        if weights.dtype not in (*layout.FLOATS, *layout.INTEGERS):
+            raise TypeError(f"weights: got dtype {weights.dtype}, want float or integer")
+        layout.check_shape("weights", weights, (count,), "one per column of rewards")
+        return weights
+    values = weights.tolist() if hasattr(weights, "tolist") else weights
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"weights: got {type(weights).__name__}, want a tensor or a sequence of numbers")
+    if len(values) != count:
+        raise ValueError(f"weights: got {len(values)}, want {count} (the columns of rewards)")
+    for value in values:
+        layout.check_finite("weights", value)
+    return values
 
 
-def _rows_of(rewards: Tensor, ids: Tensor, options: dict[str, Any], rows: layout.Layout | None) -> Tensor:
-    """Advantages per row, rows without a token being no members."""
-    if rows is None:
-        return _of_one(rewards, ids, None, tokens=_NO_TOKENS, **options)[0]
-    # One token a row: valid where any of the row's is.
-    live = live_rows(rewards, rows.mask, rows.cu_seqlens)
-    tokens = {**_NO_TOKENS, "mask": live[:, None]}
-    return _of_one(rewards, ids, None, tokens=tokens, **options)[0][:, 0]
+@dataclass(frozen=True)
+class _Relative:
+    """What rewards are relative to, and where the advantages go, checked: no kernel has run yet."""
 
+    ids: Tensor
+    rows: layout.Layout | None
+    baseline: str
+    quantile: float
+    scale: str
+    eps: float
+    ddof: int
+    raw: bool
+    lengths: Tensor | None
+    given: Tensor | None
 
-_NO_TOKENS: dict[str, Any] = {"mask": None, "cu_seqlens": None, "num_tokens": None}
+    @staticmethod
+    def of(
+        rewards: Tensor,
+        groups: layout.Labels,
+        *,
+        group_size: object = None,
+        baseline: str | float = "mean",
+        scale: str = "std",
+        eps: float = 1e-6,
+        ddof: int = 1,
+        singleton: str = "zero",
+        lengths: Tensor | None = None,
+        given: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_tokens: int | None = None,
+        name: str = "rewards",
+    ) -> _Relative:
+        """Of ``rewards`` ``[B]``, which go by ``name``."""
+        check_rewards(rewards, name)
+        ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
+        kind, quantile = _quantile(baseline)
+        check_scale(scale, eps, ddof)
+        layout.check_choice("singleton", singleton, ("zero", "raw"))
+        if singleton == "raw" and scale == "batch_std":
+            raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
+        rows = layout.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
+        if (given is None) == (kind == "given"):
+            got = "None" if given is None else "a value"
+            raise ValueError(f"given: got {got} with baseline={baseline!r}")
+        if given is not None:
+            layout.check_float("given", _per_row("given", given, rewards))
+        if kind == "length_weighted":
+            _check_lengths(lengths, rows, rewards)
+        elif lengths is not None:
+            raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
+        return _Relative(
+            ids, rows, kind, quantile, scale, float(eps), ddof, singleton == "raw", lengths, given
+        )
+
+    def _counted(self) -> Tensor | None:
+        if self.baseline != "length_weighted":
+            return None
+        if self.lengths is not None:
+            return self.lengths.detach()
+        assert self.rows is not None
+        return segments.row_counts(self.rows, self.ids.device)
+
+    def live(self) -> Tensor:
+        """``[B]``, rows that have a token, where there are tokens."""
+        where = (None, None) if self.rows is None else (self.rows.mask, self.rows.cu_seqlens)
+        return live_rows(self.ids, *where)
+
+    def by_row(self) -> _Relative:
+        """The same with a token a row, ``[B, 1]``, which rows without a token do not have."""
+        live = self.live()[:, None]
+        return replace(
+            self, rows=layout.Layout(len(live), tuple(live.shape), live, None), lengths=self._counted()
+        )
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """``[B]``, or spread over the tokens."""
+        rewards, *given = layout.promote(rewards, *(() if self.given is None else (self.given,)))
+        counted, rows = self._counted(), self.rows
+        out: Tensor = forward(
+            rewards,
+            self.ids,
+            given[0] if given else None,
+            None if counted is None else counted.to(rewards.dtype),
+            None if rows is None else rows.mask,
+            None if rows is None else rows.cu_seqlens,
+            -1 if rows is None or rows.cu_seqlens is None else rows.shape[0],
+            self.baseline,
+            self.quantile,
+            self.scale,
+            self.eps,
+            self.ddof,
+            self.raw,
+        )[0]
+        return out
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of rows as they are, ``[B]``, or on their tokens."""
+        if self.rows is None:
+            return values
+        own = torch.arange(len(values), device=values.device)
+        return replace(
+            self, ids=own, baseline="none", scale="none", raw=False, lengths=None, given=None
+        ).advantages(values)
 
 
 def advantages_to_tokens(
@@ -283,10 +358,11 @@ def advantages_to_tokens(
     """
     if mask is None and cu_seqlens is None:
         raise ValueError("mask: got None without cu_seqlens, want one of the two")
-    return group_advantages(
-        advantages, group_size=1, baseline="none", scale="none", mask=mask, cu_seqlens=cu_seqlens,
-        num_tokens=num_tokens,
+    relative = _Relative.of(
+        advantages, None, group_size=1, baseline="none", scale="none", mask=mask, cu_seqlens=cu_seqlens,
+        num_tokens=num_tokens, name="advantages",
     )  # fmt: skip
+    return relative.advantages(advantages)
 
 
 def whiten(
@@ -310,9 +386,8 @@ def whiten(
         The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
     """
     layout.check_float("values", values)
-    layout.check_non_negative("eps", eps)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof: got {ddof!r}, want 0 or 1")
+    check_whitening(eps, ddof)
+    layout.check_flag("shift_mean", shift_mean)
     valid = layout.as_mask(mask, values.shape, values.device, "values")
     (x,) = layout.promote(values)
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
@@ -326,10 +401,12 @@ def whiten(
     mean = above.sum(dtype=torch.float64) / count
     centred = torch.where(valid, above - mean, 0)
     var = centred.double().square().sum() / (count - ddof).clamp(min=1)
-    out = centred * (var + eps).rsqrt()
+    spread = var + eps > 0
+    out = centred * torch.where(spread, torch.where(spread, var + eps, 1).rsqrt(), 0)
     if not shift_mean:
-        out = out + torch.where(valid, mean + first, 0)
-    return out.to(x.dtype)
+        out = out + mean + first
+    # Last, so that what comes back to a masked token is dropped first.
+    return torch.where(valid, out, 0).to(x.dtype)
 
 
 # ---- presets -----------------------------------------------------------------------------------------------
@@ -388,17 +465,13 @@ def gpg(
     not 0, as verl does. Alpha is a constant to the gradient.
     """
     layout.check_choice("alpha", alpha, ("informative", "rewards"))
-    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
-    rows = layout.row_layout(rewards, **tokens)
-    ids = layout.group_ids(
-        groups, options.pop("group_size", None), rewards.shape[0], rewards.device, "rewards"
+    settings = {"scale": "none", "eps": 0.0, **options}
+    relative = _Relative.of(
+        rewards, groups, mask=mask, cu_seqlens=cu_seqlens, num_tokens=num_tokens, **settings
     )
-    settings = {"baseline": "mean", "scale": "none", "eps": 0.0, "ddof": 1, "singleton": "zero", "lengths": None,
-                "given": None, **options}  # fmt: skip
-    found = _rows_of(rewards, ids, settings, rows)
+    found = relative.by_row().advantages(rewards)[:, 0]
     signal = (found if alpha == "informative" else rewards).detach() != 0
-    out = found * (rewards.shape[0] / signal.sum().clamp(min=1))
-    return out if rows is None else advantages_to_tokens(out, **tokens)
+    return relative.spread(found * (rewards.shape[0] / signal.sum().clamp(min=1)))
 
 
 def gdpo(
@@ -418,14 +491,18 @@ def gdpo(
     2509.22047).
     """
     layout.check_choice("whitening", whitening, ("rows", "tokens", "none"))
+    layout.check_float("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B, R]")
-    tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
-    if whitening != "rows":
-        out = group_advantages(rewards, groups, weights=weights, **tokens, **options)
-        return whiten(out, mask) if whitening == "tokens" else out
-    out = whiten(group_advantages(rewards, groups, weights=weights, **options))
-    return out if mask is None and cu_seqlens is None else advantages_to_tokens(out, **tokens)
+    relative, total = _summed(
+        rewards, groups, weights, mask=mask, cu_seqlens=cu_seqlens, num_tokens=num_tokens, **options
+    )
+    if whitening == "rows":
+        return relative.spread(whiten(total, relative.live()))
+    out = relative.spread(total)
+    return (
+        whiten(out, None if relative.rows is None else relative.rows.mask) if whitening == "tokens" else out
+    )
 
 
 def gtpo(
@@ -444,6 +521,8 @@ def gtpo(
     """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`; ``[B, T]`` or packed."""
     from . import entropy as family  # which is built on this one
 
+    layout.check_non_negative("eps", eps)
+    layout.check_flag("joint", joint)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = family.gtpo_rewards(rewards, entropy, groups, positive=positive, **where, **options)
     return family.signed_group_normalize(
@@ -465,6 +544,7 @@ def grpo_s(
     """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`; ``[B, T]`` or packed, a row's on each of its tokens."""
     from . import entropy as family
 
+    layout.check_non_negative("eps", eps)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
     if cu_seqlens is not None:
@@ -521,7 +601,14 @@ def pure(
     markers = layout.step_markers(steps, process_rewards, rows, "process_rewards")
     if markers is None:
         raise TypeError("steps: got None, want step-end flags or step ids")
-    ids = layout.group_ids(groups, group_size, rows.batch, process_rewards.device, "process_rewards")
+    device = process_rewards.device
+    ids = layout.group_ids(groups, group_size, rows.batch, device, "process_rewards")
+    if outcome is not None:
+        layout.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
+    layout.check_finite("outcome_weight", outcome_weight)
+    layout.check_positive("temperature", temperature)
+    returns.factor("gamma", gamma, rows, device)
+    layout.check_flag("separators", separators)
     where: dict[str, Any] = {"mask": rows.mask, "cu_seqlens": rows.cu_seqlens}
     ends = returns.step_ends(markers, rows)
     r = returns.softmin_rewards(process_rewards, steps=steps, temperature=temperature, **where)
@@ -544,8 +631,6 @@ def pure(
             per_step = rows.expand(per_token) * (sizes - 1)
         r = torch.where(ends, r - per_step, 0)
     if outcome is not None:
-        check_rewards(outcome)
-        layout.check_shape("outcome", outcome, (rows.batch,), "one per row")
         verdict = outcome.to(r.dtype)
         summed, count = _others(verdict, ids, live)
         verdict = outcome_weight * (verdict - torch.where(count > 0, summed / count.clamp(min=1), 0))
@@ -559,8 +644,9 @@ def remax(
     token_rewards: Tensor, baseline: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """ReMax (2310.10505): the sum of rewards from a token on, less the reward of the greedy response ``[B]``."""
+    layout.check_float("token_rewards", token_rewards)
     rows = layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
-    layout.check_shape("baseline", layout.check_tensor("baseline", baseline), (rows.batch,), "one per row")
+    layout.check_rows("baseline", baseline, rows.batch, token_rewards.device, "token_rewards")
     found = returns.discounted_returns(token_rewards, mask=mask, cu_seqlens=cu_seqlens)
     out = found - rows.expand(baseline.to(found.dtype))
     return out if rows.mask is None else torch.where(rows.mask, out, 0)
@@ -576,6 +662,9 @@ def reinforce_plus_plus(
     eps: float = 1e-8,
 ) -> Tensor:
     """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
+    layout.check_float("token_rewards", token_rewards)
+    layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
+    check_whitening(eps, ddof)
     found = returns.discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
     return whiten(found, mask, ddof=ddof, eps=eps)
 
@@ -597,4 +686,5 @@ def reinforce_plus_plus_baseline(
         raise ValueError(
             "mask: got None without cu_seqlens, want one of the two (it is whitened over tokens)"
         )
+    check_whitening(eps, ddof)
     return whiten(dr_grpo(rewards, groups, **tokens, **options), mask, ddof=ddof, eps=eps)

@@ -82,9 +82,7 @@ def _large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class _Head:
     """One model's hidden states and head: logits of a block, and the sums of their gradients."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, vocab: int
-    ) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, vocab: int) -> None:
         self.weight, self.bias = weight, bias
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         # Products of float16 are slower on CPUs than those of float32, and say less.
@@ -92,8 +90,10 @@ class _Head:
         half = self.dtype in (torch.float16, torch.bfloat16)
         self.logits_dtype = torch.float32 if half and hidden.device.type == "cuda" else self.dtype
         self.hidden_dtype = hidden.dtype
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(self.dtype)
+        self.hidden = rows.gather(hidden, trailing=1).to(self.dtype)
+        if rows.beyond is not None:
+            # Their gradient is 0, and 0 times what a masked token holds need not be.
+            self.hidden.masked_fill_(rows.beyond[:, None], 0)
         self.vocab = vocab
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
@@ -188,17 +188,20 @@ class _Rows:
             index = valid.nonzero()[:, 0]
             self.index = None if index.numel() == self.total else index
         else:
-            self.index = torch.nonzero_static(valid, size=num_tokens, fill_value=self.total)[:, 0]
+            self.index = torch.nonzero_static(valid, size=min(num_tokens, self.total), fill_value=self.total)[
+                :, 0
+            ]
         self.hinted = num_tokens >= 0
         self.count = self.total if self.index is None else self.index.numel()
         # Where to gather from: places beyond the valid tokens read some token.
         self.places = self.index
+        self.beyond: Tensor | None = None
         if self.hinted and self.index is not None:
             self.places = self.index.clamp(max=max(self.total - 1, 0))
+            self.beyond = self.index == self.total
         self.tokens = self.gather(tokens)
-        if self.hinted and self.index is not None:
-            # Places beyond the valid tokens are masked rows.
-            self.tokens = torch.where(self.index < self.total, self.tokens, spec.IGNORED)
+        if self.beyond is not None:
+            self.tokens = self.tokens.masked_fill(self.beyond, spec.IGNORED)
 
     def gather(self, x: Tensor, trailing: int = 0) -> Tensor:
         """Per-token values ``[count, ...]``, from ``tokens.shape`` and ``trailing`` more dimensions."""
@@ -237,11 +240,11 @@ class _Problem:
         num_tokens: int,
     ) -> None:
         self.rows = _Rows(tokens, mask, num_tokens)
-        self.policy = _Head(hidden, weight, bias, self.rows.places, vocab)
+        self.policy = _Head(hidden, weight, bias, self.rows, vocab)
         self.heads = [self.policy]
         self.shapes = [hidden.shape]
         if ref_hidden is not None and ref_weight is not None:
-            self.heads.append(_Head(ref_hidden, ref_weight, ref_bias, self.rows.places, vocab))
+            self.heads.append(_Head(ref_hidden, ref_weight, ref_bias, self.rows, vocab))
             self.shapes.append(ref_hidden.shape)
         self.temperatures = None if temperatures is None else self.rows.gather(temperatures)
         self.scalars = (temperature, softcap)
@@ -330,24 +333,23 @@ def _records(kernels: ModuleType, p: _Problem) -> Tensor:
 
 
 def linear_token_stats(kernels: ModuleType, *args: Any) -> list[Tensor]:
-    """What is saved, ``[N, 13]``, and the outputs asked for; ``kernels`` is a backend's logits module."""
+    """What is saved, ``[N, 14]``, and the outputs asked for; ``kernels`` is a backend's logits module."""
     p = _Problem(*args)
-    with torch.autocast(p.policy.hidden.device.type, enabled=False):
-        if "jsd" not in p.outputs:
-            record = _records(kernels, p)
-            values = spec.finish(spec.merge(record[None]), p.outputs)
-            return [p.saved(record), *p.finish(values)]
-        saved: list[Tensor] = [p.policy.hidden.new_empty((spec.saved_rows(p.paired), 0), dtype=torch.float64)]
-        found = {name: [p.nothing(name)] for name in p.outputs}
-        for _, _, _, block in _whole_rows(p):
-            kept, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)
-            saved.append(kept)
-            for name, value in zip(p.outputs, made, strict=True):
-                found[name].append(value)
-        return [
-            p.saved(pack_saved(torch.cat(saved, 1))),
-            *p.finish({k: torch.cat(v) for k, v in found.items()}),
-        ]
+    if "jsd" not in p.outputs:
+        record = _records(kernels, p)
+        values = spec.finish(spec.merge(record[None]), p.outputs)
+        return [p.saved(record), *p.finish(values)]
+    saved: list[Tensor] = [p.policy.hidden.new_empty((spec.saved_rows(p.paired), 0), dtype=torch.float64)]
+    found = {name: [p.nothing(name)] for name in p.outputs}
+    for _, _, _, block in _whole_rows(p):
+        kept, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)
+        saved.append(kept)
+        for name, value in zip(p.outputs, made, strict=True):
+            found[name].append(value)
+    return [
+        p.saved(pack_saved(torch.cat(saved, 1))),
+        *p.finish({k: torch.cat(v) for k, v in found.items()}),
+    ]
 
 
 def _whole_rows(p: _Problem) -> Iterator[tuple[int, int, list[Tensor], tuple[Any, ...]]]:
@@ -404,25 +406,24 @@ def linear_token_stats_backward(
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     *rest, needs = args
     p = _Problem(*rest)
-    with torch.autocast(p.policy.hidden.device.type, enabled=False):
-        given = {name: p.rows.gather(g) for name, g in zip(p.outputs, grads, strict=True) if g is not None}
-        kept = p.rows.gather(saved, 1)
-        whole = "jsd" in p.outputs
-        for k, head in enumerate(p.heads):
-            head.prepare(needs[3 * k : 3 * k + 3], summed=whole and not p.one_block)
-        if whole:
-            names = list(given)
-            unpacked = unpack_saved(kept, p.paired)
-            for a, b, weights, block in _whole_rows(p):
-                ups = [given[name][a:b].contiguous() for name in names]
-                _row_gradients(kernels, p, a, b, weights, block, unpacked[:, a:b].contiguous(), names, ups)
-        elif p.rows.count:
-            _tile_gradients(kernels, p, kept, spec.record_gradient(kept, given))
-        else:
-            for head in p.heads:
-                if head.grad_weight is not None:
-                    head.grad_weight.zero_()
-        return _collected(p)
+    given = {name: p.rows.gather(g) for name, g in zip(p.outputs, grads, strict=True) if g is not None}
+    kept = p.rows.gather(saved, 1)
+    whole = "jsd" in p.outputs
+    for k, head in enumerate(p.heads):
+        head.prepare(needs[3 * k : 3 * k + 3], summed=whole and not p.one_block)
+    if whole:
+        names = list(given)
+        unpacked = unpack_saved(kept, p.paired)
+        for a, b, weights, block in _whole_rows(p):
+            ups = [given[name][a:b].contiguous() for name in names]
+            _row_gradients(kernels, p, a, b, weights, block, unpacked[:, a:b].contiguous(), names, ups)
+    elif p.rows.count:
+        _tile_gradients(kernels, p, kept, spec.record_gradient(kept, given))
+    else:
+        for head in p.heads:
+            if head.grad_weight is not None:
+                head.grad_weight.zero_()
+    return _collected(p)
 
 
 def _collected(p: _Problem) -> list[Tensor]:
@@ -439,24 +440,23 @@ def linear_token_loss(
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs, from one product a block."""
     p = _Problem(*args)
-    with torch.autocast(p.policy.hidden.device.type, enabled=False):
-        given = {name: p.rows.gather(c.to(p.wide)) for name, c in zip(terms, coefficients, strict=True)}
-        p.policy.prepare(needs, summed=not p.one_block)
-        found = {name: [p.nothing(name)] for name in p.outputs}
-        loss = p.policy.hidden.new_zeros((), dtype=torch.float64)
-        for a, b, weights, block in _whole_rows(p):
-            saved, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)
-            known = dict(zip(p.outputs, made, strict=True))
-            for name, value in known.items():
-                found[name].append(value)
-            ups = [given[name][a:b].contiguous() for name in terms]
-            live = block[1] != spec.IGNORED
-            for name, up in zip(terms, ups, strict=True):
-                loss += torch.where(live, up.double() * known[name].double(), 0).sum()
-            if p.policy.wanted:
-                _row_gradients(kernels, p, a, b, weights, block, saved, list(terms), ups)
-        outputs = p.finish({k: torch.cat(v) for k, v in found.items()})
-        return [loss.to(p.wide), *p.policy.gradients(p.rows, p.shapes[0]), *outputs]
+    given = {name: p.rows.gather(c.to(p.wide)) for name, c in zip(terms, coefficients, strict=True)}
+    p.policy.prepare(needs, summed=not p.one_block)
+    found = {name: [p.nothing(name)] for name in p.outputs}
+    loss = p.policy.hidden.new_zeros((), dtype=torch.float64)
+    for a, b, weights, block in _whole_rows(p):
+        saved, *made = kernels.token_stats(*block, p.vocab, p.beta, p.outputs, False)
+        known = dict(zip(p.outputs, made, strict=True))
+        for name, value in known.items():
+            found[name].append(value)
+        ups = [given[name][a:b].contiguous() for name in terms]
+        live = block[1] != spec.IGNORED
+        for name, up in zip(terms, ups, strict=True):
+            loss += torch.where(live, up.double() * known[name].double(), 0).sum()
+        if p.policy.wanted:
+            _row_gradients(kernels, p, a, b, weights, block, saved, list(terms), ups)
+    outputs = p.finish({k: torch.cat(v) for k, v in found.items()})
+    return [loss.to(p.wide), *p.policy.gradients(p.rows, p.shapes[0]), *outputs]
 
 
 def bound(kernels: ModuleType) -> list[Callable[..., list[Tensor]]]:

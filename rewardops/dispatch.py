@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .transforms import autograd_kernel, vmap_rule
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 _PACKAGES = {
@@ -181,6 +183,10 @@ def _implementation(backend: str, family: str, op: str) -> Callable[..., Any] | 
 def _run(device_type: str, family: str, op: str, args: tuple[Any, ...]) -> Any:
     implementation = _implementation(backend_for(device_type, family, op), family, op)
     assert implementation is not None, op
+    if torch.is_autocast_enabled(device_type):
+        # Which precision a kernel computes in is its own affair.
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args)
     return implementation(*args)
 
 
@@ -208,11 +214,10 @@ def define(
     _library.impl(op, on_cpu, "CPU")
     _library.impl(op, on_cuda, "CUDA")
     torch.library.register_fake(f"rewardops::{op}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"rewardops::{op}", backward, setup_context=setup_context, lib=_library
-        )
-    return getattr(torch.ops.rewardops, op).default
+    overload = getattr(torch.ops.rewardops, op).default
+    _library.impl(op, autograd_kernel(overload, setup_context, backward), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"rewardops::{op}", vmap_rule(overload), lib=_library)
+    return overload
 
 
 def config() -> dict[str, str]:

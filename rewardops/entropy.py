@@ -103,7 +103,11 @@ def gtpo_rewards(
     layout.check_shape("rewards", rewards, (tokens.batch,), "one per row of entropy")
     layout.check_device("entropy", entropy, rewards.device, "rewards")
     groups = layout.group_ids(groups, group_size, tokens.batch, rewards.device, "rewards")
+    layout.check_finite("alpha1", alpha1)
+    layout.check_finite("alpha2", alpha2)
+    threshold = _threshold(positive)
     layout.check_positive("entropy_floor", entropy_floor)
+    layout.check_flag("entropy_grad", entropy_grad)
     rewards, entropy = layout.promote(rewards, entropy if entropy_grad else entropy.detach())
     out: Tensor = _forward(
         rewards,
@@ -113,10 +117,14 @@ def gtpo_rewards(
         tokens.cu_seqlens,
         float(alpha1),
         float(alpha2),
-        0.0 if positive is None else float(positive),
+        threshold,
         float(entropy_floor),
     )
     return out
+
+
+def _threshold(positive: float | None) -> float:
+    return 0.0 if positive is None else float(layout.check_number("positive", positive))
 
 
 # ---- rewards of rows, and class-wise normalisation -----------------------------------------------------------
@@ -124,18 +132,23 @@ def gtpo_rewards(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Per-token values in full precision, in the layout they came in."""
+    """Per-token values in full precision, in the layout they came in; checked, and nothing has run."""
 
     rows: layout.Layout
     values: Tensor
-    counts: Tensor  # [B], valid tokens
 
     @staticmethod
-    def of(name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Tokens:
+    def of(
+        name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, grad: bool = False
+    ) -> _Tokens:
         layout.check_float(name, values)
         rows = layout.token_layout(name, values, mask, cu_seqlens)
-        (wide,) = layout.promote(values)
-        return _Tokens(rows, wide, row_counts(rows, values.device))
+        (wide,) = layout.promote(values if grad else values.detach())
+        return _Tokens(rows, wide)
+
+    def counts(self) -> Tensor:
+        """``[B]``, valid tokens."""
+        return row_counts(self.rows, self.values.device)
 
     def valid(self) -> Tensor:
         return self.rows.valid(self.values.device)
@@ -144,9 +157,9 @@ class _Tokens:
         """The values, 0 where masked."""
         return self.values if self.rows.mask is None else torch.where(self.rows.mask, self.values, 0)
 
-    def means(self, x: Tensor) -> Tensor:
+    def means(self, x: Tensor, counts: Tensor) -> Tensor:
         """``[B]``"""
-        return row_sums(x, self.rows) / self.counts.clamp(min=1).to(x.dtype)
+        return row_sums(x, self.rows) / counts.clamp(min=1).to(x.dtype)
 
 
 def grpo_s_rewards(
@@ -174,11 +187,19 @@ def grpo_s_rewards(
     Returns:
         ``[B]``; :func:`rewardops.group_advantages` makes advantages of them.
     """
-    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
-    live = tokens.counts > 0
+    check_rewards(rewards)
+    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens, grad=True)
+    layout.check_rows("rewards", rewards, tokens.rows.batch, entropy.device, "entropy")
+    ids = layout.group_ids(groups, group_size, tokens.rows.batch, entropy.device, "entropy")
+    layout.check_finite("beta1", beta1)
+    layout.check_finite("beta2", beta2)
+    _threshold(positive)
+    layout.check_positive("entropy_floor", entropy_floor)
+    layout.check_flag("entropy_grad", entropy_grad)
+    counts = tokens.counts()
     return gtpo_rewards(
-        rewards, tokens.means(tokens.values)[:, None], groups, group_size=group_size, mask=live[:, None],
-        alpha1=beta1, alpha2=beta2, positive=positive, entropy_floor=entropy_floor, entropy_grad=entropy_grad,
+        rewards, tokens.means(tokens.values, counts)[:, None], ids, mask=(counts > 0)[:, None], alpha1=beta1,
+        alpha2=beta2, positive=positive, entropy_floor=entropy_floor, entropy_grad=entropy_grad,
     )[:, 0]  # fmt: skip
 
 
@@ -218,24 +239,28 @@ def signed_group_normalize(
         The layout of ``values``, 0 where masked. Differentiable in ``values``.
     """
     check_rewards(rewards)
-    tokens = _Tokens.of("values", values, mask, cu_seqlens)
+    tokens = _Tokens.of("values", values, mask, cu_seqlens, grad=True)
     rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
-    layout.check_shape("rewards", rewards, (rows.batch,), "one per row of values")
+    layout.check_rows("rewards", rewards, rows.batch, values.device, "values")
     layout.check_non_negative("eps", eps)
+    layout.check_flag("joint", joint)
     ids = layout.group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
-    right = rewards.detach() > (0.0 if positive is None else positive)
-    live = tokens.counts > 0
+    right = rewards.detach() > _threshold(positive)
+    counts = tokens.counts()
+    live = counts > 0
     wide = x.double()
     out = torch.zeros_like(wide)
+    # Of the values, and of their mean in float64.
+    noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(torch.float64).eps
     for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(tokens.means(wide), tokens.counts, ids, members)
+        mean = _group_means(tokens.means(wide, counts), counts, ids, members)
         centred = torch.where(valid & rows.expand(members), wide - rows.expand(mean), 0)
-        var = _group_means(tokens.means(centred.square()), tokens.counts, ids, members)
+        var = _group_means(tokens.means(centred.square(), counts), counts, ids, members)
         # Equal values have a variance of rounding size, or none, where the root has no gradient.
-        some = var > torch.finfo(x.dtype).eps ** 2 * mean.square()
+        some = var > (noise * mean).square()
         scale = torch.where(some, (torch.where(some, var, 1) + eps).rsqrt(), 0)
         out = out + centred * rows.expand(scale)
-    return out.to(x.dtype)
+    return torch.where(valid, out, 0).to(x.dtype)
 
 
 # ---- selections ----------------------------------------------------------------------------------------------
@@ -247,19 +272,20 @@ def _scope(
     group_size: int | Sequence[int] | None,
     batch: int,
     device: torch.device,
+    name: str = "scope",
 ) -> Tensor:
-    layout.check_choice("scope", scope, SCOPES)
+    layout.check_choice(name, scope, SCOPES)
     labels = None
     if scope == "group":
         labels = layout.group_ids(groups, group_size, batch, device, "entropy")
     elif groups is not None or group_size is not None:
-        raise ValueError(f"groups: got a value with scope={scope!r}, want scope='group'")
+        given = "group_size" if groups is None else "groups"
+        raise ValueError(f"{given}: got a value with {name}={scope!r}, want {name}='group'")
     return scope_ids(scope, labels, batch, device)
 
 
 def _share(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
     """The fraction of counts, to the nearest (``rounding=0``: downwards); at least one where there are any."""
-    layout.check_fraction("fraction", fraction)
     wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
     return torch.minimum(wanted.clamp(min=1), counts)
 
@@ -287,9 +313,10 @@ def high_entropy_mask(
     Returns:
         bool, the layout of ``entropy``. Nothing is read back from the device.
     """
-    tokens = _Tokens.of("entropy", entropy.detach(), mask, cu_seqlens)
+    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
+    layout.check_fraction("fraction", fraction)
     ids = _scope(scope, groups, group_size, tokens.rows.batch, entropy.device)
-    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts, ids)))
+    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids)))
 
 
 def covariance(
@@ -299,11 +326,11 @@ def covariance(
 
     Its mean is the covariance that drives the entropy's fall (2505.22617).
     """
-    tokens = _Tokens.of("advantages", advantages.detach(), mask, cu_seqlens)
+    tokens = _Tokens.of("advantages", advantages, mask, cu_seqlens)
     layout.check_like("logprob", logprob, advantages, "advantages")
     valid, a = tokens.valid(), tokens.zeroed()
     lp = torch.where(valid, logprob.detach().to(a.dtype), 0)
-    count = tokens.counts.sum().clamp(min=1)
+    count = tokens.counts().sum().clamp(min=1)
     parts = [x.double() - x.sum(dtype=torch.float64) / count for x in (a, lp)]
     return torch.where(valid, parts[0] * parts[1], 0).to(lp.dtype)
 
@@ -323,12 +350,17 @@ def clip_cov_mask(
     At least one, where there are any. They are to have no gradient. ``mask`` may leave out tokens that PPO has
     clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
     """
-    tokens = _Tokens.of("cov", cov.detach(), mask, cu_seqlens)
+    tokens = _Tokens.of("cov", cov, mask, cu_seqlens)
+    layout.check_number("low", low)
+    layout.check_number("high", high)
+    layout.check_fraction("fraction", fraction)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator")
     ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
     inside = tokens.valid() & (tokens.values > low) & (tokens.values < high)
     band = replace(tokens.rows, mask=inside)
     found = scope_counts(row_counts(band, cov.device), ids)
-    wanted = torch.minimum(_share(fraction, scope_counts(tokens.counts, ids), 0.0), found)
+    wanted = torch.minimum(_share(fraction, scope_counts(tokens.counts(), ids), 0.0), found)
     draw = torch.rand(inside.shape, generator=generator, device=cov.device)
     return largest(draw, band, ids, wanted)
 
@@ -340,9 +372,10 @@ def kl_cov_mask(
 
     They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
     """
-    tokens = _Tokens.of("cov", cov.detach(), mask, cu_seqlens)
+    tokens = _Tokens.of("cov", cov, mask, cu_seqlens)
+    layout.check_fraction("fraction", fraction)
     ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
-    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts, ids), 0.0))
+    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids), 0.0))
 
 
 # ---- on advantages and rewards -------------------------------------------------------------------------------
@@ -411,8 +444,8 @@ def entropy_reward(
     No gradient flows into ``entropy``: as a loss use the entropy itself.
     """
     layout.check_choice("per", per, ("row", "token"))
-    tokens = _Tokens.of("entropy", entropy.detach(), mask, cu_seqlens)
-    return -tokens.means(tokens.values) if per == "row" else -tokens.zeroed()
+    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
+    return -tokens.means(tokens.values, tokens.counts()) if per == "row" else -tokens.zeroed()
 
 
 # ---- weights with mean 1 -------------------------------------------------------------------------------------
@@ -456,9 +489,13 @@ def entropy_weights(
     layout.check_choice("mode", mode, MODES)
     layout.check_positive("temperature", temperature)
     layout.check_positive("entropy_floor", entropy_floor)
-    tokens = _Tokens.of("entropy", entropy if entropy_grad else entropy.detach(), mask, cu_seqlens)
+    layout.check_fraction("fraction", fraction)
+    layout.check_flag("inverse", inverse)
+    layout.check_flag("entropy_grad", entropy_grad)
+    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
     rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
-    ids = _scope(normalize, groups, group_size, rows.batch, entropy.device)
+    ids = _scope(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
+    counts = tokens.counts()
     if mode == "linear":
         raw = 1 / h.clamp(min=entropy_floor) if inverse else h
     elif mode == "softmax":
@@ -472,15 +509,15 @@ def entropy_weights(
         score = torch.where(valid, -h if inverse else h, torch.inf)
         raw = _ranks(score, rows.expand(ids)).to(h.dtype)
     else:
-        wanted = _share(fraction, scope_counts(tokens.counts, ids))
+        wanted = _share(fraction, scope_counts(counts, ids))
         raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
     raw = torch.where(valid, raw, 0).double()
     if normalize == "row":
-        mean = tokens.means(raw)
+        mean = tokens.means(raw, counts)
     elif normalize == "batch":
-        mean = (raw.sum() / tokens.counts.sum().clamp(min=1)).expand(rows.batch)
+        mean = (raw.sum() / counts.sum().clamp(min=1)).expand(rows.batch)
     else:
-        mean = _group_means(tokens.means(raw), tokens.counts, ids, tokens.counts > 0)
+        mean = _group_means(tokens.means(raw, counts), counts, ids, counts > 0)
     mean = rows.expand(mean)
     out = torch.where(mean > 0, raw / torch.where(mean > 0, mean, 1), 1)
     return torch.where(valid, out, 0).to(h.dtype)
@@ -584,6 +621,7 @@ def steer_weights(
     layout.check_float("metric", metric)
     layout.check_choice("mode", mode, ("linear", "exp"))
     layout.check_positive("low", low)
+    layout.check_finite("high", high)
     if high < low:
         raise ValueError(f"high: got {high}, want at least low ({low})")
     valid = layout.as_mask(mask, metric.shape, metric.device, "metric")

@@ -64,7 +64,8 @@ def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
     if clamp is None:
         return float("inf"), float("inf")
     found = tuple(clamp) if isinstance(clamp, (tuple, list)) else (clamp, float("inf"))
-    if len(found) != 2 or not all(isinstance(c, (int, float)) and c > 0 for c in found):
+    numbers = [c for c in found if isinstance(c, (int, float)) and not isinstance(c, bool) and c > 0]
+    if len(found) != 2 or len(numbers) != 2:
         raise ValueError(
             f"clamp: got {clamp!r}, want a number above 0, or two: of the difference and of the value"
         )
@@ -137,6 +138,7 @@ def token_kl(
     """
     _check_pair(logprob, ref_logprob)
     layout.check_choice("estimator", estimator, ESTIMATORS)
+    layout.check_flag("importance_grad", importance_grad)
     for name, value in (("importance", importance), ("rewards", rewards)):
         if value is not None:
             layout.check_like(name, value, logprob, "logprob")
@@ -204,7 +206,7 @@ def implicit_rewards(
     _check_pair(logprob, ref_logprob)
     layout.check_positive("beta", beta)
     rows = layout.token_layout("logprob", logprob, mask, cu_seqlens)
-    markers = layout.step_markers(segments, logprob, rows, "logprob")
+    markers = layout.step_markers(segments, logprob, rows, "logprob", "segments")
     found = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
     if markers is None:
         return found
@@ -239,6 +241,7 @@ def tdpo_terms(
     """
     _check_pair(logprob, ref_logprob)
     layout.check_like("reverse_kl", reverse_kl, logprob, "logprob")
+    layout.token_layout("logprob", logprob, mask, cu_seqlens)
     ratio = token_kl(logprob, ref_logprob, estimator="k1", mask=mask)
     return TdpoTerms(
         sequence_kl(ratio, mask=mask, cu_seqlens=cu_seqlens),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .reference.layout import to_rows
+from .transforms import in_func
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -33,7 +34,8 @@ def debug(enabled: bool = True) -> Iterator[None]:
     """Check the values of arguments too, on any device, at the price of a host synchronisation.
 
     Token ids in range, ``cu_seqlens`` non-decreasing and ending at the number of tokens, step ids
-    non-decreasing. Process-wide while the context is open; ``REWARDOPS_DEBUG=1`` turns it on from the start.
+    non-decreasing, rewards and values finite where the mask counts. The first that is wrong is named with its
+    index. Process-wide while the context is open; ``REWARDOPS_DEBUG=1`` turns it on from the start.
     """
     global _debug
     before, _debug = _debug, enabled
@@ -44,8 +46,8 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: free on the CPU, asked for elsewhere, never while tracing."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    """Whether a check may look at the values: free on the CPU, asked for elsewhere, never in a transformation."""
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or in_func(tensor):
         return False
     return _debug or tensor.device.type == "cpu"
 
@@ -97,28 +99,57 @@ def check_like(name: str, value: Tensor, like: Tensor, other: str) -> None:
     check_device(name, value, like.device, other)
 
 
+def check_rows(name: str, value: object, batch: int, device: torch.device, other: str) -> None:
+    """A float tensor with one value per row of another argument."""
+    found = check_tensor(name, value)
+    check_float(name, found)
+    check_shape(name, found, (batch,), f"one per row of {other}")
+    check_device(name, found, device, other)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(repr(c) for c in choices)}")
 
 
-def check_positive(name: str, value: object) -> None:
+def check_number(name: str, value: object, want: str = "a number") -> int | float:
+    """Any number but NaN; infinite ones too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, want a number above 0")
-    if not 0.0 < value < float("inf"):
+        raise TypeError(f"{name}: got {type(value).__name__}, want {want}")
+    if value != value:
+        raise ValueError(f"{name}: got {value}, want {want}")
+    return value
+
+
+def check_finite(name: str, value: object) -> None:
+    if not abs(check_number(name, value)) < float("inf"):
+        raise ValueError(f"{name}: got {value}, want a finite number")
+
+
+def check_positive(name: str, value: object) -> None:
+    if not 0.0 < check_number(name, value, "a number above 0") < float("inf"):
         raise ValueError(f"{name}: got {value}, want a finite number above 0")
 
 
 def check_non_negative(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, want a number of at least 0")
-    if not 0.0 <= value < float("inf"):
+    if not 0.0 <= check_number(name, value, "a number of at least 0") < float("inf"):
         raise ValueError(f"{name}: got {value}, want a finite number of at least 0")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    if not whole or value < least:  # type: ignore[operator]
         raise ValueError(f"{name}: got {value!r}, want a whole number of at least {least}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, want True or False")
+
+
+def check_ddof(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
+        raise ValueError(f"ddof: got {value!r}, want 0 or 1")
 
 
 def check_fraction(name: str, value: object) -> None:
@@ -126,17 +157,29 @@ def check_fraction(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1")
 
 
+def _first(bad: Tensor, mask: Tensor | None) -> list[int] | None:
+    """Where a check first fails, among what counts; one number is read from the device if it does not."""
+    if mask is not None:
+        bad = bad & mask
+    return bad.nonzero()[0].tolist() if bool(bad.any()) else None
+
+
 def check_token_ids(tokens: Tensor, vocab: int, mask: Tensor | None) -> None:
     """Under :func:`debug` only: every unmasked token id is a column of the logits."""
-    bad = (tokens < 0) | (tokens >= vocab)
-    if mask is not None:
-        bad &= mask
-    if bool(bad.any()):
-        where = bad.nonzero()[0].tolist()
+    if where := _first((tokens < 0) | (tokens >= vocab), mask):
         raise ValueError(f"tokens: got {int(tokens[tuple(where)])} at {where}, want ids in [0, {vocab})")
 
 
-def check_step_ids(steps: Tensor, layout: Layout) -> None:
+def check_values(name: str, value: Tensor, mask: Tensor | None = None) -> None:
+    """Under :func:`debug` only: numbers are finite wherever the mask counts."""
+    if not debugging() or not may_read(value):
+        return
+    if where := _first(~value.detach().isfinite(), mask):
+        found = value.detach()[tuple(where)].item()
+        raise ValueError(f"{name}: got {found} at {where}, want finite values wherever the mask counts")
+
+
+def check_step_ids(steps: Tensor, layout: Layout, name: str) -> None:
     """Under :func:`debug` only: step ids never fall along a row (negative ids, of no step, aside)."""
     ids, inside = to_rows(steps, None, layout.cu_seqlens)
     valid = inside if layout.mask is None else to_rows(layout.mask, layout.mask, layout.cu_seqlens)[1]
@@ -146,7 +189,7 @@ def check_step_ids(steps: Tensor, layout: Layout) -> None:
     bad = counted & (torch.where(counted, ids, -1).cummax(1).values > ids)
     if bool(bad.any()):
         row, t = bad.nonzero()[0].tolist()
-        raise ValueError(f"steps: got id {int(ids[row, t])} after a larger one, at token {t} of row {row}")
+        raise ValueError(f"{name}: got id {int(ids[row, t])} after a larger one, at token {t} of row {row}")
 
 
 def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str) -> Tensor | None:
@@ -201,7 +244,10 @@ def batch_of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> 
     return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def check_cu_seqlens(cu_seqlens: object, device: torch.device, other: str, tokens: int | None) -> Tensor:
+def check_cu_seqlens(
+    cu_seqlens: object, device: torch.device, other: str, tokens: int | None, meaning: str | None = None
+) -> Tensor:
+    """Offsets of rows; ``meaning`` says what ``tokens`` are, where they are not those of ``other``."""
     cu = check_tensor("cu_seqlens", cu_seqlens)
     if cu.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: got dtype {cu.dtype}, want int32 or int64")
@@ -217,7 +263,7 @@ def check_cu_seqlens(cu_seqlens: object, device: torch.device, other: str, token
                 raise ValueError(f"cu_seqlens: got {a} then {b} at row {row}, want a non-decreasing sequence")
         if tokens is not None and values[-1] != tokens:
             raise ValueError(
-                f"cu_seqlens: got last entry {values[-1]}, want {tokens} (the tokens of {other})"
+                f"cu_seqlens: got last entry {values[-1]}, want {tokens} ({meaning or f'the tokens of {other}'})"
             )
     return cu.detach()
 
@@ -239,9 +285,13 @@ def token_layout(name: str, values: Tensor, mask: object, cu_seqlens: object) ->
     return Layout(batch, shape, as_mask(mask, shape, values.device, name), cu)
 
 
-def row_layout(rewards: Tensor, mask: object, cu_seqlens: object, num_tokens: int | None) -> Layout | None:
+def row_layout(
+    rewards: Tensor, mask: object, cu_seqlens: object, num_tokens: int | None, name: str = "rewards"
+) -> Layout | None:
     """The layout that per-row values are to be spread over; None where neither mask nor cu_seqlens came."""
     batch, device = rewards.shape[0], rewards.device
+    if num_tokens is not None:
+        check_whole("num_tokens", num_tokens, 0)
     if cu_seqlens is None:
         if num_tokens is not None:
             raise ValueError(f"num_tokens: got {num_tokens} without cu_seqlens, want None")
@@ -249,25 +299,27 @@ def row_layout(rewards: Tensor, mask: object, cu_seqlens: object, num_tokens: in
             return None
         mask = check_tensor("mask", mask)
         if mask.dim() != 2 or mask.shape[0] != batch:
-            raise ValueError(f"mask: got shape {show(mask.shape)}, want [{batch}, T] (a row per reward)")
-        return Layout(batch, tuple(mask.shape), as_mask(mask, mask.shape, device, "rewards"), None)
-    cu = check_cu_seqlens(cu_seqlens, device, "rewards", num_tokens)
+            raise ValueError(f"mask: got shape {show(mask.shape)}, want [{batch}, T] (one per row of {name})")
+        return Layout(batch, tuple(mask.shape), as_mask(mask, mask.shape, device, name), None)
+    cu = check_cu_seqlens(cu_seqlens, device, name, num_tokens, "num_tokens")
     if cu.shape[0] != batch + 1:
-        raise ValueError(f"cu_seqlens: got shape {show(cu.shape)}, want [{batch + 1}] (a row per reward)")
+        raise ValueError(
+            f"cu_seqlens: got shape {show(cu.shape)}, want [{batch + 1}] (one per row of {name}, and one more)"
+        )
     if mask is not None:
         mask = check_tensor("mask", mask)
         if mask.dim() != 1 or num_tokens not in (None, mask.shape[0]):
             want = "N" if num_tokens is None else num_tokens
             raise ValueError(f"mask: got shape {show(mask.shape)}, want [{want}] (cu_seqlens was given)")
         num_tokens = mask.shape[0]
-        check_cu_seqlens(cu, device, "rewards", num_tokens)
+        check_cu_seqlens(cu, device, name, num_tokens, "the tokens of mask")
     if num_tokens is None:
         # The size of the output: on a device, reading it would be a synchronisation.
         if not may_read(cu):
             raise ValueError("num_tokens: got None, want the number of packed tokens (or a packed mask)")
         num_tokens = int(cu[-1])
     shape = (num_tokens,)
-    return Layout(batch, shape, as_mask(mask, shape, device, "rewards"), cu)
+    return Layout(batch, shape, as_mask(mask, shape, device, name), cu)
 
 
 Labels = Tensor | Sequence[Hashable] | Any | None
@@ -283,7 +335,11 @@ def _factorised(groups: object, batch: int, device: torch.device, other: str) ->
     if len(values) != batch:
         raise ValueError(f"groups: got {len(values)} labels, want {batch} (one per row of {other})")
     seen: dict[Hashable, int] = {}
-    return torch.tensor([seen.setdefault(v, len(seen)) for v in values], dtype=torch.int64).to(device)
+    try:
+        numbers = [seen.setdefault(v, len(seen)) for v in values]
+    except TypeError as error:
+        raise TypeError(f"groups: got an {error}, want labels that can be hashed") from None
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
 def _sized(sizes: Sequence[int], batch: int, device: torch.device, other: str) -> Tensor:
@@ -316,17 +372,19 @@ def group_ids(groups: Labels, group_size: object, batch: int, device: torch.devi
     return groups.detach().to(torch.int64)
 
 
-def step_markers(steps: object, values: Tensor, layout: Layout, name: str) -> Tensor | None:
+def step_markers(
+    steps: object, values: Tensor, layout: Layout, other: str, name: str = "steps"
+) -> Tensor | None:
     """Step-end flags (bool) or step ids (integer, non-decreasing along a row), the shape of the tokens."""
     if steps is None:
         return None
-    steps = check_tensor("steps", steps)
+    steps = check_tensor(name, steps)
     if steps.dtype is not torch.bool:
         if steps.dtype not in INTEGERS:
-            raise TypeError(f"steps: got dtype {steps.dtype}, want bool (step ends) or integer (step ids)")
+            raise TypeError(f"{name}: got dtype {steps.dtype}, want bool (step ends) or integer (step ids)")
         steps = steps.to(torch.int64)
-    check_shape("steps", steps, values.shape, f"one entry per token of {name}")
-    check_device("steps", steps, values.device, name)
+    check_shape(name, steps, values.shape, f"one entry per token of {other}")
+    check_device(name, steps, values.device, other)
     if debugging() and steps.dtype is not torch.bool:
-        check_step_ids(steps, layout)
+        check_step_ids(steps, layout, name)
     return steps.detach()

@@ -22,6 +22,7 @@ from .logits import (
 )
 from .reference import logits as spec
 from .reference.linear import precision
+from .transforms import may_overwrite_saved, may_require_grad, second_derivative
 
 # ---- the ops -----------------------------------------------------------------------------------------------
 
@@ -99,16 +100,18 @@ def _setup_loss(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:4])
     ctx.terms, ctx.needs = len(inputs[0]), inputs[2]
+    ctx.inplace = may_overwrite_saved()
 
 
 def _gradient_loss(ctx, grads):  # type: ignore[no-untyped-def]
-    found = [None, None, None]
+    if any(g is not None for g in grads[1:4]):
+        raise RuntimeError(second_derivative("linear_token_loss"))
+    found: list[Tensor | None] = [None, None, None]
     if grads[0] is not None:
         # In place, as the weight's gradient is large: a second backward pass finds another version, and raises.
-        found = [
-            g.mul_(grads[0].to(g.dtype)) if need else None
-            for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
+        scaled = Tensor.mul_ if ctx.inplace and not torch.is_grad_enabled() else Tensor.mul
+        made = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        found = [scaled(g, grads[0].to(g.dtype)) if need else None for g, need in made]
     return [None] * ctx.terms, None, None, *found, *[None] * 14
 
 
@@ -139,6 +142,12 @@ def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         layout.check_float(f"{side}bias", bias)
         layout.check_shape(f"{side}bias", bias, weight.shape[:1], f"one entry per row of {side}weight")
         layout.check_device(f"{side}bias", bias, hidden.device, f"{side}hidden")
+
+
+def _check_tokens(tokens: Tensor, hidden: Tensor) -> None:
+    layout.check_integer("tokens", tokens)
+    layout.check_shape("tokens", tokens, hidden.shape[:-1], "the shape of hidden without its columns")
+    layout.check_device("tokens", tokens, hidden.device, "hidden")
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -182,9 +191,7 @@ def _arguments(
 ) -> tuple[list[str], tuple[Any, ...]]:
     """Checked, as the ops take them."""
     _check_side("", hidden, weight, bias)
-    layout.check_integer("tokens", tokens)
-    layout.check_shape("tokens", tokens, hidden.shape[:-1], "the shape of hidden without its columns")
-    layout.check_device("tokens", tokens, hidden.device, "hidden")
+    _check_tokens(tokens, hidden)
     if (ref_hidden is None) != (ref_weight is None):
         got, missing = ("ref_hidden", "ref_weight") if ref_weight is None else ("ref_weight", "ref_hidden")
         raise ValueError(f"{missing}: got None with {got}, want both or neither")
@@ -201,11 +208,11 @@ def _arguments(
         raise ValueError("ref_bias: got a value without ref_hidden, want None")
     names = check_outputs(outputs, OUTPUTS, ref_hidden is not None)
     layout.check_positive("logit_scale", logit_scale)
-    temperatures, scalar = temperatures_of(temperature, tokens)
+    mask = layout.as_mask(mask, tokens.shape, hidden.device, "tokens")
+    temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
     vocab = vocab_of(vocab_size, weight.shape[0])
     check_beta(beta, names)
-    mask = layout.as_mask(mask, tokens.shape, hidden.device, "tokens")
     tokens = tokens.to(torch.int64)
     valid = spec.valid_rows(tokens, mask)
     if layout.debugging():
@@ -315,11 +322,12 @@ def linear_token_loss(
         reference's side is constant. And :class:`TokenStats`, detached. The weight's gradient is summed over
         blocks in a float32 tensor of its size.
     """
-    check_coefficients(coefficients, tokens, hidden.device, "hidden")
-    names, args = _arguments(hidden, weight, tokens, [*coefficients, *outputs], **options)
+    layout.check_float("hidden", hidden)
+    _check_tokens(tokens, hidden)
+    asked = check_coefficients(coefficients, outputs, tokens, hidden.device, "hidden")
+    names, args = _arguments(hidden, weight, tokens, asked, **options)
     terms = [name for name in names if name in coefficients]
-    grad = torch.is_grad_enabled()
-    needs = [grad and t is not None and t.requires_grad for t in args[:3]]
+    needs = [t is not None and may_require_grad(t) for t in args[:3]]
     fixed = [coefficients[name].detach() for name in terms]
     loss, _, _, _, *found = _loss(fixed, terms, needs, *args)
     return loss, TokenStats(**{n: x.detach() for n, x in zip(names, found, strict=True)})

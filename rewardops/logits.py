@@ -11,6 +11,7 @@ from torch import Tensor
 from . import layout
 from .dispatch import define
 from .reference import logits as spec
+from .transforms import may_overwrite_saved
 
 OUTPUTS = spec.OUTPUTS
 PARTIAL_OUTPUTS = OUTPUTS[:-1]
@@ -101,7 +102,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[0])
     ctx.scalars = (temperature, softcap, vocab, beta, outputs)
-    ctx.inplace = inplace
+    ctx.inplace = inplace and may_overwrite_saved()
 
 
 def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
@@ -112,7 +113,7 @@ def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
     grad, ref = None, None
     if all(g is None for g in given):
         pass
-    elif ctx.inplace and to_logits:
+    elif ctx.inplace and to_logits and not torch.is_grad_enabled():  # torch.func records every backward pass
         grad = logits.detach()
         ref = _backward_inplace(given, grad, *args, True, to_ref)
         # The logits are gone: a second backward pass finds another version of them, and raises.
@@ -199,7 +200,7 @@ def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> 
 
 
 def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
-    if isinstance(outputs, str) or not outputs:
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
         raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {tuple(choices)}")
     for name in outputs:
         layout.check_choice("outputs", name, choices)
@@ -208,7 +209,9 @@ def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool)
     return [name for name in choices if name in outputs]
 
 
-def temperatures_of(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor | None, float]:
+def temperatures_of(
+    temperature: float | Tensor, tokens: Tensor, mask: Tensor | None
+) -> tuple[Tensor | None, float]:
     """A temperature for each row in float64, or one for all."""
     if not isinstance(temperature, Tensor):
         layout.check_positive("temperature", temperature)
@@ -228,8 +231,10 @@ def temperatures_of(temperature: float | Tensor, tokens: Tensor) -> tuple[Tensor
             f"temperature: got shape {layout.show(temperature.shape)}, want a scalar or"
             f" {rows or layout.show(tokens.shape)} (one per row or per token)"
         )
-    if layout.may_read(t) and not bool((t > 0).all()):
-        raise ValueError("temperature: got a value that is not above 0, want all above 0")
+    if layout.may_read(t):
+        bad = ~(t > 0)
+        if bool(bad.any()) and bool((bad & spec.valid_rows(tokens, mask)).any()):
+            raise ValueError("temperature: got a value that is not above 0, want all above 0")
     return t.expand(tokens.shape).contiguous(), 1.0
 
 
@@ -258,9 +263,13 @@ def check_beta(beta: float, names: Sequence[str]) -> None:
 
 
 def check_coefficients(
-    coefficients: Mapping[str, Tensor], tokens: Tensor, device: torch.device, other: str
-) -> None:
-    """Of a loss that is linear in the outputs: a constant for each token."""
+    coefficients: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    tokens: Tensor,
+    device: torch.device,
+    other: str,
+) -> list[str]:
+    """Of a loss that is linear in the outputs: a constant for each token. The terms and the other outputs."""
     if not isinstance(coefficients, Mapping) or not coefficients:
         raise ValueError("coefficients: got none, want a mapping from names of outputs to tensors")
     for name, value in coefficients.items():
@@ -268,6 +277,9 @@ def check_coefficients(
         layout.check_float(f"coefficients[{name!r}]", value)
         layout.check_shape(f"coefficients[{name!r}]", value, tokens.shape, "one per token")
         layout.check_device(f"coefficients[{name!r}]", value, device, other)
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {OUTPUTS}")
+    return [*coefficients, *outputs]
 
 
 def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -291,11 +303,11 @@ def _arguments(
     """Checked, as the ops take them."""
     _check_logits(logits, tokens, ref_logits)
     names = check_outputs(outputs, OUTPUTS, ref_logits is not None)
-    temperatures, scalar = temperatures_of(temperature, tokens)
+    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
     vocab = vocab_of(vocab_size, logits.shape[-1])
     check_beta(beta, names)
-    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
     tokens = tokens.to(torch.int64)
     if layout.debugging():
         layout.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
@@ -369,7 +381,8 @@ def token_stats(
         beta: of ``jsd``, above 0 and below 1 (at both ends it is 0: ask for ``kl`` or ``reverse_kl``).
         inplace_backward: write the gradient of the logits over them, which saves the memory of a second
             ``[N, V]``. The logits are gone after the backward pass; a second backward pass raises. Without
-            effect under ``torch.compile``, which plans memory itself.
+            effect under ``torch.compile``, which plans memory itself, in ``torch.func``, and where what is saved
+            goes through hooks, as in activation checkpointing: autograd could not tell that they are gone.
 
     Returns:
         :class:`TokenStats`, with the outputs asked for. Differentiable once, in ``logits`` and ``ref_logits``:
@@ -382,6 +395,7 @@ def token_stats(
     names, args = _arguments(
         logits, tokens, outputs, temperature, softcap, vocab_size, ref_logits, mask, beta
     )
+    layout.check_flag("inplace_backward", inplace_backward)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     _, *found = _forward(*args, inplace)
     return TokenStats(**dict(zip(names, found, strict=True)))
@@ -432,10 +446,11 @@ def token_stats_and_grad(
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
     _check_logits(logits, tokens, ref_logits)
-    check_coefficients(coefficients, tokens, logits.device, "logits")
+    layout.check_flag("inplace", inplace)
+    asked = check_coefficients(coefficients, outputs, tokens, logits.device, "logits")
     target = logits.detach()
     names, args = _arguments(
-        target, tokens, [*coefficients, *outputs], temperature, softcap, vocab_size,
+        target, tokens, asked, temperature, softcap, vocab_size,
         None if ref_logits is None else ref_logits.detach(), mask, beta,
     )  # fmt: skip
     terms = [name for name in names if name in coefficients]
@@ -489,7 +504,8 @@ def token_stats_partial(
     """
     _check_logits(logits, tokens, ref_logits)
     names = check_outputs(outputs, PARTIAL_OUTPUTS, ref_logits is not None)
-    temperatures, scalar = temperatures_of(temperature, tokens)
+    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
     width = logits.shape[-1]
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
@@ -500,9 +516,10 @@ def token_stats_partial(
         vocab = width
     elif isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, want int")
+    elif vocab_size < 1:
+        raise ValueError(f"vocab_size: got {vocab_size}, want at least 1")
     else:
         vocab = min(max(vocab_size - vocab_start, 0), width)
-    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
     logits, ref_logits = _same_precision(logits, ref_logits)
     record: Tensor = _partial(
         logits,
@@ -540,10 +557,23 @@ def merge_token_stats(
     Raises:
         TypeError, ValueError: records or outputs that are not as above.
     """
-    parts = records if isinstance(records, Tensor) else torch.stack(list(records))
+    fields = len(spec.RECORD)
+    if isinstance(records, Tensor):
+        parts = records
+    elif not isinstance(records, Sequence) or not all(isinstance(part, Tensor) for part in records):
+        raise TypeError(f"records: got {type(records).__name__}, want a tensor or a sequence of tensors")
+    # Compared, not hashed: a hash makes constants of sizes in a compiled graph.
+    elif not records or any(
+        (part.shape, part.dtype, part.device) != (records[0].shape, records[0].dtype, records[0].device)
+        for part in records
+    ):
+        raise ValueError("records: got none or unlike ones, want some of one shape, dtype and device")
+    else:
+        parts = torch.stack(list(records))
+    if dtype not in layout.FLOATS:
+        raise TypeError(f"dtype: got {dtype}, want float32, bfloat16, float16 or float64")
     if parts.dtype is not torch.float64:
         raise TypeError(f"records: got dtype {parts.dtype}, want float64")
-    fields = len(spec.RECORD)
     if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
         raise ValueError(f"records: got shape {layout.show(parts.shape)}, want [parts, ..., {fields}]")
     names = check_outputs(outputs, PARTIAL_OUTPUTS, True)

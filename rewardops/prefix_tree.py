@@ -205,7 +205,7 @@ class Forest:
         self_or_up = torch.where(
             (self.count >= count) | (self.parent < 0), tree.own(self.parent), self.parent
         )
-        return torch.where(self.leaf >= 0, tree.last(self_or_up)[self.leaf.clamp(min=0)], -1)
+        return torch.where(self.leaf >= 0, tree.path_ends(self_or_up)[self.leaf.clamp(min=0)], -1)
 
     def tokens(
         self,

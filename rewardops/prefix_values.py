@@ -25,6 +25,7 @@ def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dty
     want = (rows.layout.batch, *rewards.shape[1:])
     layout.check_shape("rewards", rewards, want, "one per row of tokens")
     layout.check_device("rewards", rewards, rows.tokens.device, "tokens")
+    layout.check_values("rewards", rewards)
     (promoted,) = layout.promote(rewards)
     channels = rewards.dim() == 2
     return (rewards if channels else rewards[:, None]).double(), promoted.dtype, channels
@@ -73,13 +74,13 @@ def _leave_one_out(
         along = -share.expand(sums.shape)
         return forest.tokens(sums * share, dtype, at=at, along=along, factor=own, gamma=gamma, leaf=leaf)
     weights = torch.where(forest.live, weights, 0)[:, None]
+    totals = forest.totals(weights[:, 0])
     minus = -torch.ones_like(sums)
     summed = forest.tokens(
         sums, torch.float64, at=at, along=minus, factor=own * weights, gamma=gamma, leaf=leaf
     )
-    left = forest.tokens(
-        forest.totals(weights[:, 0]), torch.float64, at=at, along=minus[:, :1], factor=weights, leaf=leaf
-    )
+    minus = -torch.ones_like(totals)
+    left = forest.tokens(totals, torch.float64, at=at, along=minus, factor=weights, leaf=leaf)
     return torch.where(left > 0, summed / torch.where(left > 0, left, 1), 0).to(dtype)
 
 
@@ -141,7 +142,8 @@ def prefix_values(
     w = checked_weights(weights, rows)
     layout.check_whole("min_count", min_count, 1)
     layout.check_fraction("gamma", gamma)
-    forest, wanted = rows.forest(), min_count + bool(leave_one_out)
+    layout.check_flag("leave_one_out", leave_one_out)
+    forest, wanted = rows.forest(), min_count + leave_one_out
     leaf = None if wanted == 1 else forest.supported_by(wanted)
     if leave_one_out:
         assert leaf is not None

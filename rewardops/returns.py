@@ -221,6 +221,7 @@ def _prepare(
     layout.check_float("rewards", rewards)
     tokens = layout.token_layout("rewards", rewards, mask, cu_seqlens)
     markers = layout.step_markers(steps, rewards, tokens, "rewards")
+    layout.check_values("rewards", rewards, tokens.mask)
     (rewards,) = layout.promote(rewards)
     return rewards, tokens.mask, tokens.cu_seqlens, markers
 
@@ -293,8 +294,9 @@ def softmin_returns(
         Differentiable in ``rewards``, by the weights ``softmax(-r / T)`` over the steps that are left.
     """
     layout.check_positive("temperature", temperature)
+    layout.check_flag("mean", mean)
     arguments = _prepare(rewards, mask, cu_seqlens, steps)
-    out: Tensor = _soft_returns(*arguments, float(temperature), bool(mean))[0]
+    out: Tensor = _soft_returns(*arguments, float(temperature), mean)[0]
     return out
 
 
@@ -329,8 +331,9 @@ def softmin_rewards(
             temperature that is not above 0.
     """
     layout.check_positive("temperature", temperature)
+    layout.check_flag("through_weights", through_weights)
     arguments = _prepare(rewards, mask, cu_seqlens, steps)
-    out: Tensor = _softmin_forward(*arguments, float(temperature), bool(through_weights))
+    out: Tensor = _softmin_forward(*arguments, float(temperature), through_weights)
     return out
 
 
@@ -353,12 +356,17 @@ class VTrace(NamedTuple):
     advantages: Tensor
 
 
-def _factor(name: str, value: float | Tensor, rows: layout.Layout, hole: str) -> tuple[float, Tensor | None]:
-    """A number for all, or float64 per row ``[B, 1]`` or per token."""
+def factor(
+    name: str, value: float | Tensor, rows: layout.Layout, device: torch.device, hole: str = "hold"
+) -> tuple[float, Tensor | None]:
+    """A number for all, or float64 per row ``[B, 1]`` or per token; checked."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1, or a tensor")
         return float(value), None
+    if value.dtype not in (*layout.FLOATS, *layout.INTEGERS, torch.bool):
+        raise TypeError(f"{name}: got dtype {value.dtype}, want float, integer or bool")
+    layout.check_device(name, value, device, "the tokens")
     if value.dim() == 0:
         raise ValueError(
             f"{name}: got a tensor of no dimensions, want a number, or a value per row or per token"
@@ -382,7 +390,7 @@ def _factor(name: str, value: float | Tensor, rows: layout.Layout, hole: str) ->
     return 1.0, found.to(torch.float64)
 
 
-def _scan(  # type: ignore[no-untyped-def]
+def scan(  # type: ignore[no-untyped-def]
     rewards: Tensor,
     values: Tensor | None,
     bootstrap: Tensor | None,
@@ -393,21 +401,22 @@ def _scan(  # type: ignore[no-untyped-def]
     hole: str,
     rho: Tensor | None = None,
     trace: Tensor | None = None,
+    names: tuple[str, str] = ("rewards", "values"),
 ):
-    layout.check_float("rewards", rewards)
+    """Advantages and returns, and the layout, of rewards and values that go by ``names``."""
+    name, of_values = names
+    layout.check_float(name, rewards)
     layout.check_choice("hole", hole, HOLES)
-    rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
+    rows = layout.token_layout(name, rewards, mask, cu_seqlens)
+    layout.check_values(name, rewards, rows.mask)
     if values is not None:
-        layout.check_like("values", values, rewards, "rewards")
+        layout.check_like(of_values, values, rewards, name)
+        layout.check_values(of_values, values, rows.mask)
+    factors = [factor(key, x, rows, rewards.device, hole) for key, x in (("gamma", gamma), ("lam", lam))]
     if bootstrap is not None:
-        layout.check_shape(
-            "bootstrap", layout.check_tensor("bootstrap", bootstrap), (rows.batch,), "one per row"
-        )
-        layout.check_float("bootstrap", bootstrap)
-        layout.check_device("bootstrap", bootstrap, rewards.device, "rewards")
+        layout.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, name)
         if values is None:
             values = torch.zeros_like(rewards)
-    factors = [_factor("gamma", gamma, rows, hole), _factor("lam", lam, rows, hole)]
     given = [t for t in (rewards, values, bootstrap, rho, trace) if t is not None]
     wide = iter(layout.promote(*given))
     tensors = [None if t is None else next(wide) for t in (rewards, values, bootstrap, rho, trace)]
@@ -436,7 +445,7 @@ def discounted_returns(
         The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in ``rewards`` and
         ``bootstrap``.
     """
-    _, (out, _) = _scan(rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, hole)
+    _, (out, _) = scan(rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, hole)
     return out  # type: ignore[no-any-return]
 
 
@@ -475,7 +484,8 @@ def gae(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a number out of
             its range, factors per token with ``hole="decay"``.
     """
-    _, found = _scan(rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, hole)
+    layout.check_tensor("values", values)
+    _, found = scan(rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, hole)
     return GAE(*found)
 
 
@@ -547,7 +557,7 @@ def vtrace(
         bounds.append(ratio if clip is None else ratio.clamp(max=clip))
     rho, trace, own = bounds
     options = (gamma, lam, mask, cu_seqlens, "hold")
-    rows, (excess, targets) = _scan(rewards, values, bootstrap, *options, rho, trace)
+    rows, (excess, targets) = scan(rewards, values, bootstrap, *options, rho, trace)
     scale = lam
     if isinstance(lam, Tensor):
         scale = lam.detach().to(excess.dtype)
@@ -555,7 +565,7 @@ def vtrace(
     carried = excess * scale
     ahead = values.to(excess.dtype) + carried
     # r + gamma ahead[t+] - V, as the difference in `ahead` and what that puts before V.
-    _, (found, _) = _scan(rewards, ahead, bootstrap, gamma, 0.0, *options[2:])
+    _, (found, _) = scan(rewards, ahead, bootstrap, gamma, 0.0, *options[2:])
     advantages = own * (found + carried)
     if rows.mask is not None:
         advantages = torch.where(rows.mask, advantages, 0)

@@ -12,6 +12,7 @@ from .layout import (
     check_choice,
     check_device,
     check_float,
+    check_whole,
     may_read,
     promote,
     show,
@@ -135,11 +136,12 @@ def _step_ids(markers: Tensor, rows: Layout) -> Tensor:
 def _prepare(
     name: str, values: Tensor, segments: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Layout, Tensor]:
+    """The layout and the steps, checked."""
     rows = token_layout(name, values, mask, cu_seqlens)
-    markers = step_markers(segments, values, rows, name)
+    markers = step_markers(segments, values, rows, name, "segments")
     if markers is None:
         raise TypeError("segments: got None, want step ids or step-end flags")
-    return rows, _step_ids(markers, rows)
+    return rows, markers
 
 
 def segment_reduce(
@@ -172,14 +174,15 @@ def segment_reduce(
     """
     check_float("values", values)
     check_choice("op", op, REDUCTIONS)
-    rows, ids = _prepare("values", values, segments, mask, cu_seqlens)
+    rows, markers = _prepare("values", values, segments, mask, cu_seqlens)
+    if num_segments is not None:
+        check_whole("num_segments", num_segments, 0)
+    ids = _step_ids(markers, rows)
     if num_segments is None:
         if not may_read(ids):
             raise ValueError("num_segments: got None, want the number of steps of the longest row")
         kept = ids if rows.mask is None else ids[rows.mask]
         num_segments = max(int(kept.max()) + 1, 0) if kept.numel() else 0
-    if num_segments < 0:
-        raise ValueError(f"num_segments: got {num_segments}, want 0 or more")
     (wide,) = promote(values)
     out: Tensor = _reduce(wide, ids, rows.mask, rows.cu_seqlens, num_segments, op)[0]
     return out
@@ -191,11 +194,13 @@ def _spread(
     check_float("step_values", steps)
     if not isinstance(segments, Tensor):
         raise TypeError(f"segments: got {type(segments).__name__}, want a tensor")
-    rows, ids = _prepare("segments", segments, segments, mask, cu_seqlens)
+    rows, markers = _prepare("segments", segments, segments, mask, cu_seqlens)
     if steps.dim() != 2 or steps.shape[0] != rows.batch:
-        raise ValueError(f"step_values: got shape {show(steps.shape)}, want [{rows.batch}, steps]")
+        want = f"[{rows.batch}, steps] (a row per row of segments)"
+        raise ValueError(f"step_values: got shape {show(steps.shape)}, want {want}")
     check_device("step_values", steps, segments.device, "segments")
     (wide,) = promote(steps)
+    ids = _step_ids(markers, rows)
     return rows, ids, _broadcast(wide, ids, rows.mask, rows.cu_seqlens)
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import layout
-from .advantages import check_rewards, group_advantages
-from .returns import differences, gae, last_tokens, step_ends
+from .advantages import group_advantages
+from .returns import differences, gae, last_tokens, scan, step_ends
 from .segments import row_sums
 
 
 def _steps_of(
     name: str, values: Tensor, steps: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[layout.Layout, Tensor, Tensor]:
-    """The layout, the values in full precision, and which tokens end a step."""
+) -> tuple[layout.Layout, Tensor, Tensor | None]:
+    """The layout, the values in full precision, and the steps; checked, and nothing has run."""
     layout.check_float(name, values)
     rows = layout.token_layout(name, values, mask, cu_seqlens)
     markers = layout.step_markers(steps, values, rows, name)
-    ends = rows.valid(values.device) if markers is None else step_ends(markers, rows)
+    layout.check_values(name, values, rows.mask)
     (wide,) = layout.promote(values)
-    return rows, wide, ends
+    return rows, wide, markers
+
+
+def _ends(markers: Tensor | None, rows: layout.Layout, device: torch.device) -> Tensor:
+    """Which tokens end a step: without steps every valid one."""
+    return rows.valid(device) if markers is None else step_ends(markers, rows)
 
 
 def progress(
@@ -46,13 +52,15 @@ def progress(
     Returns:
         The layout of ``values``; float32 (float64 for float64). Differentiable in ``values`` and ``start``.
     """
-    rows, q, ends = _steps_of("values", values, steps, mask, cu_seqlens)
+    rows, q, markers = _steps_of("values", values, steps, mask, cu_seqlens)
+    if start is not None:
+        layout.check_rows("start", start, rows.batch, values.device, "values")
+    ends = _ends(markers, rows, values.device)
     out = differences(q, ends, rows.cu_seqlens)
     if start is None:
         return out
-    layout.check_shape("start", layout.check_tensor("start", start), (rows.batch,), "one per row")
-    first = differences(torch.ones_like(q), ends, rows.cu_seqlens)
-    return out - first * rows.expand(start.to(q.dtype))
+    first = differences(torch.ones_like(q), ends, rows.cu_seqlens) != 0
+    return torch.where(first, out - rows.expand(start.to(q.dtype)), out)
 
 
 def clip_delta(
@@ -75,7 +83,11 @@ def clip_delta(
     Returns:
         The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.
     """
-    rows, r, ends = _steps_of("rewards", rewards, steps, mask, cu_seqlens)
+    rows, r, markers = _steps_of("rewards", rewards, steps, mask, cu_seqlens)
+    if eta is not None:
+        layout.check_finite("eta", eta)
+    layout.check_flag("delta", delta)
+    ends = _ends(markers, rows, rewards.device)
     r = torch.where(ends, r, 0)
     if eta is not None:
         r = torch.where(ends, (r - eta).clamp(max=0), 0)
@@ -105,10 +117,9 @@ def redistribute(
     Returns:
         The layout of ``weights``, 0 where masked. Differentiable in ``outcome`` and ``weights``.
     """
-    check_rewards(outcome)
     layout.check_float("weights", weights)
     rows = layout.token_layout("weights", weights, mask, cu_seqlens)
-    layout.check_shape("outcome", outcome, (rows.batch,), "one per row of weights")
+    layout.check_rows("outcome", outcome, rows.batch, weights.device, "weights")
     layout.check_fraction("share", share)
     total_outcome, w = layout.promote(outcome, weights)
     w = w.clamp(min=0) if rows.mask is None else torch.where(rows.mask, w, 0).clamp(min=0)
@@ -117,7 +128,8 @@ def redistribute(
     spread = torch.where(some, share * total_outcome / torch.where(some, total, 1), 0)
     rest = torch.where(some, (1 - share) * total_outcome, total_outcome)
     last = last_tokens(rows, weights.device)
-    return w * rows.expand(spread) + torch.where(last, rows.expand(rest), 0)
+    out = w * rows.expand(spread) + torch.where(last, rows.expand(rest), 0)
+    return out if rows.mask is None else torch.where(rows.mask, out, 0)
 
 
 def potential_shaping(
@@ -138,7 +150,10 @@ def potential_shaping(
     Returns:
         The layout of ``rewards``, 0 where masked. Differentiable in both.
     """
-    return gae(rewards, potential, gamma=gamma, lam=0.0, mask=mask, cu_seqlens=cu_seqlens).advantages
+    layout.check_tensor("potential", potential)
+    options = (None, gamma, 0.0, mask, cu_seqlens, "hold")
+    out: Tensor = scan(rewards, potential, *options, names=("rewards", "potential"))[1][0]
+    return out
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------
@@ -152,8 +167,23 @@ def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Te
         raise ValueError(f"scores: got shape {layout.show(scores.shape)}, want [B, budgets]")
     (s,) = layout.promote(scores)
     count = s.shape[1]
-    p = torch.as_tensor([1.0] * count if probs is None else probs, dtype=s.dtype, device=s.device).detach()
-    layout.check_shape("probs", p, (count,), "one per budget")
+    if probs is None:
+        return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
+    if not isinstance(probs, Tensor):
+        if isinstance(probs, str) or not isinstance(probs, Sequence):
+            raise TypeError(f"probs: got {type(probs).__name__}, want a tensor or a sequence of numbers")
+        for value in probs:
+            layout.check_non_negative("probs", value)
+        probs = torch.tensor(probs, dtype=s.dtype)
+    layout.check_float("probs", probs)
+    layout.check_shape("probs", probs, (count,), "one per budget")
+    if (
+        layout.may_read(probs)
+        and count
+        and not (bool((probs >= 0).all()) and 0 < float(probs.sum()) < math.inf)
+    ):
+        raise ValueError("probs: got weights that are no distribution, want none negative, and not all 0")
+    p = probs.detach().to(s.device, s.dtype)
     return s, p / p.sum()
 
 
@@ -168,8 +198,11 @@ def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None
     Returns:
         ``[B, S]``. Differentiable in ``scores``.
     """
-    s, p = _budgets(scores, probs)
-    return (s * p).flip(1).cumsum(1).flip(1)
+    return _still_to_come(*_budgets(scores, probs))
+
+
+def _still_to_come(scores: Tensor, probs: Tensor) -> Tensor:
+    return (scores * probs).flip(1).cumsum(1).flip(1)
 
 
 def budget_advantages(
@@ -193,11 +226,13 @@ def budget_advantages(
     layout.check_choice("baseline", baseline, BUDGET_BASELINES)
     layout.check_positive("growth", growth)
     s, p = _budgets(scores, probs)
-    returns = budget_returns(s, p)
-    if baseline == "none" or not s.numel():
-        return returns
     batch, count = s.shape
-    ids = layout.group_ids(groups, group_size, batch, s.device, "scores")
+    ids = None
+    if baseline != "none" or groups is not None or group_size is not None:
+        ids = layout.group_ids(groups, group_size, batch, s.device, "scores")
+    returns = _still_to_come(s, p)
+    if baseline == "none" or ids is None or not s.numel():
+        return returns
     above = [group_advantages(returns[:, j], ids, baseline="mean", scale="none") for j in range(count)]
     alone = (ids[:, None] == ids[None, :]).sum(1) == 1
     group = torch.where(alone[:, None], 0, returns - torch.stack(above, 1))

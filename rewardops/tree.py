@@ -41,6 +41,9 @@ _at_nodes = define(
     backward=lambda ctx, grad: (_at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size), None),
 )
 
+# An op so that the number of steps, which follows from that of the nodes, does not become part of a compiled graph.
+path_ends = define("tree", "path_ends(Tensor step) -> Tensor", fake=torch.empty_like)
+
 _values_backward = define(
     "tree",
     "tree_values_backward(Tensor grad, Tensor parent, Tensor slope) -> Tensor",
@@ -70,13 +73,6 @@ def own(parent: Tensor) -> Tensor:
     return torch.arange(parent.shape[0], device=parent.device)
 
 
-def last(step: Tensor) -> Tensor:
-    """Where following ``step`` from each node ends: at the first node that is its own step."""
-    for _ in range(step.shape[0].bit_length()):
-        step = step[step]
-    return step
-
-
 def _up(parent: Tensor) -> Tensor:
     """Each node's parent; a root is its own."""
     inside = (parent >= 0) & (parent < parent.shape[0])
@@ -91,7 +87,7 @@ def _less(values: Tensor, ancestor: Tensor) -> Tensor:
 def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor:
     """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
     up = _up(parent)
-    root = last(up)
+    root = path_ends(up)
     scale = (leaves.clamp(min=1).double() ** 0.5)[:, None]
     if form == "paper":
         return (_less(values, up) + _less(values, root)) / scale
@@ -121,7 +117,7 @@ def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torc
     if parent.dim() != 1:
         raise ValueError(f"parent: got shape {layout.show(parent.shape)}, want [M] (one per node)")
     layout.check_float("leaf_rewards", leaf_rewards)
-    layout.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node")
+    layout.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node of parent")
     layout.check_device("leaf_rewards", leaf_rewards, parent.device, "parent")
     (promoted,) = layout.promote(leaf_rewards)
     parent = parent.detach().long()
@@ -131,7 +127,7 @@ def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torc
             bad = low if low < -1 else high
             raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
         # In a cycle, no step is its own.
-        end = last(_up(parent))
+        end = path_ends(_up(parent))
         if bool((parent[end] != -1).any()):
             raise ValueError(
                 f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
@@ -150,6 +146,8 @@ def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int)
         raise TypeError(f"visits: got dtype {found.dtype}, want integer or float")
     layout.check_shape("visits", found, parent.shape, "one per node")
     layout.check_device("visits", found, parent.device, "parent")
+    if layout.may_read(found) and bool((found < 0).any()):
+        raise ValueError(f"visits: got {found.min().item()}, want no negative count")
     return found.detach().double()
 
 
@@ -264,7 +262,7 @@ def tree_advantages(
     if kind == "local":
         out = _less(values, _up(parent))
     elif kind == "global":
-        out = _less(values, last(_up(parent)))
+        out = _less(values, path_ends(_up(parent)))
     elif kind == "tree_rl":
         out = tree_rl(values, parent, _leaves(parent, depth), form)
     else:

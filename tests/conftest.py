@@ -13,6 +13,8 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+# `make thorough`: what takes long and seldom finds what the rest does not.
+THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 # Triton decides at the definition of a kernel whether it is interpreted, so before anything imports one.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -52,8 +54,12 @@ TARGETS = [
     _case("cpp", "cpu", dispatch.unavailable("cpp", "cpu")),
     _case("triton", GPU, None if importlib.util.find_spec("triton") else "no triton"),
 ]
-# For ops that have kernels in CUDA C++; what else a function is made of is the specification's.
 sys.path.insert(0, str(Path(__file__).parent))
+if not HAS_GPU and importlib.util.find_spec("triton"):
+    import triton_interpreter
+
+    triton_interpreter.hasten()
+# For ops that have kernels in CUDA C++; what else a function is made of is the specification's.
 from cuda_on_host import build as cuda_on_host  # noqa: E402
 
 NO_CUDA = "no C++ compiler" if cuda_on_host.COMPILER is None else None

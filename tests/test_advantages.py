@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rewardops
 from rewardops.advantages import BASELINES, SCALES
-from rewardops.testing import check_op, evaluate, pack, random_groups, random_mask
+from rewardops.testing import check_backend, evaluate, pack, random_groups, random_mask
 
 CUDA = True  # the target of kernels in CUDA C++ too
 
@@ -109,7 +109,7 @@ def test_matches_float64_and_the_loop(target, generator, baseline, scale, ddof):
         "eps": 1e-4,
         **extras(baseline, rewards, generator),
     }
-    ours = check_op(
+    ours = check_backend(
         advantages(groups, **options), [rewards], backend=target.backend, device=target.device
     ).outputs[0]
     want = loop(rewards.double(), groups, **options)
@@ -155,7 +155,9 @@ def test_a_group_of_one_kept_raw(target, generator, baseline):
     rewards = torch.tensor([2.5, 1.0, 0.0, -3.0])
     groups = torch.tensor([7, 1, 1, 4])
     options = {"baseline": baseline, "singleton": "raw", **extras(baseline, rewards, generator)}
-    ours = check_op(advantages(groups, **options), [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(
+        advantages(groups, **options), [rewards], backend=target.backend, device=target.device
+    )
     assert ours.outputs[0][[0, 3]].tolist() == [2.5, -3.0]
 
 
@@ -302,7 +304,7 @@ def test_gdpo(target, generator):
 def test_dtypes(target, generator, dtype):
     groups = random_groups(40, generator)
     rewards = torch.randn(40, generator=generator).to(dtype)
-    ours = check_op(advantages(groups), [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(advantages(groups), [rewards], backend=target.backend, device=target.device)
     assert ours.outputs[0].dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert ours.gradients[0].dtype is dtype
 
@@ -319,7 +321,7 @@ def test_to_tokens(target, generator, baseline, scale):
     if baseline == "length_weighted":
         options["lengths"] = None  # the number of valid tokens
     fn = advantages(groups, mask=mask, **options)
-    ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
     live = mask.any(1)
     options = {k: v[live] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if baseline == "length_weighted":
@@ -342,7 +344,7 @@ def test_packed_equals_padded(target, generator, masked):
     ).outputs[0]
     for offsets in (cu, cu.long()):
         options = {"mask": packed_mask} if masked else {"num_tokens": int(cu[-1])}
-        ours = check_op(
+        ours = check_backend(
             advantages(groups, cu_seqlens=offsets, **options),
             [rewards],
             backend=target.backend,
@@ -417,7 +419,7 @@ def test_many_rows(target, generator):
     rows = 300 if target.interpreted else 2500
     groups = torch.randint(0, 40, (rows,), generator=generator)
     rewards = torch.randn(rows, generator=generator)
-    check_op(advantages(groups), [rewards], backend=target.backend, device=target.device)
+    check_backend(advantages(groups), [rewards], backend=target.backend, device=target.device)
 
 
 def test_65536_rows_in_shuffled_groups(target, generator):
@@ -445,13 +447,13 @@ def test_gradient_of_the_scale_alone(target, generator):
             rewards, next(there), None, None, None, next(there), 12, *options
         )[1]
 
-    check_op(fn, [rewards], backend=target.backend, device=target.device)
+    check_backend(fn, [rewards], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 def test_empty(target, shape):
     rewards, mask = torch.ones(shape[0]), torch.ones(shape).bool()
-    ours = check_op(
+    ours = check_backend(
         advantages(torch.zeros(shape[0]).long(), mask=mask),
         [rewards],
         backend=target.backend,
@@ -698,7 +700,11 @@ def test_pure(target, generator, baseline, separators):
             separators=separators, mask=to[2],
         )  # fmt: skip
 
-    ours = check_op(fn, [r, outcome], backend=target.backend, device=target.device, ulps=64).outputs[0].cpu()
+    ours = (
+        check_backend(fn, [r, outcome], backend=target.backend, device=target.device, ulps=64)
+        .outputs[0]
+        .cpu()
+    )
     want = pure_loop(r, flags, mask, groups, outcome, 0.7, baseline, 0.3, separators)
     torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-5)
     bare = rewardops.advantages.pure(

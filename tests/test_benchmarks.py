@@ -428,7 +428,7 @@ def test_gpu_script_walks_without_a_gpu(tmp_path):
     """The same parts as on a GPU, so that it works there the first time; what has passed is not done again."""
     done = walk_dry(tmp_path, "--fresh")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "build ok, test ok, device ok, sanitize ok, time ok" in done.stdout
+    assert "build ok, test ok, device ok, verify ok, sanitize ok, time ok" in done.stdout
     (path,) = tmp_path.glob("dry-*.json")
     found = run.load(path)
     first = [case.names(family)[0] for family in case.families()]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import HAS_GPU
-from test_dispatch import inputs, leaves, packed_calls, padded_calls
+from test_dispatch import leaves, smooth_on
 
 import rewardops
+from rewardops.testing.calls import LAYOUTS
 
 pytestmark = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
 
 BACKENDS = ("triton", "cuda,triton")
-# Without `num_tokens` the number of tokens that count is read back; the parents of a tree are made on the host.
-READS_BACK = ("linear_token_stats", "tree_advantages")
 
 
 def both_ways(fn, xs):
@@ -23,15 +22,12 @@ def both_ways(fn, xs):
     return [*outputs, *torch.autograd.grad(outputs, xs, [torch.ones_like(o) for o in outputs])]
 
 
-@pytest.fixture(
-    params=[(b, c) for b in BACKENDS for c in ("padded", "packed")], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+@pytest.fixture(params=[(b, c) for b in BACKENDS for c in LAYOUTS], ids=lambda p: f"{p[0]}-{p[1]}")
 def calls(request):
     """The calls of every public op on the device, under a backend."""
     backend, layout = request.param
-    made = (padded_calls if layout == "padded" else packed_calls)(inputs("cuda", torch.float32))
     with rewardops.use_backend(backend):
-        yield [(name, fn, leaves(xs)) for name, fn, xs in made if name not in READS_BACK]
+        yield [(c.name, c.fn, leaves(c.inputs)) for c in smooth_on("cuda", layout, torch.float32)]
 
 
 def test_nothing_is_read_back(calls):

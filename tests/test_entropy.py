@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops.testing import check_op, evaluate, pack, random_groups, random_mask
+from rewardops.testing import check_backend, evaluate, pack, random_groups, random_mask
 
 
 def gtpo(groups, mask=None, cu_seqlens=None, **options):
@@ -71,7 +71,7 @@ def test_matches_the_loop(target, generator):
 def test_matches_float64(target, generator, dtype, masked):
     rewards, entropy, groups = draw(20, 70, generator)
     mask = random_mask(20, 70, generator) if masked else None
-    check_op(
+    check_backend(
         gtpo(groups, mask, positive=0.5),
         [rewards.to(dtype), entropy.to(dtype)],
         backend=target.backend,
@@ -91,7 +91,7 @@ def test_packed_equals_padded(target, generator, masked):
     ).outputs[0]
     packed, cu = pack(entropy, lengths)
     packed_mask = pack(mask, lengths)[0] if masked else None
-    ours = check_op(
+    ours = check_backend(
         gtpo(groups, packed_mask, cu), [rewards, packed], backend=target.backend, device=target.device
     ).outputs[0]
     assert torch.equal(ours.cpu(), pack(padded.cpu(), lengths)[0])
@@ -133,7 +133,7 @@ def test_no_gradient_into_entropy_unless_asked(target):
 
 def test_strided_rows(target, generator):
     rewards, entropy, groups = draw(6, 20, generator)
-    check_op(
+    check_backend(
         lambda r, e: gtpo(groups)(r, e[:, 3:11]),
         [rewards, entropy],
         backend=target.backend,
@@ -144,7 +144,7 @@ def test_strided_rows(target, generator):
 def test_long_rows(target, generator):
     """Longer than a block of positions on every backend."""
     rewards, entropy, groups = draw(5, 2600, generator)
-    check_op(
+    check_backend(
         gtpo(groups, random_mask(5, 2600, generator)),
         [rewards, entropy],
         backend=target.backend,
@@ -154,7 +154,7 @@ def test_long_rows(target, generator):
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 def test_empty(target, shape):
-    ours = check_op(
+    ours = check_backend(
         gtpo(torch.zeros(shape[0]).long()),
         [torch.ones(shape[0]), torch.ones(shape)],
         backend=target.backend,
@@ -273,7 +273,7 @@ def test_high_entropy_mask_by_hand():
     assert rewardops.high_entropy_mask(odd, fraction=0.4).tolist() == [[False, True, False, True, False]]
     with pytest.raises(ValueError, match=r"fraction: got 1\.2, want a number from 0 to 1"):
         rewardops.high_entropy_mask(h, fraction=1.2)
-    with pytest.raises(ValueError, match="groups: got a value with scope='row'"):
+    with pytest.raises(ValueError, match="group_size: got a value with scope='row'"):
         rewardops.high_entropy_mask(h, scope="row", group_size=1)
 
 

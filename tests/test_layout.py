@@ -195,6 +195,34 @@ def test_debug_checks_step_ids():
         R.min_returns(F(1, 7), steps=ids.clone().index_fill_(0, T([3]), 1)[None])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("rewards", lambda r, m: R.gae(r, F(2, 3), mask=m)),
+        ("values", lambda v, m: R.gae(F(2, 3), v, mask=m)),
+        ("rewards", lambda r, m: R.min_returns(r, mask=m)),
+        ("rewards", lambda r, m: R.discounted_returns(r, mask=m)),
+        ("values", lambda q, m: R.progress(q, mask=m)),
+        ("rewards", lambda r, m: R.group_advantages(r[:, 1], group_size=2)),
+        ("rewards", lambda r, m: R.prefix_values(T([[1], [2]]), r[:, 1], group_size=2)),
+    ],
+)
+def test_debug_checks_that_numbers_are_finite(name, call, bad):
+    mask = T([[1, 1, 0], [1, 1, 1]])
+    behind, wrong = F(2, 3), F(2, 3)
+    behind[0, 2] = bad
+    wrong[1, 1] = wrong[1, 2] = bad
+    with R.debug(False):
+        call(wrong, mask)
+    with R.debug():
+        call(behind, mask)
+        with pytest.raises(
+            ValueError, match=rf"{name}: got {bad} at \[1.*\], want finite values wherever the mask"
+        ):
+            call(wrong, mask)
+
+
 def test_expand_spreads_rows_over_both_layouts():
     rows = T([5.0, 6.0, 7.0])
     padded = layout.Layout(3, (3, 2), None, None)

@@ -131,6 +131,8 @@ def test_every_option(target, generator, outputs):
 def test_number_of_tokens_given(target, generator):
     inputs, tokens = draw(generator, (4, 6), ref=0)
     mask = torch.rand(4, 6, generator=generator) > 0.5
+    mask[-1, -1] = False
+    inputs["hidden"][-1, -1] = torch.nan  # what places beyond the tokens that count are read from
     count = int(mask.sum())
     want = outcome(ours, inputs, tokens, ("logprob", "entropy"), target.device, mask=mask)
     for hint in (count, count + 3, 24, 30):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops.testing import assert_within_budget, check_op, evaluate, random_mask
+from rewardops.testing import assert_within_budget, check_backend, evaluate, random_mask
 
 EVERY = rewardops.logits.OUTPUTS
 POLICY = EVERY[:7]  # what needs no reference
@@ -49,14 +49,14 @@ def draw(shape, vocab, generator, scale=3.0, dtype=torch.float32):
 @pytest.mark.parametrize("vocab", [1, 2, 7, 1000, 5003])
 def test_matches_float64(target, generator, dtype, vocab):
     logits, tokens = draw((9,), vocab, generator, dtype=dtype)
-    check_op(stats(tokens, temperature=0.7), [logits], backend=target.backend, device=target.device)
+    check_backend(stats(tokens, temperature=0.7), [logits], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0, 100.0])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4, -120.0])
 def test_scales_and_offsets(target, generator, scale, offset):
     logits, tokens = draw((6,), 2500, generator, scale)
-    check_op(stats(tokens), [logits + offset], backend=target.backend, device=target.device)
+    check_backend(stats(tokens), [logits + offset], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -64,18 +64,18 @@ def test_padded_rows_and_strided_views(target, generator, masked):
     logits, tokens = draw((3, 6), 130, generator)
     mask = random_mask(3, 5, generator) if masked else None
     fn = stats(tokens[:, 1:], mask)
-    check_op(lambda x: fn(x[:, :-1]), [logits], backend=target.backend, device=target.device)
+    check_backend(lambda x: fn(x[:, :-1]), [logits], backend=target.backend, device=target.device)
     # Rows with a padded stride, and columns that are no unit stride apart.
     wide = torch.randn(5, 200, generator=generator)
     fn = stats(torch.arange(5))
-    check_op(lambda x: fn(x[:, :77]), [wide], backend=target.backend, device=target.device)
-    check_op(lambda x: fn(x[:, ::2]), [wide], backend=target.backend, device=target.device)
+    check_backend(lambda x: fn(x[:, :77]), [wide], backend=target.backend, device=target.device)
+    check_backend(lambda x: fn(x[:, ::2]), [wide], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("vocab", [50257, 128256, 151936, 262144])
 def test_real_vocabularies(target, generator, vocab):
     logits, tokens = draw((2,), vocab, generator)
-    check_op(stats(tokens), [logits], backend=target.backend, device=target.device)
+    check_backend(stats(tokens), [logits], backend=target.backend, device=target.device)
 
 
 def test_peaked_and_flat_rows(target):
@@ -84,7 +84,7 @@ def test_peaked_and_flat_rows(target):
     peaked[17] = 25.0  # entropy about 1e-6
     flat = torch.full((vocab,), 3.0)
     logits = torch.stack([peaked, flat])
-    ours = check_op(
+    ours = check_backend(
         stats(torch.tensor([17, 5])), [logits], backend=target.backend, device=target.device
     ).outputs
     # An entropy of 1e-6 to its own last places, where a float32 sum of probabilities has none of them.
@@ -103,7 +103,7 @@ def test_minus_infinity(target, generator):
     logits[2, torch.arange(vocab) != 8500] = -torch.inf  # everywhere but at the token
     logits[3, 11] = -torch.inf  # at the token
     tokens = torch.tensor([5, 8500, 8500, 11])
-    ours = check_op(stats(tokens), [logits], backend=target.backend, device=target.device)
+    ours = check_backend(stats(tokens), [logits], backend=target.backend, device=target.device)
     logprob, entropy = ours.outputs[:2]
     assert logprob[2].item() == 0.0
     assert entropy[2].item() == 0.0
@@ -150,7 +150,7 @@ def test_only_what_was_asked_for(target, generator, outputs):
     logits, tokens = draw((5,), 40, generator)
     result = stats(tokens, outputs=outputs)(logits.to(target.device))
     assert {name for name, value in result._asdict().items() if value is not None} == set(outputs)
-    check_op(stats(tokens, outputs=outputs), [logits], backend=target.backend, device=target.device)
+    check_backend(stats(tokens, outputs=outputs), [logits], backend=target.backend, device=target.device)
 
 
 def test_ids_out_of_range_are_nan_and_never_read(target, generator):
@@ -186,7 +186,7 @@ def test_offsets_beyond_2_to_the_31(target, generator):
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
 def test_empty(target, shape):
     logits = torch.zeros(*shape, 5)
-    ours = check_op(
+    ours = check_backend(
         stats(torch.zeros(shape, dtype=torch.int64)), [logits], backend=target.backend, device=target.device
     )
     assert ours.outputs[0].shape == shape
@@ -308,14 +308,16 @@ def test_pairs_match_float64(target, generator, dtype, vocab):
     logits, tokens = draw((7,), vocab, generator, dtype=dtype)
     ref, _ = draw((7,), vocab, generator, dtype=dtype)
     fn = stats(tokens, outputs=EVERY, temperature=0.7, beta=0.3)
-    check_op(fn, [logits, ref], backend=target.backend, device=target.device)
+    check_backend(fn, [logits, ref], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 def test_a_reference_of_another_dtype(target, generator, kinds):
     logits, tokens = draw((5,), 2100, generator, dtype=kinds[0])
     ref, _ = draw((5,), 2100, generator, dtype=kinds[1])
-    ours = check_op(stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device)
+    ours = check_backend(
+        stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device
+    )
     assert [g.dtype for g in ours.gradients] == list(kinds)
     wide = rewardops.token_stats(
         logits.to(target.device),
@@ -332,7 +334,7 @@ def test_pairs_of_any_scale_and_offset(target, generator, scale, offsets):
     logits, tokens = draw((5,), 2500, generator, scale)
     ref, _ = draw((5,), 2500, generator, scale)
     inputs = [logits + offsets[0], ref + offsets[1]]
-    check_op(stats(tokens, outputs=EVERY), inputs, backend=target.backend, device=target.device)
+    check_backend(stats(tokens, outputs=EVERY), inputs, backend=target.backend, device=target.device)
 
 
 def test_kl_of_near_neighbours_beats_eager(target, generator):
@@ -358,7 +360,9 @@ def test_minus_infinity_in_pairs(target, generator):
     logits[3, :2100] = -torch.inf  # both, in turn
     ref[3, 1500:] = -torch.inf
     ref[4, 1:] = logits[4, 1:] = -torch.inf  # one column left
-    ours = check_op(stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device)
+    ours = check_backend(
+        stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device
+    )
     named = dict(zip(EVERY, ours.outputs, strict=True))
     assert named["kl"].isinf().tolist() == [False, True, False, True, False, False]
     assert named["reverse_kl"].isinf().tolist() == [False, False, True, True, False, False]
@@ -420,7 +424,7 @@ def test_temperature_tensors(target, generator, per):
     shape = {"row": (3,), "token": (3, 4), "one": ()}[per]
     t = torch.rand(shape, generator=generator) + 0.5
     fn = stats(tokens, outputs=EVERY, temperature=t)
-    ours = check_op(fn, [logits, ref], backend=target.backend, device=target.device)
+    ours = check_backend(fn, [logits, ref], backend=target.backend, device=target.device)
     every = t.view(3, 1).expand(3, 4) if per == "row" else t.expand(3, 4)
     for b in range(3):
         for k in range(4):
@@ -439,7 +443,7 @@ def test_softcap(target, generator, softcap):
     logits[2, :4] = torch.tensor([-torch.inf, 1e4, -1e4, 0.0])
     ref, _ = draw((5,), 1300, generator, scale=20.0)
     fn = stats(tokens, outputs=EVERY, softcap=softcap, temperature=0.9)
-    check_op(fn, [logits, ref], backend=target.backend, device=target.device)
+    check_backend(fn, [logits, ref], backend=target.backend, device=target.device)
     got = fn(logits.to(target.device), ref.to(target.device))
     want = plain(*(softcap * torch.tanh(x.double() / softcap) if x.is_floating_point() else x
                    for x in (logits, tokens, ref)), 0.9, 0.5)  # fmt: skip
@@ -570,7 +574,7 @@ def test_parts_merge_into_the_whole(target, generator, dtype, cuts):
     tokens[4] = -100
     tokens[5] = 2699  # in the last part; what follows is padding
     options = {"outputs": PARTIAL, "temperature": 0.8, "vocab_size": 2700}
-    check_op(
+    check_backend(
         merged(tokens, cuts, **options),
         [logits, ref],
         reference=stats(tokens, **options),

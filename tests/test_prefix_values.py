@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import rewardops
 from rewardops.testing import (
-    check_op,
+    check_backend,
     evaluate,
     pack,
     random_groups,
@@ -136,7 +136,7 @@ def draw(batch, width, generator, holes=True):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
 def test_matches_the_trie(target, generator, holes, dtype):
     tokens, rewards, groups, mask = draw(24, 40, generator, holes)
-    ours = check_op(
+    ours = check_backend(
         values(tokens.to(dtype), groups, mask), [rewards], backend=target.backend, device=target.device
     )
     want = trie(tokens, rewards, groups, mask)
@@ -165,7 +165,7 @@ def test_options_match_the_trie(target, generator, name):
     weights = [torch.rand(24, generator=generator) + 0.1] if options.pop("weights", False) else []
     inputs = [rewards, *weights]
     where = {"backend": target.backend, "device": target.device}
-    ours = check_op(values(tokens, groups, mask, **options), inputs, **where)
+    ours = check_backend(values(tokens, groups, mask, **options), inputs, **where)
     want = trie(tokens, rewards, groups, mask, **options, **({"weights": weights[0]} if weights else {}))
     for a, b in zip(ours.outputs, want, strict=True):
         torch.testing.assert_close(a.cpu().double(), b.double(), rtol=2e-6, atol=2e-6)
@@ -199,7 +199,7 @@ def test_channels_are_columns(target, generator):
             ),
         ]
         for fn in fns:
-            ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+            ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
             for c in range(3):
                 alone = fn(rewards[:, c].to(target.device))
                 alone = [alone] if isinstance(alone, torch.Tensor) else alone
@@ -220,12 +220,12 @@ def test_std_matches_the_trie(target, generator):
 
     for ddof in (0, 1):
         fn = call(rewardops.prefix_std, tokens, groups, mask, ddof=ddof)
-        ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+        ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
         want = tries.fill(lambda b, t, ddof=ddof: std(b, t, ddof))
         torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=1e-6, atol=1e-7)
         assert bool((ours.outputs[0].cpu()[want == 0] == 0).all())
     weights = torch.rand(24, generator=generator)
-    check_op(
+    check_backend(
         call(rewardops.prefix_std, tokens, groups, mask),
         [torch.randn(24, generator=generator), weights],
         backend=target.backend,
@@ -296,7 +296,7 @@ def tree_rl_of(tries, rewards, form):
 def test_tree_rl_matches_the_trie(target, generator, form):
     tokens, rewards, groups, mask = draw(24, 40, generator)
     fn = call(rewardops.tree_rl_advantages, tokens, groups, mask, form=form)
-    ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
     want = tree_rl_of(Tries(tokens, groups, mask), rewards, form)
     torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=1e-5, atol=1e-5)
 
@@ -305,7 +305,7 @@ def test_tree_rl_matches_the_trie(target, generator, form):
 def test_siblings_match_the_trie(target, generator, scale):
     tokens, rewards, groups, mask = draw(24, 40, generator)
     fn = call(rewardops.sibling_advantages, tokens, groups, mask, scale=scale)
-    ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
     tries = Tries(tokens, groups, mask)
 
     def among(b, t):
@@ -321,14 +321,14 @@ def test_siblings_match_the_trie(target, generator, scale):
 
     torch.testing.assert_close(ours.outputs[0].cpu().double(), tries.fill(among), rtol=1e-4, atol=1e-4)
     weights = torch.rand(24, generator=generator) + 0.1
-    check_op(fn, [rewards, weights], backend=target.backend, device=target.device, ulps=64)
+    check_backend(fn, [rewards, weights], backend=target.backend, device=target.device, ulps=64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_reward_dtypes(target, generator, dtype):
     tokens, rewards, groups, mask = draw(12, 20, generator)
     for make in (values, tempo):
-        check_op(
+        check_backend(
             make(tokens, groups, mask), [rewards.to(dtype)], backend=target.backend, device=target.device
         )
 
@@ -355,9 +355,9 @@ def test_tempo_by_hand(target):
 
 def test_tempo_matches_float64(target, generator):
     tokens, rewards, groups, mask = draw(18, 30, generator)
-    check_op(tempo(tokens, groups, mask), [rewards], backend=target.backend, device=target.device)
-    check_op(tempo(tokens, groups), [rewards], backend=target.backend, device=target.device)
-    check_op(
+    check_backend(tempo(tokens, groups, mask), [rewards], backend=target.backend, device=target.device)
+    check_backend(tempo(tokens, groups), [rewards], backend=target.backend, device=target.device)
+    check_backend(
         tempo(tokens, groups, mask, scale="none"), [rewards], backend=target.backend, device=target.device
     )
 
@@ -394,7 +394,7 @@ def test_packed_equals_padded(target, generator, masked):
     packed_mask = pack(mask, lengths)[0] if masked else None
     for make in ALL:
         padded = evaluate(make(tokens, groups, mask), [rewards], backend=target.backend, device=target.device)
-        ours = check_op(
+        ours = check_backend(
             make(packed, groups, packed_mask, cu), [rewards], backend=target.backend, device=target.device
         )
         for a, b in zip(ours.outputs, padded.outputs, strict=True):
@@ -469,7 +469,7 @@ def test_long_rows(target, generator):
         tokens[i, place] += 1
     groups = torch.zeros(7, dtype=torch.int64)
     rewards = torch.randn(7, generator=generator)
-    ours = check_op(values(tokens, groups), [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(values(tokens, groups), [rewards], backend=target.backend, device=target.device)
     want = trie(tokens[:, :300], rewards, groups, torch.ones(7, 300).bool())
     for a, b in zip(ours.outputs, want, strict=True):
         torch.testing.assert_close(a[:, :300].cpu().double(), b.double(), rtol=1e-6, atol=1e-6)
@@ -478,7 +478,7 @@ def test_long_rows(target, generator):
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 def test_empty(target, shape):
     for make in ALL:
-        ours = check_op(
+        ours = check_backend(
             make(torch.zeros(shape).long(), torch.zeros(shape[0]).long()),
             [torch.ones(shape[0])],
             backend=target.backend,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import rewardops
 from rewardops import dispatch
-from rewardops.testing import assert_within_budget, check_op, evaluate, pack, random_mask
+from rewardops.testing import assert_within_budget, check_backend, evaluate, pack, random_mask
 
 CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
 KINDS = ("every_token", "flags", "ids")
@@ -70,7 +70,7 @@ def test_min_matches_the_loop(target, generator, kind):
     rewards = torch.randn(9, 31, generator=generator)
     mask = random_mask(9, 31, generator)
     steps = markers(kind, 9, 31, generator)
-    ours = check_op(
+    ours = check_backend(
         minimum(mask, None, steps), [rewards], backend=target.backend, device=target.device, ulps=4
     ).outputs[0]
     end = ends(kind, steps, mask)
@@ -88,13 +88,14 @@ def test_softmin_matches_float64(target, generator, kind, through):
     mask = random_mask(9, 31, generator)
     steps = markers(kind, 9, 31, generator)
     fn = softmin(mask, None, steps, temperature=0.3)
-    ours = check_op(fn, [rewards], backend=target.backend, device=target.device).outputs[0].cpu()
+    ours = check_backend(fn, [rewards], backend=target.backend, device=target.device).outputs[0].cpu()
     assert bool((ours[~ends(kind, steps, mask)] == 0).all())
     if not through:  # not a derivative: its own formula, weight times upstream
         fn = softmin(mask, None, steps, temperature=0.3, through_weights=False)
         got = evaluate(fn, [rewards], backend=target.backend, device=target.device).gradients[0].cpu()
         weight = torch.where(rewards != 0, ours / rewards, 0).double()
         up = torch.randn(9, 31, generator=torch.Generator().manual_seed(17), dtype=torch.float64)
+        up = up.bfloat16().double()
         torch.testing.assert_close(got.double(), weight * up, rtol=1e-4, atol=1e-6)
 
 
@@ -132,7 +133,7 @@ def test_packed_equals_padded(target, generator, kind, masked):
     packed_steps = None if steps is None else pack(steps, lengths)[0]
     for make in (minimum, softmin):
         padded = evaluate(make(mask, None, steps), [rewards], backend=target.backend, device=target.device)
-        ours = check_op(
+        ours = check_backend(
             make(packed_mask, cu, packed_steps), [packed], backend=target.backend, device=target.device
         )
         # The specification sums over the width of the tensor; Triton's blocks are counted from its end.
@@ -191,13 +192,13 @@ def test_long_rows_and_other_dtypes(target, generator, make):
         rewards = torch.randn(2, 2500, generator=generator).to(dtype)
         mask = random_mask(2, 2500, generator, empty_row=False)
         ids = torch.arange(2500).expand(2, -1) // 7
-        check_op(make(mask, None, ids), [rewards], backend=target.backend, device=target.device)
+        check_backend(make(mask, None, ids), [rewards], backend=target.backend, device=target.device)
 
 
 def test_strided_rows(target, generator):
     wide = torch.randn(4, 40, generator=generator)
     for make in (minimum, softmin):
-        check_op(
+        check_backend(
             lambda x, make=make: make()(x[:, 5:24]), [wide], backend=target.backend, device=target.device
         )
 
@@ -205,11 +206,11 @@ def test_strided_rows(target, generator):
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 @pytest.mark.parametrize("make", [minimum, softmin])
 def test_empty(target, shape, make):
-    ours = check_op(make(), [torch.ones(shape)], backend=target.backend, device=target.device)
+    ours = check_backend(make(), [torch.ones(shape)], backend=target.backend, device=target.device)
     assert ours.outputs[0].shape == shape
     packed = torch.ones(0)
     cu = torch.zeros(shape[0] + 1, dtype=torch.int32)
-    check_op(make(None, cu), [packed], backend=target.backend, device=target.device)
+    check_backend(make(None, cu), [packed], backend=target.backend, device=target.device)
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 20))
@@ -254,7 +255,7 @@ def test_max_is_the_mirror_of_min(target, generator, kind):
     mask = random_mask(7, 150, generator)
     steps = markers(kind, 7, 150, generator)
     where = {"backend": target.backend, "device": target.device}
-    ours = check_op(maximum(mask, None, steps), [rewards], **where)
+    ours = check_backend(maximum(mask, None, steps), [rewards], **where)
     mirror = evaluate(minimum(mask, None, steps), [-rewards], **where)
     assert torch.equal(ours.outputs[0], -mirror.outputs[0])
     assert torch.equal(ours.gradients[0], mirror.gradients[0])
@@ -268,7 +269,7 @@ def test_softmin_returns(target, generator, kind, mean):
     steps = markers(kind, 7, 90, generator)
     where = {"backend": target.backend, "device": target.device}
     fn = soft_minimum(mask, None, steps, temperature=0.3, mean=mean)
-    ours = check_op(fn, [rewards], ulps=32, **where).outputs[0].cpu()
+    ours = check_backend(fn, [rewards], ulps=32, **where).outputs[0].cpu()
     end = ends(kind, steps, mask)
     for b in range(7):
         for t in range(90):
@@ -359,8 +360,8 @@ def test_rows_that_start_anywhere(target, generator, make, kind):
     for shift, other, end in ((0, 0, 0), (3, 3, 3), (2, 1, 2)):
         part = [None if x is None else x[:, other : n - end + other - shift] for x in (mask, steps)]
         fn = make(part[0], None, part[1])
-        check_op(fn, [wide[:, shift : n - end]], ulps=32, **where)
+        check_backend(fn, [wide[:, shift : n - end]], ulps=32, **where)
     lengths = torch.full((9,), n // 2) - torch.arange(9)
     packed = [None if x is None else pack(x[:, :n], lengths)[0] for x in (wide, mask, steps)]
     cu = pack(wide[:, :n], lengths)[1]
-    check_op(make(packed[1], cu, packed[2]), packed[:1], ulps=32, **where)
+    check_backend(make(packed[1], cu, packed[2]), packed[:1], ulps=32, **where)

@@ -8,7 +8,7 @@ import torch
 import rewardops
 from rewardops import dispatch, layout, segments
 from rewardops.reference.segments import REDUCTIONS
-from rewardops.testing import check_op, random_mask
+from rewardops.testing import check_backend, random_mask
 
 
 def sums(mask=None, cu=None):
@@ -27,12 +27,12 @@ def test_row_sums(target, generator, dtype):
     mask[2] = False
     where = {"backend": target.backend, "device": target.device}
     for m in (None, mask):
-        ours = check_op(sums(m), [x], **where)
+        ours = check_backend(sums(m), [x], **where)
         kept = torch.ones_like(x, dtype=torch.bool) if m is None else m
         torch.testing.assert_close(ours.outputs[0].cpu(), torch.where(kept, x.double(), 0).sum(1).to(dtype))
-    poisoned = check_op(sums(mask), [x.masked_fill(~mask, 0)], **where)
+    poisoned = check_backend(sums(mask), [x.masked_fill(~mask, 0)], **where)
     cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    packed = check_op(sums(None, cu), [x[mask]], **where).outputs[0]
+    packed = check_backend(sums(None, cu), [x[mask]], **where).outputs[0]
     torch.testing.assert_close(packed, poisoned.outputs[0], rtol=1e-6, atol=1e-6)
 
 
@@ -99,14 +99,14 @@ def test_segment_reduce(target, generator, op):
     ids = step_ids(5, 90, generator)
     where = {"backend": target.backend, "device": target.device}
     num = int(ids[mask].max()) + 1
-    ours = check_op(reduce(op, ids, mask, num=num), [x], **where).outputs[0].cpu()
+    ours = check_backend(reduce(op, ids, mask, num=num), [x], **where).outputs[0].cpu()
     torch.testing.assert_close(ours.double(), by_hand(op, x, ids, mask, num), rtol=1e-6, atol=1e-6)
     # Fewer than there are, and more; packed.
-    fewer = check_op(reduce(op, ids, mask, num=3), [x], **where).outputs[0].cpu()
+    fewer = check_backend(reduce(op, ids, mask, num=3), [x], **where).outputs[0].cpu()
     assert torch.equal(fewer, ours[:, :3])
     assert not reduce(op, ids, mask, num=num + 20)(x.to(target.device))[:, num:].any()
     cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    packed = check_op(reduce(op, ids[mask], None, cu, num), [x[mask]], **where).outputs[0].cpu()
+    packed = check_backend(reduce(op, ids[mask], None, cu, num), [x[mask]], **where).outputs[0].cpu()
     torch.testing.assert_close(packed, ours, rtol=1e-6, atol=1e-6)
     dirty = reduce(op, ids, mask, num=num)(x.masked_fill(~mask, torch.nan).to(target.device))
     assert torch.equal(dirty.cpu(), reduce(op, ids, mask, num=num)(x.to(target.device)).cpu())
@@ -147,7 +147,7 @@ def test_steps_to_tokens(target, generator):
             own = torch.where(seen.cumsum(1) - seen < seen.sum(1, keepdim=True), seen.cumsum(1) - seen, -1)
         for fn, place in ((rewardops.segment_broadcast, False), (rewardops.place_at_step_end, True)):
             call = lambda s, fn=fn, m=markers: fn(s, m.to(s.device), mask=mask.to(s.device))  # noqa: E731
-            got = check_op(call, [steps], backend=target.backend, device=target.device).outputs[0].cpu()
+            got = check_backend(call, [steps], backend=target.backend, device=target.device).outputs[0].cpu()
             for b in range(4):
                 valid = mask[b].nonzero()[:, 0].tolist()
                 want = torch.zeros(30)
@@ -177,7 +177,7 @@ def test_step_errors(generator):
         (
             lambda: rewardops.segment_reduce(x, ids[:2]),
             ValueError,
-            r"steps: got shape \[2, 4\], want \[3, 4\]",
+            r"segments: got shape \[2, 4\], want \[3, 4\]",
         ),
         (lambda: rewardops.segment_reduce(x, ids, num_segments=-1), ValueError, "num_segments: got -1"),
         (lambda: rewardops.segment_reduce(x, None), TypeError, "segments: got None"),

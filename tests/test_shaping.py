@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops.testing import check_op, pack, random_mask
+from rewardops.testing import check_backend, pack, random_mask
 
 
 def there(device, *tensors):
@@ -30,7 +30,7 @@ def test_progress(target, generator, started):
         return rewardops.progress(q, f, start=start[0] if start else None, mask=m)
 
     inputs = [q.masked_fill(~(mask & flags), 0)] + ([start] if started else [])
-    got = check_op(fn, inputs, backend=target.backend, device=target.device).outputs[0].cpu()
+    got = check_backend(fn, inputs, backend=target.backend, device=target.device).outputs[0].cpu()
     want = torch.zeros_like(q)
     for b, ends in enumerate(step_ends(flags, mask)):
         before = float(start[b]) if started else 0.0
@@ -53,7 +53,7 @@ def test_clip_delta(target, generator, options):
         m, f = there(r.device, mask, flags)
         return rewardops.clip_delta(r, f, mask=m, **options)
 
-    got = check_op(fn, [r], backend=target.backend, device=target.device).outputs[0].cpu()
+    got = check_backend(fn, [r], backend=target.backend, device=target.device).outputs[0].cpu()
     eta = options.get("eta", 0.0)
     want = torch.zeros_like(r)
     for b, ends in enumerate(step_ends(flags, mask)):
@@ -76,7 +76,7 @@ def test_redistribute(target, generator):
     mask = random_mask(5, 20, generator)
     fn = lambda o, w: rewardops.redistribute(o, w, share=0.6, mask=mask.to(o.device))  # noqa: E731
     inputs = [torch.randn(5, generator=generator), torch.rand(5, 20, generator=generator)]
-    ours = check_op(fn, inputs, backend=target.backend, device=d).outputs[0].cpu()
+    ours = check_backend(fn, inputs, backend=target.backend, device=d).outputs[0].cpu()
     live = mask.any(1)
     torch.testing.assert_close(ours.sum(1)[live], inputs[0][live], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"share: got 1\.5"):
@@ -133,7 +133,7 @@ def test_budgets(target, generator, kind, size):
     def fn(s):
         return rewardops.budget_advantages(s, group_size=size, probs=(probs * 5).tolist(), baseline=kind)
 
-    got = check_op(fn, [scores], backend=target.backend, device=target.device).outputs[0].cpu()
+    got = check_backend(fn, [scores], backend=target.backend, device=target.device).outputs[0].cpu()
     torch.testing.assert_close(got, brpo_loop(scores, probs, size, kind))
     assert rewardops.budget_advantages(torch.zeros(0, 3), group_size=1).shape == (0, 3)
     torch.testing.assert_close(rewardops.budget_returns(scores)[:, 0], scores.mean(1))

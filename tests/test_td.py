@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rewardops
 from rewardops import dispatch
-from rewardops.testing import check_op, evaluate, pack, random_mask
+from rewardops.testing import check_backend, evaluate, pack, random_mask
 
 CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
 HOLES = ("hold", "decay")
@@ -66,7 +66,7 @@ def test_gae_matches_the_loop(target, generator, hole, factors):
     r, v, mask, boot = draw(7, 29, generator)
     gamma, lam = factors
     fn = gae(gamma=gamma, lam=lam, mask=mask, hole=hole)
-    ours = check_op(fn, [r, v, boot], backend=target.backend, device=target.device)
+    ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device)
     want = loop(r, v, mask, gamma, lam, hole, boot)
     torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
     returns = torch.where(mask, want + v, 0)
@@ -80,7 +80,7 @@ def test_gae_matches_float64(target, generator, dtype, width):
     r, v, mask, boot = draw(3, width, generator, dtype)
     for options in ({}, {"mask": mask}, {"mask": mask, "hole": "decay"}):
         fn = gae(gamma=0.97, lam=0.9, **options)
-        check_op(fn, [r, v, boot], backend=target.backend, device=target.device)
+        check_backend(fn, [r, v, boot], backend=target.backend, device=target.device)
 
 
 def test_factors_per_row_and_per_token(target, generator):
@@ -99,7 +99,7 @@ def test_factors_per_row_and_per_token(target, generator):
             for x in (gamma, lam)
         ]
         fn = gae(gamma=dirty[0], lam=dirty[1], mask=mask, hole=hole)
-        ours = check_op(fn, [r, v, boot], backend=target.backend, device=target.device)
+        ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device)
         want = loop(r, v, mask, gamma, lam, hole, boot)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
 
@@ -112,11 +112,11 @@ def test_discounted_returns(target, generator, hole):
         fn = lambda r, boot, g=gamma: rewardops.discounted_returns(  # noqa: E731
             r, gamma=g, bootstrap=boot, mask=mask.to(r.device), hole=hole
         )
-        ours = check_op(fn, [r, boot], backend=target.backend, device=target.device)
+        ours = check_backend(fn, [r, boot], backend=target.backend, device=target.device)
         want = loop(r, none, mask, gamma, 1.0, hole, boot)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
         plain = lambda r, g=gamma: rewardops.discounted_returns(r, gamma=g, mask=mask.to(r.device), hole=hole)  # noqa: E731
-        check_op(plain, [r], backend=target.backend, device=target.device)
+        check_backend(plain, [r], backend=target.backend, device=target.device)
 
 
 def test_lambda_returns(target, generator):
@@ -145,7 +145,7 @@ def test_vtrace(target, generator, clips):
             trace_clip=clips[1], advantage_rho_clip=clips[2], bootstrap=boot, mask=mask.to(r.device),
         )  # fmt: skip
 
-    ours = check_op(fn, [r, v, boot], backend=target.backend, device=target.device, ulps=32)
+    ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device, ulps=32)
     ratio = log_ratio.double().exp()
     rho, trace, own = (ratio if c is None else ratio.clamp(max=c) for c in clips)
     targets = loop(r, v, mask, 0.95, 0.9, "hold", boot, rho, trace) + torch.where(mask, v, 0)
@@ -284,7 +284,7 @@ def test_rows_that_start_anywhere(target, generator, batch):
         r, v = wide[0][:, shift : n - end], wide[1][:, other : n - end + other - shift]
         for m in (None, mask[:, shift : n - end]):
             fn = gae(gamma=0.99, lam=0.9, mask=m)
-            check_op(fn, [r, v], backend=target.backend, device=target.device)
+            check_backend(fn, [r, v], backend=target.backend, device=target.device)
     lengths = torch.full((batch,), n // 2) - torch.arange(batch)  # packed rows of odd lengths
     packed, cu = pack(wide[0][:, :n], lengths)
     values, _ = pack(wide[1][:, :n], lengths)
@@ -295,7 +295,7 @@ def test_rows_that_start_anywhere(target, generator, batch):
             where = {"cu_seqlens": cu.to(r.device, dtype)}
             return rewardops.vtrace(r, v, ratio.to(r), lam=0.9, **where)
 
-        check_op(fn, [packed, values], backend=target.backend, device=target.device)
+        check_backend(fn, [packed, values], backend=target.backend, device=target.device)
 
 
 @pytest.mark.parametrize("shape", [(16_384, 5), (1, 262_144)], ids=str)
@@ -326,11 +326,13 @@ def test_bits_do_not_depend_on_threads(generator):
 def test_strided_rows_and_empty(target, generator):
     wide = torch.randn(3, 60, generator=generator)
     fn = lambda x: rewardops.gae(x[:, 5:41], x[:, 20:56], gamma=0.9, lam=0.9)  # noqa: E731
-    check_op(fn, [wide], backend=target.backend, device=target.device)
+    check_backend(fn, [wide], backend=target.backend, device=target.device)
     for shape in ((0, 4), (3, 0)):
-        check_op(gae(), [torch.ones(shape), torch.ones(shape), torch.ones(shape[0])], backend=target.backend)
+        check_backend(
+            gae(), [torch.ones(shape), torch.ones(shape), torch.ones(shape[0])], backend=target.backend
+        )
     cu = torch.zeros(4, dtype=torch.int32)
-    check_op(gae(cu_seqlens=cu), [torch.ones(0), torch.ones(0), torch.ones(3)], backend=target.backend)
+    check_backend(gae(cu_seqlens=cu), [torch.ones(0), torch.ones(0), torch.ones(3)], backend=target.backend)
 
 
 @given(seed=st.integers(0, 10**6), hole=st.sampled_from(HOLES))

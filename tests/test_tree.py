@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops.testing import check_op, evaluate
+from rewardops.testing import check_backend, evaluate
 
 REDUCES = ["mean", "max", "min", "softmax", "sum"]
 # root -> {a: {a1 = 1, a2 = 0}, b: {b1 = 0}}; the order of nodes means nothing
@@ -87,7 +87,7 @@ def test_matches_recursion(target, generator, reduce, visits):
         visits = torch.randint(0, 4, (70,), generator=generator)
     for temperature in (1.0, 0.2) if reduce == "softmax" else (1.0,):
         fn = values(parent, reduce, visits=visits, temperature=temperature)
-        ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+        ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
         want = oracle(parent, rewards, reduce, visits, temperature)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=1e-6, atol=1e-6)
         grad = rewards.double().to(target.device).requires_grad_()
@@ -102,7 +102,9 @@ def test_advantages_match_float64(target, generator, kind):
     def fn(r):
         return rewardops.tree_advantages(parent.to(r.device), r, kind=kind, max_depth=depth_of(parent))
 
-    ours = check_op(fn, [rewards], backend=target.backend, device=target.device).outputs[0].cpu().double()
+    ours = (
+        check_backend(fn, [rewards], backend=target.backend, device=target.device).outputs[0].cpu().double()
+    )
     v = oracle(parent, rewards, "mean", "leaves" if kind == "tree_rl" else None)
     up = torch.where(parent < 0, torch.arange(40), parent)
     root = up
@@ -192,7 +194,7 @@ def test_a_chain(target):
     parent = torch.arange(n) - 1
     rewards = torch.arange(float(n))
     fn = values(parent, "mean")
-    ours = check_op(fn, [rewards], backend=target.backend, device=target.device)
+    ours = check_backend(fn, [rewards], backend=target.backend, device=target.device)
     assert bool((ours.outputs[0] == n - 1).all())
 
 
@@ -200,7 +202,9 @@ def test_the_same_bits_in_any_dtype(target, generator):
     parent = random_tree(30, generator)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         rewards = torch.randn(30, generator=generator).to(dtype)
-        out = check_op(values(parent, "softmax"), [rewards], backend=target.backend, device=target.device)
+        out = check_backend(
+            values(parent, "softmax"), [rewards], backend=target.backend, device=target.device
+        )
         again = evaluate(values(parent, "softmax"), [rewards], backend=target.backend, device=target.device)
         assert out.outputs[0].dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
         assert torch.equal(out.outputs[0], again.outputs[0])

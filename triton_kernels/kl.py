@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 
 import torch
 import triton
@@ -152,10 +151,6 @@ def token_kl_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _split(value: float) -> tuple[float, float]:
-    return (value, 0.0) if math.isinf(value) else pair(value)
-
-
 def _run(
     grad: Tensor | None,
     logprob: Tensor,
@@ -178,7 +173,7 @@ def _run(
             pointer(grad, logprob), logprob, ref_logprob,
             logprob if mask is None else mask.contiguous().view(torch.uint8),
             pointer(behavior, logprob), pointer(rewards, logprob), out, out_ref, count,
-            *(part for value in scalars for part in _split(value)),
+            *(part for value in scalars for part in pair(value)),
             ESTIMATOR=ESTIMATORS.index(estimator), HAS_MASK=mask is not None, HAS_BEHAVIOR=behavior is not None,
             HAS_REWARDS=rewards is not None, LIVE=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
             TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 
 import numpy as np
@@ -37,7 +38,7 @@ def splits(tensor: Tensor, programs: int, blocks: int, per_multiprocessor: int =
 def pair(value: float) -> tuple[float, float]:
     """A scalar as two float32 parts: kernels receive floats as float32, and float64 inputs need more."""
     high = float(np.float32(value))
-    return high, float(np.float32(value - high))
+    return high, 0.0 if math.isinf(high) else float(np.float32(value - high))
 
 
 def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:

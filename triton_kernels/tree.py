@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rewardops.tree import REDUCES
 
-from ..reference.tree import at_nodes, at_nodes_backward, depths, tree_values_backward
+from ..reference.tree import at_nodes, at_nodes_backward, depths, path_ends, tree_values_backward
 from .launch import pair, pointer
 
-__all__ = ["at_nodes", "at_nodes_backward", "tree_values", "tree_values_backward"]
+__all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
 
 CHILDREN = 16
 

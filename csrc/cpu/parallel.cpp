@@ -88,20 +88,13 @@ class Pool {
 std::atomic<Team> openmp{nullptr};
 
 // Never destroyed: its threads sleep until the process ends. A forked child has none of the threads, so it
-// gets a pool of its own.
-std::atomic<Pool*> pool{nullptr};
+// gets a pool of its own; from when the module is loaded, as torch may use its runtime before we do.
+std::atomic<Pool*> pool{new Pool};
 
-Pool& the_pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] {
-      pool = new Pool;
-      openmp = nullptr;
-    });
-  });
-  return *pool;
-}
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  pool = new Pool;
+  openmp = nullptr;
+});
 
 }  // namespace
 
@@ -119,10 +112,9 @@ void parallel_for(int64_t items, int64_t grain, int threads,
   // A few ranges per thread even out rows of different length.
   const int64_t even = items / (used * 4);
   job.chunk = even > grain ? even : grain;
-  Pool& pool = the_pool();
   if (const Team team = openmp) {
     team([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(used), 0);
-  } else if (!pool.run(job, static_cast<int>(used) - 1)) {
+  } else if (!pool.load()->run(job, static_cast<int>(used) - 1)) {
     return body(0, items);
   }
   if (job.error) std::rethrow_exception(job.error);

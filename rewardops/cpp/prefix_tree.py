@@ -102,7 +102,7 @@ def subtree_sums_backward(
     head, _kept = _subtrees(x, weights, centre, rows, nodes, gamma)
     up = grad.contiguous()
     grad_x = x.new_empty(x.shape)
-    grad_weights = x.new_empty(0 if weights is None else weights.shape)
+    grad_weights = x.new_zeros(0 if weights is None else weights.shape)  # of no channels nothing is written
     outs = (address(grad_x), 0 if weights is None else address(grad_weights))
     compiled_module().subtree_sums(*head, 0, address(up), *outs, threads())  # type: ignore[union-attr]
     return grad_x, grad_weights

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch import compiled_module
-from ..reference.tree import at_nodes, at_nodes_backward
+from ..reference.tree import at_nodes, at_nodes_backward, path_ends
 from ..tree import REDUCES
 from .memory import address, dense
 
-__all__ = ["at_nodes", "at_nodes_backward", "tree_values", "tree_values_backward"]
+__all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
 
 
 def _module() -> Any:

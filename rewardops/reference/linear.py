@@ -27,9 +27,8 @@ def precision(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, wide: torch.dtype) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        x = torch.where(valid[..., None], hidden, 0).to(wide) @ weight.to(wide).T
-        return x if bias is None else x + bias.to(wide)
+    x = torch.where(valid[..., None], hidden, 0).to(wide) @ weight.to(wide).T
+    return x if bias is None else x + bias.to(wide)
 
 
 class _Problem:
@@ -79,9 +78,8 @@ class _Problem:
             kept = torch.where(self.valid[..., None], hidden, 0).to(self.wide).reshape(-1, hidden.shape[-1])
             flat = g.reshape(-1, g.shape[-1])
             to_hidden, to_weight, to_bias = needs[3 * k : 3 * k + 3]
-            with torch.autocast(hidden.device.type, enabled=False):
-                found.append((g @ weight.to(self.wide)).to(hidden.dtype) if to_hidden else self._none())
-                found.append((flat.T @ kept).to(weight.dtype) if to_weight else self._none())
+            found.append((g @ weight.to(self.wide)).to(hidden.dtype) if to_hidden else self._none())
+            found.append((flat.T @ kept).to(weight.dtype) if to_weight else self._none())
             found.append(flat.sum(0).to(bias.dtype) if to_bias and bias is not None else self._none())
         return found
 

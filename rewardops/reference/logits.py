@@ -439,7 +439,7 @@ def token_stats_backward(
     given = {name: g for name, g in zip(outputs, grads, strict=True) if g is not None}
     up = {name: torch.where(valid, given.get(name, zero), 0) for name in OUTPUTS}
     for name in ("kl", "reverse_kl"):
-        if name in given:  # an infinite divergence does not change with the logits
+        if name in known:  # an infinite divergence does not change with the logits
             infinite = known[name].isinf()
             up[name], known[name] = torch.where(infinite, 0, up[name]), torch.where(infinite, 0, known[name])
     for name in ("logprob", "ref_logprob"):

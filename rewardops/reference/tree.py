@@ -15,6 +15,13 @@ def at_nodes_backward(grad: Tensor, index: Tensor, size: int) -> Tensor:
     return grad.new_zeros(size, grad.shape[1]).index_put_((index,), grad, accumulate=True)
 
 
+def path_ends(step: Tensor) -> Tensor:
+    """Where following ``step`` from each node ends: at the first node that is its own step."""
+    for _ in range(step.shape[0].bit_length()):
+        step = step[step]
+    return step
+
+
 def depths(parent: Tensor) -> Tensor:
     """Edges above each node; by pointer jumping, so that nothing is read back."""
     own = torch.arange(parent.shape[0], device=parent.device)

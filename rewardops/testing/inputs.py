@@ -1,6 +1,9 @@
-"""Generators of awkward inputs: ragged rows, holes, groups in any order, rows that share prefixes."""
+"""Generators of awkward inputs: ragged rows, holes, groups in any order, shared prefixes, odd logits."""
 
 from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +57,137 @@ def shared_prefix_tokens(groups: Tensor, width: int, generator: torch.Generator,
             depth = int(torch.randint(0, width + 1, (), generator=generator))
             tokens[i, :depth] = tokens[j, :depth]
     return tokens
+
+
+# ---- logits ------------------------------------------------------------------------------------------------
+
+LOGITS = (
+    "normal",
+    "far above zero",
+    "far below zero",
+    "peaked",
+    "equal",
+    "tiny",
+    "minus infinity",
+    "one column",
+)
+
+
+def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Generator) -> Tensor:
+    """Rows of logits ``[rows, vocab]``, float32, of a kind out of ``LOGITS`` that kernels get wrong.
+
+    ``far above zero`` and ``far below zero`` are offset by 1e4: sums that are not taken relative to the largest
+    logit lose their digits, a maximum that starts from 0 is wrong, and so is a padding column that counts as 0.
+    ``peaked`` rows have an entropy near 0. ``minus infinity`` has it in a tenth of the columns and in all of the
+    first half of the last row; ``one column`` in all columns but one.
+    """
+    if kind not in LOGITS:
+        raise ValueError(f"kind: got {kind!r}, want one of {', '.join(repr(k) for k in LOGITS)}")
+    x = torch.randn(rows, vocab, generator=generator) * 3
+    column = torch.randint(0, vocab, (rows, 1), generator=generator)
+    if kind.startswith("far"):
+        x += 1e4 if kind == "far above zero" else -1e4
+    elif kind == "peaked":
+        x.scatter_(1, column, 40.0)
+    elif kind == "equal":
+        x = x[:, :1].expand(rows, vocab).clone()
+    elif kind == "tiny":
+        x *= 1e-30
+    elif kind == "minus infinity":
+        x[torch.rand(rows, vocab, generator=generator) < 0.1] = -torch.inf
+        x[-1:, : vocab // 2] = -torch.inf
+        x.scatter_(1, column.clamp(min=vocab // 2), 1.0)  # no row is without mass
+    elif kind == "one column":
+        x = torch.full_like(x, -torch.inf).scatter_(1, column, 2.0)
+    return x
+
+
+def far_rows(x: Tensor) -> Tensor:
+    """The rows of ``x`` ``[rows, width]`` in a view whose last row begins more than 2^31 elements after the first.
+
+    Offsets in 32 bits wrap around, to memory before the first row: it is there, and holds zeros. On the CPU only
+    the pages that are used take memory; on a GPU all of it does (2^32 elements and more).
+    """
+    rows, width = x.shape
+    stride = 2**31 // max(rows - 1, 1) + 4096
+    before = 2**31 + 4096
+    total = before + (rows - 1) * stride + width
+    if x.device.type == "cpu":
+        buffer = _unreserved(total * x.element_size()).view(x.dtype)
+    else:
+        buffer = torch.zeros(total, dtype=x.dtype, device=x.device)
+    view = buffer.as_strided((rows, width), (stride, 1), before)
+    with torch.no_grad():
+        view.copy_(x)
+    return view
+
+
+def _unreserved(size: int) -> Tensor:
+    """Zeroed memory of which only the pages that are touched are given out."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
+
+
+def logit_cases(
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    vocabs: Sequence[int] = (1, 7, 1000, 4099),
+    rows: int = 5,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    far: bool = True,
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Cases ``(name, (logits [rows, vocab], tokens [rows]))`` for :func:`check_op`.
+
+    Every kind of :func:`adversarial_logits` in every dtype, vocabularies that fill no block, rows with a stride,
+    and with ``far`` :func:`far_rows` (on a GPU only where 40 GiB are free).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(logits: Tensor) -> Tensor:
+        return logits.float().argmax(1)  # a column with mass
+
+    for dtype in dtypes:
+        short = str(dtype).removeprefix("torch.")
+        for vocab in vocabs:
+            for kind in LOGITS:
+                logits = adversarial_logits(kind, rows, vocab, generator).to(device, dtype)
+                yield f"{kind}, {short}, V={vocab}", (logits, tokens(logits))
+        wide = torch.randn(rows, 2 * vocabs[-1], generator=generator).to(device, dtype)
+        logits = wide[:, : vocabs[-1]]
+        yield f"strided rows, {short}", (logits, tokens(logits))
+    if far and (torch.device(device).type == "cpu" or torch.cuda.mem_get_info()[0] > 40 * 2**30):
+        logits = far_rows(torch.randn(rows, vocabs[-1], generator=generator).to(device, dtypes[0]))
+        yield "rows 2^31 elements apart", (logits, tokens(logits))
+
+
+def reward_cases(
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    batch: int = 24,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Cases ``(name, (rewards [B], groups [B]))`` for :func:`check_op`.
+
+    Groups in any order with one of a single row, all rewards equal, rewards of 0 and 1, rewards far from 0 and
+    close together, one outlier, and an empty batch.
+    """
+    g = torch.Generator().manual_seed(seed)
+    groups = random_groups(batch, g)
+    groups[: batch // 2] = groups[batch // 2 :]
+    kinds = {
+        "normal": torch.randn(batch, generator=g),
+        "zero or one": (torch.rand(batch, generator=g) > 0.5).float(),
+        "equal": torch.full((batch,), 0.7),
+        "far from zero": 1e4 + torch.randn(batch, generator=g),
+        "an outlier": torch.randn(batch, generator=g).index_fill(0, torch.tensor(0), 1e6),
+        "empty": torch.zeros(0),
+    }
+    for dtype in dtypes:
+        for kind, rewards in kinds.items():
+            labels = groups[: len(rewards)]
+            yield (
+                f"{kind}, {str(dtype).removeprefix('torch.')}",
+                (rewards.to(device, dtype), labels.to(device)),
+            )

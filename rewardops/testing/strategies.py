@@ -1,0 +1,300 @@
+"""Hypothesis strategies of what ops on rewards and logits take: ragged rows, groups, steps, tokens, logits.
+
+Sizes, kinds and a seed are drawn, and tensors made from them on the CPU: a failing example shrinks to few rows, few
+tokens and the plainest kind. What a mask hides is NaN, infinite or anything else, for it must not matter. The one
+module here that needs hypothesis, so ``import`` it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from .inputs import LOGITS, adversarial_logits, pack, random_groups, random_mask, shared_prefix_tokens
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16)
+
+
+def generators() -> st.SearchStrategy[torch.Generator]:
+    """Generators on the CPU, by their seed."""
+    return st.integers(0, 2**31 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """float32 first, then bfloat16, float16 and float64."""
+    return st.sampled_from(FLOATS)
+
+
+def sizes(most: int) -> st.SearchStrategy[int]:
+    """0 to ``most``: small, or next to the widths of registers and blocks, where tails are."""
+    edges = [n for p in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) for n in (p - 1, p, p + 1)]
+    near = [n for n in edges if 9 <= n <= most]
+    small = st.integers(0, min(9, most))
+    return small | st.sampled_from(near) if near else small
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens, padded to ``[B, width]`` or packed to ``[N]``, with a mask or without."""
+
+    lengths: Tensor
+    """``[B]``; of padded rows all are ``width``."""
+    width: int
+    mask: Tensor | None
+    """bool, ``[B, width]`` or ``[N]``; it may have holes, and rows without a valid token."""
+    cu_seqlens: Tensor | None
+    """``[B + 1]``; None for padded rows."""
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a tensor with a value per token."""
+        return (self.batch, self.width) if self.cu_seqlens is None else (int(self.lengths.sum()),)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens count."""
+        return torch.ones(self.shape, dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
+    def live(self) -> Tensor:
+        """``[B]``, which rows have a token that counts."""
+        if self.cu_seqlens is None:
+            return self.valid.any(1)
+        row = torch.repeat_interleave(self.lengths)
+        return torch.bincount(row, self.valid.double(), minlength=self.batch) > 0
+
+    def take(self, padded: Tensor) -> Tensor:
+        """Values ``[B, width, ...]`` in the layout of these rows."""
+        return padded if self.cu_seqlens is None else pack(padded, self.lengths)[0]
+
+
+MASKS = ("all", "ragged", "holes", "left-padded", "one token a row", "none")
+
+
+def masks(batch: int, width: int) -> st.SearchStrategy[Tensor]:
+    """bool ``[batch, width]``: ragged at either end, with holes, with empty rows, all or none valid."""
+    return st.builds(_mask, st.sampled_from(MASKS), st.just(batch), st.just(width), generators())
+
+
+def _mask(kind: str, batch: int, width: int, generator: torch.Generator) -> Tensor:
+    if kind in ("all", "none"):
+        return torch.full((batch, width), kind == "all")
+    if kind == "one token a row":
+        mask = torch.zeros(batch, width, dtype=torch.bool)
+        return mask.scatter_(
+            1, torch.randint(0, max(width, 1), (batch, min(width, 1)), generator=generator), True
+        )
+    mask = random_mask(batch, width, generator, holes=kind == "holes")
+    return mask.flip(1) if kind == "left-padded" else mask
+
+
+@st.composite
+def rows(
+    draw: Draw,
+    *,
+    max_batch: int = 6,
+    max_width: int = 17,
+    packed: bool | None = None,
+    masked: bool | None = None,
+) -> Rows:
+    """Rows in either layout: no rows, rows without tokens, and tokens without a row's worth among them.
+
+    Args:
+        packed, masked: None for either.
+    """
+    batch, width = draw(st.integers(0, max_batch)), draw(sizes(max_width))
+    packed = draw(st.booleans()) if packed is None else packed
+    masked = draw(st.booleans()) if masked is None else masked
+    mask = draw(masks(batch, width)) if masked else None
+    lengths = torch.full((batch,), width)
+    if not packed:
+        return Rows(lengths, width, mask, None)
+    if draw(st.booleans()):
+        # Ragged, and some of no token at all.
+        lengths = draw(
+            generators().map(lambda g: torch.randint(-1, width + 1, (batch,), generator=g).clamp(min=0))
+        )
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    cu = offsets.to(draw(st.sampled_from((torch.int32, torch.int64))))
+    return Rows(lengths, width, None if mask is None else pack(mask, lengths)[0], cu)
+
+
+def mask_forms(mask: Tensor) -> st.SearchStrategy[Tensor]:
+    """The same mask as bool, integers or floats."""
+    forms = (torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16)
+    return st.sampled_from(forms).map(mask.to)
+
+
+# ---- what rows hold ----------------------------------------------------------------------------------------
+
+REWARDS = ("normal", "zero or one", "equal", "quarters", "far from zero", "outlier", "tiny", "zero")
+
+
+def rewards(
+    batch: int, *, channels: int | None = None, dtype: torch.dtype = torch.float32
+) -> st.SearchStrategy[Tensor]:
+    """``[batch]`` (or ``[batch, channels]``): with ties, all equal, far from 0 and close together, an outlier."""
+    shape = (batch,) if channels is None else (batch, channels)
+    return numbers(shape, REWARDS, dtype=dtype)
+
+
+def numbers(
+    shape: Sequence[int], kinds: Sequence[str] = REWARDS, *, dtype: torch.dtype = torch.float32
+) -> st.SearchStrategy[Tensor]:
+    """Numbers of any shape, of a kind out of ``REWARDS`` and ``("positive", "fraction", "log-probability")``."""
+    return st.builds(_numbers, st.sampled_from(kinds), st.just(tuple(shape)), st.just(dtype), generators())
+
+
+def _numbers(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=generator)
+    if kind == "zero or one":
+        x = (x > 0).float()
+    elif kind == "equal":
+        x = torch.full(shape, 0.7)
+    elif kind == "zero":
+        x = torch.zeros(shape)
+    elif kind == "quarters":  # ties, and sums that are exact
+        x = (x * 4).round() / 4
+    elif kind == "far from zero":
+        x = x + 1e3
+    elif kind == "outlier":
+        x.view(-1)[:1] = 1e4
+    elif kind == "tiny":
+        x = x * (1e-3 if dtype is torch.float16 else 1e-6)
+    elif kind == "positive":
+        x = x.abs() + 2**-6
+    elif kind == "fraction":
+        x = torch.rand(shape, generator=generator)
+    elif kind == "log-probability":
+        x = -(x.square())
+    elif kind != "normal":
+        raise ValueError(
+            f"kinds: got {kind!r}, want one of {REWARDS}, 'positive', 'fraction', 'log-probability'"
+        )
+    return x.to(dtype)
+
+
+GROUPS = ("random", "contiguous", "one", "alone")
+
+
+def groups(batch: int) -> st.SearchStrategy[Tensor]:
+    """Labels ``[batch]``, int64, int32 or int16: ragged and in any order, one group, or as many as rows."""
+    return st.builds(
+        _groups, st.sampled_from(GROUPS), st.just(batch), st.sampled_from(INTEGERS), generators()
+    )
+
+
+def _groups(kind: str, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if kind == "random":
+        # Labels of 64 bits where there are as many: what a narrower comparison would confuse.
+        labels = random_groups(batch, generator)
+        return labels if dtype is torch.int64 else (labels % 9973).to(dtype)
+    if kind == "alone":
+        return torch.randperm(batch, generator=generator).to(dtype)
+    return torch.arange(batch).div(batch if kind == "one" else 3, rounding_mode="floor").to(dtype)
+
+
+STEPS = ("flags", "every token", "no flag", "ids", "ids with gaps", "one step", "of no step")
+
+
+def steps(layout: Rows, *, kinds: Sequence[str] = STEPS) -> st.SearchStrategy[Tensor]:
+    """Step-end flags (bool) or step ids (integers that never fall along a row's valid tokens, negative for none)."""
+    return st.builds(_steps, st.sampled_from(kinds), st.just(layout), st.sampled_from(INTEGERS), generators())
+
+
+def _steps(kind: str, layout: Rows, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    shape = (layout.batch, layout.width)
+    ends = torch.rand(shape, generator=generator) < 0.3
+    if kind in ("flags", "every token", "no flag"):
+        found = ends if kind == "flags" else torch.full(shape, kind == "every token")
+        return layout.take(found)
+    ids = (ends.cumsum(1) - ends.long()).clamp(max=1000)
+    if kind == "ids with gaps":
+        ids = torch.where(torch.rand(shape, generator=generator) < 0.2, -1, 3 * ids)
+    elif kind == "one step":
+        ids = torch.zeros(shape, dtype=torch.int64)
+    elif kind == "of no step":
+        ids = torch.full(shape, -1)
+    found = layout.take(ids).to(dtype)
+    anything = torch.randint(-9, 9, layout.shape, generator=generator).to(dtype)
+    return torch.where(layout.valid, found, anything)
+
+
+TOKENS = ("shared prefixes", "equal", "different")
+
+
+def tokens(layout: Rows, labels: Tensor, *, vocab: int = 3) -> st.SearchStrategy[Tensor]:
+    """Integer ids whose rows branch off one another at random depths within their group, or all equal, or none."""
+    return st.builds(
+        _tokens,
+        st.sampled_from(TOKENS),
+        st.just(layout),
+        st.just(labels),
+        st.just(vocab),
+        st.sampled_from(INTEGERS),
+        generators(),
+    )
+
+
+def _tokens(
+    kind: str, layout: Rows, labels: Tensor, vocab: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if kind == "shared prefixes":
+        found = shared_prefix_tokens(labels, layout.width, generator, vocab=vocab)
+    elif kind == "equal":
+        found = torch.zeros((layout.batch, layout.width), dtype=torch.int64)
+    else:
+        found = torch.arange(layout.batch * layout.width).reshape(layout.batch, layout.width)
+    return layout.take(found).to(dtype)
+
+
+# ---- logits ------------------------------------------------------------------------------------------------
+
+LOGIT_KINDS = (*LOGITS, "denormal", "mixed")
+
+
+def logits(
+    shape: Sequence[int], vocab: int, *, dtype: torch.dtype = torch.float32
+) -> st.SearchStrategy[Tensor]:
+    """``[*shape, vocab]``: of a kind of :data:`rewardops.testing.LOGITS`, denormal, or each row of another kind.
+
+    No row is without mass, none holds NaN.
+    """
+    return st.builds(
+        _logits,
+        st.sampled_from(LOGIT_KINDS),
+        st.just(tuple(shape)),
+        st.just(vocab),
+        st.just(dtype),
+        generators(),
+    )
+
+
+def _logits(
+    kind: str, shape: tuple[int, ...], vocab: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    count = int(torch.Size(shape).numel())
+    if kind == "denormal":
+        least = torch.finfo(torch.float16 if dtype is torch.float16 else torch.float32).tiny / 10
+        x = torch.randn(count, vocab, generator=generator, dtype=torch.float64) * least
+    elif kind == "mixed":
+        each = [adversarial_logits(k, count, vocab, generator) for k in LOGITS]
+        x = torch.stack([each[i % len(each)][i] for i in range(count)]) if count else each[0]
+    else:
+        x = adversarial_logits(kind, count, vocab, generator)
+    return x.reshape(*shape, vocab).to(dtype)

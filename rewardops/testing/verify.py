@@ -1,0 +1,421 @@
+"""Every op on every backend of this machine, held to float64: ``python -m rewardops verify``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from .budgets import EXACT, Error
+from .calls import FAMILIES, LAYOUTS, Batch, Call, calls, make_batch
+from .checks import Comparison, Outcome, compare, evaluate, same_bits
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The products of hidden states in half precision are the vendor library's, and rounded as it likes.
+FLOAT32 = ("linear",)
+SEEDS = 3
+REPEATS = 3
+
+
+# ---- cases -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of :func:`make_batch`, by a name."""
+
+    name: str
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+    def batches(self, device: str) -> list[Batch]:
+        made = self._on_cpu
+        return made if device == "cpu" else [batch.to(device) for batch in made]
+
+    @functools.cached_property
+    def _on_cpu(self) -> list[Batch]:
+        return [make_batch(dtype=self.dtype, seed=seed, **self.options) for seed in range(SEEDS)]
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """Layouts by dtypes, ragged and whole rows, odd sizes, NaN behind the mask, adversarial logits."""
+    usual = {"rows": 12, "width": 33, "vocab": 130, "poison": True}
+    shapes: dict[str, dict[str, Any]] = {
+        "ragged": usual,
+        "whole rows": {**usual, "full": True},
+        "one token": {"rows": 1, "width": 1, "vocab": 1},
+        "no row": {"rows": 0, "width": 0, "vocab": 3},
+        "no token": {"rows": 3, "width": 0, "vocab": 3},
+        "long rows": {"rows": 3, "width": 700, "vocab": 5, "poison": True},
+    }
+    for kind in ("far above zero", "far below zero", "peaked", "equal", "tiny", "minus infinity"):
+        shapes[f"logits {kind}"] = {**usual, "logits": kind}
+    for layout in LAYOUTS:
+        for dtype in DTYPES[: 2 if quick else 3]:
+            for name, options in shapes.items():
+                if quick and (name not in ("ragged", "no token") or (dtype, layout) == (DTYPES[1], "packed")):
+                    continue
+                short = str(dtype).removeprefix("torch.")
+                yield Case(f"{layout}, {short}, {name}", dtype, {**options, "layout": layout})
+
+
+# ---- one call on one backend -------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """A line of the table: one call of an op on one backend, over all cases."""
+
+    call: str
+    backend: str
+    cases: int = 0
+    error: Error = EXACT
+    gradient: Error = EXACT
+    same_bits: bool = True
+    opcheck: bool | None = None
+    graphs: int | None = None
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def passes(self) -> bool:
+        return not self.faults
+
+    def take(self, case: str, found: Sequence[Comparison]) -> None:
+        self.cases += 1
+        for one in found:
+            kind = "gradient" if one.is_gradient else "error"
+            worst: Error = getattr(self, kind)
+            if one.error.of_budget >= worst.of_budget:
+                setattr(self, kind, one.error)
+            if one.error.fault is not None:
+                self.faults.append(f"{case}: {one.error.fault}")
+
+
+def _pooled(runs: Sequence[Outcome]) -> Outcome:
+    """Several draws of a case as one: eager's worst error is then less of an accident."""
+    return Outcome(
+        *(
+            [torch.cat([x.flatten() for x in same]) for same in zip(*side, strict=True)]
+            for side in ([run.outputs for run in runs], [run.gradients for run in runs])
+        )
+    )
+
+
+def _pick(batch: Batch, family: str, name: str) -> Call:
+    return next(call for call in calls(batch, family) if call.name == name)
+
+
+class Truth:
+    """What a call gives on the specification, in float64 and in the case's own precision; kept for all backends."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], tuple[Outcome, Outcome]] = {}
+
+    def of(self, case: Case, made: Sequence[Call]) -> tuple[Outcome, Outcome]:
+        key = (case.name, made[0].name)
+        if key not in self.known:
+            exact, eager = (
+                _pooled([_run(call, "reference", dtype=dtype) for call in made])
+                for dtype in (torch.float64, None)
+            )
+            self.known[key] = exact, eager
+        return self.known[key]
+
+
+def _run(call: Call, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Outcome:
+    run = evaluate(call.fn, call.inputs, backend=backend, device=device, dtype=dtype)
+    return run if call.differentiable else run._replace(gradients=[])
+
+
+def check_call(
+    family: str,
+    name: str,
+    backend: str,
+    device: str,
+    made: Sequence[Case],
+    truth: Truth,
+    done: Kinds,
+    *,
+    quick: bool,
+    compiles: bool,
+) -> Row:
+    """One call over all cases on one backend: errors, gradients, bits, opcheck, graphs."""
+    row = Row(name, backend)
+    for case in made:
+        if family in FLOAT32 and case.dtype is not torch.float32:
+            continue
+        try:
+            exact, eager = truth.of(case, [_pick(b, family, name) for b in case.batches("cpu")])
+            here = [_pick(b, family, name) for b in case.batches(device)]
+            ours = [_run(call, backend, device) for call in here]
+            row.take(case.name, compare(_pooled(ours), exact, eager, times=2.0))
+            again = [_run(here[0], backend, device) for _ in range(REPEATS - 1)]
+            if not all(same_bits(ours[0], other) for other in again):
+                row.same_bits = False
+                row.faults.append(f"{case.name}: other bits in another run of the same inputs")
+        except Exception as error:  # whatever goes wrong is what this is here to find
+            row.faults.append(f"{case.name}: raised {type(error).__name__}: {error}")
+    small = make_batch(dtype=torch.float32).to(device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor") if quick else None
+    row.opcheck = _guarded(row, "opcheck", lambda: opcheck(_pick(small, family, name), backend, done, tests))
+    if compiles:
+        row.graphs = _guarded(row, "torch.compile", lambda: graphs(family, name, backend, device))
+        if row.graphs is not None and row.graphs > 1:
+            row.faults.append(f"torch.compile: {row.graphs} graphs for three sizes, want 1")
+    return row
+
+
+def _guarded(row: Row, what: str, check: Callable[[], Any]) -> Any:
+    try:
+        return check()
+    except Exception as error:
+        row.faults.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return False if what == "opcheck" else None
+
+
+def recorded(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every op that a call reaches, with the very arguments that it gets, forward and backward."""
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "rewardops":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        evaluate(call.fn, call.inputs, backend=backend, device=call.inputs[0].device)
+    return seen
+
+
+Kinds = set[tuple[Any, ...]]
+
+
+def opcheck(call: Call, backend: str, done: Kinds, tests: Sequence[str] | None = None) -> bool:
+    """``torch.library.opcheck`` of every op that a call reaches: schema, fake, autograd, AOT dispatch.
+
+    Args:
+        done: kinds of arguments that were checked before, and are not again. tests: some of its tests.
+    """
+    with dispatch.use_backend(backend):
+        for func, args in recorded(call, backend):
+            kind = (func, *(type(a) if isinstance(a, Tensor) else str(a) for a in args))
+            if kind not in done:
+                _opcheck(func, args, tests)
+                done.add(kind)
+    return True
+
+
+def _opcheck(func: Any, args: tuple[Any, ...], tests: Sequence[str] | None) -> None:
+    forward = "backward" not in func.name() and "and_grad" not in func.name()
+    own = [
+        a.detach().clone().requires_grad_(forward and a.is_floating_point()) if isinstance(a, Tensor) else a
+        for a in args
+    ]
+    if tests is None:
+        torch.library.opcheck(func, tuple(own))
+    else:
+        torch.library.opcheck(func, tuple(own), test_utils=tests)
+
+
+def graphs(family: str, name: str, backend: str, device: str) -> int:
+    """How many graphs ``torch.compile(dynamic=True)`` traces for three sizes of a call."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(batch: Batch, *xs: Tensor) -> Any:
+        return _pick(batch, family, name).fn(*xs)
+
+    compiled = torch.compile(step, backend=counter, dynamic=True, fullgraph=True)
+    with dispatch.use_backend(backend):
+        for rows, width, vocab in ((4, 6, 10), (6, 9, 14), (8, 12, 22)):
+            batch = make_batch(rows, width, vocab, dtype=torch.float32).to(device)
+            compiled(batch, *_pick(batch, family, name).inputs)
+    return int(counter.frame_count)
+
+
+# ---- all of them -------------------------------------------------------------------------------------------
+
+
+def backends(device: str) -> list[str]:
+    """Those that serve a device here."""
+    kind = torch.device(device).type
+    return [name for name in dispatch.BACKENDS if dispatch.unavailable(name, kind) is None]
+
+
+def _tried(backend: str) -> str:
+    """CUDA C++ has some ops; what else a function is made of comes from the specification."""
+    return "cuda,reference" if backend == "cuda" else backend
+
+
+def verify(
+    ops: Sequence[str] = (),
+    only: Sequence[str] = (),
+    device: str = "cpu",
+    quick: bool = False,
+    progress: TextIO | None = None,
+) -> list[Row]:
+    """Check calls on backends.
+
+    Args:
+        ops: names of ops, calls or families; none for all. only: backends; none for all that serve the device.
+        quick: few cases, and no ``torch.compile``, in opcheck either. progress: where a bar is drawn.
+
+    Raises:
+        ValueError: a name that is not known, or a backend that does not serve the device.
+    """
+    names = [(f, c.name) for f in FAMILIES for c in calls(make_batch(), f) if _wanted(f, c, ops)]
+    known = {word for f in FAMILIES for c in calls(make_batch(), f) for word in (f, c.op, c.name)}
+    for op in ops:
+        if op not in known:
+            raise ValueError(
+                f"op: got {op!r}, want a name of rewardops.__all__, or a family: {', '.join(FAMILIES)}"
+            )
+    for backend in only:
+        if why := dispatch.unavailable(backend, torch.device(device).type):
+            raise ValueError(f"backend: got {backend!r} on {device}: {why}")
+    chosen, made, truth = list(only) or backends(device), list(cases(quick)), Truth()
+    done: dict[str, Kinds] = {backend: set() for backend in chosen}
+    rows = []
+    bar = Bar(len(names) * len(chosen), progress)
+    for family, name in names:
+        for backend in chosen:
+            bar.at(f"{name} on {backend}")
+            compiles = not quick and backend == chosen[0]
+            given = (family, name, _tried(backend), device, made, truth, done[backend])
+            row = check_call(*given, quick=quick, compiles=compiles)
+            rows.append(row)
+    bar.close()
+    return rows
+
+
+def _wanted(family: str, call: Call, ops: Sequence[str]) -> bool:
+    return not ops or bool({family, call.op, call.name} & set(ops))
+
+
+class Bar:
+    """A line that says how far it is: tqdm's where that is installed."""
+
+    def __init__(self, total: int, to: TextIO | None) -> None:
+        self.bar: Any = None
+        if to is not None:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                self.bar = None
+            else:
+                self.bar = tqdm(total=total, file=to, leave=False)
+        self.to, self.total, self.done = to, total, 0
+
+    def at(self, what: str) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_description(what)
+            self.bar.update()
+        elif self.to is not None:
+            print(f"{self.done}/{self.total} {what}", file=self.to)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ---- saying it ---------------------------------------------------------------------------------------------
+
+HEAD = (
+    "call",
+    "backend",
+    "cases",
+    "error, ulp",
+    "of budget",
+    "gradient, ulp",
+    "of budget",
+    "bits",
+    "opcheck",
+    "graphs",
+    "",
+)
+
+
+def _number(x: float) -> str:
+    return f"{x:.2g}" if x < 1000 else f"{x:.1e}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [HEAD]
+    for r in rows:
+        lines.append(
+            (
+                r.call,
+                r.backend.partition(",")[0],
+                str(r.cases),
+                _number(r.error.ulps),
+                _number(r.error.of_budget),
+                _number(r.gradient.ulps),
+                _number(r.gradient.of_budget),
+                "same" if r.same_bits else "DIFFER",
+                {True: "ok", False: "FAILS", None: "-"}[r.opcheck],
+                "-" if r.graphs is None else str(r.graphs),
+                "" if r.passes else "FAILS",
+            )
+        )
+    widths = [max(len(line[k]) for line in lines) for k in range(len(HEAD))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if k < 2 else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def as_json(rows: Sequence[Row], seconds: float) -> str:
+    found = {"config": dispatch.config(), "seconds": round(seconds, 1), "rows": [asdict(r) for r in rows]}
+    for made, r in zip(found["rows"], rows, strict=True):  # type: ignore[call-overload]
+        made["error"], made["gradient"] = r.error._asdict(), r.gradient._asdict()
+    return json.dumps(found, indent=1, allow_nan=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rewardops verify", description=__doc__)
+    parser.add_argument(
+        "--op", action="append", default=[], help="an op or a family (again for several); default all"
+    )
+    parser.add_argument(
+        "--backend", action="append", default=[], choices=dispatch.BACKENDS, help="default all here"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="few cases, no torch.compile")
+    parser.add_argument("--json", action="store_true", help="the whole of it as JSON, instead of the table")
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    try:
+        rows = verify(args.op, args.backend, args.device, args.quick, sys.stderr)
+    except ValueError as error:
+        parser.error(str(error))
+    seconds = time.perf_counter() - start
+    failed = [r for r in rows if not r.passes]
+    if args.json:
+        print(as_json(rows, seconds))
+        return bool(failed)
+    print(table(rows))
+    for r in failed:
+        print(f"\n{r.call} on {r.backend}:")
+        for fault in r.faults[:5]:
+            print(f"  {fault}")
+        if len(r.faults) > 5:
+            print(f"  and {len(r.faults) - 5} more")
+    print()
+    dispatch.show_config()
+    verdict = f"{len(failed)} of {len(rows)} FAIL" if failed else f"all {len(rows)} pass"
+    print(f"\n{verdict}, {seconds:.0f} s")
+    return bool(failed)

@@ -1,0 +1,156 @@
+"""An op under PyTorch's transformations: its gradient, also in ``torch.func``, and ``torch.vmap``.
+
+``torch.library.register_autograd`` serves autograd alone: ``torch.func`` refuses what it makes, and an op without a
+gradient, such as a backward pass, ends the graph in silence, so that second derivatives come out as zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def in_func(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` is at work on a tensor: there may be many values behind one then."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def may_require_grad(tensor: Tensor) -> bool:
+    """Whether a gradient may be asked for; a tensor in vmap does not tell."""
+    return torch.is_grad_enabled() and (tensor.requires_grad or in_func(tensor))
+
+
+def may_overwrite_saved() -> bool:
+    """Whether a backward pass may write over what is saved now, as autograd would notice if somebody else reads it.
+
+    It compares no versions of tensors that hooks bring back: those of checkpointing, of offloading.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+Sizes = Sequence[int | None]  # of arguments that are lists of tensors; None for the others
+
+
+def _sizes(args: Iterable[Any]) -> Sizes:
+    return [len(a) if isinstance(a, list) and any(isinstance(t, Tensor) for t in a) else None for a in args]
+
+
+def _flat(values: Iterable[Any], sizes: Sizes) -> list[Any]:
+    """The values, the items of a list in its place."""
+    return list(chain.from_iterable([v] if n is None else v for v, n in zip(values, sizes, strict=True)))
+
+
+def _nested(flat: Iterable[Any], sizes: Sizes) -> list[Any]:
+    """The inverse."""
+    items = iter(flat)
+    return [next(items) if n is None else list(islice(items, n)) for n in sizes]
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def second_derivative(op: str) -> str:
+    """What an op says that is differentiable once."""
+    return f"rewardops::{op}: a second derivative was asked for, but it is differentiable once"
+
+
+def _no_gradient(op: str) -> Callable[..., Any]:
+    name = op.rstrip("_")
+    why = f"rewardops::{op}: a gradient was asked for, but it is not differentiable"
+    if name.endswith("_backward"):
+        why = second_derivative(name.removesuffix("_backward"))
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(why)
+
+    return backward
+
+
+def autograd_kernel(
+    op: torch._ops.OpOverload,
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """What serves an op above its backends: it records the gradient, or an error for an op that has none.
+
+    ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are as ``torch.library.register_autograd``
+    takes them: of a list of tensors, ``grads`` is a list as well.
+    """
+    name = op._schema.name.partition("::")[2]
+    setup_context = setup_context or _save_nothing
+    backward = backward or _no_gradient(name)
+    makes_list = [str(r.type) for r in op._schema.returns] == ["List[Tensor]"]
+
+    def below(keyset: torch._C.DispatchKeySet, args: Iterable[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, sizes: Sizes, *flat: Any) -> Any:
+        args = _nested(flat, sizes)
+        output = below(keyset, args)
+        ctx.sizes = sizes
+        setup_context(ctx, args, output)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    def gradient(ctx: Any, *grads: Any) -> Any:
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = _nested(needs[2:], ctx.sizes)
+        try:
+            found = backward(ctx, list(grads)) if makes_list else backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needs
+        return None, None, *_flat(found if isinstance(found, tuple | list) else [found], ctx.sizes)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            f"rewardops::{name}: a forward-mode derivative was asked for, but it has reverse mode only"
+        )
+
+    function: Any = type(
+        f"rewardops_{name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(gradient), "jvp": staticmethod(jvp)},
+    )
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not reverse and forward_ad._current_level < 0:
+            return below(keyset, args)
+        sizes = _sizes(args)
+        # In torch.func the dispatcher runs this for one level, and `below` goes on to the next. Function.apply
+        # would start again from the first.
+        func = torch._C._are_functorch_transforms_active()
+        with enable_single_level_autograd_function() if func else contextlib.nullcontext():
+            output = super(torch.autograd.Function, function).apply(keyset, sizes, *_flat(args, sizes))
+        return list(output) if makes_list else output
+
+    return kernel
+
+
+def vmap_rule(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The op on one slice after the other: right for every op, as outputs' shapes follow from those of inputs."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError(f"vmap over {op}: got a dimension of size 0, want at least 1")
+        flat, spec = tree_flatten(args)
+        given = list(zip(flat, tree_flatten(in_dims)[0], strict=True))
+
+        made = []
+        for k in range(info.batch_size):
+            slices = [x if dim is None else x.select(dim, k) for x, dim in given]
+            made.append(tree_flatten(op(*tree_unflatten(slices, spec))))
+        stacked = [torch.stack(parts) for parts in zip(*(flat for flat, _ in made), strict=True)]
+        like = made[0][1]
+        return tree_unflatten(stacked, like), tree_unflatten([0] * len(stacked), like)
+
+    return rule
