@@ -153,6 +153,8 @@ def check_call(
     for case in made:
         if family in FLOAT32 and case.dtype is not torch.float32:
             continue
+        if family != "logits" and "logits" in case.options:
+            continue
         try:
             exact, eager = truth.of(case, [_pick(b, family, name) for b in case.batches("cpu")])
             here = [_pick(b, family, name) for b in case.batches(device)]
@@ -230,17 +232,21 @@ def _opcheck(func: Any, args: tuple[Any, ...], tests: Sequence[str] | None) -> N
 def graphs(family: str, name: str, backend: str, device: str) -> int:
     """How many graphs ``torch.compile(dynamic=True)`` traces for three sizes of a call."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    traced = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        traced.append(graph)
+        return graph.forward
 
     def step(batch: Batch, *xs: Tensor) -> Any:
         return _pick(batch, family, name).fn(*xs)
 
-    compiled = torch.compile(step, backend=counter, dynamic=True, fullgraph=True)
+    compiled = torch.compile(step, backend=counting, dynamic=True, fullgraph=True)
     with dispatch.use_backend(backend):
         for rows, width, vocab in ((4, 6, 10), (6, 9, 14), (8, 12, 22)):
             batch = make_batch(rows, width, vocab, dtype=torch.float32).to(device)
             compiled(batch, *_pick(batch, family, name).inputs)
-    return int(counter.frame_count)
+    return len(traced)
 
 
 # ---- all of them -------------------------------------------------------------------------------------------
