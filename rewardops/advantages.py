@@ -209,30 +209,17 @@ def _summed(
     """Per row the weighted sum of each reward's advantages, of rewards ``[B, R]``."""
     columns = rewards.unbind(1)
     relative = _Relative.of(columns[0] if columns else rewards.sum(1), groups, **options)
-    shares = _weights(weights, len(columns))
+    count = len(columns)
+    shares = (
+        [1.0] * count
+        if weights is None
+        else layout.as_numbers("weights", weights, count, "the columns of rewards")
+    )
     by_row = relative.by_row()
     total = layout.promote(rewards)[0].new_zeros(rewards.shape[0])
     for share, column in zip(shares, columns, strict=True):
         total = total + share * by_row.advantages(column)[:, 0]
     return relative, total
-
-
-def _weights(weights: Sequence[float] | Tensor | None, count: int) -> Sequence[float] | Tensor:
-    if weights is None:
-        return [1.0] * count
-    if isinstance(weights, Tensor):
-        if weights.dtype not in (*layout.FLOATS, *layout.INTEGERS):
-            raise TypeError(f"weights: got dtype {weights.dtype}, want float or integer")
-        layout.check_shape("weights", weights, (count,), "one per column of rewards")
-        return weights
-    values = weights.tolist() if hasattr(weights, "tolist") else weights
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"weights: got {type(weights).__name__}, want a tensor or a sequence of numbers")
-    if len(values) != count:
-        raise ValueError(f"weights: got {len(values)}, want {count} (the columns of rewards)")
-    for value in values:
-        layout.check_finite("weights", value)
-    return values
 
 
 @dataclass(frozen=True)
@@ -607,7 +594,7 @@ def pure(
         layout.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
     layout.check_finite("outcome_weight", outcome_weight)
     layout.check_positive("temperature", temperature)
-    returns.factor("gamma", gamma, rows, device)
+    returns.factor("gamma", gamma, rows, device, "process_rewards")
     layout.check_flag("separators", separators)
     where: dict[str, Any] = {"mask": rows.mask, "cu_seqlens": rows.cu_seqlens}
     ends = returns.step_ends(markers, rows)

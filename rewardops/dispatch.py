@@ -15,11 +15,12 @@ import importlib
 import importlib.util
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .setting import Setting
 from .transforms import autograd_kernel, vmap_rule
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -34,8 +35,6 @@ _PACKAGES = {
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 
 _library = torch.library.Library("rewardops", "DEF")
-# Process-wide and not per thread: backward passes run on threads of autograd's.
-_forced: tuple[str, ...] = ()
 
 
 class BackendUnavailable(RuntimeError):
@@ -50,26 +49,20 @@ def _names(text: str | None) -> tuple[str, ...]:
     return names
 
 
-_forced = _names(os.environ.get("REWARDOPS_BACKEND"))
+_forced = Setting(_names(os.environ.get("REWARDOPS_BACKEND")))
 
 
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
     """Serve every op by one backend (``reference``, ``cpp``, ``triton`` or ``cuda``) while the context is open.
 
     Several names separated by commas are tried in that order: ``"cuda,triton"`` takes the CUDA C++ kernels where
     there are any, and Triton elsewhere. An op that none of them can serve raises :class:`BackendUnavailable`.
 
-    Process-wide, and looked up when an op runs: a backward pass called after the context has closed is
-    served by the default again. None restores the default order. ``REWARDOPS_BACKEND`` sets the same from the
-    environment.
+    Process-wide, on every thread, and looked up when an op runs: a backward pass called after the context has
+    closed is served by the default again. Of contexts that are open on several threads, the one opened last
+    holds. None restores the default order. ``REWARDOPS_BACKEND`` sets the same from the environment.
     """
-    global _forced
-    before, _forced = _forced, _names(name)
-    try:
-        yield
-    finally:
-        _forced = before
+    return _forced.use(_names(name))
 
 
 def _torch_openmp() -> int:
@@ -96,6 +89,9 @@ def compiled_module() -> types.ModuleType | None:
         return None
     module.use_team(_torch_openmp())
     return module
+
+
+compiled_module()  # loaded at once, so that it hears of every fork: see csrc/cpu/parallel.cpp
 
 
 def cuda_module() -> types.ModuleType | None:
@@ -162,14 +158,15 @@ def unavailable(
 
 def backend_for(device_type: str, family: str | None = None, op: str | None = None) -> str:
     """The backend that serves an op on a device."""
-    for name in _forced or _ORDER.get(device_type, ("reference",)):
+    forced = _forced.value
+    for name in forced or _ORDER.get(device_type, ("reference",)):
         why = unavailable(name, device_type, family, op)
         if why is None:
             return name
-    if not _forced:
+    if not forced:
         return "reference"
     served = f"{op} for {device_type} tensors" if op else f"{device_type} tensors"
-    raise BackendUnavailable(f"backend {','.join(_forced)!r} cannot serve {served}: {why}")
+    raise BackendUnavailable(f"backend {','.join(forced)!r} cannot serve {served}: {why}")
 
 
 @functools.cache
@@ -237,7 +234,7 @@ def config() -> dict[str, str]:
             lines["triton"] += ", interpreted on the CPU"
     else:
         lines["triton"] = "not installed"
-    lines["forced backend"] = ",".join(_forced) or "none"
+    lines["forced backend"] = ",".join(_forced.value) or "none"
     for device_type in _ORDER:
         try:
             lines[f"{device_type} ops"] = backend_for(device_type)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,40 +21,37 @@ import torch
 from torch import Tensor
 
 from .reference.layout import to_rows
+from .setting import Setting
 from .transforms import in_func
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-_debug = os.environ.get("REWARDOPS_DEBUG", "0") not in ("", "0")
+_debug = Setting(os.environ.get("REWARDOPS_DEBUG", "0") not in ("", "0"))
 
 
-@contextlib.contextmanager
-def debug(enabled: bool = True) -> Iterator[None]:
+def debug(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     """Check the values of arguments too, on any device, at the price of a host synchronisation.
 
     Token ids in range, ``cu_seqlens`` non-decreasing and ending at the number of tokens, step ids
     non-decreasing, rewards and values finite where the mask counts. The first that is wrong is named with its
     index. Process-wide while the context is open; ``REWARDOPS_DEBUG=1`` turns it on from the start.
     """
-    global _debug
-    before, _debug = _debug, enabled
-    try:
-        yield
-    finally:
-        _debug = before
+    return _debug.use(enabled)
 
 
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may look at the values: free on the CPU, asked for elsewhere, never in a transformation."""
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or in_func(tensor):
         return False
-    return _debug or tensor.device.type == "cpu"
+    return _debug.value or tensor.device.type == "cpu"
 
 
 def debugging() -> bool:
     """Whether the expensive value checks are on."""
-    return _debug and not torch.compiler.is_compiling()
+    return (
+        not torch.compiler.is_compiling() and _debug.value and not torch._C._are_functorch_transforms_active()
+    )
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -190,6 +187,25 @@ def check_step_ids(steps: Tensor, layout: Layout, name: str) -> None:
     if bool(bad.any()):
         row, t = bad.nonzero()[0].tolist()
         raise ValueError(f"{name}: got id {int(ids[row, t])} after a larger one, at token {t} of row {row}")
+
+
+def as_numbers(name: str, value: object, count: int, meaning: str) -> Tensor | list[float]:
+    """So many numbers, from a tensor, an array or a sequence."""
+    if isinstance(value, Tensor):
+        if value.dtype not in (*FLOATS, *INTEGERS):
+            raise TypeError(f"{name}: got dtype {value.dtype}, want float or integer")
+        check_shape(name, value, (count,), meaning)
+        return value
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, want a tensor, an array or a sequence of numbers"
+        )
+    if len(values) != count:
+        raise ValueError(f"{name}: got {len(values)}, want {count} ({meaning})")
+    for number in values:
+        check_finite(name, number)
+    return list(values)
 
 
 def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str) -> Tensor | None:

@@ -121,7 +121,7 @@ def prefix_values(
         weights: ``[B]``, of the rows (importance weights, say), none negative; None for 1. Prefixes whose rows
             weigh nothing have value 0.
         min_count: prefixes that fewer rows share take the value of the last one on the row's path that this
-            many do (of the whole group, where there is none).
+            many do (that the whole group does, where it has fewer).
         gamma: discount from a row's end to the prefix, from 0 to 1.
         leave_one_out: the mean of the *other* rows, as a baseline that does not depend on the row's own
             reward; ``min_count`` counts the others. A row whose group has no other has value 0.

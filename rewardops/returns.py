@@ -357,16 +357,21 @@ class VTrace(NamedTuple):
 
 
 def factor(
-    name: str, value: float | Tensor, rows: layout.Layout, device: torch.device, hole: str = "hold"
+    name: str,
+    value: float | Tensor,
+    rows: layout.Layout,
+    device: torch.device,
+    other: str,
+    hole: str = "hold",
 ) -> tuple[float, Tensor | None]:
-    """A number for all, or float64 per row ``[B, 1]`` or per token; checked."""
+    """A number for all, or float64 per row ``[B, 1]`` or per token of ``other``; checked."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1, or a tensor")
         return float(value), None
     if value.dtype not in (*layout.FLOATS, *layout.INTEGERS, torch.bool):
         raise TypeError(f"{name}: got dtype {value.dtype}, want float, integer or bool")
-    layout.check_device(name, value, device, "the tokens")
+    layout.check_device(name, value, device, other)
     if value.dim() == 0:
         raise ValueError(
             f"{name}: got a tensor of no dimensions, want a number, or a value per row or per token"
@@ -380,12 +385,11 @@ def factor(
             )
         found = value.detach()
     else:
-        raise ValueError(
-            f"{name}: got shape {layout.show(value.shape)}, want [{rows.batch}] or {layout.show(rows.shape)}"
-        )
+        want = f"[{rows.batch}] or {layout.show(rows.shape)} (one per row or per token of {other})"
+        raise ValueError(f"{name}: got shape {layout.show(value.shape)}, want {want}")
     if layout.may_read(found):
         read = found if rows.mask is None or tuple(value.shape) == (rows.batch,) else found[rows.mask]
-        if bool(((read < 0) | (read > 1)).any()):
+        if not bool(((read >= 0) & (read <= 1)).all()):
             raise ValueError(f"{name}: got a value outside 0 to 1")
     return 1.0, found.to(torch.float64)
 
@@ -412,7 +416,9 @@ def scan(  # type: ignore[no-untyped-def]
     if values is not None:
         layout.check_like(of_values, values, rewards, name)
         layout.check_values(of_values, values, rows.mask)
-    factors = [factor(key, x, rows, rewards.device, hole) for key, x in (("gamma", gamma), ("lam", lam))]
+    factors = [
+        factor(key, x, rows, rewards.device, name, hole) for key, x in (("gamma", gamma), ("lam", lam))
+    ]
     if bootstrap is not None:
         layout.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, name)
         if values is None:

@@ -169,21 +169,10 @@ def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Te
     count = s.shape[1]
     if probs is None:
         return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
-    if not isinstance(probs, Tensor):
-        if isinstance(probs, str) or not isinstance(probs, Sequence):
-            raise TypeError(f"probs: got {type(probs).__name__}, want a tensor or a sequence of numbers")
-        for value in probs:
-            layout.check_non_negative("probs", value)
-        probs = torch.tensor(probs, dtype=s.dtype)
-    layout.check_float("probs", probs)
-    layout.check_shape("probs", probs, (count,), "one per budget")
-    if (
-        layout.may_read(probs)
-        and count
-        and not (bool((probs >= 0).all()) and 0 < float(probs.sum()) < math.inf)
-    ):
-        raise ValueError("probs: got weights that are no distribution, want none negative, and not all 0")
-    p = probs.detach().to(s.device, s.dtype)
+    given = layout.as_numbers("probs", probs, count, "the columns of scores")
+    p = torch.as_tensor(given, dtype=s.dtype, device=s.device).detach()
+    if layout.may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
+        raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
     return s, p / p.sum()
 
 

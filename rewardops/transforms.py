@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
@@ -115,10 +116,16 @@ def autograd_kernel(
             f"rewardops::{name}: a forward-mode derivative was asked for, but it has reverse mode only"
         )
 
+    methods: dict[str, Callable[..., Any]] = {
+        "forward": forward,
+        "backward": gradient,
+        "jvp": jvp,
+        "_compiled_autograd_key": torch.autograd.Function._compiled_autograd_key,
+    }
+    # In torch.func the dispatcher runs the kernel for one level, and `below` goes on to the next. A Function would
+    # start again from the first.
     function: Any = type(
-        f"rewardops_{name}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(gradient), "jvp": staticmethod(jvp)},
+        f"rewardops_{name}", (_SingleLevelFunction,), {k: staticmethod(f) for k, f in methods.items()}
     )
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -126,11 +133,9 @@ def autograd_kernel(
         if not reverse and forward_ad._current_level < 0:
             return below(keyset, args)
         sizes = _sizes(args)
-        # In torch.func the dispatcher runs this for one level, and `below` goes on to the next. Function.apply
-        # would start again from the first.
         func = torch._C._are_functorch_transforms_active()
         with enable_single_level_autograd_function() if func else contextlib.nullcontext():
-            output = super(torch.autograd.Function, function).apply(keyset, sizes, *_flat(args, sizes))
+            output = function.apply(keyset, sizes, *_flat(args, sizes))
         return list(output) if makes_list else output
 
     return kernel

@@ -9,6 +9,7 @@ import torch
 
 import rewardops as R
 from rewardops import dispatch, layout
+from rewardops.setting import Setting
 
 T = torch.tensor
 F = torch.zeros
@@ -176,7 +177,7 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
 
 
 def test_debug_opens_and_closes(monkeypatch):
-    monkeypatch.setattr(layout, "_debug", False)
+    monkeypatch.setattr(layout, "_debug", Setting(False))
     with R.debug():
         assert layout.debugging()
         with R.debug(False):

@@ -97,12 +97,13 @@ def test_peaked_and_flat_rows(target):
 
 def test_minus_infinity(target, generator):
     vocab = 9000
-    logits, _ = draw((4,), vocab, generator)
+    logits, _ = draw((5,), vocab, generator)
     logits[0, 3] = -torch.inf  # one column
     logits[1, :8192] = -torch.inf  # whole first blocks
     logits[2, torch.arange(vocab) != 8500] = -torch.inf  # everywhere but at the token
     logits[3, 11] = -torch.inf  # at the token
-    tokens = torch.tensor([5, 8500, 8500, 11])
+    logits[4, 0], logits[4, 5000] = 15, -torch.inf  # one column of a block behind that of the largest
+    tokens = torch.tensor([5, 8500, 8500, 11, 5])
     ours = check_backend(stats(tokens), [logits], backend=target.backend, device=target.device)
     logprob, entropy = ours.outputs[:2]
     assert logprob[2].item() == 0.0
@@ -351,8 +352,8 @@ def test_kl_of_near_neighbours_beats_eager(target, generator):
 
 def test_minus_infinity_in_pairs(target, generator):
     vocab = 3000
-    logits, tokens = draw((6,), vocab, generator, scale=10.0)
-    ref, _ = draw((6,), vocab, generator)
+    logits, tokens = draw((7,), vocab, generator, scale=10.0)
+    ref, _ = draw((7,), vocab, generator)
     logits[0, :1500] = ref[0, :1500] = -torch.inf  # in both: in no divergence
     ref[1, 7] = -torch.inf  # mass in the policy alone, however little
     logits[1, 7] = logits[1].max() - 1000
@@ -360,12 +361,14 @@ def test_minus_infinity_in_pairs(target, generator):
     logits[3, :2100] = -torch.inf  # both, in turn
     ref[3, 1500:] = -torch.inf
     ref[4, 1:] = logits[4, 1:] = -torch.inf  # one column left
+    ref[6, 0] = logits[6, 0] = 50  # and one column of a block behind that of the largest
+    ref[6, 1500] = logits[6, 1500] = -torch.inf
     ours = check_backend(
         stats(tokens, outputs=EVERY), [logits, ref], backend=target.backend, device=target.device
     )
     named = dict(zip(EVERY, ours.outputs, strict=True))
-    assert named["kl"].isinf().tolist() == [False, True, False, True, False, False]
-    assert named["reverse_kl"].isinf().tolist() == [False, False, True, True, False, False]
+    assert named["kl"].isinf().tolist() == [False, True, False, True, False, False, False]
+    assert named["reverse_kl"].isinf().tolist() == [False, False, True, True, False, False, False]
     assert named["kl"][4] == named["reverse_kl"][4] == named["jsd"][4] == 0
     assert named["jsd"].isfinite().all()
     assert all(g.isfinite().all() for g in ours.gradients)
@@ -672,6 +675,8 @@ def test_row_offsets_are_64_bit(target):
     """The arithmetic of the kernels' addresses, far beyond any memory."""
     if target.backend != "triton":
         pytest.skip("Triton's")
-    out = torch.zeros(4, dtype=torch.int64, device=target.device)
-    write_offsets[(4,)](out, 2, 3 * 2**33, 2**31 + 16)
-    assert out.tolist() == [0, 2**31 + 16, 3 * 2**33, 3 * 2**33 + 2**31 + 16]
+    # Strides of 64 bits, and those of 32 whose multiples are not.
+    for outer, inner in ((3 * 2**33, 2**31 + 16), (2**31 - 16, 2**30 + 16)):
+        out = torch.zeros(16, dtype=torch.int64, device=target.device)
+        write_offsets[(16,)](out, 4, outer, inner)
+        assert out.tolist() == [n // 4 * outer + n % 4 * inner for n in range(16)]

@@ -188,11 +188,37 @@ def test_nan_and_infinite_rewards(target):
 @pytest.mark.parametrize("make", [minimum, softmin])
 def test_long_rows_and_other_dtypes(target, generator, make):
     """Rows longer than a block of the scan; narrow and wide inputs."""
+    n = 2500 if target.backend.startswith(("cpp", "cuda")) or not target.interpreted else 600
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        rewards = torch.randn(2, 2500, generator=generator).to(dtype)
-        mask = random_mask(2, 2500, generator, empty_row=False)
-        ids = torch.arange(2500).expand(2, -1) // 7
+        rewards = torch.randn(2, n, generator=generator).to(dtype)
+        mask = random_mask(2, n, generator, empty_row=False)
+        ids = torch.arange(n).expand(2, -1) // 7
         check_backend(make(mask, None, ids), [rewards], backend=target.backend, device=target.device)
+
+
+def test_steps_where_blocks_and_chunks_end(target, generator):
+    """Behind a block's last token come masked ones: of a step that ends there, or of one that goes on."""
+    width = 2304 if target.interpreted else 66_560  # in chunks
+    if target.backend == "reference":
+        width = 640  # a loop over time
+    t = torch.arange(width)
+    border, place = (t + 4) // 64, (t + 4) % 64  # of 4 tokens on both sides: a step of its own
+    ends_here = border % 3 == 1
+    mask = ~((place == 4) | (place == 5) | (ends_here & ((place == 6) | (place == 7))))
+    ids = 2 * border + (place >= 8)
+    end = torch.where(ends_here, place == 3, place == 7) | (place == 63) | (t == width - 1)
+    # Rising along the row, the least that is left is the next step's; what is no step end would be less.
+    rewards = torch.where(end, t, -100).float()
+    following = torch.where(end, t, width).flip(0).cummin(0).values.flip(0)
+    up = torch.randint(-3, 4, (width,), generator=generator)
+    sums = torch.where(mask, up, 0).cumsum(0)[end]
+    grad = torch.zeros(width).masked_scatter(end, sums.diff(prepend=sums.new_zeros(1)).float())
+    for sign, make in ((1, minimum), (-1, maximum)):
+        leaf = (sign * rewards[None]).to(target.device).requires_grad_()
+        out = make(mask[None], None, ids[None])(leaf)
+        assert torch.equal(out[0].detach().cpu(), torch.where(mask, sign * following, 0).float())
+        (got,) = torch.autograd.grad(out, leaf, up[None].to(leaf))
+        assert torch.equal(got[0].cpu(), grad)
 
 
 def test_strided_rows(target, generator):

@@ -125,6 +125,20 @@ def test_extremes_of_nan_and_infinities(target):
             assert grad.tolist() == [[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, *last]]
 
 
+def test_of_equal_extremes_the_earliest_has_the_gradient(target):
+    """In whatever blocks they lie."""
+    x, places = torch.zeros(1, 2600, device=target.device), [100, 1500, 2500]
+    x[0, places] = 1.0
+    ids = torch.zeros(1, 2600, dtype=torch.int64, device=target.device)
+    with dispatch.use_backend(target.backend):
+        for op, sign in (("max", 1), ("min", -1)):
+            leaf = (sign * x).requires_grad_()
+            out = rewardops.segment_reduce(leaf, ids, op, num_segments=1)
+            assert out.item() == sign
+            (grad,) = torch.autograd.grad(out.sum(), leaf)
+            assert grad.nonzero().tolist() == [[0, 100]]
+
+
 def test_products_have_a_gradient_at_zero(target):
     x = torch.tensor([[2.0, 0.0, 3.0, 0.0, 0.0, 5.0, 4.0, 0.5]], dtype=torch.float64, device=target.device)
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]], device=target.device)

@@ -37,20 +37,24 @@ def test_by_sorting(target, generator, dtype, kind):
     x = torch.randn(6, 41, generator=generator, dtype=dtype)
     if kind == "ties":
         x = (x * 2).round()
-        x[x == 0] = -0.0 * x[x == 0].sign()  # zeros of both signs are equal
+        signs = x[x == 0].signbit()  # zeros of both are equal
+        assert bool(signs.any())
+        assert not bool(signs.all())
     if kind == "extremes":
         x[0, :5], x[1, 3], x[2, 2] = torch.inf, -torch.inf, 1e-40
     mask = random_mask(6, 41, generator)
     mask[4] = False
     ids = torch.tensor([0, 2, 0, 1, 2, 3])
     counts = selection.scope_counts(mask.sum(1), ids)
+    cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     for share in (0.0, 0.1, 0.5, 1.0):
         wanted = (counts * share).long()
         want = by_sorting(x, mask, ids, wanted)
-        got = choose(x.masked_fill(~mask, torch.nan), mask, None, ids, wanted, target)
-        assert torch.equal(got, want)
-        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-        assert torch.equal(choose(x[mask], None, cu, ids, wanted, target), want[mask])
+        if not target.interpreted or share in (0.1, 1.0):
+            got = choose(x.masked_fill(~mask, torch.nan), mask, None, ids, wanted, target)
+            assert torch.equal(got, want)
+        if not target.interpreted or share in (0.0, 0.5):
+            assert torch.equal(choose(x[mask], None, cu, ids, wanted, target), want[mask])
 
 
 def test_strides_and_empty(target, generator):

@@ -285,12 +285,12 @@ def subtree_sums_backward_kernel(
     c = tl.arange(0, CHANNELS)
     given = c < channels
     value = tl.load(x + b * channels + c, mask=given, other=0.0)
+    node = tl.load(leaf + b)
     weight = tl.full([], 1.0, tl.float64)
     if HAS_WEIGHTS:
-        weight = tl.load(weights + b)
+        weight = tl.load(weights + b, mask=node >= 0, other=0.0)  # a row without a token may have any
     by_x = tl.zeros([CHANNELS], tl.float64)
     by_weight = tl.zeros([CHANNELS], tl.float64)
-    node = tl.load(leaf + b)
     length = tl.load(lengths + b)
     while node >= 0:
         up = tl.load(grad + node * channels + c, mask=given, other=0.0)

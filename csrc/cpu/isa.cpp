@@ -8,7 +8,9 @@
 
 namespace rewardops::cpu {
 
+#ifdef REWARDOPS_HAS_PORTABLE
 namespace portable { extern const Kernels table; }
+#endif
 #ifdef REWARDOPS_HAS_AVX2
 namespace avx2 { extern const Kernels table; }
 #endif
@@ -30,8 +32,10 @@ const Kernels& choose() {
   if (allowed(avx2::table) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return avx2::table;
 #endif
+#ifdef REWARDOPS_HAS_PORTABLE
   if (allowed(portable::table)) return portable::table;
-  throw std::runtime_error(std::string("REWARDOPS_ISA: got '") + wanted +
+#endif
+  throw std::runtime_error(std::string("REWARDOPS_ISA: got '") + (wanted ? wanted : "") +
                            "', which this build or this machine does not have");
 }
 

@@ -213,7 +213,7 @@ STEPS = ("flags", "every token", "no flag", "ids", "ids with gaps", "one step", 
 
 
 def steps(layout: Rows, *, kinds: Sequence[str] = STEPS) -> st.SearchStrategy[Tensor]:
-    """Step-end flags (bool) or step ids (integers that never fall along a row's valid tokens, negative for none)."""
+    """Step-end flags (bool), or step ids: integers that never fall along a row, negative for none."""
     return st.builds(_steps, st.sampled_from(kinds), st.just(layout), st.sampled_from(INTEGERS), generators())
 
 

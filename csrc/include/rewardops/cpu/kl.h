@@ -40,7 +40,7 @@ inline float exp_less(float x) {
   c = c > 89.0f ? 89.0f : c;
   const float n = round_to_integer(c * 1.44269504f);
   const float r = reduce(c, n);
-  const float half = power_of_two(static_cast<int32_t>(n) - 1);
+  const float half = power_of_two(integer_of(n - 1.0f));
   const float rest = kLinear ? half * r - 0.5f * x : half * r;
   const float y = 2.0f * (half * exp_remainder(r) + ((half - 0.5f) + rest));
   return x > 89.0f ? infinity<float>() : y;

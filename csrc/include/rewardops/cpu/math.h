@@ -81,22 +81,23 @@ inline float exp_remainder(float r) {
 // e^r there, within one ulp.
 inline float exp_reduced(float r) { return exp_remainder(r) + r + 1.0f; }
 
-inline float round_to_integer(float x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  return (x + kMagic) - kMagic;
-}
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: beside it an integer lies in the last bits
+
+inline float round_to_integer(float x) { return (x + kMagic) - kMagic; }
+// Of such a number. NaN, of which a conversion is undefined, gives any.
+inline int32_t integer_of(float n) { return static_cast<int32_t>(bits<uint32_t>(n + kMagic) - 0x4b400000u); }
 
 inline float reduce(float x, float n) {
   return (x - n * 0.693359375f) - n * -2.12194440e-4f;
 }
 
-inline float power_of_two(int32_t n) { return bits<float>((n + 127) << 23); }
+inline float power_of_two(int32_t n) { return bits<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
 // e^x for x <= 0; results under the smallest normal float are 0, which keeps subnormals out of hot loops.
 inline float exp_flushed(float x) {
   const float c = x < kFlush ? kFlush : x;  // NaN passes
   const float n = round_to_integer(c * 1.44269504f);
-  const float y = exp_reduced(reduce(c, n)) * power_of_two(static_cast<int32_t>(n));
+  const float y = exp_reduced(reduce(c, n)) * power_of_two(integer_of(n));
   return x < kFlush ? 0.0f : y;
 }
 inline double exp_flushed(double x) { return std::exp(x); }
@@ -106,7 +107,7 @@ inline float exp_any(float x) {
   float c = x < -104.0f ? -104.0f : x;
   c = c > 89.0f ? 89.0f : c;
   const float n = round_to_integer(c * 1.44269504f);
-  const int32_t k = static_cast<int32_t>(n);
+  const int32_t k = integer_of(n);
   const int32_t half = k >> 1;
   return exp_reduced(reduce(c, n)) * power_of_two(half) * power_of_two(k - half);
 }

@@ -118,7 +118,7 @@ inline Lanes<float> rounded(Lanes<float> x) {
 inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) {
   return Lanes<float>::each([&](int i) {
     const float c = n.v[i] < -125.0f ? 0.0f : n.v[i];
-    const uint32_t e = bits<uint32_t>(y.v[i]) + (static_cast<uint32_t>(static_cast<int32_t>(c)) << 23);
+    const uint32_t e = bits<uint32_t>(y.v[i]) + (static_cast<uint32_t>(integer_of(c)) << 23);
     return n.v[i] < -125.0f ? 0.0f : bits<float>(e);
   });
 }

@@ -1,0 +1,50 @@
+"""Triton's interpreter, as it is but in a third of the time."""
+
+from __future__ import annotations
+
+import numpy as np
+from triton.runtime import interpreter
+
+
+def hasten() -> None:
+    """From here on in this process; what kernels compute is the same but for the order of scans.
+
+    The interpreter patches the language anew at each call of a device function, which is half of its time: once a
+    launch will do. It scans and reduces element by element; a warp does by doubling.
+    """
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(fn):
+        if fn.__module__ in patched:
+            return None
+        patched.add(fn.__module__)
+        return patch(fn)
+
+    def launch_anew(*args, **kwargs):
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+    interpreter.ScanOps.generic_scan, interpreter.ReduceOps.generic_reduce = _scan, _reduce
+
+
+def _scan(self, tensors):
+    """``ScanOps.generic_scan``: Hillis and Steele's, each step one call of the combination on whole blocks."""
+    found, dtypes = [x.handle.data for x in tensors], [x.dtype for x in tensors]
+    place = np.indices(found[0].shape)[self.axis]
+    distance = 1
+    while distance < found[0].shape[self.axis]:
+        both = [np.roll(x, distance, self.axis) for x in found] + found
+        both = self.combine_fn.fn(*map(self.to_tensor, both, dtypes * 2))
+        both = both if isinstance(both, tuple) else (both,)
+        found = [np.where(place < distance, x, y.handle.data) for x, y in zip(found, both, strict=True)]
+        distance *= 2
+    return [self.to_tensor(*x) for x in zip(found, dtypes, strict=True)]
+
+
+def _reduce(self, tensors):
+    """``ReduceOps.generic_reduce``: the last of a scan."""
+    if self.axis is None or self.keep_dims:
+        raise NotImplementedError("tl.reduce of all axes, or with keep_dims")
+    last = [np.take(x.handle.data, -1, self.axis) for x in _scan(self, tensors)]
+    return [self.to_tensor(*x) for x in zip(last, (x.dtype for x in tensors), strict=True)]
