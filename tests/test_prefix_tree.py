@@ -168,7 +168,7 @@ def test_labels_counted_or_sorted(target, generator, monkeypatch):
     same_arrays(target, tokens, groups, mask)
     if target.backend.startswith("cuda"):
         monkeypatch.setattr("rewardops.cuda.prefix_tree.COUNTED", 0)
-    same_arrays(target, tokens, groups, mask)
+        same_arrays(target, tokens, groups, mask)
     members += [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
     with rewardops.use_backend("reference"):
         members += [rewardops.prefix_lcp(tokens, groups, max_group_size=40)]

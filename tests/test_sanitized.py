@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sanitized
 
-CALLS = os.environ.get("REWARDOPS_FUZZ_CALLS", "420")
+CALLS = os.environ.get("REWARDOPS_FUZZ_CALLS", "280")
 
 
 @pytest.fixture(scope="module")

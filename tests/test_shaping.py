@@ -137,5 +137,5 @@ def test_budgets(target, generator, kind, size):
     torch.testing.assert_close(got, brpo_loop(scores, probs, size, kind))
     assert rewardops.budget_advantages(torch.zeros(0, 3), group_size=1).shape == (0, 3)
     torch.testing.assert_close(rewardops.budget_returns(scores)[:, 0], scores.mean(1))
-    with pytest.raises(ValueError, match=r"probs: got shape \[2\], want \[4\]"):
+    with pytest.raises(ValueError, match=r"probs: got 2, want 4 \(the columns of scores\)"):
         rewardops.budget_returns(scores, [0.5, 0.5])
