@@ -422,8 +422,8 @@ def test_by_hand(target):
 
 @pytest.mark.parametrize("per", ["row", "token", "one"])
 def test_temperature_tensors(target, generator, per):
-    logits, tokens = draw((3, 4), 60, generator)
-    ref, _ = draw((3, 4), 60, generator)
+    logits, tokens = draw((3, 4), 300, generator)
+    ref, _ = draw((3, 4), 300, generator)
     shape = {"row": (3,), "token": (3, 4), "one": ()}[per]
     t = torch.rand(shape, generator=generator) + 0.5
     fn = stats(tokens, outputs=EVERY, temperature=t)

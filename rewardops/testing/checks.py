@@ -36,8 +36,8 @@ def _upstream(outputs: list[Tensor]) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(17)
     for o in outputs:
         up = torch.randn(o.shape, generator=generator, dtype=torch.float64)
-        # Numbers that float32 has as well, so that all runs are given the same.
-        yield up.to(torch.float32).to(torch.float64)
+        # Numbers that every precision has, so that all runs are given the same.
+        yield up.to(torch.bfloat16).to(torch.float64)
 
 
 def evaluate(
