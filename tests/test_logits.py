@@ -48,7 +48,7 @@ def draw(shape, vocab, generator, scale=3.0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 7, 1000, 5003])
 def test_matches_float64(target, generator, dtype, vocab):
-    logits, tokens = draw((9,), vocab, generator, dtype=dtype)
+    logits, tokens = draw((4 if target.interpreted else 9,), vocab, generator, dtype=dtype)
     check_backend(stats(tokens, temperature=0.7), [logits], backend=target.backend, device=target.device)
 
 
@@ -306,8 +306,9 @@ def test_beats_eager_on_half_precision(target, generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 1000, 5003])
 def test_pairs_match_float64(target, generator, dtype, vocab):
-    logits, tokens = draw((7,), vocab, generator, dtype=dtype)
-    ref, _ = draw((7,), vocab, generator, dtype=dtype)
+    rows = 4 if target.interpreted else 7
+    logits, tokens = draw((rows,), vocab, generator, dtype=dtype)
+    ref, _ = draw((rows,), vocab, generator, dtype=dtype)
     fn = stats(tokens, outputs=EVERY, temperature=0.7, beta=0.3)
     check_backend(fn, [logits, ref], backend=target.backend, device=target.device)
 
@@ -566,6 +567,8 @@ def merged(tokens, cuts, outputs=PARTIAL, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("cuts", [(), (1,), (700, 701, 2048), (2600,)])
 def test_parts_merge_into_the_whole(target, generator, dtype, cuts):
+    if target.interpreted and dtype is not torch.float32 and len(cuts) < 3:
+        pytest.skip("covered by the other cuts")
     logits, tokens = draw((6,), 3000, generator, dtype=dtype)
     ref, _ = draw((6,), 3000, generator, dtype=dtype)
     logits += 2  # a mean that does not cancel

@@ -125,10 +125,13 @@ def test_rows_that_start_anywhere(target, generator, dtype):
     """Compares of 16 bytes at once, and of rows that have no common alignment."""
     if target.backend == "reference":
         pytest.skip("it is what the others are compared with")
+    slow = target.interpreted and target.backend == "triton"
+    if slow and dtype is torch.int32:
+        pytest.skip("Triton's compiler sees to that")
     width = 1300
     tokens, groups = branches(width + 8, generator)
     tokens = tokens.to(dtype)
-    for shift in range(4):
+    for shift in (0, 3) if slow else range(4):
         same_arrays(target, tokens[:, shift : width + shift], groups)
     start = torch.tensor([0, 1, 2, 3, 5, 1, 0, 700, 2])  # as prompts that are padded on the left
     end = torch.tensor([width, width, width, 900, 1100, 1200, width, width, width])
@@ -169,11 +172,11 @@ def test_labels_counted_or_sorted(target, generator, monkeypatch):
     if target.backend.startswith("cuda"):
         monkeypatch.setattr("rewardops.cuda.prefix_tree.COUNTED", 0)
         same_arrays(target, tokens, groups, mask)
-    members += [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
+        members += [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
     with rewardops.use_backend("reference"):
-        members += [rewardops.prefix_lcp(tokens, groups, max_group_size=40)]
-    for found in members[:2]:
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, members[2], strict=True))
+        want = rewardops.prefix_lcp(tokens, groups, max_group_size=40)
+    for found in members:
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("hole", ["prefix", "skip"])

@@ -456,11 +456,12 @@ def test_duplicates_and_strict_prefixes(target):
 
 
 def test_rows_that_share_a_prefix_have_the_same_bits(target, generator):
-    groups = torch.zeros(33, dtype=torch.int64)
+    rows = 18 if target.interpreted and target.backend == "triton" else 33
+    groups = torch.zeros(rows, dtype=torch.int64)
     tokens = shared_prefix_tokens(groups, 50, generator)
-    rewards = torch.randn(33, generator=generator)
+    rewards = torch.randn(rows, generator=generator)
     before, after, _ = (x.cpu() for x in values(tokens, groups)(rewards.to(target.device)))
-    for i in range(33):
+    for i in range(rows):
         for j in range(i):
             same = int((tokens[i] == tokens[j]).long().cumprod(0).sum())
             assert torch.equal(before[i, : same + 1], before[j, : same + 1])

@@ -33,9 +33,12 @@ struct Pick {
   int64_t row = -1;
 };
 
+// Means are above the first reward (that by length above the lowest), so that rewards far from 0 keep the digits of
+// their differences.
 struct Statistics {
   int64_t count = 0;
-  double mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
+  double first = 0, mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
+  double centred(double r) const { return (r - first) - mean; }
   bool differs = false;
   Pick low, high, below, above;  // below and above: what the baseline lies between
   double part = 0;
@@ -53,24 +56,24 @@ Pick find(const AdvantagesArgs<T>& a, const Members& members, double value) {
 // Equal rewards are told by comparison: their computed std is of rounding size and not 0.
 template <typename T, typename Members>
 void spread_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
-  double first = 0, sum = 0, magnitude = 0;
+  double sum = 0, magnitude = 0;
   members([&](int64_t b) {
     const double r = a.rewards[b];
     if (s.count++ == 0) {
-      first = r;
+      s.first = r;
       s.low = s.high = {r, b};
     }
     if (r < s.low.value) s.low = {r, b};
     if (r > s.high.value) s.high = {r, b};
-    s.differs = s.differs || r != first;
-    sum += r - first;
+    s.differs = s.differs || r != s.first;
+    sum += r - s.first;
     magnitude += std::fabs(r);
   });
   if (s.count == 0) return;
-  s.mean = first + sum / s.count;
+  s.mean = sum / s.count;
   s.mean_abs = magnitude / s.count;
   double square = 0;
-  members([&](int64_t b) { square += (a.rewards[b] - s.mean) * (a.rewards[b] - s.mean); });
+  members([&](int64_t b) { square += s.centred(a.rewards[b]) * s.centred(a.rewards[b]); });
   const int64_t degrees = s.count - a.ddof;
   s.std = s.differs ? std::sqrt(square / (degrees > 1 ? degrees : 1)) : 0.0;
 }
@@ -83,7 +86,7 @@ void order_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s)
       s.total_length += a.lengths[b];
       sum += a.lengths[b] * (a.rewards[b] - s.low.value);
     });
-    s.mean_by_length = s.low.value + (s.total_length > 0 ? sum / s.total_length : 0);
+    s.mean_by_length = s.total_length > 0 ? sum / s.total_length : 0;
     return;
   }
   int64_t rank;
@@ -156,8 +159,8 @@ class Relative {
     if (!s.differs) return 0.0;
     switch (a_.baseline) {
       case Baseline::mean:
-      case Baseline::leave_one_out: return gain(s, b) * (r - s.mean);
-      case Baseline::length_weighted: return r - s.mean_by_length;
+      case Baseline::leave_one_out: return gain(s, b) * s.centred(r);
+      case Baseline::length_weighted: return (r - s.low.value) - s.mean_by_length;
       case Baseline::second_max: return gain(s, b) == 0.0 ? 0.0 : r - s.below.value;
       default: return r - s.below.value - (s.part > 0 ? s.part * (s.above.value - s.below.value) : 0.0);
     }
@@ -184,7 +187,7 @@ class Relative {
     if (a_.scale == Scale::mean_abs) return ((r > 0) - (r < 0)) / double(s.count);
     const Statistics& of = a_.scale == Scale::batch_std ? batch_ : s;
     const int64_t degrees = of.count - a_.ddof;
-    return of.std > 0 ? (r - of.mean) / ((degrees > 1 ? degrees : 1) * of.std) : 0.0;
+    return of.std > 0 ? of.centred(r) / ((degrees > 1 ? degrees : 1) * of.std) : 0.0;
   }
 
  private:
