@@ -1,0 +1,1 @@
+"""Integrations: rewardops inside the training frameworks. Nothing here is imported by rewardops itself."""

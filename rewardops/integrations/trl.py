@@ -1,0 +1,597 @@
+"""TRL's GRPOTrainer on our ops: per-token statistics and exact KL, and advantages of any estimator."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer as Stock
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import utils as stock_utils
+
+from .. import advantages, layout
+from ..linear import linear_token_stats
+from ..logits import token_stats
+from ..prefix_values import tempo_advantages
+
+# ---- what an estimator sees --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The completions of a generation step, of all processes, and what they were rewarded with.
+
+    Rows are in TRL's order: groups of ``group_size`` next to each other, so ``group_size=rollouts.group_size``
+    is what our estimators take.
+
+    Attributes:
+        rewards: ``[B]``, float32: the sum over reward functions, weighted; 0 where none gave a reward.
+        rewards_per_func: ``[B, R]``, float32, unweighted; NaN where a function returned None.
+        reward_weights: ``[R]``.
+        scorable: ``[B]``, bool: rows that some function gave a reward. The others get advantage 0.
+        completion_ids: ``[B, T]``, padded on the right.
+        mask: ``[B, T]``, bool: tokens that the policy wrote, in scorable rows; not padding, not what a tool
+            returned. Truncated completions are in it, as TRL counts them in their group too
+            (``mask_truncated_completions`` takes them out of the loss).
+        group_size: rows of a group.
+        process_rewards: ``[B, T]``, float32: the reward of a step at the token that ends it, 0 elsewhere; None
+            without a ``process_reward_func``.
+        step_ends: ``[B, T]``, bool: those tokens.
+    """
+
+    rewards: Tensor
+    rewards_per_func: Tensor
+    reward_weights: Tensor
+    scorable: Tensor
+    completion_ids: Tensor
+    mask: Tensor
+    group_size: int
+    process_rewards: Tensor | None
+    step_ends: Tensor | None
+    _entropies: Callable[[], Tensor] = field(repr=False)
+
+    def entropies(self) -> Tensor:
+        """``[B, T]``, in nats, of the policy that generated: a forward pass, which every process has to ask for."""
+        return self._entropies()
+
+
+Estimator = Callable[[Rollouts], Tensor]
+
+# TRL's eps, added to the standard deviation.
+_EPS = 1e-4
+_SCALES = {"group": "std", "batch": "batch_std", "none": "none"}
+
+
+def _grpo(rollouts: Rollouts, **options: Any) -> Tensor:
+    where: dict[str, Any] = {"group_size": rollouts.group_size, "mask": rollouts.scorable[:, None]}
+    return advantages.grpo(rollouts.rewards, **where, **options)[:, 0]
+
+
+def _rloo(rollouts: Rollouts, **options: Any) -> Tensor:
+    where: dict[str, Any] = {"group_size": rollouts.group_size, "mask": rollouts.scorable[:, None]}
+    return advantages.rloo(rollouts.rewards, **where, **options)[:, 0]
+
+
+def _gdpo(rollouts: Rollouts, *, eps: float) -> Tensor:
+    """TRL's ``normalize_then_sum``: a function's missing rewards are no part of their groups."""
+    total = torch.zeros_like(rollouts.rewards)
+    for weight, column in zip(rollouts.reward_weights, rollouts.rewards_per_func.unbind(1), strict=True):
+        given = ~column.isnan()
+        found = advantages.grpo(
+            torch.where(given, column, 0), group_size=rollouts.group_size, mask=given[:, None], eps=eps
+        )
+        total = total + weight * found[:, 0]
+    # TRL adds eps to the deviation of the batch, where `whiten` adds it to the variance.
+    return advantages.grpo(total, group_size=len(total), mask=rollouts.scorable[:, None], eps=eps)[:, 0]
+
+
+def _gtpo(rollouts: Rollouts, **options: Any) -> Tensor:
+    return advantages.gtpo(
+        rollouts.rewards, rollouts.entropies(), group_size=rollouts.group_size, mask=rollouts.mask, **options
+    )
+
+
+def _pure(rollouts: Rollouts, **options: Any) -> Tensor:
+    assert rollouts.process_rewards is not None
+    assert rollouts.step_ends is not None
+    return advantages.pure(
+        rollouts.process_rewards, rollouts.step_ends, group_size=rollouts.group_size, outcome=rollouts.rewards,
+        mask=rollouts.mask, **options,
+    )  # fmt: skip
+
+
+def _tempo(rollouts: Rollouts, **options: Any) -> Tensor:
+    return tempo_advantages(
+        rollouts.completion_ids,
+        rollouts.rewards,
+        group_size=rollouts.group_size,
+        mask=rollouts.mask,
+        **options,
+    )
+
+
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "grpo": _grpo,
+    "rloo": _rloo,
+    "gtpo": _gtpo,
+    "pure": _pure,
+    "tempo": _tempo,
+}
+_PER_TOKEN = ("gtpo", "pure", "tempo")
+
+
+# ---- statistics from hidden states -------------------------------------------------------------------------
+
+
+class _Head:
+    """Stands where TRL's ``ChunkedLogProbFunction`` does: statistics of tokens from hidden states and a head.
+
+    One model's. For the exact KL the reference model's notes what it is given (``note``), and the policy's
+    compares itself with that (``reference``) and leaves the result in ``kl``.
+    """
+
+    def __init__(self) -> None:
+        self.note: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self.reference: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.kl: Tensor | None = None
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        _chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: Sequence[str],
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        if self.note is not None:
+            self.note.append((hidden, weight, bias))
+            return hidden.new_zeros(tokens.shape, dtype=torch.float32), None, None, None, None
+        names = {"log_probs": "logprob", "entropy": "entropy"}
+        asked = [names[name] for name in outputs]
+        other: dict[str, Any] = {}
+        if self.reference is not None:
+            other = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), self.reference, strict=True))
+            asked.append("kl")
+        stats = linear_token_stats(
+            hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            outputs=asked, num_tokens=tokens.shape[0], **other,
+        )  # fmt: skip
+        self.kl = stats.kl
+        assert stats.logprob is not None
+        return stats.logprob, stats.entropy, None, None, None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _add_head(model: nn.Module, head: _Head, **options: Any) -> None:
+    """TRL's ``add_fused_lm_head`` with our head in it.
+
+    The same code with two other globals, for this model alone: what TRL knows of models (backbones, softcaps,
+    scales, tied and sharded heads, auxiliary losses) stays TRL's, and no other trainer notices. Tokens without a
+    label are left out before the head on every device.
+    """
+    stock = stock_utils.add_fused_lm_head
+    swapped = {"_ChunkedLogProbFunction": head, "_use_triton": lambda device: True}
+    if missing := set(swapped) - set(_names(stock.__code__)):
+        raise ImportError(
+            f"rewardops.integrations.trl: TRL's add_fused_lm_head no longer uses {', '.join(sorted(missing))};"
+            " want TRL 1.16, or token_stats_from='logits'"
+        )
+    ours = types.FunctionType(
+        stock.__code__,
+        {**vars(stock_utils), **swapped},
+        stock.__name__,
+        stock.__defaults__,
+        stock.__closure__,
+    )
+    ours(model, **options)
+
+
+class _BesideReference:
+    """The policy as TRL calls it, each time beside the reference model; ``kl`` collects KL(policy || reference)."""
+
+    def __init__(self, model: nn.Module, head: _Head, ref_model: nn.Module, ref_head: _Head) -> None:
+        self.model, self.head, self.ref_model, self.ref_head = model, head, ref_model, ref_head
+        self.kl: list[Tensor] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.ref_head.note = []
+        try:
+            with torch.no_grad():
+                self.ref_model(**inputs)
+            (self.head.reference,) = self.ref_head.note
+            out = self.model(**inputs)
+        finally:
+            self.ref_head.note = self.head.reference = None
+        kl, self.head.kl = self.head.kl, None
+        assert kl is not None
+        self.kl.append(kl.new_zeros(out.label_mask.shape).masked_scatter(out.label_mask, kl))
+        return out
+
+
+# ---- statistics from logits --------------------------------------------------------------------------------
+
+
+class _FromLogits:
+    """A model as TRL calls it, with statistics of the logits that the model itself returns."""
+
+    def __init__(
+        self, model: nn.Module, keep: dict[str, int], temperature: float, ref_model: nn.Module | None
+    ) -> None:
+        self.model, self.keep, self.temperature, self.ref_model = model, keep, temperature, ref_model
+        self.kl: list[Tensor] = []
+
+    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> Any:
+        inputs = {**inputs, **self.keep, "use_cache": False}
+        ref_logits = None
+        if self.ref_model is not None:
+            with torch.no_grad():
+                ref_logits = self.ref_model(**inputs).logits
+        out = self.model(**inputs)
+        # The last logits predict nothing that was sampled: masked, so that no slice of them has a gradient to pad.
+        tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[:, -out.logits.shape[1] :]
+        stats = token_stats(
+            out.logits,
+            tokens.to(out.logits.device),
+            temperature=self.temperature,
+            ref_logits=ref_logits,
+            outputs=("logprob", "entropy") if ref_logits is None else ("logprob", "entropy", "kl"),
+            inplace_backward=True,
+        )
+        assert stats.logprob is not None
+        assert stats.entropy is not None
+        if stats.kl is not None:
+            self.kl.append(stats.kl[:, :-1])
+        return types.SimpleNamespace(
+            log_probs=stats.logprob[:, :-1],
+            entropy=stats.entropy[:, :-1],
+            aux_loss=getattr(out, "aux_loss", None),
+        )
+
+
+# ---- the trainer -------------------------------------------------------------------------------------------
+
+ProcessRewardFunc = Callable[..., Sequence[Sequence[tuple[int, float]] | None]]
+
+
+class GRPOTrainer(Stock):  # type: ignore[misc]
+    """TRL's ``GRPOTrainer`` with per-token statistics and advantages from rewardops; a drop-in replacement.
+
+    Args:
+        advantage_estimator: ``"grpo"``, TRL's own arithmetic (``scale_rewards`` and
+            ``multi_objective_aggregation`` of the config apply); ``"rloo"``, :func:`rewardops.advantages.rloo`;
+            or with an advantage for each token ``"tempo"``, :func:`rewardops.tempo_advantages` on the prefix
+            tree of a group's completions (scaled as ``scale_rewards`` says), ``"gtpo"``,
+            :func:`rewardops.advantages.gtpo` (one more forward pass per generation, for the entropies), and
+            ``"pure"``, :func:`rewardops.advantages.pure` with the process rewards of ``process_reward_func`` and
+            the weighted sum of ``reward_funcs`` as the outcome. Or a function from :class:`Rollouts` to
+            advantages, ``[B]`` or ``[B, T]``.
+        advantage_options: keywords for the named function, over TRL's conventions (``eps=1e-4``).
+        process_reward_func: called as a reward function is (``prompts``, ``completions``, ``completion_ids``, the
+            data set's columns); returns for each completion the ``(end, reward)`` of its steps, ``end`` the
+            position of the step's last token in the completion, or None for none.
+        token_stats_from: ``"hidden"``, through :func:`rewardops.linear_token_stats`, which never holds
+            ``[tokens, vocabulary]``; or ``"logits"``, through :func:`rewardops.token_stats` of the logits that
+            the model returns, for models whose logits are more than a product of hidden states and a head.
+        kl_estimator: ``"k3"``, TRL's, of the sampled tokens; or ``"exact"``, KL(policy || reference) of each
+            token's distributions, from the pass that gives the log-probabilities. The reference model runs
+            beside the policy then, at every step. ``use_bias_correction_kl`` has no part in it: it gives k3 the
+            gradient that the exact one has, in the mean.
+        All else: as TRL's.
+
+    Raises:
+        ValueError: an unknown name, options without a named estimator, ``"pure"`` without a
+            ``process_reward_func``, ``"normalize_then_sum"`` with a named estimator other than ``"grpo"``,
+            ``kl_estimator="exact"`` where there is no reference model of its own (``beta=0``, PEFT) or where
+            it is sharded (FSDP, ZeRO-3). TypeError: an asynchronous ``process_reward_func``.
+    """
+
+    beta: float
+
+    def __init__(
+        self,
+        *args: Any,
+        advantage_estimator: str | Estimator = "grpo",
+        advantage_options: Mapping[str, Any] | None = None,
+        process_reward_func: ProcessRewardFunc | None = None,
+        token_stats_from: str = "hidden",
+        kl_estimator: str = "k3",
+        **kwargs: Any,
+    ) -> None:
+        layout.check_choice("token_stats_from", token_stats_from, ("hidden", "logits"))
+        layout.check_choice("kl_estimator", kl_estimator, ("k3", "exact"))
+        super().__init__(*args, **kwargs)
+        self.token_stats_from, self.kl_estimator = token_stats_from, kl_estimator
+        self.process_reward_func = process_reward_func
+        if inspect.iscoroutinefunction(process_reward_func):
+            raise TypeError("process_reward_func: got an async function, want one that returns its rewards")
+        self._estimator = self._estimator_of(advantage_estimator, dict(advantage_options or {}))
+        if kl_estimator == "exact":
+            self._check_exact()
+        self._heads = (_Head(), _Head())
+        self._step_kl: Tensor | None = None
+        if token_stats_from == "hidden":
+            self._add_heads()
+
+    def _estimator_of(self, estimator: str | Estimator, options: dict[str, Any]) -> Estimator:
+        if callable(estimator):
+            if options:
+                raise ValueError("advantage_options: got a value beside a function, want functools.partial")
+            return estimator
+        layout.check_choice("advantage_estimator", estimator, tuple(ESTIMATORS))
+        if estimator == "pure" and self.process_reward_func is None:
+            raise ValueError("process_reward_func: got None with advantage_estimator='pure', want a function")
+        if estimator in _PER_TOKEN and self.importance_sampling_level == "sequence":
+            warnings.warn(
+                f"advantage_estimator={estimator!r} gives each token its own advantage, but with"
+                " importance_sampling_level='sequence' a completion has one ratio, whose gradient only sees their"
+                " mean; want 'token'",
+                stacklevel=3,
+            )
+        named = ESTIMATORS[estimator]
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            if estimator != "grpo":
+                raise ValueError(
+                    f"multi_objective_aggregation: got 'normalize_then_sum' with"
+                    f" advantage_estimator={estimator!r}, want 'sum_then_normalize'"
+                )
+            named, options = _gdpo, {"eps": _EPS, **options}
+        elif estimator in ("grpo", "tempo"):
+            options = {"scale": _SCALES[self.scale_rewards], "eps": _EPS, **options}
+        return lambda rollouts: named(rollouts, **options)
+
+    # ---- per-token statistics
+
+    def _add_heads(self) -> None:
+        if is_deepspeed_zero3_enabled():
+            # The head is gathered for TRL's own backward pass, and empty in anyone else's.
+            warnings.warn(
+                "DeepSpeed ZeRO-3: log-probabilities and entropies come from TRL's fused head, not from"
+                " rewardops; token_stats_from='logits' works",
+                stacklevel=3,
+            )
+            return
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        shared = {"temperature": self.temperature, "cast_lm_head_to_fp32": self.args.cast_lm_head_to_fp32}
+        _add_head(model, self._heads[0], outputs=("log_probs", "entropy"), **shared)
+        if self.ref_model is not None:
+            _add_head(self.accelerator.unwrap_model(self.ref_model), self._heads[1], **shared)
+
+    def _from_logits(self, model: nn.Module, logits_to_keep: int, ref_model: nn.Module | None) -> _FromLogits:
+        inner = self.accelerator.unwrap_model(model)
+        inner = inner.get_base_model() if is_peft_model(inner) else inner
+        accepts = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        keep = {"logits_to_keep": logits_to_keep + 1} if accepts else {}
+        return _FromLogits(model, keep, self.temperature, ref_model)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        ref_model = self.ref_model if self._comparing else None
+        scored: Any = model
+        if self.token_stats_from == "logits":
+            scored = self._from_logits(model, logits_to_keep, ref_model)
+        elif ref_model is not None:
+            scored = _BesideReference(model, self._heads[0], ref_model, self._heads[1])
+        found = super()._get_per_token_logps_and_entropies(
+            scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if ref_model is not None:
+            self._step_kl = torch.cat(scored.kl)[:, -logits_to_keep:]
+        return found
+
+    # ---- exact KL
+
+    _comparing = False
+
+    def _check_exact(self) -> None:
+        why = None
+        if self.beta == 0.0:
+            why = "beta=0"
+        elif self.ref_model is None:
+            why = "a PEFT model, whose reference is the model itself"
+        elif self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            why = "a sharded reference model"
+        if why is not None:
+            raise ValueError(f"kl_estimator: got 'exact' with {why}, want 'k3'")
+
+    @contextlib.contextmanager
+    def _without_stock_kl(self) -> Iterator[None]:
+        """TRL's code as with ``beta=0``: no reference log-probabilities, no k3."""
+        beta = self.beta
+        if self.kl_estimator == "exact":
+            self.beta = 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _share_in_loss(self, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """``[B, T]``: what TRL's ``loss_type`` multiplies a token's loss by before it sums."""
+        training = self.model.training
+        steps = self.current_gradient_accumulation_steps if training else 1.0
+        weights = mask.float()
+        if self.loss_type in ("grpo", "sapo"):
+            return weights / weights.sum(-1, keepdim=True).clamp(min=1.0) / len(mask) / steps
+        if self.loss_type == "bnpo":
+            return weights / weights.sum().clamp(min=1.0) / steps
+        if self.loss_type == "dr_grpo":
+            return weights / (len(mask) * self.max_completion_length) / steps
+        if self.loss_type == "luspo":
+            return weights / len(mask) / steps
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        return weights / (tokens * steps / self.args.steps_per_generation if training else tokens)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.kl_estimator == "k3":
+            loss: Tensor = super()._compute_loss(model, inputs)
+            return loss
+        self._comparing = True
+        try:
+            with self._without_stock_kl():
+                loss = super()._compute_loss(model, inputs)
+        finally:
+            self._comparing = False
+        kl, self._step_kl = self._step_kl, None
+        assert kl is not None
+        mask = inputs["completion_mask"]
+        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        sums = self.accelerator.reduce(torch.stack([(kl.detach() * mask).sum(), mask.sum().float()]), "sum")
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kl"].append((sums[0] / sums[1].clamp(min=1.0)).item())
+        return loss + self.beta * (kl * self._share_in_loss(mask, inputs)).sum()
+
+    # ---- advantages
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        steps = None
+        if self.process_reward_func is not None:
+            columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
+            steps = self.process_reward_func(
+                prompts=prompts, completions=completions, completion_ids=completion_ids_list,
+                **{key: [example[key] for example in inputs] for key in columns},
+                trainer_state=self.state, log_extra=self._log_completion_extra, log_metric=self._log_metric,
+                **({} if self.environments is None else {"environments": self.environments}),
+            )  # fmt: skip
+            if len(steps) != len(prompts):
+                raise ValueError(
+                    f"process_reward_func: got {len(steps)} results, want {len(prompts)} (one per completion)"
+                )
+        self._scored = (rewards, [len(ids) for ids in completion_ids_list], steps)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self._without_stock_kl():
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        output["advantages"] = self._advantages(output)
+        return output
+
+    def _advantages(self, output: Mapping[str, Any]) -> Tensor:
+        """``[B]`` or ``[B, T]`` of this process's rows, of what all processes generated."""
+        rewards, lengths, steps = self._scored
+        del self._scored
+        ids = output["completion_ids"]
+        rows, width = ids.shape
+        inside = torch.arange(width, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        written = inside
+        if "tool_mask" in output:
+            # TRL also masks what is truncated, of which it is not known any more who wrote it.
+            truncated = (output["completion_mask"] == 0).all(1)
+            written = inside & (output["tool_mask"].bool() | truncated[:, None])
+        scorable = ~rewards.isnan().all(1)
+        weights = self.reward_weights.to(rewards.device)
+        process = None if steps is None else _place(steps, written)
+        ends = None if process is None else self._gather(~process.isnan())
+        rollouts = Rollouts(
+            rewards=(rewards * weights).nansum(1),
+            rewards_per_func=rewards,
+            reward_weights=weights,
+            scorable=scorable,
+            completion_ids=self._gather(ids, self._tokenizer.pad_token_id),
+            mask=self._gather(written) & scorable[:, None],
+            group_size=self.num_generations if self.model.training else self.num_generations_eval,
+            process_rewards=None if process is None else self._gather(process.nan_to_num(nan=0.0)),
+            step_ends=ends,
+            _entropies=lambda: self._gather(self._behaviour_entropies(output, inside)),
+        )
+        found = self._estimator(rollouts)
+        if not isinstance(found, Tensor) or found.shape not in (scorable.shape, rollouts.mask.shape):
+            got = f"shape {layout.show(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            want = f"[{len(scorable)}] or {layout.show(rollouts.mask.shape)}"
+            raise ValueError(f"advantage_estimator: got {got}, want {want}")
+        found = found.detach().float()
+        counted = scorable if found.dim() == 1 else rollouts.mask
+        if not bool(found[counted].isfinite().all()):
+            raise ValueError("advantage_estimator: got NaN or infinite advantages, want finite ones")
+        found = torch.where(counted, found, 0)
+        self._log_advantages(found, rollouts.mask)
+        first = self.accelerator.process_index * rows
+        found = found[first : first + rows]
+        return found if found.dim() == 1 else found[:, :width]
+
+    def _gather(self, values: Tensor, pad: int = 0) -> Tensor:
+        """Of all processes, as wide as the widest."""
+        plain = values.int() if values.dtype is torch.bool else values
+        wide = self.accelerator.pad_across_processes(plain, dim=1, pad_index=pad)
+        found: Tensor = self.accelerator.gather(wide)
+        return found.bool() if values.dtype is torch.bool else found
+
+    def _log_advantages(self, found: Tensor, mask: Tensor) -> None:
+        """In the completions table, of tokens their mean, in place of what TRL has just put there."""
+        if found.dim() == 2:
+            found = found.sum(1) / mask.sum(1).clamp(min=1)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(found), len(logged))):
+            logged.pop()
+        logged.extend(found.tolist())
+
+    def _behaviour_entropies(self, output: Mapping[str, Any], inside: Tensor) -> Tensor:
+        """``[B, T]``; of truncated completions too, which TRL has masked by now."""
+        size = self.args.per_device_train_batch_size if self.model.training else len(inside)
+        about_images = (
+            "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+            "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+        )  # fmt: skip
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            _, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], 1),
+                torch.cat([output["prompt_mask"], inside.to(output["prompt_mask"].dtype)], 1),
+                inside.shape[1],
+                batch_size=size,
+                compute_entropy=True,
+                **{key: output[key] for key in about_images if key in output},
+            )
+        found: Tensor = entropies
+        return found
+
+
+def _place(steps: Sequence[Sequence[tuple[int, float]] | None], written: Tensor) -> Tensor:
+    """``[B, T]``: rewards of steps where they end, NaN elsewhere."""
+    out, allowed = torch.full(written.shape, torch.nan), written.tolist()
+    for row, pairs in enumerate(steps):
+        before = -1
+        for end, reward in pairs or ():
+            if not before < end < written.shape[1] or not allowed[row][end]:
+                raise ValueError(
+                    f"process_reward_func: got a step that ends at token {end} after one at {before} in completion"
+                    f" {row}, want rising positions of tokens that the policy wrote"
+                )
+            layout.check_finite("process_reward_func", reward)
+            out[row, end] = reward
+            before = end
+    return out.to(written.device)
