@@ -1,0 +1,519 @@
+"""verl: advantage estimators and policy losses in its registries, and drop-ins for what it computes from logits.
+
+Importing this module registers them. verl imports it by itself, as the plugin ``rewardops`` of its entry point
+group ``verl.plugins``, and ``algorithm.adv_estimator=rewardops_grpo`` is all there is to set. Written against
+verl 0.9.1.
+
+verl hands an estimator token rewards, the mask, the uid of every row and the config. An estimator that reads more
+(``responses``, ``entropy``, ``values``, ``steps``) finds it in :func:`provide`, which :func:`compute_advantage` and
+:class:`AdvantageInputs` fill from the trainer's batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from verl.trainer.ppo import core_algos
+from verl.utils import torch_functional
+
+import rewardops
+from rewardops import advantages
+
+# ---- what an estimator reads -------------------------------------------------------------------------------
+
+_provided: ContextVar[tuple[Mapping[str, Any], ...]] = ContextVar("rewardops.integrations.verl", default=())
+
+
+@contextmanager
+def provide(*sources: Any, **entries: Any) -> Iterator[None]:
+    """Let estimators that are called inside read these entries, beside what verl passes them.
+
+    Args:
+        sources: anything with ``keys()`` and ``[]``: a dictionary, ``data.batch``, ``data.non_tensor_batch``.
+        entries: single ones, which come before the sources: ``responses=``, ``entropy=``, ``steps=``, ...
+    """
+    token = _provided.set((entries, *sources, *_provided.get()))
+    try:
+        yield
+    finally:
+        _provided.reset(token)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What verl passes to an estimator, and what lies beside it."""
+
+    estimator: str
+    token_rewards: Tensor
+    mask: Tensor
+    index: Any
+    config: Any
+    sources: tuple[Mapping[str, Any], ...]
+
+    @property
+    def groups(self) -> Any:
+        if self.index is None:
+            raise ValueError(f"index: got None for {self.estimator}, want the uid of every row")
+        return self.index
+
+    def scores(self) -> Tensor:
+        """``[B]``; verl sums over all positions, masked ones too."""
+        return self.token_rewards.sum(-1)
+
+    def entry(self, *names: str, required: bool = True) -> Any:
+        """The first of these names that somebody provides."""
+        for source in self.sources:
+            for name in names:
+                if name in source.keys() and source[name] is not None:  # noqa: SIM118 (a TensorDict)
+                    return source[name]
+        if not required:
+            return None
+        wanted = " or ".join(repr(name) for name in names)
+        raise ValueError(
+            f"{names[0]}: got nothing for {self.estimator}, want {wanted}. verl passes it to no estimator: compute"
+            " advantages through rewardops.integrations.verl.compute_advantage, a trainer with AdvantageInputs, or"
+            f" inside provide({names[0]}=...)"
+        )
+
+    def setting(self, name: str, default: Any) -> Any:
+        found = None if self.config is None else self.config.get(name, None)
+        return default if found is None else found
+
+    def options(self, accepted: tuple[str, ...]) -> dict[str, Any]:
+        """Of ``algorithm.rewardops``; an option that the estimator does not have is an error."""
+        given = self.setting("rewardops", {})
+        for name in given:
+            if name not in accepted:
+                raise ValueError(
+                    f"algorithm.rewardops.{name}: {self.estimator} has no such option, want one of {list(accepted)}"
+                )
+        return {name: given[name] for name in given}
+
+    def scale(self) -> dict[str, Any]:
+        return {"scale": "std" if self.setting("norm_adv_by_std_in_grpo", True) else "none"}
+
+    def on_tokens(self, rows: Tensor) -> Tensor:
+        return rewardops.advantages_to_tokens(rows, mask=self.mask)
+
+
+# ---- advantage estimators ----------------------------------------------------------------------------------
+
+_Computed = Tensor | tuple[Tensor, Tensor]
+_Estimator = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _high_entropy(call: _Call, found: Tensor, fraction: float) -> Tensor:
+    """A policy loss without KL is 0 where the advantage is, and its denominator stays all valid tokens."""
+    kept = rewardops.high_entropy_mask(call.entry("entropy", "entropys"), call.mask, fraction=fraction)
+    return torch.where(kept, found, 0)
+
+
+def _estimator(name: str, *accepted: str) -> Callable[[Callable[..., _Computed]], _Estimator]:
+    """Register an estimator with verl, with the options it accepts in ``algorithm.rewardops``."""
+    accepted = (*accepted, "high_entropy_fraction")
+
+    def register(compute: Callable[..., _Computed]) -> _Estimator:
+        @functools.wraps(compute)
+        def estimator(
+            token_level_rewards: Tensor,
+            response_mask: Tensor,
+            index: Any = None,
+            config: Any = None,
+            batch: Any = None,
+            non_tensor_batch: Any = None,
+            **extras: Any,
+        ) -> tuple[Tensor, Tensor]:
+            passed = [source for source in (batch, non_tensor_batch) if source is not None]
+            sources = (extras, *passed, *_provided.get())
+            call = _Call(name, token_level_rewards, response_mask, index, config, sources)
+            options = call.options(accepted)
+            fraction = options.pop("high_entropy_fraction", None)
+            with torch.no_grad():
+                found = compute(call, **options)
+                out, returns = found if isinstance(found, tuple) else (found, found)
+                if fraction is not None:
+                    out = _high_entropy(call, out, fraction)
+            return out, returns
+
+        # verl refuses a second function of a name; one of ours, of a module loaded again, takes the first's place.
+        known = core_algos.ADV_ESTIMATOR_REGISTRY
+        if getattr(known.get(name), "__module__", None) == __name__:
+            del known[name]
+        core_algos.register_adv_est(name)(estimator)
+        return estimator
+
+    return register
+
+
+_GROUP = ("eps", "ddof", "singleton")
+_TREE = ("hole",)
+
+
+@_estimator("rewardops_grpo", "baseline", "scale", *_GROUP)
+def _grpo(call: _Call, **options: Any) -> Tensor:
+    settings = {"singleton": "raw", **call.scale(), **options}
+    return call.on_tokens(advantages.grpo(call.scores(), call.groups, **settings))
+
+
+@_estimator("rewardops_dr_grpo", "singleton")
+def _dr_grpo(call: _Call, *, singleton: str = "raw") -> Tensor:
+    return _less_mean(call, singleton)
+
+
+def _less_mean(call: _Call, singleton: str) -> Tensor:
+    return call.on_tokens(advantages.dr_grpo(call.scores(), call.groups, singleton=singleton))
+
+
+@_estimator("rewardops_rloo", "singleton")
+def _rloo(call: _Call, *, singleton: str = "raw") -> Tensor:
+    return call.on_tokens(advantages.rloo(call.scores(), call.groups, singleton=singleton))
+
+
+@_estimator("rewardops_opo", "singleton")
+def _opo(call: _Call, *, singleton: str = "raw") -> Tensor:
+    lengths = call.mask.sum(-1)
+    return call.on_tokens(advantages.opo(call.scores(), call.groups, lengths=lengths, singleton=singleton))
+
+
+@_estimator("rewardops_grpo_passk", "scale", *_GROUP)
+def _grpo_passk(call: _Call, **options: Any) -> Tensor:
+    return call.on_tokens(advantages.pass_at_k(call.scores(), call.groups, **{**call.scale(), **options}))
+
+
+@_estimator("rewardops_gpg", "alpha", "singleton")
+def _gpg(call: _Call, *, alpha: str = "rewards", singleton: str = "raw") -> Tensor:
+    return call.on_tokens(advantages.gpg(call.scores(), call.groups, alpha=alpha, singleton=singleton))
+
+
+@_estimator("rewardops_gdpo", *_GROUP)
+def _gdpo(call: _Call, **options: Any) -> Tensor:
+    """Rewards are the entries that ``algorithm.gdpo_reward_keys`` names, weighed by ``gdpo_reward_weights``."""
+    keys = call.setting("gdpo_reward_keys", None)
+    if not keys:
+        raise ValueError("algorithm.gdpo_reward_keys: got none, want the names of the rewards")
+    columns = [torch.as_tensor(np.asarray(call.entry(key), dtype=np.float32)) for key in keys]
+    rewards = torch.stack(columns, 1).to(call.mask.device)
+    weights = call.setting("gdpo_reward_weights", None)
+    settings = {"singleton": "raw", **call.scale(), **options}
+    rows = advantages.gdpo(
+        rewards,
+        call.groups,
+        weights=None if weights is None else list(weights),
+        whitening="none",
+        **settings,
+    )
+    return rewardops.whiten(call.on_tokens(rows), call.mask)
+
+
+@_estimator("rewardops_reinforce_plus_plus")
+def _reinforce_plus_plus(call: _Call) -> tuple[Tensor, Tensor]:
+    gamma = call.setting("gamma", 1.0)
+    returns = rewardops.discounted_returns(call.token_rewards, gamma=gamma, mask=call.mask)
+    return rewardops.whiten(returns, call.mask), returns
+
+
+@_estimator("rewardops_reinforce_plus_plus_baseline", "singleton")
+def _reinforce_plus_plus_baseline(call: _Call, *, singleton: str = "raw") -> Tensor:
+    return rewardops.whiten(_less_mean(call, singleton), call.mask)
+
+
+@_estimator("rewardops_remax")
+def _remax(call: _Call) -> tuple[Tensor, Tensor]:
+    """``reward_baselines`` are of greedy responses, which verl samples for its own ``remax`` alone."""
+    baselines = call.entry("reward_baselines")
+    return (
+        advantages.remax(call.token_rewards, baselines, mask=call.mask),
+        rewardops.discounted_returns(call.token_rewards, mask=call.mask),
+    )
+
+
+@_estimator("rewardops_gae")
+def _gae(call: _Call) -> tuple[Tensor, Tensor]:
+    """``critic.enable=True`` is needed: by itself verl has a critic for its own ``gae`` alone."""
+    gamma, lam = call.setting("gamma", 1.0), call.setting("lam", 1.0)
+    found = rewardops.gae(call.token_rewards, call.entry("values"), gamma=gamma, lam=lam, mask=call.mask)
+    return rewardops.whiten(found.advantages, call.mask), found.returns
+
+
+@_estimator("rewardops_tempo", "td_scale", "scale", "eps", "ddof", *_TREE)
+def _tempo(call: _Call, **options: Any) -> Tensor:
+    tokens, settings = call.entry("responses"), {**call.scale(), **options}
+    return rewardops.tempo_advantages(tokens, call.scores(), call.groups, mask=call.mask, **settings)
+
+
+@_estimator("rewardops_tree_rl", "form", *_TREE)
+def _tree_rl(call: _Call, **options: Any) -> Tensor:
+    tokens = call.entry("responses")
+    return rewardops.tree_rl_advantages(tokens, call.scores(), call.groups, mask=call.mask, **options)
+
+
+@_estimator("rewardops_tree_siblings", "scale", "eps", "ddof", *_TREE)
+def _tree_siblings(call: _Call, **options: Any) -> Tensor:
+    tokens, settings = call.entry("responses"), {**call.scale(), **options}
+    return rewardops.sibling_advantages(tokens, call.scores(), call.groups, mask=call.mask, **settings)
+
+
+@_estimator("rewardops_gtpo", "alpha1", "alpha2", "positive", "entropy_floor", "eps", "joint")
+def _gtpo(call: _Call, **options: Any) -> Tensor:
+    entropy = call.entry("entropy", "entropys")
+    return advantages.gtpo(call.scores(), entropy, call.groups, mask=call.mask, **options)
+
+
+@_estimator("rewardops_grpo_s", "beta1", "beta2", "positive", "entropy_floor", "eps")
+def _grpo_s(call: _Call, **options: Any) -> Tensor:
+    entropy = call.entry("entropy", "entropys")
+    return advantages.grpo_s(call.scores(), entropy, call.groups, mask=call.mask, **options)
+
+
+@_estimator("rewardops_pure", "temperature", "baseline", "outcome_weight", "separators")
+def _pure(call: _Call, **options: Any) -> Tensor:
+    """``token_level_rewards`` are the process rewards, read where ``steps`` end; ``outcome`` is the verifier's."""
+    steps, outcome = call.entry("steps"), call.entry("outcome", required=False)
+    if outcome is not None and not isinstance(outcome, Tensor):
+        outcome = torch.as_tensor(np.asarray(outcome, dtype=np.float32)).to(call.mask.device)
+    gamma = call.setting("gamma", 1.0)
+    where = {"outcome": outcome, "gamma": gamma, "mask": call.mask}
+    return advantages.pure(call.token_rewards, steps, call.groups, **where, **options)
+
+
+# ---- where the entries come from ---------------------------------------------------------------------------
+
+
+def compute_advantage(data: Any, *args: Any, **kwargs: Any) -> Any:
+    """verl's ``compute_advantage`` of the same arguments, whose estimators can read all of ``data``."""
+    from verl.trainer.ppo import ray_trainer
+
+    verls = _originals.get("compute_advantage", ray_trainer.compute_advantage)
+    with provide(data.batch, data.non_tensor_batch):
+        return verls(data, *args, **kwargs)
+
+
+class AdvantageInputs:
+    """For a trainer of ``verl.trainer.ppo.v1``, before its base: estimators can read these fields of the queue.
+
+    Its own batch has neither token ids nor entropies. With this one, ``trainer.v1.trainer_mode=rewardops``::
+
+        @register_trainer("rewardops")
+        class Trainer(AdvantageInputs, PPOTrainerSync):
+            pass
+    """
+
+    advantage_fields: tuple[str, ...] = ("responses", "entropy", "values")
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        queue = importlib.import_module("transfer_queue")
+        fields = list(self.advantage_fields)
+        found = queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        with provide(found.to_padded_tensor()):
+            return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+
+
+# ---- policy losses -----------------------------------------------------------------------------------------
+
+
+def _coefficient(config: Any, name: str, default: float) -> float:
+    found = getattr(config.policy_loss, name)
+    return default if found is None else found
+
+
+def _aggregated(losses: Tensor, mask: Tensor, mode: str, config: Any, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        losses = losses * weights
+    return core_algos.agg_loss(
+        loss_mat=losses, loss_mask=mask, loss_agg_mode=mode, **config.global_batch_info
+    )
+
+
+def _clip_cov(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's ``clip_cov`` with :func:`rewardops.clip_cov_mask`: no loss at a few tokens, drawn at random.
+
+    As many as verl draws, of the same ones, but by a draw of its own.
+    """
+    low = 1 - (config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low)
+    high = 1 + (config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high)
+    band = _coefficient(config, "clip_cov_lb", 1.0), _coefficient(config, "clip_cov_ub", 5.0)
+    difference = log_prob - old_log_prob
+    ratio = difference.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(low, high)
+    cov = rewardops.covariance(advantages, log_prob, response_mask)
+    # What PPO clips is not drawn, but does count among the tokens that the fraction is of.
+    cov = torch.where(clipped > plain, band[0], cov)
+    drawn = rewardops.clip_cov_mask(
+        cov,
+        response_mask,
+        low=band[0],
+        high=band[1],
+        fraction=_coefficient(config, "clip_cov_ratio", 2e-4),
+    )
+    losses = torch.where(drawn, 0, torch.maximum(plain, clipped))
+    loss = _aggregated(losses, response_mask, loss_agg_mode, config, rollout_is_weights)
+    mean = torch_functional.masked_mean
+    return loss, {
+        "actor/pg_clipfrac": mean(drawn.float(), response_mask).item(),
+        "actor/ppo_kl": mean(-difference.detach(), response_mask).item(),
+    }
+
+
+def _kl_cov(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's ``kl_cov`` with :func:`rewardops.kl_cov_mask`: a KL term where the covariance is largest."""
+    difference = log_prob - old_log_prob
+    apart = difference.abs()
+    chosen = rewardops.kl_cov_mask(
+        rewardops.covariance(advantages, log_prob, response_mask),
+        response_mask,
+        fraction=_coefficient(config, "kl_cov_ratio", 2e-4),
+    )
+    penalty = _coefficient(config, "ppo_kl_coef", 1.0) * torch.where(chosen, apart, 0)
+    losses = penalty - advantages * difference.exp()
+    loss = _aggregated(losses, response_mask, loss_agg_mode, config, rollout_is_weights)
+    return loss, {"actor/ppo_kl": torch_functional.masked_mean(apart.detach(), response_mask).item()}
+
+
+core_algos.register_policy_loss("rewardops_clip_cov")(_clip_cov)
+core_algos.register_policy_loss("rewardops_kl_cov")(_kl_cov)
+
+
+# ---- drop-ins for verl's functions -------------------------------------------------------------------------
+
+_KL = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+
+
+def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
+    """verl's ``kl_penalty`` by :func:`rewardops.token_kl`: the same names, ``+`` for the gradient of k2.
+
+    Args:
+        logprob, ref_logprob: the same shape; float32, bfloat16, float16 or float64.
+        kl_penalty: ``kl``, ``k1``, ``abs``, ``mse``, ``k2``, ``low_var_kl`` or ``k3``, which clamp as verl does.
+
+    Returns:
+        The shape of ``logprob``; float32 (float64 where an input is). Differentiable in both.
+
+    Raises:
+        ValueError: another name; a shape that does not match.
+    """
+    name, plus = kl_penalty.removesuffix("+"), kl_penalty.endswith("+")
+    if name not in _KL:
+        raise ValueError(f"kl_penalty: got {kl_penalty!r}, want one of {list(_KL)}, or one of them and '+'")
+    estimator = _KL[name]
+    clamp = (20.0, 10.0) if estimator == "k3" else None
+    if not plus or estimator == "k2":
+        return rewardops.token_kl(logprob, ref_logprob, estimator=estimator, clamp=clamp)
+    value = rewardops.token_kl(logprob.detach(), ref_logprob.detach(), estimator=estimator, clamp=clamp)
+    # Not "k3_plus": verl clamps the value of k3, and never the gradient of k2.
+    through = rewardops.token_kl(logprob, ref_logprob, estimator="k2")
+    return through - through.detach() + value
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """verl's ``logprobs_from_logits`` by :func:`rewardops.token_stats`.
+
+    Args:
+        logits: ``[..., V]``. labels: ``[...]``; -100 has log-probability 0 and no gradient.
+        inplace_backward: the gradient takes the place of the logits, as in verl where flash-attn is installed.
+
+    Returns:
+        ``[...]``, float32 (float64 for float64).
+    """
+    shape = labels.shape
+    stats = rewardops.token_stats(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        outputs=("logprob",),
+        inplace_backward=inplace_backward,
+    )
+    assert stats.logprob is not None
+    return stats.logprob.reshape(shape)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """verl's ``entropy_from_logits`` by :func:`rewardops.token_stats`: ``[...]`` of ``[..., V]``, float32."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    unused = torch.zeros(flat.shape[:1], dtype=torch.int64, device=flat.device)
+    stats = rewardops.token_stats(flat, unused, outputs=("entropy",))
+    assert stats.entropy is not None
+    return stats.entropy.reshape(logits.shape[:-1])
+
+
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """:func:`entropy_from_logits`, which has no copy of the logits to cut into chunks."""
+    return entropy_from_logits(logits)
+
+
+_DROP_INS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "logprobs_from_logits": ("verl.utils.torch_functional", logprobs_from_logits),
+    "entropy_from_logits": ("verl.utils.torch_functional", entropy_from_logits),
+    "entropy_from_logits_with_chunking": (
+        "verl.utils.torch_functional",
+        entropy_from_logits_with_chunking,
+    ),
+    "kl_penalty": ("verl.trainer.ppo.core_algos", kl_penalty),
+    "compute_advantage": ("verl.trainer.ppo.ray_trainer", compute_advantage),
+}
+
+
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def _replace(name: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """In every module of verl that has imported the function by name."""
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] == "verl" and vars(module).get(name) is old:
+            setattr(module, name, new)
+
+
+def patch(*names: str) -> Callable[[], None]:
+    """Put these drop-ins in the place of verl's functions, in every module that has or will have imported them.
+
+    Call it before the workers build their engines: what they have compiled or bound by then stays verl's.
+
+    Args:
+        names: of ``logprobs_from_logits``, ``entropy_from_logits``, ``entropy_from_logits_with_chunking``,
+            ``kl_penalty`` (these by default), and ``compute_advantage``, of the legacy trainer.
+
+    Returns:
+        A function that undoes it.
+    """
+    chosen = names or tuple(name for name in _DROP_INS if name != "compute_advantage")
+    for name in chosen:
+        if name not in _DROP_INS:
+            raise ValueError(f"names: got {name!r}, want some of {list(_DROP_INS)}")
+    changed = []
+    for name in chosen:
+        home, ours = _DROP_INS[name]
+        found = getattr(importlib.import_module(home), name)
+        if found is not ours:
+            _originals[name] = found
+            _replace(name, found, ours)
+            changed.append(name)
+
+    def undo() -> None:
+        for name in changed:
+            _replace(name, _DROP_INS[name][1], _originals[name])
+
+    return undo
