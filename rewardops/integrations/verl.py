@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +27,8 @@ from verl.utils import torch_functional
 
 import rewardops
 from rewardops import advantages
+
+from .replacing import replace
 
 # ---- what an estimator reads -------------------------------------------------------------------------------
 
@@ -480,13 +481,6 @@ _DROP_INS: dict[str, tuple[str, Callable[..., Any]]] = {
 _originals: dict[str, Callable[..., Any]] = {}
 
 
-def _replace(name: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """In every module of verl that has imported the function by name."""
-    for path, module in list(sys.modules.items()):
-        if path.partition(".")[0] == "verl" and vars(module).get(name) is old:
-            setattr(module, name, new)
-
-
 def patch(*names: str) -> Callable[[], None]:
     """Put these drop-ins in the place of verl's functions, in every module that has or will have imported them.
 
@@ -503,17 +497,11 @@ def patch(*names: str) -> Callable[[], None]:
     for name in chosen:
         if name not in _DROP_INS:
             raise ValueError(f"names: got {name!r}, want some of {list(_DROP_INS)}")
-    changed = []
+    functions = {}
     for name in chosen:
         home, ours = _DROP_INS[name]
         found = getattr(importlib.import_module(home), name)
         if found is not ours:
             _originals[name] = found
-            _replace(name, found, ours)
-            changed.append(name)
-
-    def undo() -> None:
-        for name in changed:
-            _replace(name, _DROP_INS[name][1], _originals[name])
-
-    return undo
+            functions[name] = (found, ours)
+    return replace("verl", functions)
