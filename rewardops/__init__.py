@@ -20,7 +20,7 @@ from .entropy import (
 )
 from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
 from .layout import debug
-from .linear import linear_token_loss, linear_token_stats
+from .linear import linear_token_loss, linear_token_stats, linear_token_stats_partial
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_and_grad, token_stats_partial
 from .prefix_tree import DedupStats, PrefixLcp, PrefixTree, prefix_lcp
 from .prefix_values import (
@@ -78,6 +78,7 @@ __all__ = [
     "lambda_returns",
     "linear_token_loss",
     "linear_token_stats",
+    "linear_token_stats_partial",
     "max_returns",
     "merge_token_stats",
     "min_returns",

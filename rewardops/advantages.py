@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import layout, returns, segments, selection
+from . import distributed, layout, returns, segments, selection
 from .dispatch import define
 from .reference.advantages import BASELINES, SCALES, live_rows
 
@@ -131,6 +132,8 @@ def group_advantages(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_tokens: int | None = None,
+    process_group: ProcessGroup | None = None,
+    max_per_rank: int | None = None,
 ) -> Tensor:
     """Advantage of every row relative to its group: ``(reward - baseline) / (scale + eps)``.
 
@@ -176,6 +179,11 @@ def group_advantages(
         cu_seqlens: ``[B + 1]``, int32 or int64: the advantage is written to packed tokens ``[N]``.
         num_tokens: ``N``, where ``cu_seqlens`` lies on a device (or a graph is traced) and there is no mask
             to tell it.
+        process_group: groups, and the batch of ``"batch_std"``, are of the rows of all its ranks, each of which
+            gets its own rows' advantages. Labels mean the same on every rank (those that are no tensors: str, bytes
+            or int), ``group_size`` counts on from rank to rank. One collective, of a few numbers per row.
+        max_per_rank: with a process group, a number of rows that no rank exceeds. Without it the ranks tell each
+            other how many they have first, and the host reads it.
 
     Returns:
         ``[B]``, or ``[B, T]`` or ``[N]`` where a mask or cu_seqlens is given; float32 (float64 for float64
@@ -193,6 +201,10 @@ def group_advantages(
         "singleton": singleton, "lengths": lengths, "given": given, "mask": mask, "cu_seqlens": cu_seqlens,
         "num_tokens": num_tokens,
     }  # fmt: skip
+    ranks = _ranks(process_group, max_per_rank)
+    if ranks is not None:
+        relative, total = _over_ranks(ranks, rewards, groups, weights, **options)
+        return relative.spread(total)
     if rewards.dim() == 2:
         relative, total = _summed(rewards, groups, weights, **options)
         return relative.spread(total)
@@ -201,6 +213,55 @@ def group_advantages(
             f"weights: got a value for rewards {layout.show(rewards.shape)}, want rewards [B, R]"
         )
     return _Relative.of(rewards, groups, **options).advantages(rewards)
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    process_group: ProcessGroup
+    max_per_rank: int | None
+
+
+def _ranks(process_group: ProcessGroup | None, max_per_rank: int | None) -> _Ranks | None:
+    if process_group is not None:
+        return _Ranks(distributed.check(process_group), max_per_rank)
+    if max_per_rank is not None:
+        raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
+    return None
+
+
+def _over_ranks(
+    ranks: _Ranks,
+    rewards: Tensor,
+    groups: layout.Labels,
+    weights: Sequence[float] | Tensor | None,
+    *,
+    group_size: int | Sequence[int] | None = None,
+    lengths: Tensor | None = None,
+    given: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_tokens: int | None = None,
+    **options: Any,
+) -> tuple[_Relative, Tensor]:
+    """The advantages ``[B]`` of this rank's rows among those of all ranks; computed alike on each of them."""
+    if rewards.dim() == 2 and not rewards.shape[1]:
+        raise ValueError(
+            f"rewards: got shape {layout.show(rewards.shape)}, want [B] or [B, R] with R of at least 1"
+        )
+    column = rewards if rewards.dim() != 2 else rewards[:, 0]
+    where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    own = distributed.own_labels(groups, group_size, column.shape[0], rewards.device, "rewards")
+    relative = _Relative.of(column, own, lengths=lengths, given=given, **where, **options)
+    known = {"given": given, "lengths": relative.counted()}
+    extra = {name: value for name, value in known.items() if value is not None}
+    gathered = distributed.gather(
+        [rewards, own, relative.live(), *extra.values()], ranks.process_group, ranks.max_per_rank
+    )
+    everyone, ids, live, *found = gathered.tensors
+    options |= dict(zip(extra, found, strict=True))
+    of_all = distributed.labels(gathered, ids, group_size)
+    total = group_advantages(everyone, of_all, weights=weights, mask=live[:, None], **options)
+    return relative, gathered.own(total[:, 0])
 
 
 def _summed(
@@ -277,7 +338,8 @@ class _Relative:
             ids, rows, kind, quantile, scale, float(eps), ddof, singleton == "raw", lengths, given
         )
 
-    def _counted(self) -> Tensor | None:
+    def counted(self) -> Tensor | None:
+        """``[B]``, the lengths that a baseline weighs by."""
         if self.baseline != "length_weighted":
             return None
         if self.lengths is not None:
@@ -294,13 +356,13 @@ class _Relative:
         """The same with a token a row, ``[B, 1]``, which rows without a token do not have."""
         live = self.live()[:, None]
         return replace(
-            self, rows=layout.Layout(len(live), tuple(live.shape), live, None), lengths=self._counted()
+            self, rows=layout.Layout(len(live), tuple(live.shape), live, None), lengths=self.counted()
         )
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """``[B]``, or spread over the tokens."""
         rewards, *given = layout.promote(rewards, *(() if self.given is None else (self.given,)))
-        counted, rows = self._counted(), self.rows
+        counted, rows = self.counted(), self.rows
         out: Tensor = forward(
             rewards,
             self.ids,
@@ -359,6 +421,7 @@ def whiten(
     ddof: int = 1,
     eps: float = 1e-8,
     shift_mean: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``(values - mean) / sqrt(var + eps)`` over all valid elements, 0 where masked.
 
@@ -368,6 +431,8 @@ def whiten(
     Args:
         values: any shape, padded or packed; float32, bfloat16, float16 or float64.
         mask: the same shape.
+        process_group: mean and variance are of the elements of all its ranks, however many each has. One
+            collective, of four numbers.
 
     Returns:
         The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
@@ -378,22 +443,46 @@ def whiten(
     valid = layout.as_mask(mask, values.shape, values.device, "values")
     (x,) = layout.promote(values)
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
-    if not x.numel():
+    if not x.numel() and process_group is None:
         return x
     x = torch.where(valid, x, 0)
-    count = valid.sum().clamp(min=1)
+    count = valid.sum()
     # Less some element first: large values keep their differences, and equal ones are exactly 0.
-    first = torch.where(valid, x, torch.inf).amin().detach()
-    above = torch.where(valid, x - torch.where(first.isfinite(), first, 0), 0)
-    mean = above.sum(dtype=torch.float64) / count
+    first = torch.where(valid, x, torch.inf).detach().amin() if x.numel() else x.new_zeros(())
+    first = torch.where(first.isfinite(), first, 0)
+    above = torch.where(valid, x - first, 0)
+    mean = above.sum(dtype=torch.float64) / count.clamp(min=1)
     centred = torch.where(valid, above - mean, 0)
-    var = centred.double().square().sum() / (count - ddof).clamp(min=1)
+    squares = centred.double().square().sum()
+    if process_group is not None:
+        base, total, mean, squares = _merged_moments(process_group, count, first, mean, squares)
+        centred = torch.where(valid, above + ((first - base) - mean), 0)
+        count, first = total, base
+    var = squares / (count - ddof).clamp(min=1)
     spread = var + eps > 0
     out = centred * torch.where(spread, torch.where(spread, var + eps, 1).rsqrt(), 0)
     if not shift_mean:
         out = out + mean + first
     # Last, so that what comes back to a masked token is dropped first.
     return torch.where(valid, out, 0).to(x.dtype)
+
+
+def _merged_moments(
+    process_group: ProcessGroup, count: Tensor, first: Tensor, mean: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An element that all ranks subtract, and the count, the mean above it and the squares about that mean, of all.
+
+    Of each rank its count, an element, the mean above it and the squares about that mean.
+    """
+    record = torch.stack([x.double() for x in (count, first, mean, squares)])
+    (records,) = distributed.gather([record[None]], distributed.check(process_group), 1).tensors
+    counts, firsts, means, parts = records.unbind(1)
+    base = torch.where(counts > 0, firsts.detach(), torch.inf).amin()
+    base = torch.where(base.isfinite(), base, 0)
+    total = counts.sum()
+    means = torch.where(counts > 0, means + (firsts - base), 0)
+    whole = (counts * means).sum() / total.clamp(min=1)
+    return base, total, whole, parts.sum() + (counts * (means - whole).square()).sum()
 
 
 # ---- presets -----------------------------------------------------------------------------------------------
@@ -444,6 +533,8 @@ def gpg(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_tokens: int | None = None,
+    process_group: ProcessGroup | None = None,
+    max_per_rank: int | None = None,
     **options: Any,
 ) -> Tensor:
     """GPG (2504.02546): ``alpha (r - mean)``, with alpha the number of rows over that of rows with a signal.
@@ -453,12 +544,19 @@ def gpg(
     """
     layout.check_choice("alpha", alpha, ("informative", "rewards"))
     settings = {"scale": "none", "eps": 0.0, **options}
-    relative = _Relative.of(
-        rewards, groups, mask=mask, cu_seqlens=cu_seqlens, num_tokens=num_tokens, **settings
-    )
-    found = relative.by_row().advantages(rewards)[:, 0]
-    signal = (found if alpha == "informative" else rewards).detach() != 0
-    return relative.spread(found * (rewards.shape[0] / signal.sum().clamp(min=1)))
+    where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    ranks = _ranks(process_group, max_per_rank)
+    if ranks is None:
+        relative = _Relative.of(rewards, groups, **where, **settings)
+        found = relative.by_row().advantages(rewards)[:, 0]
+    else:
+        check_rewards(rewards)
+        relative, found = _over_ranks(ranks, rewards, groups, None, **where, **settings)
+    signal = ((found if alpha == "informative" else rewards).detach() != 0).sum()
+    count = torch.full_like(signal, rewards.shape[0])
+    if ranks is not None:
+        signal, count = distributed.exchange(torch.stack([signal, count]), ranks.process_group).sum(0)
+    return relative.spread(found * (count / signal.clamp(min=1)))
 
 
 def gdpo(
@@ -470,6 +568,8 @@ def gdpo(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_tokens: int | None = None,
+    process_group: ProcessGroup | None = None,
+    max_per_rank: int | None = None,
     **options: Any,
 ) -> Tensor:
     """GDPO: GRPO per reward of ``[B, R]``, their weighted sum, whitened over the batch.
@@ -481,15 +581,18 @@ def gdpo(
     layout.check_float("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B, R]")
-    relative, total = _summed(
-        rewards, groups, weights, mask=mask, cu_seqlens=cu_seqlens, num_tokens=num_tokens, **options
-    )
+    where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    ranks = _ranks(process_group, max_per_rank)
+    if ranks is None:
+        relative, total = _summed(rewards, groups, weights, **where, **options)
+    else:
+        relative, total = _over_ranks(ranks, rewards, groups, weights, **where, **options)
     if whitening == "rows":
-        return relative.spread(whiten(total, relative.live()))
+        return relative.spread(whiten(total, relative.live(), process_group=process_group))
     out = relative.spread(total)
-    return (
-        whiten(out, None if relative.rows is None else relative.rows.mask) if whitening == "tokens" else out
-    )
+    if whitening == "none":
+        return out
+    return whiten(out, None if relative.rows is None else relative.rows.mask, process_group=process_group)
 
 
 def gtpo(
@@ -647,13 +750,14 @@ def reinforce_plus_plus(
     cu_seqlens: Tensor | None = None,
     ddof: int = 1,
     eps: float = 1e-8,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
     layout.check_float("token_rewards", token_rewards)
     layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
     check_whitening(eps, ddof)
     found = returns.discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
-    return whiten(found, mask, ddof=ddof, eps=eps)
+    return whiten(found, mask, ddof=ddof, eps=eps, process_group=process_group)
 
 
 def reinforce_plus_plus_baseline(
@@ -665,6 +769,7 @@ def reinforce_plus_plus_baseline(
     num_tokens: int | None = None,
     ddof: int = 1,
     eps: float = 1e-8,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> Tensor:
     """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens."""
@@ -674,4 +779,5 @@ def reinforce_plus_plus_baseline(
             "mask: got None without cu_seqlens, want one of the two (it is whitened over tokens)"
         )
     check_whitening(eps, ddof)
-    return whiten(dr_grpo(rewards, groups, **tokens, **options), mask, ddof=ddof, eps=eps)
+    found = dr_grpo(rewards, groups, **tokens, process_group=process_group, **options)
+    return whiten(found, mask, ddof=ddof, eps=eps, process_group=process_group)

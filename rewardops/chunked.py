@@ -238,8 +238,10 @@ class _Problem:
         chunk_tokens: int,
         chunk_vocab: int,
         num_tokens: int,
+        start: int = 0,
     ) -> None:
         self.rows = _Rows(tokens, mask, num_tokens)
+        self.start = start  # the id of the head's first row
         self.policy = _Head(hidden, weight, bias, self.rows, vocab)
         self.heads = [self.policy]
         self.shapes = [hidden.shape]
@@ -319,13 +321,16 @@ class _Problem:
 
 def _records(kernels: ModuleType, p: _Problem) -> Tensor:
     """The record of every row, from those of its tiles."""
-    tokens, columns = p.sizes(whole=False)
     record = p.policy.hidden.new_zeros((p.rows.count, len(spec.RECORD)), dtype=torch.float64)
+    if not p.vocab:  # a shard of nothing but padding
+        record[:, [spec.RECORD.index("shift"), spec.RECORD.index("ref_shift")]] = -torch.inf
+        return record
+    tokens, columns = p.sizes(whole=False)
     for a, b in _blocks(p.rows.count, tokens):
         found: list[Tensor] = []
         for first, end in _blocks(p.vocab, columns):
             block = p.inputs(a, b, p.parts(first, end), first)
-            found.append(kernels.token_stats_partial(*block, first, end - first, p.outputs))
+            found.append(kernels.token_stats_partial(*block, p.start + first, end - first, p.outputs))
             if len(found) == 16:  # keep what waits to be merged small
                 found = [spec.merge_records(torch.stack(found))]
         record[a:b] = spec.merge_records(torch.stack(found)) if len(found) > 1 else found[0]
@@ -372,7 +377,7 @@ def _tile_gradients(kernels: ModuleType, p: _Problem, record: Tensor, grad_recor
                 grad_record[a:b],
                 record[a:b],
                 *block,
-                first,
+                p.start + first,
                 end - first,
                 outs[0],
                 outs[1] if p.paired else None,
@@ -417,13 +422,37 @@ def linear_token_stats_backward(
         for a, b, weights, block in _whole_rows(p):
             ups = [given[name][a:b].contiguous() for name in names]
             _row_gradients(kernels, p, a, b, weights, block, unpacked[:, a:b].contiguous(), names, ups)
-    elif p.rows.count:
-        _tile_gradients(kernels, p, kept, spec.record_gradient(kept, given))
     else:
-        for head in p.heads:
-            if head.grad_weight is not None:
-                head.grad_weight.zero_()
+        _record_gradients(kernels, p, kept, lambda: spec.record_gradient(kept, given))
     return _collected(p)
+
+
+def linear_token_stats_partial(kernels: ModuleType, *args: Any) -> Tensor:
+    """The records ``[..., 14]`` of a part of the vocabulary."""
+    p = _Problem(*args)
+    return p.saved(_records(kernels, p))
+
+
+def linear_token_stats_partial_backward(
+    kernels: ModuleType, grad_record: Tensor, record: Tensor, *args: Any
+) -> list[Tensor]:
+    """Gradients of hidden, weight and bias of both sides from that of the records; empty for those not needed."""
+    *rest, needs = args
+    p = _Problem(*rest)
+    for k, head in enumerate(p.heads):
+        head.prepare(needs[3 * k : 3 * k + 3], summed=False)
+    kept = p.rows.gather(record, 1)
+    _record_gradients(kernels, p, kept, lambda: p.rows.gather(grad_record, 1))
+    return _collected(p)
+
+
+def _record_gradients(kernels: ModuleType, p: _Problem, record: Tensor, grad: Callable[[], Tensor]) -> None:
+    if p.rows.count and p.vocab:
+        _tile_gradients(kernels, p, record, grad())
+        return
+    for head in p.heads:
+        if head.grad_weight is not None:
+            head.grad_weight.zero_()
 
 
 def _collected(p: _Problem) -> list[Tensor]:
@@ -459,10 +488,16 @@ def linear_token_loss(
     return [loss.to(p.wide), *p.policy.gradients(p.rows, p.shapes[0]), *outputs]
 
 
-def bound(kernels: ModuleType) -> list[Callable[..., list[Tensor]]]:
-    """The three ops on a backend's logits kernels."""
+def bound(kernels: ModuleType) -> list[Callable[..., Any]]:
+    """The ops on a backend's logits kernels."""
 
-    def bind(op: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    def bind(op: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: op(kernels, *args)
 
-    return [bind(op) for op in (linear_token_stats, linear_token_stats_backward, linear_token_loss)]
+    return [
+        bind(op)
+        for op in (
+            linear_token_stats, linear_token_stats_backward, linear_token_loss,
+            linear_token_stats_partial, linear_token_stats_partial_backward,
+        )
+    ]  # fmt: skip

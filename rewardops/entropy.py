@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import layout
+from . import distributed, layout
 from .advantages import check_rewards
 from .advantages import forward as group_forward
 from .dispatch import define
@@ -299,6 +300,8 @@ def high_entropy_mask(
     groups: layout.Labels = None,
     group_size: int | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    max_per_rank: int | None = None,
 ) -> Tensor:
     """The tokens of highest entropy ("80/20", 2506.01939): exactly a fraction of the valid ones.
 
@@ -309,14 +312,56 @@ def high_entropy_mask(
     Args:
         entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. fraction: 0 to 1. scope: ``"batch"``, ``"row"`` or
             ``"group"`` (with ``groups`` or ``group_size``).
+        process_group: batch and groups are of the tokens of all its ranks, each of which gets its own tokens' mask;
+            of equal tokens the earliest, by rank. Labels are as in :func:`group_advantages`; not ``group_size``.
+            One collective, of the entropies.
+        max_per_rank: with a process group, a number of tokens (padding included) that no rank exceeds. Without it
+            the ranks tell each other how many they have first, and the host reads it.
 
     Returns:
         bool, the layout of ``entropy``. Nothing is read back from the device.
     """
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
     layout.check_fraction("fraction", fraction)
+    if process_group is not None and scope != "row":
+        distributed.check(process_group)
+        if group_size is not None:
+            raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
+        _scope(scope, groups, None, tokens.rows.batch, entropy.device)
+        return _high_entropy_over_ranks(tokens, fraction, groups, process_group, max_per_rank)
+    if process_group is None and max_per_rank is not None:
+        raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
     ids = _scope(scope, groups, group_size, tokens.rows.batch, entropy.device)
     return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids)))
+
+
+def _high_entropy_over_ranks(
+    tokens: _Tokens,
+    fraction: float,
+    groups: layout.Labels,
+    process_group: ProcessGroup,
+    max_per_rank: int | None,
+) -> Tensor:
+    """Of the batch, or where there are groups of every group; each token a row of its own."""
+    rows, device = tokens.rows, tokens.values.device
+    parts = [tokens.values.reshape(-1), tokens.valid().reshape(-1)]
+    if groups is not None:
+        ids = distributed.own_labels(groups, None, rows.batch, device, "entropy")
+        parts.append(rows.expand(ids).reshape(-1))
+    gathered = distributed.gather(parts, process_group, max_per_rank)
+    values, valid, *labels = gathered.tensors
+    count = values.shape[0]
+    if labels:
+        everything = layout.Layout(count, (count, 1), valid[:, None], None)
+        scopes = scope_ids("group", labels[0], count, device)
+        counts = valid
+    else:
+        everything = layout.Layout(1, (1, count), valid[None, :], None)
+        scopes = scope_ids("batch", None, 1, device)
+        counts = valid.sum()[None]
+    wanted = _share(fraction, scope_counts(counts, scopes))
+    chosen = largest(values.view(everything.shape), everything, scopes, wanted)
+    return gathered.own(chosen.view(-1)).view(rows.shape)
 
 
 def covariance(

@@ -7,15 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import layout
+from . import distributed, layout
 from .dispatch import define
 from .logits import (
     OUTPUTS,
+    PARTIAL_OUTPUTS,
     TokenStats,
     check_beta,
     check_coefficients,
     check_outputs,
+    columns_of,
+    merge_over_ranks,
+    shard_start,
     softcap_of,
     temperatures_of,
     vocab_of,
@@ -124,6 +129,39 @@ _loss = define(
 )
 
 
+def _fake_partial(*args: Any) -> Tensor:
+    return args[0].new_empty((*args[6].shape, len(spec.RECORD)), dtype=torch.float64)
+
+
+_partial_backward = define(
+    "linear",
+    f"linear_token_stats_partial_backward(Tensor grad_record, Tensor record, {_INPUTS}, SymInt start,"
+    " bool[] needs) -> Tensor[]",
+    fake=lambda grad, record, *args: _fake_gradients(args[:_SIDES], args[-1], args[0]),
+)
+
+
+def _setup_partial(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output, *inputs[:9])
+    ctx.rest = inputs[9:]
+
+
+def _gradient_partial(ctx, grad):  # type: ignore[no-untyped-def]
+    record, *tensors = ctx.saved_tensors
+    needs = [t is not None and need for t, need in zip(tensors, ctx.needs_input_grad, strict=False)][:_SIDES]
+    found = _partial_backward(grad, record, *tensors, *ctx.rest, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 12
+
+
+_partial = define(
+    "linear",
+    f"linear_token_stats_partial({_INPUTS}, SymInt start) -> Tensor",
+    fake=_fake_partial,
+    setup_context=_setup_partial,
+    backward=_gradient_partial,
+)
+
+
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
@@ -188,8 +226,9 @@ def _arguments(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
+    vocab_start: int | None = None,
 ) -> tuple[list[str], tuple[Any, ...]]:
-    """Checked, as the ops take them."""
+    """Checked, as the ops take them; of a part of the vocabulary where there is a ``vocab_start``."""
     _check_side("", hidden, weight, bias)
     _check_tokens(tokens, hidden)
     if (ref_hidden is None) != (ref_weight is None):
@@ -206,16 +245,20 @@ def _arguments(
         layout.check_device("ref_hidden", ref_hidden, hidden.device, "hidden")
     elif ref_bias is not None:
         raise ValueError("ref_bias: got a value without ref_hidden, want None")
-    names = check_outputs(outputs, OUTPUTS, ref_hidden is not None)
+    choices = OUTPUTS if vocab_start is None else PARTIAL_OUTPUTS
+    names = check_outputs(outputs, choices, ref_hidden is not None)
     layout.check_positive("logit_scale", logit_scale)
     mask = layout.as_mask(mask, tokens.shape, hidden.device, "tokens")
     temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
-    vocab = vocab_of(vocab_size, weight.shape[0])
+    if vocab_start is None:
+        vocab = vocab_of(vocab_size, weight.shape[0])
+    else:
+        vocab = columns_of(vocab_start, vocab_size, weight.shape[0])
     check_beta(beta, names)
     tokens = tokens.to(torch.int64)
     valid = spec.valid_rows(tokens, mask)
-    if layout.debugging():
+    if layout.debugging() and vocab_start is None:
         layout.check_token_ids(tokens, vocab, valid)
     hint = -1 if num_tokens is None else _count("num_tokens", num_tokens, 0)
     if hint >= 0 and layout.may_read(valid) and int(valid.sum()) > hint:
@@ -247,6 +290,7 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TokenStats:
     """:func:`rewardops.token_stats` of ``logit_scale * (hidden @ weight.T + bias)``, never holding the logits.
 
@@ -272,6 +316,9 @@ def linear_token_stats(
             and ``chunk_vocab`` has no effect.
         num_tokens: how many tokens count, or more. Without it the number is read from the device, the one
             synchronisation of this op, forward and backward.
+        process_group: of tensor parallelism, as in :func:`rewardops.token_stats`: weight and bias are this rank's
+            shards, hidden states are the same on all ranks. One collective forward, and one backward that sums the
+            hidden states' gradient over the ranks (in float32, or float64), which is then the same on each.
 
     Returns:
         :class:`TokenStats`. Differentiable once in hidden, weight and bias of both sides. The weight's gradient is
@@ -280,6 +327,20 @@ def linear_token_stats(
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
+    if process_group is not None:
+        layout.check_float("hidden", hidden)
+        layout.check_float("weight", weight)
+        replicated = distributed.replicated(hidden, process_group)
+        ref_replicated = None if ref_hidden is None else distributed.replicated(ref_hidden, process_group)
+        record = linear_token_stats_partial(
+            replicated, weight, tokens, vocab_start=shard_start(weight.shape[:1], process_group), bias=bias,
+            ref_hidden=ref_replicated, ref_weight=ref_weight, ref_bias=ref_bias, temperature=temperature,
+            softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size, mask=mask, outputs=outputs,
+            chunk_tokens=chunk_tokens, chunk_vocab=chunk_vocab, num_tokens=num_tokens,
+        )  # fmt: skip
+        return merge_over_ranks(
+            record, outputs, process_group, precision(hidden, weight, ref_hidden, ref_weight)
+        )
     names, args = _arguments(
         hidden, weight, tokens, outputs, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
         temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size, mask=mask,
@@ -287,6 +348,50 @@ def linear_token_stats(
     )  # fmt: skip
     _, *found = _forward(*args)
     return TokenStats(**dict(zip(names, found, strict=True)))
+
+
+def linear_token_stats_partial(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    vocab_start: int = 0,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    outputs: Sequence[str] = ("logprob", "entropy"),
+    chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """:func:`rewardops.token_stats_partial` from hidden states and a part of the head, never holding the logits.
+
+    Args:
+        weight, bias, ref_weight, ref_bias: the rows from ``vocab_start`` on, ``[V_part, D]`` and ``[V_part]``.
+        vocab_start, vocab_size, outputs: as in :func:`rewardops.token_stats_partial`. The others: as in
+            :func:`linear_token_stats`.
+
+    Returns:
+        ``[*tokens.shape, 14]``, float64, for :func:`rewardops.merge_token_stats`. Differentiable once in hidden,
+        weight and bias of both sides; a gradient of the hidden states is this part's, to be summed over parts.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+    """
+    columns_of(vocab_start, vocab_size, 0)
+    _, args = _arguments(
+        hidden, weight, tokens, outputs, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
+        temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size, mask=mask,
+        chunk_tokens=chunk_tokens, chunk_vocab=chunk_vocab, num_tokens=num_tokens, vocab_start=vocab_start,
+    )  # fmt: skip
+    record: Tensor = _partial(*args, vocab_start)
+    return record
 
 
 def linear_token_loss(

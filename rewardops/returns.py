@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import layout
+from . import distributed, layout
 from .dispatch import define
 
 # ---- the ops -----------------------------------------------------------------------------------------------
@@ -212,6 +214,116 @@ def sums_between(x: Tensor, ends: Tensor, rows: layout.Layout) -> Tensor:
     return torch.where(ends, sums, 0)
 
 
+# ---- rows in parts, on the ranks of a process group ----------------------------------------------------------
+
+
+def first_tokens(rows: layout.Layout, device: torch.device) -> Tensor:
+    """The first valid token of every row: bool, per token."""
+    ones = torch.ones(rows.shape, dtype=torch.float64, device=device)
+    count = prefix_scan(ones, ones, rows.mask, rows.cu_seqlens)
+    return (count == 1) & rows.valid(device)
+
+
+def _at_row_ends(x: Tensor, ends: Tensor, rows: layout.Layout) -> Tensor:
+    """``[B]``, what the one token of each row that is marked has; 0 where there is none."""
+    from . import segments  # which is built on this one
+
+    return segments.row_sums(torch.where(ends, x, 0), rows)
+
+
+def _later(process_group: ProcessGroup, record: Tensor) -> list[Tensor]:
+    """The records ``[B, k]`` of the ranks after this one, the last one's first; zeros for the others.
+
+    Those are there so that every rank has a share in the backward pass, a collective as well.
+    """
+    batch, at = record.shape[0], distributed.rank(distributed.check(process_group))
+    everyone = distributed.gather([record], process_group, batch).tensors[0].view(-1, *record.shape)
+    later = torch.arange(len(everyone), device=record.device) > at
+    return list(torch.where(later[:, None, None], everyone, 0).flip(0).unbind(0))
+
+
+def _times(factor: Tensor, x: Tensor) -> Tensor:
+    """The product; 0 where the factor is, whatever it meets."""
+    return torch.where(factor == 0, 0, factor * torch.where(factor == 0, 0, x))
+
+
+def _value_beyond(
+    process_group: ProcessGroup,
+    rewards: Tensor,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """``[B]``, the value after a part of a row that makes its scan that of the whole row.
+
+    With the next valid token's value V and advantage A, on a later rank, that is ``V + lam A``: a scan is linear in
+    it. What a part's first advantage is when that is 0, and how much it grows with it, is what ranks exchange.
+    """
+    rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
+    device, where = rewards.device, (mask, cu_seqlens, "hold")
+    nothing = torch.zeros_like(rewards)
+    first = first_tokens(rows, device)
+    ends = rewards.new_zeros(rows.batch) if bootstrap is None else bootstrap
+    alone = scan(rewards, values, torch.zeros_like(ends), gamma, lam, *where)[1][0]
+    growth = scan(nothing, None, torch.ones_like(ends), gamma, lam, *where)[1][0]
+    per_token = isinstance(lam, Tensor) and tuple(lam.shape) != (rows.batch,)
+    if per_token:
+        trace = _at_row_ends(lam.double(), last_tokens(rows, device), rows)  # type: ignore[union-attr]
+    else:
+        trace = torch.as_tensor(lam, dtype=torch.float64, device=device).expand(rows.batch)
+    of_value = nothing if values is None else values
+    record = torch.stack(
+        [
+            _at_row_ends(first.double(), first, rows),
+            *(_at_row_ends(x.double(), first, rows) for x in (alone, growth, of_value)),
+            trace,
+        ],
+        1,
+    )
+    value, advantage = ends.double(), torch.zeros_like(ends, dtype=torch.float64)
+    for part in _later(process_group, record):
+        some, own, grows, starts, fades = part.unbind(1)
+        carried = own + _times(grows, value + _times(fades, advantage))
+        advantage = torch.where(some > 0, carried, advantage)
+        value = torch.where(some > 0, starts, value)
+    return value + _times(trace, advantage)
+
+
+def _with_later_steps(
+    process_group: ProcessGroup,
+    found: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    join: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Returns of parts of rows joined with those of later ranks' steps; and the number of steps left, float64."""
+    rows = layout.token_layout("rewards", found, mask, cu_seqlens)
+    device = found.device
+    valid = rows.valid(device)
+    if steps is None:
+        ends = valid
+    elif steps.dtype is torch.bool:
+        ends = steps & valid
+    else:
+        raise TypeError(f"steps: got dtype {steps.dtype} with process_group, want bool (step ends)")
+    number = discounted_returns(ends.double(), mask=mask, cu_seqlens=cu_seqlens)
+    first = first_tokens(rows, device)
+    record = torch.stack([_at_row_ends(number, first, rows), _at_row_ends(found.double(), first, rows)], 1)
+    count, beyond = record.new_zeros(rows.batch), record.new_zeros(rows.batch)
+    for part in _later(process_group, record):
+        some, own = part.unbind(1)
+        joined = torch.where(count > 0, join(own, beyond), own)
+        beyond = torch.where(some > 0, joined, beyond)
+        count = count + some
+    later, after = rows.expand(count), rows.expand(beyond).to(found.dtype)
+    out = torch.where(number > 0, torch.where(later > 0, join(found, after), found), after)
+    return torch.where(valid, out, 0), torch.where(valid, number + later, 0)
+
+
 # ---- over steps --------------------------------------------------------------------------------------------
 
 
@@ -232,6 +344,7 @@ def min_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     steps: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Min-form return: the smallest step reward still to come, ``G_k = min(r_k, G_{k+1})``.
 
@@ -247,6 +360,8 @@ def min_returns(
         steps: the shape of ``rewards``. bool: the tokens that end a step and hold its reward. Integer:
             step ids, non-decreasing along a row, negative for none; a step's reward is that at its last
             valid token. None: every valid token is a step.
+        process_group: of sequence parallelism: each of its ranks has the next part of every row, see
+            :func:`discounted_returns`. Steps are not ids then, whose last may go on on another rank.
 
     Returns:
         The layout of ``rewards``; float32 (float64 for float64), 0 where masked. Differentiable in
@@ -256,8 +371,7 @@ def min_returns(
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
     """
-    out: Tensor = _extremes(*_prepare(rewards, mask, cu_seqlens, steps), False)
-    return out
+    return _extreme_returns(rewards, mask, cu_seqlens, steps, process_group, False)
 
 
 def max_returns(
@@ -266,10 +380,30 @@ def max_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     steps: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The largest step reward still to come; everything else as in :func:`min_returns`."""
-    out: Tensor = _extremes(*_prepare(rewards, mask, cu_seqlens, steps), True)
-    return out
+    return _extreme_returns(rewards, mask, cu_seqlens, steps, process_group, True)
+
+
+def _extreme_returns(
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    process_group: ProcessGroup | None,
+    largest: bool,
+) -> Tensor:
+    tensors = _prepare(rewards, mask, cu_seqlens, steps)
+    out: Tensor = _extremes(*tensors, largest)
+    if process_group is None:
+        return out
+
+    def earliest(own: Tensor, later: Tensor) -> Tensor:
+        further = later > own if largest else later < own
+        return torch.where(later.isnan() | further, later, own)
+
+    return _with_later_steps(process_group, out, *tensors[1:], earliest)[0]
 
 
 def softmin_returns(
@@ -280,6 +414,7 @@ def softmin_returns(
     steps: Tensor | None = None,
     temperature: float = 0.1,
     mean: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The soft minimum of the step rewards still to come, ``G_k = -T log sum_{j >= k} exp(-r_j / T)``.
 
@@ -287,7 +422,7 @@ def softmin_returns(
     that are left, so that equal rewards have their own value as the return.
 
     Args:
-        rewards, mask, cu_seqlens, steps: as in :func:`min_returns`. temperature: above 0.
+        rewards, mask, cu_seqlens, steps, process_group: as in :func:`min_returns`. temperature: above 0.
 
     Returns:
         The layout of ``rewards``; float32 (float64 for float64); 0 where masked, and where no step is left.
@@ -295,9 +430,19 @@ def softmin_returns(
     """
     layout.check_positive("temperature", temperature)
     layout.check_flag("mean", mean)
-    arguments = _prepare(rewards, mask, cu_seqlens, steps)
-    out: Tensor = _soft_returns(*arguments, float(temperature), mean)[0]
-    return out
+    tensors = _prepare(rewards, mask, cu_seqlens, steps)
+    if process_group is None:
+        out: Tensor = _soft_returns(*tensors, float(temperature), mean)[0]
+        return out
+    alone = _soft_returns(*tensors, float(temperature), False)[0]
+
+    def softer(own: Tensor, later: Tensor) -> Tensor:
+        return -temperature * torch.logaddexp(-own / temperature, -later / temperature)
+
+    found, number = _with_later_steps(process_group, alone, *tensors[1:], softer)
+    if not mean:
+        return found
+    return torch.where(number > 0, found + temperature * number.clamp(min=1).log(), 0).to(found.dtype)
 
 
 def softmin_rewards(
@@ -440,18 +585,25 @@ def discounted_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     hole: str = "hold",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``G[t] = r[t] + gamma * G[t + 1]`` along every row.
 
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
         gamma, mask, cu_seqlens, hole: as in :func:`gae`. bootstrap: ``[B]``, the return after the last token.
+        process_group: of sequence parallelism (context parallelism with consecutive parts): each of its ranks has
+            the next part of every row, of any length, none included; the first rank has the first. ``mask``,
+            ``cu_seqlens`` and factors per token are those of the part; ``bootstrap``, after the whole row, and
+            factors per row are the same on every rank. One collective, of a few numbers per row, and a scan or two
+            more. Not with ``hole="decay"``.
 
     Returns:
         The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in ``rewards`` and
         ``bootstrap``.
     """
-    _, (out, _) = scan(rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, hole)
+    beyond = _beyond(process_group, rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, hole)
+    _, (out, _) = scan(rewards, None, beyond, gamma, 1.0, mask, cu_seqlens, hole)
     return out  # type: ignore[no-any-return]
 
 
@@ -465,6 +617,7 @@ def gae(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     hole: str = "hold",
+    process_group: ProcessGroup | None = None,
 ) -> GAE:
     """Generalised advantage estimation (arXiv 1506.02438), not whitened.
 
@@ -480,6 +633,8 @@ def gae(
         bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
         mask: the shape of ``rewards``; bool, integer or float 0/1; may have holes.
         cu_seqlens: ``[B + 1]`` for packed rows.
+        process_group: of sequence parallelism: each of its ranks has the next part of every row, see
+            :func:`discounted_returns`.
 
     Returns:
         :class:`GAE`, the layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Sums are
@@ -491,8 +646,30 @@ def gae(
             its range, factors per token with ``hole="decay"``.
     """
     layout.check_tensor("values", values)
-    _, found = scan(rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, hole)
+    beyond = _beyond(process_group, rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, hole)
+    _, found = scan(rewards, values, beyond, gamma, lam, mask, cu_seqlens, hole)
     return GAE(*found)
+
+
+def _beyond(
+    process_group: ProcessGroup | None,
+    rewards: Tensor,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    hole: str,
+) -> Tensor | None:
+    """The value after the last token of a row, or of this rank's part of it."""
+    if process_group is None:
+        return bootstrap
+    if hole != "hold":
+        raise ValueError(f"hole: got {hole!r} with process_group, want 'hold'")
+    rows = (mask, cu_seqlens)
+    found = _value_beyond(process_group, rewards, values, bootstrap, gamma, lam, *rows)
+    return found.to(layout.promote(*(t for t in (rewards, values, bootstrap) if t is not None))[0].dtype)
 
 
 def lambda_returns(
@@ -505,6 +682,7 @@ def lambda_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     hole: str = "hold",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``, TD(lambda): :func:`gae`'s."""
     found = gae(
@@ -516,6 +694,7 @@ def lambda_returns(
         mask=mask,
         cu_seqlens=cu_seqlens,
         hole=hole,
+        process_group=process_group,
     )
     return found.returns
 

@@ -6,4 +6,10 @@ from rewardops import chunked
 
 from . import logits
 
-linear_token_stats, linear_token_stats_backward, linear_token_loss = chunked.bound(logits)
+(
+    linear_token_stats,
+    linear_token_stats_backward,
+    linear_token_loss,
+    linear_token_stats_partial,
+    linear_token_stats_partial_backward,
+) = chunked.bound(logits)

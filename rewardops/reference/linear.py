@@ -53,6 +53,7 @@ class _Problem:
         chunk_tokens: int,
         chunk_vocab: int,
         num_tokens: int,
+        start: int = 0,
     ) -> None:
         self.sides = [(hidden, weight, bias)]
         if ref_hidden is not None and ref_weight is not None:
@@ -62,7 +63,7 @@ class _Problem:
         made = [_logits(*side, self.valid, self.wide) for side in self.sides]
         self.inputs = (made[0], tokens, made[1] if len(made) > 1 else None, mask, temperatures)
         self.scalars = (temperature, softcap)
-        self.vocab, self.beta, self.outputs = vocab, beta, list(outputs)
+        self.vocab, self.beta, self.outputs, self.start = vocab, beta, list(outputs), start
 
     def _none(self) -> Tensor:
         return self.inputs[0].new_empty(0)
@@ -108,6 +109,23 @@ def linear_token_stats_backward(grads: Sequence[Tensor | None], saved: Tensor, *
         given = {name: g for name, g in zip(p.outputs, grads, strict=True) if g is not None}
         on = spec.record_gradient(saved, given)
         found = spec.token_stats_partial_backward(on, saved, *p.inputs, *p.scalars, 0, p.vocab, *both)
+    return p.gradients(found, needs)
+
+
+def linear_token_stats_partial(*args: Any) -> Tensor:
+    """Records ``[..., len(RECORD)]`` of a part of the vocabulary."""
+    p = _Problem(*args)
+    return spec.token_stats_partial(*p.inputs, *p.scalars, p.start, p.vocab, p.outputs)
+
+
+def linear_token_stats_partial_backward(grad_record: Tensor, record: Tensor, *args: Any) -> list[Tensor]:
+    """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
+    *rest, needs = args
+    p = _Problem(*rest)
+    both = True, len(p.sides) > 1
+    found = spec.token_stats_partial_backward(
+        grad_record, record, *p.inputs, *p.scalars, p.start, p.vocab, *both
+    )
     return p.gradients(found, needs)
 
 

@@ -26,6 +26,21 @@ RECORD = (
     "ref_shift", "ref_total", "ref_token", "kl", "reverse", "squares_weighted",
 )  # fmt: skip
 
+_NEEDS = {
+    "logprob": {"token", "found"}, "is_top1": {"token", "found"}, "entropy": {"weighted"}, "logsumexp": set(),
+    "sum_sq": {"squares"}, "sum_sq_logprob": {"squares", "squares_weighted"}, "mean_logit": {"distance"},
+    "ref_logprob": {"found", "ref_token"}, "kl": {"kl"}, "reverse_kl": {"reverse"},
+}  # fmt: skip
+
+
+def fields_of(outputs: Sequence[str]) -> list[int]:
+    """The places in a record of the sums that outputs are made of."""
+    names = {"shift", "total", "columns"}.union(*(_NEEDS[name] for name in outputs))
+    if any(name in REF_OUTPUTS for name in outputs):
+        names |= {"ref_shift", "ref_total"}
+    return [k for k, name in enumerate(RECORD) if name in names]
+
+
 # What a backward pass needs of a row; the first five where there is no reference. Shifts are stored logits, and
 # apart from log total: with logits near 1e4 their sum has lost the digits that the backward needs.
 SAVED = (

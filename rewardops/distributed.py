@@ -1,0 +1,210 @@
+"""Process groups: the collectives behind what is computed over the ranks of a job.
+
+An op that takes a ``process_group`` is called on every rank of it, with the arguments that are not tensors equal
+everywhere, and makes one collective. Ranks come in their order: a result does not depend on which of them was
+faster. What is exchanged are values of rows and tokens, records and summaries, never logits.
+
+Gradients are those of the sum of all ranks' losses, so a backward pass is a collective too: where a gradient is
+asked for on one rank it is on all. (Shards of a vocabulary are another matter, see :func:`replicated`.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import layout
+
+# Their names up to PyTorch 2.12.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def check(process_group: object, name: str = "process_group") -> dist.ProcessGroup:
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"{name}: got {type(process_group).__name__}, want a torch.distributed.ProcessGroup")
+    if dist.get_rank(process_group) < 0:
+        raise ValueError(f"{name}: got a group without this rank, want one that it is a member of")
+    return process_group
+
+
+def size(process_group: dist.ProcessGroup) -> int:
+    return dist.get_world_size(process_group)
+
+
+def rank(process_group: dist.ProcessGroup) -> int:
+    return dist.get_rank(process_group)
+
+
+def exchange(x: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """``[ranks, *x.shape]``: the tensor of every rank, all of one shape; no gradient."""
+    x = x.detach().contiguous()
+    out = x.new_empty((size(process_group), *x.shape))
+    _all_gather(out.view(-1), x.view(-1), group=process_group)
+    return out
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # A sum over many ranks is not taken in half precision.
+        wide = grad.to(layout.promote(grad)[0].dtype, copy=True).contiguous()
+        dist.all_reduce(wide, group=ctx.process_group)
+        return wide.to(grad.dtype), None
+
+
+def replicated(x: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """A tensor that every rank has, and of whose use each computes a part: its gradient is the sum of the parts'.
+
+    For shards of a vocabulary, where every rank has the same loss (Megatron's convention).
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    found: Tensor = _Replicated.apply(x, process_group)
+    return found
+
+
+# ---- rows and tokens of all ranks --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows (or tokens) of all ranks, one rank's after another's, each rank's padded to the same number."""
+
+    tensors: tuple[Tensor, ...]
+    present: Tensor  # [ranks * capacity], bool: not padding
+    first: int  # where this rank's begin
+    count: int
+
+    def own(self, x: Tensor) -> Tensor:
+        return x[self.first : self.first + self.count]
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1 if x.numel() else x.shape[1:].numel())
+
+
+def _exchange_rows(
+    tensors: Sequence[Tensor], process_group: dist.ProcessGroup, capacity: int
+) -> list[Tensor]:
+    """Each as ``[ranks * capacity, ...]``, in one collective, as bytes; zeros for what a rank does not have."""
+    parts = [_columns(x.detach()).contiguous().view(torch.uint8) for x in tensors]
+    packed = torch.nn.functional.pad(torch.cat(parts, 1), (0, 0, 0, capacity - tensors[0].shape[0]))
+    everything = exchange(packed, process_group).view(-1, packed.shape[1])
+    return [
+        found.contiguous().view(x.dtype).view(-1, *x.shape[1:])
+        for x, found in zip(tensors, everything.split([p.shape[1] for p in parts], 1), strict=True)
+    ]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, process_group: dist.ProcessGroup, capacity: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = _exchange_rows(tensors, process_group, capacity)
+        ctx.process_group, ctx.capacity = process_group, capacity
+        ctx.like = [(x.shape, x.dtype) for x in tensors]
+        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        floats = [k for k, (_, dtype) in enumerate(ctx.like) if dtype.is_floating_point]
+        given = [_columns(grads[k].double()) for k in floats]
+        everything = torch.cat(given, 1)
+        own = everything.new_empty((ctx.capacity, everything.shape[1]))
+        _reduce_scatter(own.view(-1), everything.view(-1), group=ctx.process_group)
+        made: list[Tensor | None] = [None] * len(ctx.like)
+        for k, part in zip(floats, own.split([g.shape[1] for g in given], 1), strict=True):
+            shape, dtype = ctx.like[k]
+            made[k] = part[: shape[0]].reshape(shape).to(dtype)
+        return None, None, *made
+
+
+def _capacity(count: int, limit: int | None, process_group: dist.ProcessGroup, device: torch.device) -> int:
+    if limit is not None:
+        layout.check_whole("max_per_rank", limit, 0)
+        if count > limit:
+            raise ValueError(f"max_per_rank: got {limit}, want at least {count}, which this rank has")
+        return limit
+    if torch.compiler.is_compiling():
+        raise ValueError("max_per_rank: got None in a compiled graph, want the most that any rank has")
+    return int(exchange(torch.tensor([count], device=device), process_group).max())
+
+
+def gather(
+    tensors: Sequence[Tensor], process_group: dist.ProcessGroup, max_per_rank: int | None = None
+) -> Gathered:
+    """Tensors ``[n]`` or ``[n, k]`` of every rank, in one collective; those of floats are differentiable.
+
+    ``n`` may differ between ranks. ``max_per_rank`` says that none has more; without it the numbers are exchanged
+    first, and one is read on the host.
+    """
+    count, device = tensors[0].shape[0], tensors[0].device
+    capacity = _capacity(count, max_per_rank, process_group, device)
+    wide = [torch.ones(count, dtype=torch.bool, device=device), *tensors]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        present, *found = _Gather.apply(process_group, capacity, *wide)
+    else:
+        present, *found = _exchange_rows(wide, process_group, capacity)
+    return Gathered(tuple(found), present, rank(process_group) * capacity, count)
+
+
+# ---- groups of rows ----------------------------------------------------------------------------------------
+
+
+def _number(label: Hashable) -> int:
+    """What every rank calls a label, without asking the others: 64 bits of its digest."""
+    if isinstance(label, (str, int)):
+        label = f"{label}".encode()
+    if not isinstance(label, bytes):
+        raise TypeError(
+            f"groups: got a label of type {type(label).__name__}, want str, bytes or int, on which ranks agree"
+        )
+    return int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "little", signed=True)
+
+
+def own_labels(
+    groups: layout.Labels, group_size: object, batch: int, device: torch.device, other: str
+) -> Tensor:
+    """Labels ``[B]`` of this rank's rows, which mean the same on every rank; zeros where sizes are to tell."""
+    if groups is None and group_size is not None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    ids = layout.group_ids(groups, group_size, batch, device, other)
+    if isinstance(groups, Tensor):
+        return ids
+    assert groups is not None
+    return torch.tensor([_number(x) for x in groups], dtype=torch.int64).to(device)
+
+
+def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:
+    """Labels of the rows of all ranks: their own, or by the sizes of groups, which run on from rank to rank."""
+    if group_size is None:
+        return own
+    present = gathered.present
+    total = int(present.sum()) if layout.may_read(present) else None
+    place = present.cumsum(0) - 1
+    if isinstance(group_size, (list, tuple)):
+        if not all(isinstance(n, int) and n >= 0 for n in group_size) or total not in (None, sum(group_size)):
+            raise ValueError(
+                f"group_size: got {list(group_size)}, want sizes that sum to the rows of all ranks"
+            )
+        ends = torch.tensor(list(group_size), dtype=torch.int64).cumsum(0).to(place.device)
+        return torch.searchsorted(ends, place, right=True)
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size: got {type(group_size).__name__}, want int or a list of int")
+    if group_size < 1 or (total is not None and total % group_size):
+        raise ValueError(f"group_size: got {group_size}, want a divisor of the rows of all ranks")
+    return place // group_size
