@@ -318,15 +318,20 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
     ) -> None:
         layout.check_choice("token_stats_from", token_stats_from, ("hidden", "logits"))
         layout.check_choice("kl_estimator", kl_estimator, ("k3", "exact"))
+        if not callable(advantage_estimator):
+            layout.check_choice("advantage_estimator", advantage_estimator, tuple(ESTIMATORS))
+        if advantage_estimator == "pure" and process_reward_func is None:
+            raise ValueError("process_reward_func: got None with advantage_estimator='pure', want a function")
+        if process_reward_func is not None and stock_utils.is_async_callable(process_reward_func):
+            raise TypeError("process_reward_func: got an async function, want one that returns its rewards")
         super().__init__(*args, **kwargs)
         self.token_stats_from, self.kl_estimator = token_stats_from, kl_estimator
         self.process_reward_func = process_reward_func
-        if inspect.iscoroutinefunction(process_reward_func):
-            raise TypeError("process_reward_func: got an async function, want one that returns its rewards")
         self._estimator = self._estimator_of(advantage_estimator, dict(advantage_options or {}))
         if kl_estimator == "exact":
             self._check_exact()
         self._heads = (_Head(), _Head())
+        self._comparing = False
         self._step_kl: Tensor | None = None
         if token_stats_from == "hidden":
             self._add_heads()
@@ -336,9 +341,6 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
             if options:
                 raise ValueError("advantage_options: got a value beside a function, want functools.partial")
             return estimator
-        layout.check_choice("advantage_estimator", estimator, tuple(ESTIMATORS))
-        if estimator == "pure" and self.process_reward_func is None:
-            raise ValueError("process_reward_func: got None with advantage_estimator='pure', want a function")
         if estimator in _PER_TOKEN and self.importance_sampling_level == "sequence":
             warnings.warn(
                 f"advantage_estimator={estimator!r} gives each token its own advantage, but with"
@@ -405,8 +407,6 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         return found
 
     # ---- exact KL
-
-    _comparing = False
 
     def _check_exact(self) -> None:
         why = None
