@@ -66,6 +66,17 @@ def _back(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     return rows.reshape(like.movedim(dim, -1).shape).movedim(-1, dim)
 
 
+def _unless(ends: Tensor, *factors: float | Tensor) -> Tensor:
+    """The product of the factors, float64 as the scan takes it, and 0 where a trajectory ends."""
+    product: float | Tensor = 1.0
+    for factor in factors:
+        product = product * (factor.double() if isinstance(factor, Tensor) else factor)
+    if isinstance(product, Tensor):
+        return product.expand(ends.shape).masked_fill(ends, 0)
+    whole = torch.full(ends.shape, product, dtype=torch.float64, device=ends.device)
+    return whole.masked_fill_(ends, 0)
+
+
 def _discounted(x: Tensor, factors: Tensor, dim: int) -> Tensor:
     """``G[t] = x[t] + factors[t] G[t + 1]`` along the time; factors float64, as the op takes them."""
     return _back(rewardops.discounted_returns(_rows(x, dim), gamma=_rows(factors, dim)), x, dim)
@@ -110,7 +121,7 @@ def generalized_advantage_estimate(
     gamma, lmbda = _factor("gamma", gamma, reward), _factor("lmbda", lmbda, reward)
     reward, value, next_value = _wide(reward, state_value, next_state_value)
     delta = _one_step(reward, next_value, gamma, terminated) - value
-    advantage = _discounted(delta, (~done).double() * gamma * lmbda, dim)
+    advantage = _discounted(delta, _unless(done, gamma, lmbda), dim)
     return advantage.to(dtype), (advantage + value).to(dtype)
 
 
@@ -131,11 +142,11 @@ def _lambda_returns(
     gamma, lmbda = _factor("gamma", gamma, reward), _factor("lmbda", lmbda, reward)
     reward, next_value = _wide(reward, next_state_value)
     # The last step has no successor in the row, and bootstraps as one that ends a trajectory.
-    carried = (~done).double()
-    carried.narrow(dim, -1, 1).zero_()
-    carried = carried * lmbda
-    own = (1 - carried).to(reward.dtype)
-    return _discounted(_one_step(reward, own * next_value, gamma, terminated), carried * gamma, dim)
+    ends = done.clone()
+    ends.narrow(dim, -1, 1).fill_(True)
+    own = (1 - _unless(ends, lmbda)).to(reward.dtype)
+    targets = _one_step(reward, own * next_value, gamma, terminated)
+    return _discounted(targets, _unless(ends, gamma, lmbda), dim)
 
 
 def td_lambda_return_estimate(
@@ -267,7 +278,7 @@ def vtrace_advantage_estimate(
         delta,
         torch.zeros_like(delta),
         _rows(log_ratio, dim),
-        gamma=_rows((~done).double() * gamma, dim),
+        gamma=_rows(_unless(done, gamma), dim),
         rho_clip=rho_clip,
         trace_clip=trace_clip,
         advantage_rho_clip=None,
@@ -285,7 +296,7 @@ def reward2go(reward: Tensor, done: Tensor, gamma: float | Tensor, *, time_dim: 
     dim = _checked(time_dim, reward, done)
     gamma = _factor("gamma", gamma, reward)
     (wide,) = _wide(reward)
-    return _discounted(wide, (~done).double() * gamma, dim).to(reward.dtype)
+    return _discounted(wide, _unless(done, gamma), dim).to(reward.dtype)
 
 
 # ---- in their place ----------------------------------------------------------------------------------------

@@ -560,6 +560,7 @@ def test_the_backward_in_place_is_the_callers_choice():
     for inplace in (True, False):
         logits = base * 1.0
         ours.logprobs_from_logits(logits, labels, inplace_backward=inplace).sum().backward()
+        assert torch.equal(logits, base) is not inplace
         grads.append(base.grad.clone())
         base.grad = None
     assert torch.equal(*grads)
@@ -569,11 +570,15 @@ def test_patch_and_undo(monkeypatch):
     losses = types.ModuleType("verl.workers.utils.losses")  # as one that has imported the function by name
     losses.kl_penalty = core_algos.kl_penalty
     monkeypatch.setitem(sys.modules, losses.__name__, losses)
+    other = types.ModuleType("verl.other")  # as one with another function of that name
+    other.kl_penalty = len
+    monkeypatch.setitem(sys.modules, other.__name__, other)
     before = (verl_F.logprobs_from_logits, verl_F.entropy_from_logits, core_algos.kl_penalty)
     undo = ours.patch()
     try:
         assert verl_F.logprobs_from_logits is ours.logprobs_from_logits
         assert losses.kl_penalty is core_algos.kl_penalty is ours.kl_penalty
+        assert other.kl_penalty is len
         ours.patch()  # twice is once
         logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(2))
         mask = torch.ones(2, 3)
