@@ -440,6 +440,8 @@ def whiten(
     layout.check_float("values", values)
     check_whitening(eps, ddof)
     layout.check_flag("shift_mean", shift_mean)
+    if process_group is not None:
+        distributed.check(process_group)
     valid = layout.as_mask(mask, values.shape, values.device, "values")
     (x,) = layout.promote(values)
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
@@ -756,6 +758,8 @@ def reinforce_plus_plus(
     layout.check_float("token_rewards", token_rewards)
     layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
     check_whitening(eps, ddof)
+    if process_group is not None:
+        distributed.check(process_group)
     found = returns.discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
     return whiten(found, mask, ddof=ddof, eps=eps, process_group=process_group)
 

@@ -323,14 +323,15 @@ def high_entropy_mask(
     """
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
     layout.check_fraction("fraction", fraction)
-    if process_group is not None and scope != "row":
+    if process_group is not None:
         distributed.check(process_group)
         if group_size is not None:
             raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
+    elif max_per_rank is not None:
+        raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
+    if process_group is not None and scope != "row":
         _scope(scope, groups, None, tokens.rows.batch, entropy.device)
         return _high_entropy_over_ranks(tokens, fraction, groups, process_group, max_per_rank)
-    if process_group is None and max_per_rank is not None:
-        raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
     ids = _scope(scope, groups, group_size, tokens.rows.batch, entropy.device)
     return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids)))
 

@@ -262,13 +262,17 @@ def _value_beyond(
     With the next valid token's value V and advantage A, on a later rank, that is ``V + lam A``: a scan is linear in
     it. What a part's first advantage is when that is 0, and how much it grows with it, is what ranks exchange.
     """
+    layout.check_float("rewards", rewards)
     rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
     device, where = rewards.device, (mask, cu_seqlens, "hold")
+    if bootstrap is not None:
+        layout.check_rows("bootstrap", bootstrap, rows.batch, device, "rewards")
     nothing = torch.zeros_like(rewards)
-    first = first_tokens(rows, device)
     ends = rewards.new_zeros(rows.batch) if bootstrap is None else bootstrap
+    # What is checked of the others is checked in here, before any kernel.
     alone = scan(rewards, values, torch.zeros_like(ends), gamma, lam, *where)[1][0]
     growth = scan(nothing, None, torch.ones_like(ends), gamma, lam, *where)[1][0]
+    first = first_tokens(rows, device)
     per_token = isinstance(lam, Tensor) and tuple(lam.shape) != (rows.batch,)
     if per_token:
         trace = _at_row_ends(lam.double(), last_tokens(rows, device), rows)  # type: ignore[union-attr]
@@ -304,12 +308,7 @@ def _with_later_steps(
     rows = layout.token_layout("rewards", found, mask, cu_seqlens)
     device = found.device
     valid = rows.valid(device)
-    if steps is None:
-        ends = valid
-    elif steps.dtype is torch.bool:
-        ends = steps & valid
-    else:
-        raise TypeError(f"steps: got dtype {steps.dtype} with process_group, want bool (step ends)")
+    ends = valid if steps is None else steps & valid
     number = discounted_returns(ends.double(), mask=mask, cu_seqlens=cu_seqlens)
     first = first_tokens(rows, device)
     record = torch.stack([_at_row_ends(number, first, rows), _at_row_ends(found.double(), first, rows)], 1)
@@ -328,11 +327,19 @@ def _with_later_steps(
 
 
 def _prepare(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    steps: Tensor | None,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     layout.check_float("rewards", rewards)
     tokens = layout.token_layout("rewards", rewards, mask, cu_seqlens)
     markers = layout.step_markers(steps, rewards, tokens, "rewards")
+    if process_group is not None:
+        distributed.check(process_group)
+        if markers is not None and markers.dtype is not torch.bool:
+            raise TypeError(f"steps: got dtype {markers.dtype} with process_group, want bool (step ends)")
     layout.check_values("rewards", rewards, tokens.mask)
     (rewards,) = layout.promote(rewards)
     return rewards, tokens.mask, tokens.cu_seqlens, markers
@@ -394,7 +401,7 @@ def _extreme_returns(
     process_group: ProcessGroup | None,
     largest: bool,
 ) -> Tensor:
-    tensors = _prepare(rewards, mask, cu_seqlens, steps)
+    tensors = _prepare(rewards, mask, cu_seqlens, steps, process_group)
     out: Tensor = _extremes(*tensors, largest)
     if process_group is None:
         return out
@@ -430,7 +437,7 @@ def softmin_returns(
     """
     layout.check_positive("temperature", temperature)
     layout.check_flag("mean", mean)
-    tensors = _prepare(rewards, mask, cu_seqlens, steps)
+    tensors = _prepare(rewards, mask, cu_seqlens, steps, process_group)
     if process_group is None:
         out: Tensor = _soft_returns(*tensors, float(temperature), mean)[0]
         return out
@@ -665,6 +672,8 @@ def _beyond(
     """The value after the last token of a row, or of this rank's part of it."""
     if process_group is None:
         return bootstrap
+    distributed.check(process_group)
+    layout.check_choice("hole", hole, HOLES)
     if hole != "hold":
         raise ValueError(f"hole: got {hole!r} with process_group, want 'hold'")
     rows = (mask, cu_seqlens)

@@ -140,7 +140,8 @@ def by_logits(
 
     if ref_hidden is not None and ref_weight is not None:
         arguments["ref_logits"] = logits(ref_hidden, ref_weight, ref_bias)
-    return rewardops.token_stats(logits(hidden, weight, bias), tokens, **arguments)
+    stats = rewardops.token_stats if "vocab_start" not in arguments else of_the_part
+    return stats(logits=logits(hidden, weight, bias), tokens=tokens, **arguments)
 
 
 def loss_by_logits(
@@ -153,12 +154,21 @@ def loss_by_logits(
     return sum(terms), [None if x is None else x.detach() for x in stats]
 
 
-CHECKED = {**FUNCTIONS, "token_stats_partial": merged}
+def linear_merged(**arguments: Any) -> Any:
+    """The same of :func:`linear_token_stats_partial`."""
+    outputs = arguments.get("outputs", ("logprob", "entropy"))
+    return rewardops.merge_token_stats(
+        rewardops.linear_token_stats_partial(**arguments)[None], outputs=outputs
+    )
+
+
+CHECKED = {**FUNCTIONS, "token_stats_partial": merged, "linear_token_stats_partial": linear_merged}
 # The specification of some computes in float64 whatever the inputs: no budget for what does not.
 PLAIN = {
     **FUNCTIONS,
     "token_stats_partial": of_the_part,
     "linear_token_stats": by_logits,
+    "linear_token_stats_partial": lambda **arguments: by_logits(**{"vocab_start": 0, **arguments}),
     "linear_token_loss": loss_by_logits,
 }
 

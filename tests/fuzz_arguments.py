@@ -607,6 +607,9 @@ ARGUMENTS: dict[str, Kind] = {
     "clamp": Made(_clamps, _bad_clamps),
     "min_count": Whole(lambda call: st.integers(1, 4), 1),
     "generator": Made(_generators, lambda call, value: strangers("None")),
+    # tests/test_distributed.py gives these
+    "process_group": Made(lambda call: None, lambda call, value: strangers("None")),
+    "max_per_rank": Made(lambda call: None, lambda call, value: strangers("None")),
     # names and flags
     "baseline": Baseline(),
     "scale": Choice(SCALES),
@@ -635,7 +638,7 @@ def _each(functions: str, name: str, kind: Kind) -> dict[tuple[str, str], Kind]:
 
 
 ON_LOGITS = "token_stats token_stats_and_grad token_stats_partial"
-ON_HIDDEN = "linear_token_stats linear_token_loss"
+ON_HIDDEN = "linear_token_stats linear_token_stats_partial linear_token_loss"
 IN_TREES = "prefix_values prefix_std tvm_targets sibling_advantages tree_rl_advantages"
 PRESETS = "grpo dr_grpo rloo lite_ppo opo pass_at_k max_rl reinforce_plus_plus_baseline".replace(
     " ", " advantages."
@@ -663,14 +666,16 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     **_each("segment_broadcast place_at_step_end", "segments", Array(_steps, dtypes="integer", joined=False)),
     **_each(f"{ON_LOGITS} {ON_HIDDEN}", "tokens", Array(_ids, dtypes="integer")),
     **_each(f"{ON_LOGITS} {ON_HIDDEN}", "temperature", TEMPERATURE),
-    **_each(f"token_stats token_stats_and_grad {ON_HIDDEN}", "beta",
+    **_each("token_stats token_stats_and_grad linear_token_stats linear_token_loss", "beta",
             Number(0.25, 0.5, 0.9, above=0, below=1, when=_asks_for_jsd)),
     ("linear_token_stats", "outputs"): Outputs("ref_hidden"),
     ("linear_token_loss", "outputs"): Outputs("ref_hidden", empty=True),
     ("linear_token_loss", "coefficients"): Coefficients("ref_hidden"),
     ("token_stats_and_grad", "outputs"): Outputs(empty=True),
     **_each("token_stats_partial merge_token_stats", "outputs", Outputs(but=("jsd",))),
-    ("token_stats_partial", "vocab_size"): Whole(lambda call: st.integers(1, _vocab(call) + 1001), 1),
+    ("linear_token_stats_partial", "outputs"): Outputs("ref_hidden", but=("jsd",)),
+    **_each("token_stats_partial linear_token_stats_partial", "vocab_size",
+            Whole(lambda call: st.integers(1, _vocab(call) + 1001), 1)),
     **_each(ON_HIDDEN, "num_tokens", Whole(_counted, 0)),
     **_each("token_kl implicit_rewards tdpo_terms", "logprob", LOGPROB_FIRST),
     **_each("high_entropy_mask entropy_weights entropy_reward", "entropy", ENTROPY_FIRST),

@@ -16,7 +16,7 @@ import rewardops
 from rewardops.testing import calls, evaluate, same_bits
 
 # Their products are made in the precision of autocast; everything else is left alone by it.
-PRODUCTS = ("linear_token_stats", "linear_token_loss")
+PRODUCTS = ("linear_token_stats", "linear_token_stats_partial", "linear_token_loss")
 # Plain tensor arithmetic, which has derivatives of every order.
 TWICE = (
     "budget_returns",

@@ -225,6 +225,27 @@ def _logits(b: Batch) -> Mapping[str, Entry]:
 def _linear(b: Batch) -> Mapping[str, Entry]:
     y, h, w = b.tokens, b.hidden, b.weight
     chunks: dict[str, Any] = {"chunk_tokens": 5, "num_tokens": y.numel()}
+    part, wide = max(1, b.vocab // 3), torch.promote_types(h.dtype, torch.float32)
+
+    def in_parts(h: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
+        """Merged: the sums of a record are relative to its largest logit."""
+        outputs = ro.logits.OUTPUTS[:7]
+        records = [
+            ro.linear_token_stats_partial(
+                h,
+                w[first:last],
+                y,
+                vocab_start=first,
+                bias=bias[first:last],
+                mask=b.mask,
+                outputs=outputs,
+                **chunks,
+            )
+            for first, last in ((0, part), (part, b.vocab))
+            if first < last
+        ]
+        return _smooth(ro.merge_token_stats(records, outputs=outputs, dtype=wide))
+
     return {
         "linear_token_stats": (
             lambda h, w, bias: _smooth(
@@ -258,6 +279,7 @@ def _linear(b: Batch) -> Mapping[str, Entry]:
             ),
             [h, w, h[..., :2], w[:, 1:].flip(0)],
         ),
+        "linear_token_stats_partial": (in_parts, [h, w, w[:, 0]]),
         "linear_token_loss": (
             lambda h, w: ro.linear_token_loss(
                 h, w, y, {"logprob": b.values, "entropy": b.values * 0.1}, mask=b.mask, **chunks
