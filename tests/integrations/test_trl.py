@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -61,11 +62,13 @@ def save(folder: Path, family: str = "qwen2", **shape) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Of models this small a second one only spins."""
+def _small_models():
+    """A second thread only spins, and a training that ends collects the garbage of all that is imported."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
