@@ -77,9 +77,14 @@ def _unless(ends: Tensor, *factors: float | Tensor) -> Tensor:
     return whole.masked_fill_(ends, 0)
 
 
-def _discounted(x: Tensor, factors: Tensor, dim: int) -> Tensor:
-    """``G[t] = x[t] + factors[t] G[t + 1]`` along the time; factors float64, as the op takes them."""
-    return _back(rewardops.discounted_returns(_rows(x, dim), gamma=_rows(factors, dim)), x, dim)
+def _discounted(x: Tensor, ends: Tensor, dim: int, *factors: float | Tensor) -> Tensor:
+    """``G[t] = x[t] + factors[t] G[t + 1]`` along the time, where ``t`` is no end."""
+    gamma = _unless(_rows(ends, dim), *(_flat(factor, dim) for factor in factors))
+    return _back(rewardops.discounted_returns(_rows(x, dim), gamma=gamma), x, dim)
+
+
+def _flat(factor: float | Tensor, dim: int) -> float | Tensor:
+    return _rows(factor, dim) if isinstance(factor, Tensor) and factor.dim() else factor
 
 
 def _one_step(reward: Tensor, next_value: Tensor, gamma: Any, terminated: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ def generalized_advantage_estimate(
     gamma, lmbda = _factor("gamma", gamma, reward), _factor("lmbda", lmbda, reward)
     reward, value, next_value = _wide(reward, state_value, next_state_value)
     delta = _one_step(reward, next_value, gamma, terminated) - value
-    advantage = _discounted(delta, _unless(done, gamma, lmbda), dim)
+    advantage = _discounted(delta, done, dim, gamma, lmbda)
     return advantage.to(dtype), (advantage + value).to(dtype)
 
 
@@ -146,7 +151,7 @@ def _lambda_returns(
     ends.narrow(dim, -1, 1).fill_(True)
     own = (1 - _unless(ends, lmbda)).to(reward.dtype)
     targets = _one_step(reward, own * next_value, gamma, terminated)
-    return _discounted(targets, _unless(ends, gamma, lmbda), dim)
+    return _discounted(targets, ends, dim, gamma, lmbda)
 
 
 def td_lambda_return_estimate(
@@ -278,7 +283,7 @@ def vtrace_advantage_estimate(
         delta,
         torch.zeros_like(delta),
         _rows(log_ratio, dim),
-        gamma=_rows(_unless(done, gamma), dim),
+        gamma=_unless(_rows(done, dim), _flat(gamma, dim)),
         rho_clip=rho_clip,
         trace_clip=trace_clip,
         advantage_rho_clip=None,
@@ -296,7 +301,7 @@ def reward2go(reward: Tensor, done: Tensor, gamma: float | Tensor, *, time_dim: 
     dim = _checked(time_dim, reward, done)
     gamma = _factor("gamma", gamma, reward)
     (wide,) = _wide(reward)
-    return _discounted(wide, _unless(done, gamma), dim).to(reward.dtype)
+    return _discounted(wide, done, dim, gamma).to(reward.dtype)
 
 
 # ---- in their place ----------------------------------------------------------------------------------------
