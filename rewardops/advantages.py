@@ -120,7 +120,7 @@ def group_advantages(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     baseline: str | float = "mean",
     scale: str = "std",
     eps: float = 1e-6,
@@ -166,7 +166,8 @@ def group_advantages(
             normalised each for itself and then summed with ``weights`` (GDPO, MO-GRPO).
         groups: ``[B]``: integer labels of any value in any order, groups may be ragged; or a numpy array or a
             sequence of strings or other objects, such as prompt ids (told apart on the host).
-        group_size: instead of ``groups``: contiguous groups of this many rows, or of these sizes.
+        group_size: instead of ``groups``: contiguous groups of this many rows, or of these sizes, a
+            list or an integer tensor ``[G]``.
         eps: added to the scale.
         ddof: 1 for the unbiased std, 0 for the population's.
         singleton: of a group of one: ``"zero"``, or ``"raw"`` for its reward as it is, as verl's GRPO does
@@ -235,7 +236,7 @@ def _over_ranks(
     groups: layout.Labels,
     weights: Sequence[float] | Tensor | None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     lengths: Tensor | None = None,
     given: Tensor | None = None,
     mask: Tensor | None = None,
@@ -602,7 +603,7 @@ def gtpo(
     entropy: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     positive: float | None = None,
@@ -627,7 +628,7 @@ def grpo_s(
     entropy: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-8,
@@ -660,7 +661,7 @@ def pure(
     steps: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     outcome: Tensor | None = None,
     outcome_weight: float = 1.0,
     temperature: float = 0.1,

@@ -186,7 +186,7 @@ def own_labels(
     if isinstance(groups, Tensor):
         return ids
     assert groups is not None
-    return torch.tensor([_number(x) for x in groups], dtype=torch.int64).to(device)
+    return layout.from_host([_number(x) for x in groups], device)
 
 
 def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:
@@ -195,16 +195,4 @@ def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:
         return own
     present = gathered.present
     total = int(present.sum()) if layout.may_read(present) else None
-    place = present.cumsum(0) - 1
-    if isinstance(group_size, (list, tuple)):
-        if not all(isinstance(n, int) and n >= 0 for n in group_size) or total not in (None, sum(group_size)):
-            raise ValueError(
-                f"group_size: got {list(group_size)}, want sizes that sum to the rows of all ranks"
-            )
-        ends = torch.tensor(list(group_size), dtype=torch.int64).cumsum(0).to(place.device)
-        return torch.searchsorted(ends, place, right=True)
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"group_size: got {type(group_size).__name__}, want int or a list of int")
-    if group_size < 1 or (total is not None and total % group_size):
-        raise ValueError(f"group_size: got {group_size}, want a divisor of the rows of all ranks")
-    return place // group_size
+    return layout.by_size(group_size, present.cumsum(0) - 1, total, "all ranks")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +55,7 @@ def gtpo_rewards(
     entropy: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     alpha1: float = 1.0,
@@ -168,7 +167,7 @@ def grpo_s_rewards(
     entropy: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     beta1: float = 1.0,
@@ -218,7 +217,7 @@ def signed_group_normalize(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     positive: float | None = None,
@@ -270,7 +269,7 @@ def signed_group_normalize(
 def _scope(
     scope: str,
     groups: layout.Labels,
-    group_size: int | Sequence[int] | None,
+    group_size: layout.GroupSize,
     batch: int,
     device: torch.device,
     name: str = "scope",
@@ -298,7 +297,7 @@ def high_entropy_mask(
     fraction: float = 0.2,
     scope: str = "batch",
     groups: layout.Labels = None,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     max_per_rank: int | None = None,
@@ -457,7 +456,7 @@ def unlikeliness_rewards(
     sequence_logprob: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     beta: float = 0.25,
 ) -> Tensor:
     """``r * (1 - beta * (n - rank) / n)``, rank 1 the likeliest row of its group (2506.02355).
@@ -506,7 +505,7 @@ def entropy_weights(
     mode: str = "linear",
     normalize: str = "batch",
     groups: layout.Labels = None,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     cu_seqlens: Tensor | None = None,
     inverse: bool = False,
     temperature: float = 1.0,

@@ -339,6 +339,7 @@ def row_layout(
 
 
 Labels = Tensor | Sequence[Hashable] | Any | None
+GroupSize = int | Sequence[int] | Tensor | None
 
 
 def _factorised(groups: object, batch: int, device: torch.device, other: str) -> Tensor:
@@ -355,15 +356,38 @@ def _factorised(groups: object, batch: int, device: torch.device, other: str) ->
         numbers = [seen.setdefault(v, len(seen)) for v in values]
     except TypeError as error:
         raise TypeError(f"groups: got an {error}, want labels that can be hashed") from None
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    return from_host(numbers, device)
 
 
-def _sized(sizes: Sequence[int], batch: int, device: torch.device, other: str) -> Tensor:
-    if not all(isinstance(n, int) and n >= 0 for n in sizes) or sum(sizes) != batch:
-        raise ValueError(
-            f"group_size: got sizes {list(sizes)}, want sizes that sum to the {batch} rows of {other}"
-        )
-    return torch.repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64)).to(device)
+def from_host(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers on a device, int64; the host waits for nothing."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def by_size(group_size: object, place: Tensor, total: int | None, other: str) -> Tensor:
+    """The group of each row, by its place among ``total`` rows: contiguous groups of one size, or of several."""
+    if isinstance(group_size, Tensor):
+        check_integer("group_size", group_size)
+        if group_size.dim() != 1:
+            raise ValueError(f"group_size: got shape {show(group_size.shape)}, want [G] (the size of each group)")
+        check_device("group_size", group_size, place.device, other)
+        sizes = group_size.detach().to(torch.int64)
+        known = sizes.tolist() if may_read(sizes) else None
+    elif isinstance(group_size, (list, tuple)):
+        known = list(group_size)
+        if not all(isinstance(n, int) and n >= 0 for n in known):
+            raise ValueError(f"group_size: got sizes {known}, want whole numbers of at least 0")
+        sizes = from_host(known, place.device)
+    elif isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size: got {type(group_size).__name__}, want int, or a list or tensor of int")
+    elif group_size < 1 or (total is not None and total % group_size):
+        raise ValueError(f"group_size: got {group_size}, want a divisor of the {total} rows of {other}")
+    else:
+        return place // group_size
+    if known is not None and (min(known, default=0) < 0 or total not in (None, sum(known))):
+        raise ValueError(f"group_size: got sizes {known}, want sizes that sum to the {total} rows of {other}")
+    # By search: whether sizes on a device sum to the rows nobody looks, and nothing is written where they say.
+    return torch.searchsorted(sizes.cumsum(0), place, right=True)
 
 
 def group_ids(groups: Labels, group_size: object, batch: int, device: torch.device, other: str) -> Tensor:
@@ -373,13 +397,7 @@ def group_ids(groups: Labels, group_size: object, batch: int, device: torch.devi
     if groups is not None and group_size is not None:
         raise ValueError("group_size: got a value beside groups, want one of the two")
     if groups is None:
-        if isinstance(group_size, (list, tuple)):
-            return _sized(group_size, batch, device, other)
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
-            raise TypeError(f"group_size: got {type(group_size).__name__}, want int or a list of int")
-        if group_size < 1 or batch % group_size:
-            raise ValueError(f"group_size: got {group_size}, want a divisor of the {batch} rows of {other}")
-        return torch.arange(batch, device=device) // group_size
+        return by_size(group_size, torch.arange(batch, device=device), batch, other)
     if not isinstance(groups, Tensor):
         return _factorised(groups, batch, device, other)
     check_integer("groups", groups)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import layout, tree
 from .dispatch import define
-from .layout import Labels, Layout
+from .layout import GroupSize, Labels, Layout
 from .reference.prefix_tree import OnTokens
 
 HOLES = ("prefix", "skip")
@@ -132,7 +132,7 @@ class TokenRows:
     def of(
         tokens: Tensor,
         groups: Labels,
-        group_size: int | Sequence[int] | None,
+        group_size: GroupSize,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         hole: str,
@@ -249,13 +249,13 @@ class PrefixLcp(NamedTuple):
     """``[B, K]`` int32: equal leading tokens; a row's length with itself; -1 where one of the two is empty."""
 
 
-def _largest_group(labels: Tensor, group_size: int | Sequence[int] | None, given: int | None) -> int:
+def _largest_group(labels: Tensor, group_size: GroupSize, given: int | None) -> int:
     if given is not None:
         layout.check_whole("max_group_size", given, 1)
         return given
     if isinstance(group_size, int):
         return group_size
-    if group_size is not None:
+    if isinstance(group_size, (list, tuple)):
         return max(group_size, default=1)
     # The size of the output: on a device, reading it would be a synchronisation.
     if not layout.may_read(labels):
@@ -267,7 +267,7 @@ def prefix_lcp(
     tokens: Tensor,
     groups: Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: GroupSize = None,
     max_group_size: int | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -359,7 +359,7 @@ class PrefixTree:
         tokens: Tensor,
         groups: Labels = None,
         *,
-        group_size: int | Sequence[int] | None = None,
+        group_size: GroupSize = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         rewards: Tensor | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,7 +88,7 @@ def prefix_values(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -162,7 +161,7 @@ def prefix_std(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -207,7 +206,7 @@ def tvm_targets(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -235,7 +234,7 @@ def shared_prefix_weights(
     tokens: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     hole: str = "prefix",
@@ -267,7 +266,7 @@ def tempo_advantages(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: str = "std",
@@ -330,7 +329,7 @@ def tree_rl_advantages(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     form: str = "paper",
@@ -368,7 +367,7 @@ def sibling_advantages(
     rewards: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,

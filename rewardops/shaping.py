@@ -198,7 +198,7 @@ def budget_advantages(
     scores: Tensor,
     groups: layout.Labels = None,
     *,
-    group_size: int | Sequence[int] | None = None,
+    group_size: layout.GroupSize = None,
     probs: Tensor | Sequence[float] | None = None,
     baseline: str = "brpo",
     growth: float = 2.0,

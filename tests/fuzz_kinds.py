@@ -331,7 +331,8 @@ class GroupSize(Kind):
         if draw(st.booleans()):
             return draw(st.sampled_from([n for n in range(1, batch + 1) if batch % n == 0] or [1, 4]))
         cuts = sorted(draw(st.lists(st.integers(0, batch), max_size=3)))
-        return [b - a for a, b in zip([0, *cuts], [*cuts, batch], strict=True)]
+        sizes = [b - a for a, b in zip([0, *cuts], [*cuts, batch], strict=True)]
+        return torch.tensor(sizes) if draw(st.booleans()) and not call.takes("max_group_size") else sizes
 
     def wrong(self, call, value, needed):
         size = call.batch.size
@@ -342,6 +343,8 @@ class GroupSize(Kind):
         yield from strangers("a whole number", *(["None"] if spare else []))
         yield from (("zero", 0), ("negative", -1), ("sizes of too many", [size + 1]))
         yield from (("a negative size", [size + 1, -1]), ("a size that is not whole", [float(size)]))
+        yield "a tensor of sizes of too many", torch.tensor([size + 1])
+        yield "a tensor of two dimensions", torch.tensor([[size]])
         if size:
             yield "no divisor", size + 1
 
