@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 ARGS ?=
 
-.PHONY: venv demo test thorough lint bench gpu gpu-dry clean
+.PHONY: venv demo test thorough integrations lint bench gpu gpu-dry clean
 
 venv: $(INSTALLED)
 
@@ -29,6 +29,15 @@ test: lint
 # With what takes too long for every change: more Triton targets, more sanitizers, 10,000 fuzzed calls.
 thorough: export REWARDOPS_THOROUGH = 1
 thorough: test
+
+# Inside the training frameworks, which are installed beside it: see benchmarks/requirements-peers.txt.
+integrations: $(VENV)/.peers
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope tests/integrations $(ARGS)
+
+$(VENV)/.peers: $(INSTALLED) benchmarks/requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
+	touch $@
 
 bench: venv
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -83,6 +83,26 @@ def linear_token_logprob(d: Data) -> Case:
     return _stats_case(d, plain_logprob, ("logprob",), peers.linear_logprob(d))
 
 
+@register("backward", axes=AXES, dtypes=DTYPES)
+def linear_token_stats_partial(d: Data) -> Case:
+    """Two shards of the head, and the records merged."""
+    hidden, weight, tokens = _inputs(d)
+    mask, half = d.counted, len(weight) // 2
+
+    def ours(hidden: Tensor, weight: Tensor, tokens: Tensor) -> rewardops.TokenStats:
+        return rewardops.merge_token_stats(
+            [
+                rewardops.linear_token_stats_partial(hidden, part, tokens, vocab_start=first, mask=mask)
+                for first, part in ((0, weight[:half]), (half, weight[half:]))
+            ]
+        )
+
+    return d.case(
+        ours, plain_linear, (hidden, weight, tokens), 8 * len(hidden), gradients=2, own_precision=True,
+        unread=size_of(hidden) - d.of_counted(hidden), floor=products(4 if d.backward else 1, hidden, weight),
+    )  # fmt: skip
+
+
 @register(axes=AXES, dtypes=DTYPES)
 def linear_token_loss(d: Data) -> Case:
     """A policy gradient's loss, forward and backward."""
