@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import distributed, layout, returns, segments, selection
 from .dispatch import define
 from .reference.advantages import BASELINES, SCALES, live_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _GROUP = "Tensor rewards, Tensor groups, Tensor? given, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens"
 _OPTIONS = "str baseline, float quantile, str scale, float eps, int ddof, bool raw"

@@ -18,12 +18,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import layout
 
-# Their names up to PyTorch 2.12.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# The names of both collectives up to PyTorch 2.12 are the second ones.
+
+
+def _all_gather(out: Tensor, x: Tensor, process_group: dist.ProcessGroup) -> None:
+    run = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    run(out, x, group=process_group)
+
+
+def _reduce_scatter(out: Tensor, x: Tensor, process_group: dist.ProcessGroup) -> None:
+    run = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    run(out, x, group=process_group)
 
 
 def check(process_group: object, name: str = "process_group") -> dist.ProcessGroup:
@@ -46,7 +55,7 @@ def exchange(x: Tensor, process_group: dist.ProcessGroup) -> Tensor:
     """``[ranks, *x.shape]``: the tensor of every rank, all of one shape; no gradient."""
     x = x.detach().contiguous()
     out = x.new_empty((size(process_group), *x.shape))
-    _all_gather(out.view(-1), x.view(-1), group=process_group)
+    _all_gather(out.view(-1), x.view(-1), process_group)
     return out
 
 
@@ -57,6 +66,7 @@ class _Replicated(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         # A sum over many ranks is not taken in half precision.
         wide = grad.to(layout.promote(grad)[0].dtype, copy=True).contiguous()
@@ -99,13 +109,19 @@ def _exchange_rows(
     tensors: Sequence[Tensor], process_group: dist.ProcessGroup, capacity: int
 ) -> list[Tensor]:
     """Each as ``[ranks * capacity, ...]``, in one collective, as bytes; zeros for what a rank does not have."""
-    parts = [_columns(x.detach()).contiguous().view(torch.uint8) for x in tensors]
-    packed = torch.nn.functional.pad(torch.cat(parts, 1), (0, 0, 0, capacity - tensors[0].shape[0]))
-    everything = exchange(packed, process_group).view(-1, packed.shape[1])
-    return [
-        found.contiguous().view(x.dtype).view(-1, *x.shape[1:])
-        for x, found in zip(tensors, everything.split([p.shape[1] for p in parts], 1), strict=True)
-    ]
+    parts, sizes = [], []
+    for x in tensors:
+        filled = torch.nn.functional.pad(_columns(x.detach()), (0, 0, 0, capacity - x.shape[0]))
+        part = filled.reshape(-1).view(torch.uint8)
+        sizes.append(part.shape[0])
+        parts.append(torch.nn.functional.pad(part, (0, -part.shape[0] % 8)))  # where any dtype may begin
+    sent = torch.cat(parts)
+    everything, at, found = exchange(sent, process_group), 0, []
+    for x, part, count in zip(tensors, parts, sizes, strict=True):
+        received = everything[:, at : at + count].reshape(-1).view(x.dtype)
+        found.append(received.view(len(everything) * capacity, *x.shape[1:]))
+        at += part.shape[0]
+    return found
 
 
 class _Gather(torch.autograd.Function):
@@ -120,12 +136,13 @@ class _Gather(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         floats = [k for k, (_, dtype) in enumerate(ctx.like) if dtype.is_floating_point]
         given = [_columns(grads[k].double()) for k in floats]
         everything = torch.cat(given, 1)
         own = everything.new_empty((ctx.capacity, everything.shape[1]))
-        _reduce_scatter(own.view(-1), everything.view(-1), group=ctx.process_group)
+        _reduce_scatter(own.view(-1), everything.view(-1), ctx.process_group)
         made: list[Tensor | None] = [None] * len(ctx.like)
         for k, part in zip(floats, own.split([g.shape[1] for g in given], 1), strict=True):
             shape, dtype = ctx.like[k]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import distributed, layout
 from .advantages import check_rewards
@@ -15,6 +15,9 @@ from .advantages import forward as group_forward
 from .dispatch import define
 from .segments import row_counts, row_sums
 from .selection import SCOPES, largest, scope_counts, scope_ids
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -369,7 +369,9 @@ def by_size(group_size: object, place: Tensor, total: int | None, other: str) ->
     if isinstance(group_size, Tensor):
         check_integer("group_size", group_size)
         if group_size.dim() != 1:
-            raise ValueError(f"group_size: got shape {show(group_size.shape)}, want [G] (the size of each group)")
+            raise ValueError(
+                f"group_size: got shape {show(group_size.shape)}, want [G] (the size of each group)"
+            )
         check_device("group_size", group_size, place.device, other)
         sizes = group_size.detach().to(torch.int64)
         known = sizes.tolist() if may_read(sizes) else None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import distributed, layout
 from .dispatch import define
@@ -28,6 +27,9 @@ from .logits import (
 from .reference import logits as spec
 from .reference.linear import precision
 from .transforms import may_overwrite_saved, may_require_grad, second_derivative
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # ---- the ops -----------------------------------------------------------------------------------------------
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import distributed, layout
 from .dispatch import define
 from .reference import logits as spec
 from .transforms import may_overwrite_saved
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OUTPUTS = spec.OUTPUTS
 PARTIAL_OUTPUTS = OUTPUTS[:-1]

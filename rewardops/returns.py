@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import distributed, layout
 from .dispatch import define
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # ---- the ops -----------------------------------------------------------------------------------------------
 
@@ -236,9 +238,10 @@ def _later(process_group: ProcessGroup, record: Tensor) -> list[Tensor]:
 
     Those are there so that every rank has a share in the backward pass, a collective as well.
     """
-    batch, at = record.shape[0], distributed.rank(distributed.check(process_group))
-    everyone = distributed.gather([record], process_group, batch).tensors[0].view(-1, *record.shape)
-    later = torch.arange(len(everyone), device=record.device) > at
+    ranks, at = distributed.size(distributed.check(process_group)), distributed.rank(process_group)
+    gathered = distributed.gather([record], process_group, record.shape[0])
+    everyone = gathered.tensors[0].view(ranks, *record.shape)
+    later = torch.arange(ranks, device=record.device) > at
     return list(torch.where(later[:, None, None], everyone, 0).flip(0).unbind(0))
 
 

@@ -116,6 +116,36 @@ def test_group_sizes_run_on_from_rank_to_rank(ranks, group_size, hint):
         torch.testing.assert_close(torch.cat(found), want)
 
 
+def _nothing(process_group):
+    empty = torch.zeros(0, requires_grad=True)
+    out = [
+        rewardops.group_advantages(empty, group_size=2, process_group=process_group),
+        rewardops.whiten(empty.view(0, 3), process_group=process_group),
+        rewardops.discounted_returns(empty.view(0, 3), process_group=process_group),
+        rewardops.high_entropy_mask(empty.view(0, 3), process_group=process_group),
+        rewardops.token_stats(empty.view(0, 3), torch.zeros(0).long(), process_group=process_group).logprob,
+    ]
+    sum(x.sum() for x in out if x.requires_grad).backward()
+    return [x.detach() for x in out]
+
+
+def test_no_rows_anywhere(ranks):
+    for found in ranks.run(2, _nothing):
+        assert [tuple(x.shape) for x in found] == [(0,), (0, 3), (0, 3), (0, 3), (0,)]
+
+
+def _second(process_group):
+    x = torch.ones(3, 2, dtype=torch.float64).cumsum(0).requires_grad_()
+    out = rewardops.whiten(x, process_group=process_group)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_second_derivative_is_refused(ranks):
+    ranks.run(2, _second)
+
+
 def _named(process_group, rewards, names):
     return advantages.rloo(rewards, at_rank(process_group, names), process_group=process_group)
 

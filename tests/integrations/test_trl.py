@@ -586,6 +586,22 @@ def test_function(folders, tmp_path):
     torch.testing.assert_close(inputs["advantages"], expected)
 
 
+@pytest.mark.parametrize("per_token", [True, False])
+def test_a_function_need_not_mask(per_token, folders, tmp_path):
+    def some(completion_ids, **_):
+        return [None if i == 6 else 1.0 for i in range(8)]
+
+    def estimator(rollouts: Rollouts):
+        counted = rollouts.mask if per_token else rollouts.scorable
+        return torch.where(counted, 2.0, torch.nan)
+
+    _, inputs = scored(tmp_path, folders["qwen2"], {"advantage_estimator": estimator}, rewards=some)
+    counted = torch.arange(8) != 6
+    if per_token:
+        counted = counted[:, None] & padded(MASKS).bool()
+    torch.testing.assert_close(inputs["advantages"], torch.where(counted, 2.0, 0.0))
+
+
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
@@ -729,6 +745,7 @@ def one_of_two(folder: Path, out: Path) -> None:
         assert_same_training(stock, train(GRPOTrainer, folder, out, {"token_stats_from": source}, **options))
     exact = {"kl_estimator": "exact"}
     assert train(GRPOTrainer, folder, out, exact, **options).state.log_history[1]["kl"] > 0
+    torch.distributed.destroy_process_group()  # gloo's threads end before the process does
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
