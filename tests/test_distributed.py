@@ -10,6 +10,8 @@ from ranks import Ranks
 import rewardops
 from rewardops import advantages, distributed
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
@@ -465,15 +467,15 @@ def test_packed_rows_in_parts(ranks):
 # ---- what all have in common -------------------------------------------------------------------------------
 
 
-def _calls(process_group):
+def _calls(process_group, device="cpu"):
     """Every function that takes a process group, on a little input of this rank."""
-    k = dist.get_rank(process_group)
-    x, mask = torch.arange(12.0).view(3, 4) + k, torch.ones(3, 4)
-    tokens = torch.tensor([1, 5, 7])
-    where = {"process_group": process_group}
-    hint = {**where, "max_per_rank": 12}
+    k = 0 if process_group is None else dist.get_rank(process_group)
+    x, mask = torch.arange(12.0, device=device).view(3, 4) + k, torch.ones(3, 4, device=device)
+    tokens = torch.tensor([1, 5, 7] if k else [1, 2, 0], device=device)
+    where = {} if process_group is None else {"process_group": process_group}
+    hint = {**where, "max_per_rank": 12} if where else {}
     return {
-        "group_advantages": lambda: rewardops.group_advantages(x[:, 0], group_size=2, mask=mask, **hint),
+        "group_advantages": lambda: rewardops.group_advantages(x[:, 0], tokens % 2, mask=mask, **hint),
         "whiten": lambda: rewardops.whiten(x, **where),
         "high_entropy_mask": lambda: rewardops.high_entropy_mask(x, **hint),
         "token_stats": lambda: rewardops.token_stats(x, tokens, **where).logprob,
@@ -510,6 +512,22 @@ def _counted(process_group):
 def test_one_collective_and_the_same_bits(ranks):
     for found in ranks.run(4, _counted):
         assert found == dict.fromkeys(found, (1, True))
+
+
+def _alone(process_group, device):
+    """Every call in a group of this rank alone, and without a group."""
+    if device == "cuda":
+        process_group = dist.new_group([0], backend="nccl", use_local_synchronization=True)
+    calls = [_calls(group, device) for group in (process_group, None)]
+    return {name: [call[name]().cpu() for call in calls] for name in calls[0]}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_group_of_one_rank(ranks, device):
+    """The same code on NCCL, where there is a GPU."""
+    (found,) = ranks.run(1, _alone, device)
+    for name, (ours, want) in found.items():
+        torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _compiled(process_group):
