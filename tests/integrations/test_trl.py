@@ -141,6 +141,53 @@ def assert_same_training(stock, ours) -> None:
     assert any(logs.get("grad_norm", 0) > 1e-2 for logs in stock.state.log_history)
 
 
+# ---- completions of one's own --------------------------------------------------------------------------------
+
+# Two groups of four that share prefixes; of one a tool wrote a token, one is truncated.
+COMPLETIONS = [
+    [5, 6, 7, 8, EOS], [5, 6, 9, EOS], [5, 10, 11, 12, 13, 14], [5, 6, 7, 14, EOS],
+    [20, 21, EOS], [20, 21, 22, 23, 24, EOS], [20, 25, EOS], [26, EOS],
+]  # fmt: skip
+MASKS = [[1] * len(ids) for ids in COMPLETIONS]
+MASKS[5][2] = 0
+OUTCOMES = [1.0, 0.0, 0.25, 1.0, 0.5, 1.0, 0.0, 0.75]
+STEPS = [
+    [(1, 0.9), (4, 0.2)],
+    [(3, 0.5)],
+    None,
+    [(2, 0.1), (4, 0.7)],
+    [(2, 0.3)],
+    [(1, 0.8), (5, -0.4)],
+    [],
+    [(1, 0.6)],
+]
+GROUPS = [0] * 4 + [1] * 4
+
+
+def rollout(completions, masks=None):
+    """TRL's way to bring completions of one's own: those of this process."""
+
+    def run(prompts, trainer):
+        first = trainer.accelerator.process_index * len(prompts)
+        mine = completions[first : first + len(prompts)]
+        out = {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": mine,
+            "logprobs": [[0.0] * len(ids) for ids in mine],
+        }
+        return out if masks is None else {**out, "env_mask": masks[first : first + len(prompts)]}
+
+    return run
+
+
+def outcome(completion_ids, **_):
+    return [OUTCOMES[COMPLETIONS.index(ids)] for ids in completion_ids]
+
+
+def process(prompts, completions, completion_ids, trainer_state, **_):
+    return [STEPS[COMPLETIONS.index(ids)] for ids in completion_ids]
+
+
 # ---- the same training -------------------------------------------------------------------------------------
 
 STOCK = {
@@ -162,6 +209,7 @@ STOCK = {
     "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2},
     "off-policy mask": {"off_policy_mask_threshold": 1e-4, "num_iterations": 2, "max_steps": 4},
     "padded": {"pad_to_multiple_of": 8},
+    "tools": {"rollout_func": rollout(COMPLETIONS, MASKS), "rewards": outcome, "beta": 0.1},
     "checkpointing": {"gradient_checkpointing": True},
     "float32 head": {"cast_lm_head_to_fp32": True},
     **{loss: {"loss_type": loss, "beta": 0.02} for loss in ("grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")},
@@ -339,50 +387,6 @@ def test_exact_kl_trains(source, folders, tmp_path):
 
 
 # ---- token-level credit ------------------------------------------------------------------------------------
-
-# Two groups of four that share prefixes; of one a tool wrote a token, one is truncated.
-COMPLETIONS = [
-    [5, 6, 7, 8, EOS], [5, 6, 9, EOS], [5, 10, 11, 12, 13, 14], [5, 6, 7, 14, EOS],
-    [20, 21, EOS], [20, 21, 22, 23, 24, EOS], [20, 25, EOS], [26, EOS],
-]  # fmt: skip
-MASKS = [[1] * len(ids) for ids in COMPLETIONS]
-MASKS[5][2] = 0
-OUTCOMES = [1.0, 0.0, 0.25, 1.0, 0.5, 1.0, 0.0, 0.75]
-STEPS = [
-    [(1, 0.9), (4, 0.2)],
-    [(3, 0.5)],
-    None,
-    [(2, 0.1), (4, 0.7)],
-    [(2, 0.3)],
-    [(1, 0.8), (5, -0.4)],
-    [],
-    [(1, 0.6)],
-]
-GROUPS = [0] * 4 + [1] * 4
-
-
-def rollout(completions, masks=None):
-    """TRL's way to bring completions of one's own: those of this process."""
-
-    def run(prompts, trainer):
-        first = trainer.accelerator.process_index * len(prompts)
-        mine = completions[first : first + len(prompts)]
-        out = {
-            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
-            "completion_ids": mine,
-            "logprobs": [[0.0] * len(ids) for ids in mine],
-        }
-        return out if masks is None else {**out, "env_mask": masks[first : first + len(prompts)]}
-
-    return run
-
-
-def outcome(completion_ids, **_):
-    return [OUTCOMES[COMPLETIONS.index(ids)] for ids in completion_ids]
-
-
-def process(prompts, completions, completion_ids, trainer_state, **_):
-    return [STEPS[COMPLETIONS.index(ids)] for ids in completion_ids]
 
 
 def scored(tmp_path, folder, ours, prompts=8, **options):
