@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import rewardops
 from rewardops import adapters
@@ -153,3 +154,22 @@ def test_a_temperature_for_each_row_of_packed_logits():
 def test_numbers_that_do_not_fit(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         adapters.to_tokens(*arguments)
+
+
+# ---- devices -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_back():
+    """A fake tensor has no values: what asks for one raises."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = [torch.ones(3), torch.ones(0), torch.ones(2)]
+        packed = adapters.pack(rows)
+        found = adapters.to_tokens(torch.ones(3), packed.cu_seqlens, 5)
+        assert [x.shape for x in adapters.unpack(found, [3, 0, 2])] == [(3,), (0,), (2,)]
+        assert adapters.to_tokens([1.0, 2.0, 3.0], packed.cu_seqlens, 5).shape == (5,)
+        prompts = torch.zeros(4, 6, dtype=torch.int64)
+        assert adapters.prompt_groups(prompts, mask=prompts == 0).shape == (4,)
+        sizes = torch.tensor([3, 1])
+        assert rewardops.group_advantages(torch.ones(4), group_size=sizes).shape == (4,)
+        with pytest.raises(DataDependentOutputException):
+            sizes.tolist()
