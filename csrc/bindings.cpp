@@ -225,6 +225,11 @@ void tree_values_backward(int64_t nodes, Address parent, Address slope, Address 
                                        at<const double>(grad), at<double>(out));
 }
 
+bool path_ends(int64_t nodes, Address step, Address out) {
+  const py::gil_scoped_release release;
+  return rewardops::cpu::path_ends(nodes, at<const int64_t>(step), at<int64_t>(out));
+}
+
 // Backward where grad is given.
 template <typename T>
 void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
@@ -298,6 +303,7 @@ void define_trees(py::module_& m) {
   m.def("subtree_sums", subtree_sums);
   m.def("tree_values", tree_values);
   m.def("tree_values_backward", tree_values_backward);
+  m.def("path_ends", path_ends);
   m.def("nodes_to_tokens_i32", nodes_to_tokens<int32_t>);
 }
 

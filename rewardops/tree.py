@@ -126,12 +126,13 @@ def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torc
         if low < -1 or high >= parent.shape[0]:
             bad = low if low < -1 else high
             raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
-        # In a cycle, no step is its own.
-        end = path_ends(_up(parent))
-        if bool((parent[end] != -1).any()):
-            raise ValueError(
-                f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
-            )
+        # Where parents come first there is none; and in a cycle, no step is its own.
+        if bool((parent >= own(parent)).any()):
+            end = path_ends(_up(parent))
+            if bool((parent[end] != -1).any()):
+                raise ValueError(
+                    f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
+                )
     return parent, leaf_rewards.double(), promoted.dtype
 
 

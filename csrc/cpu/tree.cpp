@@ -11,9 +11,19 @@ namespace {
 std::vector<int64_t> upwards(int64_t nodes, const int64_t* parent, std::vector<int64_t>& children) {
   const auto has_parent = [&](int64_t n) { return parent[n] >= 0 && parent[n] < nodes; };
   children.assign(nodes, 0);
+  bool falling = true;  // children behind their parents, as trees are mostly written
   for (int64_t n = 0; n < nodes; ++n)
-    if (has_parent(n)) ++children[parent[n]];
-  std::vector<int64_t> order, waiting = children;
+    if (has_parent(n)) {
+      ++children[parent[n]];
+      falling = falling && parent[n] < n;
+    }
+  std::vector<int64_t> order;
+  if (falling) {
+    order.resize(nodes);
+    for (int64_t n = 0; n < nodes; ++n) order[n] = nodes - 1 - n;
+    return order;
+  }
+  std::vector<int64_t> waiting = children;
   order.reserve(nodes);
   for (int64_t n = 0; n < nodes; ++n)
     if (children[n] == 0) order.push_back(n);
@@ -95,6 +105,20 @@ void tree_values_backward(int64_t nodes, const int64_t* parent, const double* sl
     if (up >= 0 && up < nodes && slope[*n] != 0) total[*n] += slope[*n] * total[up];
   }
   for (int64_t n = 0; n < nodes; ++n) out[n] = children[n] == 0 ? total[n] : 0;
+}
+
+bool path_ends(int64_t nodes, const int64_t* step, int64_t* out) {
+  constexpr int64_t unknown = -1, passed = -2;
+  for (int64_t n = 0; n < nodes; ++n) out[n] = unknown;
+  for (int64_t n = 0; n < nodes; ++n) {
+    int64_t m = n;
+    for (; out[m] == unknown && step[m] != m; m = step[m]) out[m] = passed;
+    if (out[m] == passed) return false;  // by this walk: all others have ended
+    const int64_t end = out[m] == unknown ? m : out[m];
+    out[m] = end;
+    for (int64_t k = n; k != m; k = step[k]) out[k] = end;
+  }
+  return true;
 }
 
 }  // namespace rewardops::cpu

@@ -23,4 +23,7 @@ void tree_values(const TreeValuesArgs& a);
 // grad of the values to grad of the leaves' rewards.
 void tree_values_backward(int64_t nodes, const int64_t* parent, const double* slope, const double* grad, double* out);
 
+// Where following step from each node ends: at the first node that is its own step. False where one never ends.
+bool path_ends(int64_t nodes, const int64_t* step, int64_t* out);
+
 }  // namespace rewardops::cpu

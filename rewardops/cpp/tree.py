@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dispatch import compiled_module
-from ..reference.tree import at_nodes, at_nodes_backward, path_ends
+from ..reference import tree as spec
+from ..reference.tree import at_nodes, at_nodes_backward
 from ..tree import REDUCES
 from .memory import address, dense
 
@@ -16,6 +18,13 @@ __all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_va
 
 def _module() -> Any:
     return compiled_module()
+
+
+def path_ends(step: Tensor) -> Tensor:
+    kept = step.contiguous()
+    out = torch.empty_like(kept)
+    # Where a path never ends, what the specification has there is some node of the cycle.
+    return out if _module().path_ends(len(out), address(kept), address(out)) else spec.path_ends(step)
 
 
 def tree_values(
