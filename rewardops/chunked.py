@@ -342,7 +342,7 @@ def linear_token_stats(kernels: ModuleType, *args: Any) -> list[Tensor]:
     p = _Problem(*args)
     if "jsd" not in p.outputs:
         record = _records(kernels, p)
-        values = spec.finish(spec.merge(record[None]), p.outputs)
+        values = spec.finish(spec.merge(record[None], p.outputs), p.outputs)
         return [p.saved(record), *p.finish(values)]
     saved: list[Tensor] = [p.policy.hidden.new_empty((spec.saved_rows(p.paired), 0), dtype=torch.float64)]
     found = {name: [p.nothing(name)] for name in p.outputs}

@@ -598,7 +598,7 @@ def merge_token_stats(
     if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
         raise ValueError(f"records: got shape {layout.show(parts.shape)}, want [parts, ..., {fields}]")
     names = check_outputs(outputs, PARTIAL_OUTPUTS, True)
-    found: dict[str, Any] = spec.finish(spec.merge(parts), names)
+    found: dict[str, Any] = spec.finish(spec.merge(parts, names), names)
     return TokenStats(**{k: v if k == "is_top1" else v.to(dtype) for k, v in found.items()})
 
 

@@ -92,7 +92,7 @@ def linear_token_stats(*args: Any) -> list[Tensor]:
         saved, *found = spec.token_stats(*p.inputs, *p.scalars, p.vocab, p.beta, p.outputs)
         return [pack_saved(saved), *found]
     record = spec.token_stats_partial(*p.inputs, *p.scalars, 0, p.vocab, p.outputs)
-    values = spec.finish(spec.merge(record[None]), p.outputs)
+    values = spec.finish(spec.merge(record[None], p.outputs), p.outputs)
     return [record, *(v if name == "is_top1" else v.to(p.wide) for name, v in values.items())]
 
 

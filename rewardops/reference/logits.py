@@ -182,44 +182,47 @@ def token_stats_partial(
 # ---- from records to statistics ----------------------------------------------------------------------------
 
 
-def merge(records: Tensor) -> dict[str, Tensor]:
-    """The record of whole rows, by name, from those of their parts ``[parts, ..., len(RECORD)]``."""
+def merge(records: Tensor, outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The record of whole rows, by name, from those of their parts ``[parts, ..., len(RECORD)]``.
+
+    All of it, or only what some outputs are made of.
+    """
     r = dict(zip(RECORD, records.unbind(-1), strict=True))
-    shift, ref_shift = (r[name].detach().amax(0) for name in ("shift", "ref_shift"))
+    names = RECORD if outputs is None else [RECORD[k] for k in fields_of(outputs)]
 
-    def move(part: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance of a part's shift to that of the whole, and the factor of its sums."""
+    def moved(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The shift of the whole, the distance of each part's, and the factor of the part's sums."""
+        part = r[name].detach()
+        whole = part.amax(0)
         apart = torch.where(part == -torch.inf, 0, part - torch.where(whole == -torch.inf, 0, whole))
-        return apart, torch.where(part == -torch.inf, 0, apart.exp())
+        return whole, apart, torch.where(part == -torch.inf, 0, apart.exp())
 
-    apart, factor = move(r["shift"].detach(), shift)
-    ref_apart, ref_factor = move(r["ref_shift"].detach(), ref_shift)
-    has_mass, ref_has_mass = factor > 0, ref_factor > 0
+    def scaled(factor: Tensor, value: Tensor) -> Tensor:
+        # An infinite divergence stays infinite under any factor. Sums of parts without mass are not looked at.
+        finite = torch.where(factor > 0, factor * torch.where(factor > 0, value, 0), 0)
+        return torch.where(value.isinf(), value, finite)
 
-    def scaled(factor: Tensor, has: Tensor, value: Tensor) -> Tensor:
-        # An infinite divergence stays infinite under any factor.
-        return torch.where(value.isinf(), value, torch.where(has, factor * torch.where(has, value, 0), 0))
-
-    return {
-        "shift": shift,
-        "ref_shift": ref_shift,
-        "total": (factor * r["total"]).sum(0),
-        "ref_total": (ref_factor * r["ref_total"]).sum(0),
-        "weighted": scaled(factor, has_mass, r["weighted"] + apart * r["total"]).sum(0),
-        "squares": (factor * factor * r["squares"]).sum(0),
-        "squares_weighted": scaled(
-            factor * factor, has_mass, r["squares_weighted"] + apart * r["squares"]
-        ).sum(0),
-        "distance": (r["distance"] + apart * r["columns"]).sum(0),
-        "columns": r["columns"].sum(0),
-        "token": r["token"].sum(0),
-        "found": r["found"].sum(0),
-        "ref_token": r["ref_token"].sum(0),
-        "kl": scaled(factor, has_mass, r["kl"] + (apart - ref_apart) * r["total"]).sum(0),
-        "reverse": scaled(ref_factor, ref_has_mass, r["reverse"] + (ref_apart - apart) * r["ref_total"]).sum(
-            0
-        ),
+    shift, apart, factor = moved("shift")
+    found = {"shift": shift}
+    terms: dict[str, Callable[[], Tensor]] = {
+        "total": lambda: factor * r["total"],
+        "weighted": lambda: scaled(factor, r["weighted"] + apart * r["total"]),
+        "squares": lambda: factor * factor * r["squares"],
+        "squares_weighted": lambda: scaled(factor * factor, r["squares_weighted"] + apart * r["squares"]),
+        "distance": lambda: r["distance"] + apart * r["columns"],
     }
+    if "ref_shift" in names:
+        found["ref_shift"], ref_apart, ref_factor = moved("ref_shift")
+        between = apart - ref_apart
+        terms |= {
+            "ref_total": lambda: ref_factor * r["ref_total"],
+            "kl": lambda: scaled(factor, r["kl"] + between * r["total"]),
+            "reverse": lambda: scaled(ref_factor, r["reverse"] - between * r["ref_total"]),
+        }
+    for name in names:
+        if name not in found:
+            found[name] = (terms[name]() if name in terms else r[name]).sum(0)
+    return found
 
 
 def merge_records(records: Tensor) -> Tensor:
@@ -279,8 +282,8 @@ def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
 
 def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
     """The statistics, in the precision of the record; a row of no columns is masked, and 0."""
-    masked, found = r["columns"] == 0, r["found"] > 0
-    empty, ref_empty = (~masked & (r[name] == -torch.inf) for name in ("shift", "ref_shift"))
+    masked = r["columns"] == 0
+    empty = ~masked & (r["shift"] == -torch.inf)
 
     def log(total: Tensor, empty: Tensor) -> Tensor:
         return torch.where(empty, torch.nan, torch.where(masked | empty, 1, total).log())
@@ -293,13 +296,18 @@ def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         infinite = value.isinf() & ~normalisers.isnan()
         return torch.where(infinite, torch.inf, finite(torch.where(value.isinf(), 0, value)))
 
+    def of_token(name: str) -> Tensor:
+        return torch.where(r["found"] > 0, r[name], torch.nan)
+
     log_sum = log(r["total"], empty)
-    ref_log_sum = log(r["ref_total"], ref_empty)
-    normalisers = ref_log_sum - log_sum
+    if any(name in (*REF_OUTPUTS, "ref_log_sum") for name in outputs):
+        ref_empty = ~masked & (r["ref_shift"] == -torch.inf)
+        ref_log_sum = log(r["ref_total"], ref_empty)
+        normalisers = ref_log_sum - log_sum
     formulas = {
         "log_sum": lambda: log_sum,
         "ref_log_sum": lambda: ref_log_sum,
-        "logprob": lambda: torch.where(found, r["token"], torch.nan) - r["shift"] - log_sum,
+        "logprob": lambda: of_token("token") - r["shift"] - log_sum,
         "entropy": lambda: log_sum - divided(r["weighted"], r["total"], empty),
         "logsumexp": lambda: torch.where(empty, 0, r["shift"]) + log_sum,
         "sum_sq": lambda: torch.where(empty, torch.nan, divided(r["squares"], r["total"] ** 2, empty)),
@@ -311,8 +319,10 @@ def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
         "mean_logit": lambda: torch.where(
             empty, -torch.inf, r["shift"] + divided(r["distance"], r["columns"], empty)
         ),
-        "is_top1": lambda: found & ~empty & (r["total"] == r["total"]) & (r["token"] == r["shift"]),
-        "ref_logprob": lambda: torch.where(found, r["ref_token"], torch.nan) - r["ref_shift"] - ref_log_sum,
+        "is_top1": lambda: (
+            (r["found"] > 0) & ~empty & (r["total"] == r["total"]) & (r["token"] == r["shift"])
+        ),
+        "ref_logprob": lambda: of_token("ref_token") - r["ref_shift"] - ref_log_sum,
         "kl": lambda: infinite_or(r["kl"], lambda v: divided(v, r["total"], empty) + normalisers),
         "reverse_kl": lambda: infinite_or(
             r["reverse"], lambda v: divided(v, r["ref_total"], ref_empty) - normalisers
