@@ -161,7 +161,9 @@ def group_advantages(
 
     Exact on the hard inputs: equal rewards give 0 whatever their value (not the quotient of two rounding
     errors), rewards near 1000 keep their differences, a group of one has advantage 0 under any baseline but
-    ``"none"`` and ``"given"``, and 0 under any scale but ``"none"`` and ``"batch_std"``.
+    ``"none"`` and ``"given"``, and 0 under any scale but ``"none"`` and ``"batch_std"``. A NaN reward makes every
+    advantage of its group NaN (of the batch under ``"batch_std"``): without it none of them has one. Where there is
+    neither a scale nor a baseline of the group, it is its row's alone.
 
     Args:
         rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. Or ``[B, R]``, R rewards to be

@@ -413,10 +413,20 @@ def test_rewards_near_1000_keep_their_differences(target):
     torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=1e-7)
 
 
-def test_a_nan_reward_stays_in_its_group(target):
-    rewards = torch.tensor([0.5, torch.nan, 0.5, 1.0, 2.0, 3.0])
-    ours = evaluate(advantages(group_size=3), [rewards], backend=target.backend, device=target.device)
-    assert ours.outputs[0].isnan().tolist() == [True, True, True, False, False, False]
+@pytest.mark.parametrize("scale", ["std", "range", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "median", 0.3, 0.9, "max", "second_max"])
+def test_a_nan_reward_breaks_its_group_and_no_other(target, baseline, scale):
+    """Wherever it lies, whichever its sign, and alone: no row of the group has an advantage without it."""
+    fn = advantages(group_size=[4, 1, 3], baseline=baseline, scale=scale)
+    whole = [0.5, 0.25, 2.0, 1.0, 7.0, 1.0, 2.0, 3.0]
+    want = evaluate(fn, [torch.tensor(whole)], backend=target.backend, device=target.device).outputs[0]
+    for at, nan in ((0, torch.nan), (2, -torch.nan), (3, torch.nan), (4, torch.nan)):
+        rewards = torch.tensor(whole)
+        rewards[at] = nan
+        broken = torch.tensor([at < 4] * 4 + [at == 4] + [False] * 3)
+        ours = evaluate(fn, [rewards], backend=target.backend, device=target.device).outputs[0]
+        assert torch.equal(ours.isnan().cpu(), broken)
+        assert torch.equal(ours.cpu()[~broken], want.cpu()[~broken])
 
 
 def test_many_rows(target, generator):
@@ -641,14 +651,6 @@ def test_rows_whose_first_valid_token_is_late(target_cuda):
         )
         want = torch.where(mask, (rewards - rewards[:-1].mean())[:, None], 0)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-
-
-def test_nan_has_the_highest_rank(target_cuda):
-    for nan in (torch.nan, -torch.nan):
-        rewards = torch.tensor([5.0, nan, 1.0, 3.0, 2.0])
-        for baseline, middle in (("median", 3.0), (0.25, 2.0), (0.6, 3.8)):
-            fn = advantages(group_size=5, baseline=baseline, scale="none")
-            torch.testing.assert_close(by_cuda(target_cuda, fn, rewards), rewards - middle, equal_nan=True)
 
 
 # ---- PURE --------------------------------------------------------------------------------------------------

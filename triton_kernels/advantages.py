@@ -134,6 +134,9 @@ def spread_of(
         magnitude += tl.sum(tl.abs(r), 0)
         differ += tl.sum((chosen & (r != low)).to(tl.int32), 0)
     n = count.to(ACC)
+    # A NaN, where there is one, has no rank.
+    low = tl.where(magnitude == magnitude, low, magnitude)
+    high = tl.where(magnitude == magnitude, high, magnitude)
     mean_above = above / tl.maximum(n, 1.0)
     std = tl.zeros([], ACC)
     if SQUARES:
@@ -288,7 +291,7 @@ def group_statistics(
             rank, begin, end, label, rewards, groups, batch, mask, mask_stride, cu, width, total,
             TOKENS, PACKED, HAS_MASK, JOIN, LOOK,
         )  # fmt: skip
-        below = below.to(ACC)
+        below = tl.where(low == low, below.to(ACC), low)
         above = tl.where(part > 0, above.to(ACC), below)
     # Where the group lies; count, smallest, largest, mean above the smallest (by length, where so asked); whether
     # any differ; what the baseline lies between, and how far; sum of lengths; gain of the baseline; 1 / scale; a
@@ -314,7 +317,7 @@ def numerator(
     else:
         value = tl.where(differs, r - below - tl.where(part > 0, part * (above - below), 0.0), 0.0)
         if BASELINE == SECOND:
-            value = tl.where(best, value, 0.0)
+            value = tl.where(best | (low != low), value, 0.0)
     return tl.where(alone, r, value)
 
 

@@ -39,6 +39,7 @@ struct Statistics {
   int64_t count = 0;
   double first = 0, mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
   double centred(double r) const { return (r - first) - mean; }
+  bool broken() const { return std::isnan(mean_abs); }  // by a reward that is NaN: no order, no mean
   bool differs = false;
   Pick low, high, below, above;  // below and above: what the baseline lies between
   double part = 0;
@@ -72,6 +73,7 @@ void spread_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s
   if (s.count == 0) return;
   s.mean = sum / s.count;
   s.mean_abs = magnitude / s.count;
+  if (s.broken()) s.low = s.high = {s.mean_abs, -1};
   double square = 0;
   members([&](int64_t b) { square += s.centred(a.rewards[b]) * s.centred(a.rewards[b]); });
   const int64_t degrees = s.count - a.ddof;
@@ -103,6 +105,7 @@ void order_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s)
     }
     default: return;
   }
+  if (s.broken()) return;
   std::vector<double> values;
   values.reserve(s.count);
   members([&](int64_t b) { values.push_back(a.rewards[b]); });
@@ -157,6 +160,7 @@ class Relative {
     if (a_.baseline == Baseline::none || raw(s)) return r;
     if (a_.baseline == Baseline::given) return r - a_.given[b];
     if (!s.differs) return 0.0;
+    if (s.broken()) return s.mean_abs;
     switch (a_.baseline) {
       case Baseline::mean:
       case Baseline::leave_one_out: return gain(s, b) * s.centred(r);

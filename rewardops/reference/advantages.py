@@ -36,6 +36,7 @@ class _Members(NamedTuple):
     centred: Tensor  # of the row itself: reward - mean; exactly 0 where the group's rewards are equal
     std: Tensor
     mean_abs: Tensor
+    broken: Tensor  # whether any is NaN
 
     @staticmethod
     def of(rewards: Tensor, same: Tensor, ddof: int) -> _Members:
@@ -53,7 +54,8 @@ class _Members(NamedTuple):
         centred = torch.where(differs & same.any(1), rewards - low - mean_above, 0)
         square = torch.where(same, above - mean_above[:, None], 0).square().sum(1)
         std = torch.where(differs, square / (count - ddof).clamp(min=1), 0).sqrt()
-        return _Members(same, r, count, low, high, differs, centred, std, r.abs().sum(1) / count.clamp(min=1))
+        mean_abs = r.abs().sum(1) / count.clamp(min=1)
+        return _Members(same, r, count, low, high, differs, centred, std, mean_abs, r.isnan().any(1))
 
     def first(self, value: Tensor) -> Tensor:
         """``[B, B]``, one for the earliest member of that reward."""
@@ -156,7 +158,7 @@ def _statistics(
         gain = torch.where(alone, 1, gain)
         weights, d_scale = (torch.where(alone[:, None], 0, x) for x in (weights, d_scale))
     elif baseline not in ("none", "given"):
-        numerator = torch.where(g.count > 1, numerator, 0)
+        numerator = torch.where(g.broken, torch.nan, torch.where(g.count > 1, numerator, 0))
     numerator, inv_scale = torch.where(live, numerator, 0), torch.where(live, inv_scale, 0)
     return _Statistics(numerator, inv_scale, gain, weights, d_scale, alone)
 

@@ -551,14 +551,13 @@ __device__ void find_spread(const Members<T, kBackward>& members, int ddof, bool
   __syncthreads();
 }
 
-// Integers in the order of the numbers; NaN comes last, zeros are one.
+// Integers in the order of the numbers; zeros are one.
 template <typename T>
 struct Key {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr Bits kLowest = std::numeric_limits<Bits>::min(), kHighest = std::numeric_limits<Bits>::max();
 
   __device__ static Bits of(T number) {
-    if (number != number) return kHighest;
     number += T{0};
     Bits bits;
     memcpy(&bits, &number, sizeof bits);
@@ -590,7 +589,7 @@ __device__ void find_ranked(const Members<T, kBackward>& members, int rank, bool
   }
   above = below = Key<T>::number(upper);
   if (next && at_most < rank + 2)
-    above = members.least([&](T r) { return r == r && Key<T>::of(r) > upper ? static_cast<double>(r) : kInfinity; });
+    above = members.least([&](T r) { return Key<T>::of(r) > upper ? static_cast<double>(r) : kInfinity; });
 }
 
 enum Place { kHighest, kLowest, kBelow, kAbove };
@@ -620,6 +619,7 @@ __device__ void find_ranks(const AdvantagesArgs<T>& a, const Members<T, kBackwar
   below = above = group.high;
   if (a.baseline == Baseline::second_max && group.n > 1 && members.count([&](T r) { return r == group.high; }) == 1)
     below = above = -members.least([&](T r) { return r < group.high ? -static_cast<double>(r) : kInfinity; });
+  if (group.high != group.high) return;  // a NaN has no rank
   if (a.baseline != Baseline::median && a.baseline != Baseline::quantile) return;
   const double last = max(group.n - 1, 0.0);
   double at = floor(last / 2);
@@ -675,7 +675,7 @@ __device__ Statistics statistics_of(const AdvantagesArgs<T>& a, const Members<T,
   if (kBackward ? is_ranked(a) || a.scale == Scale::range : a.baseline == Baseline::second_max)
     find_places<kBackward ? 4 : 1>(members, {group.high, group.low, below, above}, s.places);
   s.alone = a.raw_singletons && group.n == 1;
-  s.flat = !group.differs || group.n < 2;
+  s.flat = !group.differs || (group.n < 2 && group.low == group.low);
   if (a.scale != Scale::none && !s.alone) {
     const double size = a.scale == Scale::mean_abs ? group.mean_abs
                         : a.scale == Scale::range  ? group.high - group.low
@@ -690,7 +690,8 @@ template <typename T>
 __device__ double numerator(const AdvantagesArgs<T>& a, const Statistics& s, const Member<T>& m) {
   if (s.alone || a.baseline == Baseline::none) return m.reward;
   if (a.baseline == Baseline::given) return static_cast<double>(m.reward) - a.given[m.row];
-  if (s.flat || (a.baseline == Baseline::second_max && m.row != s.places[kHighest])) return 0;
+  const bool one = a.baseline == Baseline::second_max && s.low == s.low;  // the best row's alone
+  if (s.flat || (one && m.row != s.places[kHighest])) return 0;
   return s.gain * (m.reward - s.low - s.baseline);
 }
 
