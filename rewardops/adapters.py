@@ -89,9 +89,10 @@ def from_nested(rows: Tensor) -> Packed:
         return Packed(values, torch.zeros_like(cu), values.new_zeros(count, dtype=torch.bool))
     # What lies between two rows is the end of the one before; what lies before the first, its own.
     cu = torch.nn.functional.pad(torch.nn.functional.pad(starts[1:], (1, 0)), (0, 1), value=count)
+    spans = layout.Layout(len(starts), (count,), None, cu)
     position = torch.arange(count, device=values.device)
-    row = torch.searchsorted(cu[1:].contiguous(), position, right=True).clamp(max=len(starts) - 1)
-    return Packed(values, cu, (position >= starts[row]) & (position < (starts + lengths)[row]))
+    inside = (position >= spans.expand(starts)) & (position < spans.expand(starts + lengths))
+    return Packed(values, cu, inside)
 
 
 def to_nested(values: Tensor, like: Tensor) -> Tensor:

@@ -206,12 +206,9 @@ def group_advantages(
         "singleton": singleton, "lengths": lengths, "given": given, "mask": mask, "cu_seqlens": cu_seqlens,
         "num_tokens": num_tokens,
     }  # fmt: skip
-    ranks = _ranks(process_group, max_per_rank)
-    if ranks is not None:
-        relative, total = _over_ranks(ranks, rewards, groups, weights, **options)
-        return relative.spread(total)
-    if rewards.dim() == 2:
-        relative, total = _summed(rewards, groups, weights, **options)
+    ranks = distributed.Ranks.of(process_group, max_per_rank)
+    if ranks is not None or rewards.dim() == 2:
+        relative, total = _by_row(ranks, rewards, groups, weights, **options)
         return relative.spread(total)
     if weights is not None:
         raise ValueError(
@@ -220,22 +217,24 @@ def group_advantages(
     return _Relative.of(rewards, groups, **options).advantages(rewards)
 
 
-@dataclass(frozen=True)
-class _Ranks:
-    process_group: ProcessGroup
-    max_per_rank: int | None
-
-
-def _ranks(process_group: ProcessGroup | None, max_per_rank: int | None) -> _Ranks | None:
-    if process_group is not None:
-        return _Ranks(distributed.check(process_group), max_per_rank)
-    if max_per_rank is not None:
-        raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
-    return None
+def _by_row(
+    ranks: distributed.Ranks | None,
+    rewards: Tensor,
+    groups: layout.Labels,
+    weights: Sequence[float] | Tensor | None,
+    **options: Any,
+) -> tuple[_Relative, Tensor]:
+    """The advantages ``[B]`` of rows, not spread yet: of rewards ``[B]``, ``[B, R]``, or on several ranks."""
+    if ranks is not None:
+        return _over_ranks(ranks, rewards, groups, weights, **options)
+    if rewards.dim() == 2:
+        return _summed(rewards, groups, weights, **options)
+    relative = _Relative.of(rewards, groups, **options)
+    return relative, relative.by_row().advantages(rewards)[:, 0]
 
 
 def _over_ranks(
-    ranks: _Ranks,
+    ranks: distributed.Ranks,
     rewards: Tensor,
     groups: layout.Labels,
     weights: Sequence[float] | Tensor | None,
@@ -482,7 +481,7 @@ def _merged_moments(
     Of each rank its count, an element, the mean above it and the squares about that mean.
     """
     record = torch.stack([x.double() for x in (count, first, mean, squares)])
-    (records,) = distributed.gather([record[None]], distributed.check(process_group), 1).tensors
+    (records,) = distributed.gather([record[None]], process_group, 1).tensors
     counts, firsts, means, parts = records.unbind(1)
     base = torch.where(counts > 0, firsts.detach(), torch.inf).amin()
     base = torch.where(base.isfinite(), base, 0)
@@ -552,13 +551,9 @@ def gpg(
     layout.check_choice("alpha", alpha, ("informative", "rewards"))
     settings = {"scale": "none", "eps": 0.0, **options}
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
-    ranks = _ranks(process_group, max_per_rank)
-    if ranks is None:
-        relative = _Relative.of(rewards, groups, **where, **settings)
-        found = relative.by_row().advantages(rewards)[:, 0]
-    else:
-        check_rewards(rewards)
-        relative, found = _over_ranks(ranks, rewards, groups, None, **where, **settings)
+    ranks = distributed.Ranks.of(process_group, max_per_rank)
+    check_rewards(rewards)
+    relative, found = _by_row(ranks, rewards, groups, None, **where, **settings)
     signal = ((found if alpha == "informative" else rewards).detach() != 0).sum()
     count = torch.full_like(signal, rewards.shape[0])
     if ranks is not None:
@@ -589,11 +584,8 @@ def gdpo(
     if rewards.dim() != 2:
         raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B, R]")
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
-    ranks = _ranks(process_group, max_per_rank)
-    if ranks is None:
-        relative, total = _summed(rewards, groups, weights, **where, **options)
-    else:
-        relative, total = _over_ranks(ranks, rewards, groups, weights, **where, **options)
+    ranks = distributed.Ranks.of(process_group, max_per_rank)
+    relative, total = _by_row(ranks, rewards, groups, weights, **where, **options)
     if whitening == "rows":
         return relative.spread(whiten(total, relative.live(), process_group=process_group))
     out = relative.spread(total)

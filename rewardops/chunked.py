@@ -423,7 +423,7 @@ def linear_token_stats_backward(
             ups = [given[name][a:b].contiguous() for name in names]
             _row_gradients(kernels, p, a, b, weights, block, unpacked[:, a:b].contiguous(), names, ups)
     else:
-        _record_gradients(kernels, p, kept, lambda: spec.record_gradient(kept, given))
+        _record_gradients(kernels, p, kept, spec.record_gradient(kept, given))
     return _collected(p)
 
 
@@ -441,14 +441,13 @@ def linear_token_stats_partial_backward(
     p = _Problem(*rest)
     for k, head in enumerate(p.heads):
         head.prepare(needs[3 * k : 3 * k + 3], summed=False)
-    kept = p.rows.gather(record, 1)
-    _record_gradients(kernels, p, kept, lambda: p.rows.gather(grad_record, 1))
+    _record_gradients(kernels, p, p.rows.gather(record, 1), p.rows.gather(grad_record, 1))
     return _collected(p)
 
 
-def _record_gradients(kernels: ModuleType, p: _Problem, record: Tensor, grad: Callable[[], Tensor]) -> None:
-    if p.rows.count and p.vocab:
-        _tile_gradients(kernels, p, record, grad())
+def _record_gradients(kernels: ModuleType, p: _Problem, record: Tensor, grad_record: Tensor) -> None:
+    if p.rows.count:
+        _tile_gradients(kernels, p, record, grad_record)
         return
     for head in p.heads:
         if head.grad_weight is not None:

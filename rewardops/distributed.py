@@ -35,11 +35,12 @@ def _reduce_scatter(out: Tensor, x: Tensor, process_group: dist.ProcessGroup) ->
     run(out, x, group=process_group)
 
 
-def check(process_group: object, name: str = "process_group") -> dist.ProcessGroup:
+def check(process_group: object) -> dist.ProcessGroup:
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"{name}: got {type(process_group).__name__}, want a torch.distributed.ProcessGroup")
+        got = type(process_group).__name__
+        raise TypeError(f"process_group: got {got}, want a torch.distributed.ProcessGroup")
     if dist.get_rank(process_group) < 0:
-        raise ValueError(f"{name}: got a group without this rank, want one that it is a member of")
+        raise ValueError("process_group: got a group without this rank, want one that it is a member of")
     return process_group
 
 
@@ -102,7 +103,7 @@ class Gathered:
 
 
 def _columns(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1 if x.numel() else x.shape[1:].numel())
+    return x.reshape(x.shape[0], x.shape[1:].numel())
 
 
 def _exchange_rows(
@@ -161,6 +162,23 @@ def _capacity(count: int, limit: int | None, process_group: dist.ProcessGroup, d
     return int(exchange(torch.tensor([count], device=device), process_group).max())
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """What a function is told of the ranks whose rows or tokens it is to gather."""
+
+    process_group: dist.ProcessGroup
+    max_per_rank: int | None
+
+    @staticmethod
+    def of(process_group: dist.ProcessGroup | None, max_per_rank: int | None) -> Ranks | None:
+        """Checked; None where there is no process group."""
+        if process_group is not None:
+            return Ranks(check(process_group), max_per_rank)
+        if max_per_rank is not None:
+            raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
+        return None
+
+
 def gather(
     tensors: Sequence[Tensor], process_group: dist.ProcessGroup, max_per_rank: int | None = None
 ) -> Gathered:
@@ -199,11 +217,9 @@ def own_labels(
     """Labels ``[B]`` of this rank's rows, which mean the same on every rank; zeros where sizes are to tell."""
     if groups is None and group_size is not None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
-    ids = layout.group_ids(groups, group_size, batch, device, other)
-    if isinstance(groups, Tensor):
-        return ids
-    assert groups is not None
-    return layout.from_host([_number(x) for x in groups], device)
+    if groups is None or group_size is not None or isinstance(groups, Tensor):
+        return layout.group_ids(groups, group_size, batch, device, other)
+    return layout.from_host([_number(x) for x in layout.label_list(groups, batch, other)], device)
 
 
 def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:

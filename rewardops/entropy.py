@@ -269,6 +269,13 @@ def signed_group_normalize(
 # ---- selections ----------------------------------------------------------------------------------------------
 
 
+def _check_scope(scope: str, groups: layout.Labels, group_size: layout.GroupSize, name: str) -> None:
+    layout.check_choice(name, scope, SCOPES)
+    if scope != "group" and (groups is not None or group_size is not None):
+        given = "group_size" if groups is None else "groups"
+        raise ValueError(f"{given}: got a value with {name}={scope!r}, want {name}='group'")
+
+
 def _scope(
     scope: str,
     groups: layout.Labels,
@@ -277,13 +284,10 @@ def _scope(
     device: torch.device,
     name: str = "scope",
 ) -> Tensor:
-    layout.check_choice(name, scope, SCOPES)
+    _check_scope(scope, groups, group_size, name)
     labels = None
     if scope == "group":
         labels = layout.group_ids(groups, group_size, batch, device, "entropy")
-    elif groups is not None or group_size is not None:
-        given = "group_size" if groups is None else "groups"
-        raise ValueError(f"{given}: got a value with {name}={scope!r}, want {name}='group'")
     return scope_ids(scope, labels, batch, device)
 
 
@@ -325,15 +329,12 @@ def high_entropy_mask(
     """
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
     layout.check_fraction("fraction", fraction)
-    if process_group is not None:
-        distributed.check(process_group)
-        if group_size is not None:
-            raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
-    elif max_per_rank is not None:
-        raise ValueError(f"max_per_rank: got {max_per_rank!r} without process_group, want None")
-    if process_group is not None and scope != "row":
-        _scope(scope, groups, None, tokens.rows.batch, entropy.device)
-        return _high_entropy_over_ranks(tokens, fraction, groups, process_group, max_per_rank)
+    ranks = distributed.Ranks.of(process_group, max_per_rank)
+    if ranks is not None and group_size is not None:
+        raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
+    if ranks is not None and scope != "row":
+        _check_scope(scope, groups, None, "scope")
+        return _high_entropy_over_ranks(tokens, fraction, scope, groups, ranks)
     ids = _scope(scope, groups, group_size, tokens.rows.batch, entropy.device)
     return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids)))
 
@@ -341,17 +342,17 @@ def high_entropy_mask(
 def _high_entropy_over_ranks(
     tokens: _Tokens,
     fraction: float,
+    scope: str,
     groups: layout.Labels,
-    process_group: ProcessGroup,
-    max_per_rank: int | None,
+    ranks: distributed.Ranks,
 ) -> Tensor:
-    """Of the batch, or where there are groups of every group; each token a row of its own."""
+    """Of the batch, or of every group, where each token is a row of its own."""
     rows, device = tokens.rows, tokens.values.device
     parts = [tokens.values.reshape(-1), tokens.valid().reshape(-1)]
-    if groups is not None:
+    if scope == "group":
         ids = distributed.own_labels(groups, None, rows.batch, device, "entropy")
         parts.append(rows.expand(ids).reshape(-1))
-    gathered = distributed.gather(parts, process_group, max_per_rank)
+    gathered = distributed.gather(parts, ranks.process_group, ranks.max_per_rank)
     values, valid, *labels = gathered.tensors
     count = values.shape[0]
     if labels:

@@ -342,8 +342,8 @@ Labels = Tensor | Sequence[Hashable] | Any | None
 GroupSize = int | Sequence[int] | Tensor | None
 
 
-def _factorised(groups: object, batch: int, device: torch.device, other: str) -> Tensor:
-    """Labels of any kind as numbers, on the host; a numpy array or a sequence of objects."""
+def label_list(groups: object, batch: int, other: str) -> Sequence[Hashable]:
+    """Labels that are no tensor: a numpy array or a sequence of objects, one per row."""
     values = groups.tolist() if hasattr(groups, "tolist") else groups
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(
@@ -351,6 +351,12 @@ def _factorised(groups: object, batch: int, device: torch.device, other: str) ->
         )
     if len(values) != batch:
         raise ValueError(f"groups: got {len(values)} labels, want {batch} (one per row of {other})")
+    return values
+
+
+def _factorised(groups: object, batch: int, device: torch.device, other: str) -> Tensor:
+    """Labels of any kind as numbers, on the host."""
+    values = label_list(groups, batch, other)
     seen: dict[Hashable, int] = {}
     try:
         numbers = [seen.setdefault(v, len(seen)) for v in values]

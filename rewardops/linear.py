@@ -85,13 +85,22 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.rest = inputs[9:]
 
 
+def _sides_needed(ctx, tensors):  # type: ignore[no-untyped-def]
+    return [t is not None and need for t, need in zip(tensors, ctx.needs_input_grad, strict=False)][:_SIDES]
+
+
+def _of_sides(found, needs, arguments):  # type: ignore[no-untyped-def]
+    """The gradients of so many arguments, of which the sides come first."""
+    given = [g if need else None for g, need in zip(found, needs, strict=True)]
+    return *given, *[None] * (arguments - _SIDES)
+
+
 def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
     saved, *tensors = ctx.saved_tensors
-    needs = [t is not None and need for t, need in zip(tensors, ctx.needs_input_grad, strict=False)][:_SIDES]
+    needs = _sides_needed(ctx, tensors)
     if all(g is None for g in grads[1:]):
         return (None,) * 17
-    found = _backward(list(grads[1:]), saved, *tensors, *ctx.rest, needs)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 11
+    return _of_sides(_backward(list(grads[1:]), saved, *tensors, *ctx.rest, needs), needs, 17)
 
 
 _forward = define(
@@ -150,9 +159,8 @@ def _setup_partial(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient_partial(ctx, grad):  # type: ignore[no-untyped-def]
     record, *tensors = ctx.saved_tensors
-    needs = [t is not None and need for t, need in zip(tensors, ctx.needs_input_grad, strict=False)][:_SIDES]
-    found = _partial_backward(grad, record, *tensors, *ctx.rest, needs)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 12
+    needs = _sides_needed(ctx, tensors)
+    return _of_sides(_partial_backward(grad, record, *tensors, *ctx.rest, needs), needs, 18)
 
 
 _partial = define(
@@ -386,7 +394,7 @@ def linear_token_stats_partial(
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
-    columns_of(vocab_start, vocab_size, 0)
+    columns_of(vocab_start, vocab_size, 0)  # first: to what follows, None is no part but the whole
     _, args = _arguments(
         hidden, weight, tokens, outputs, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
         temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size, mask=mask,

@@ -238,7 +238,7 @@ def _later(process_group: ProcessGroup, record: Tensor) -> list[Tensor]:
 
     Those are there so that every rank has a share in the backward pass, a collective as well.
     """
-    ranks, at = distributed.size(distributed.check(process_group)), distributed.rank(process_group)
+    ranks, at = distributed.size(process_group), distributed.rank(process_group)
     gathered = distributed.gather([record], process_group, record.shape[0])
     everyone = gathered.tensors[0].view(ranks, *record.shape)
     later = torch.arange(ranks, device=record.device) > at

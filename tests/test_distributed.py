@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,6 +160,8 @@ def test_labels_that_are_strings_mean_the_same_everywhere(ranks):
     found = torch.cat(ranks.run(2, _named, rewards, names))
     want = advantages.rloo(rewards.repeat(2), names[0] + names[1])
     assert torch.equal(found, want)
+    numbers = [np.array([7, 8, 7]), np.array([8, 9, 8])]
+    assert torch.equal(torch.cat(ranks.run(2, _named, rewards, numbers)), want)
 
 
 def _preset(process_group, name, parts, options):

@@ -12,9 +12,9 @@ Function = Callable[..., Any]
 
 def _swap(package: str, name: str, old: Function, new: Function) -> None:
     for path, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and path.partition(".")[0] == package:  # noqa: SIM102
-            if vars(module).get(name) is old:
-                setattr(module, name, new)
+        loaded = isinstance(module, ModuleType) and path.partition(".")[0] == package
+        if loaded and vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 def replace(package: str, functions: Mapping[str, tuple[Function, Function]]) -> Callable[[], None]:

@@ -5,7 +5,7 @@ The tests of what holds for every op, ``rewardops verify`` and the checks on a G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -162,17 +162,25 @@ def _smooth(outputs: Any) -> list[Tensor]:
     return [o for o in outputs if o is not None and o.is_floating_point()]
 
 
+def _merged(
+    record: Callable[[int, int], Tensor], vocab: int, outputs: Sequence[str], dtype: torch.dtype
+) -> list[Tensor]:
+    """The statistics of two parts of a vocabulary: the sums of a record are relative to its largest logit."""
+    part = max(1, vocab // 3)
+    records = [record(first, last) for first, last in ((0, part), (part, vocab)) if first < last]
+    return _smooth(ro.merge_token_stats(records, outputs=outputs, dtype=dtype))
+
+
 Entry = tuple[Callable[..., Any], list[Tensor]]
 
 
 def _logits(b: Batch) -> Mapping[str, Entry]:
     y, x, other = b.tokens, b.logits, b.ref_logits
-    part, wide = max(1, b.vocab // 3), torch.promote_types(x.dtype, torch.float32)
+    wide, outputs = torch.promote_types(x.dtype, torch.float32), ro.logits.PARTIAL_OUTPUTS
 
     def in_parts(x: Tensor, r: Tensor) -> list[Tensor]:
-        outputs = ro.logits.PARTIAL_OUTPUTS
-        records = [
-            ro.token_stats_partial(
+        def record(first: int, last: int) -> Tensor:
+            return ro.token_stats_partial(
                 x[..., first:last],
                 y,
                 vocab_start=first,
@@ -180,12 +188,8 @@ def _logits(b: Batch) -> Mapping[str, Entry]:
                 mask=b.mask,
                 outputs=outputs,
             )
-            for first, last in ((0, part), (part, b.vocab))
-            if first < last
-        ]
-        return _smooth(
-            ro.merge_token_stats(records, outputs=outputs, dtype=torch.promote_types(x.dtype, torch.float32))
-        )
+
+        return _merged(record, b.vocab, outputs, wide)
 
     return {
         "token_stats": (
@@ -225,13 +229,11 @@ def _logits(b: Batch) -> Mapping[str, Entry]:
 def _linear(b: Batch) -> Mapping[str, Entry]:
     y, h, w = b.tokens, b.hidden, b.weight
     chunks: dict[str, Any] = {"chunk_tokens": 5, "num_tokens": y.numel()}
-    part, wide = max(1, b.vocab // 3), torch.promote_types(h.dtype, torch.float32)
+    wide, outputs = torch.promote_types(h.dtype, torch.float32), ro.logits.OUTPUTS[:7]
 
     def in_parts(h: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
-        """Merged: the sums of a record are relative to its largest logit."""
-        outputs = ro.logits.OUTPUTS[:7]
-        records = [
-            ro.linear_token_stats_partial(
+        def record(first: int, last: int) -> Tensor:
+            return ro.linear_token_stats_partial(
                 h,
                 w[first:last],
                 y,
@@ -241,10 +243,8 @@ def _linear(b: Batch) -> Mapping[str, Entry]:
                 outputs=outputs,
                 **chunks,
             )
-            for first, last in ((0, part), (part, b.vocab))
-            if first < last
-        ]
-        return _smooth(ro.merge_token_stats(records, outputs=outputs, dtype=wide))
+
+        return _merged(record, b.vocab, outputs, wide)
 
     return {
         "linear_token_stats": (
