@@ -13,6 +13,9 @@ from torch import Tensor
 # Where kernels are interpreted, small blocks keep small inputs fast, and give them several blocks.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
+# Compiler options that decide bits, passed at every launch: their defaults differ between versions of Triton.
+BITS = {"enable_fp_fusion": True}
+
 
 @functools.cache
 def _multiprocessors(index: int) -> int:
