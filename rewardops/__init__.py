@@ -1,7 +1,8 @@
 """rewardops: fused token-level reward ops for reinforcement learning of language models."""
 
 from .advantages import advantages_to_tokens, group_advantages, whiten
-from .dispatch import BackendUnavailable, show_config, use_backend
+from .core.dispatch import BackendUnavailable, show_config, use_backend
+from .core.settings import debug
 from .entropy import (
     clip_cov_mask,
     covariance,
@@ -19,7 +20,6 @@ from .entropy import (
     unlikeliness_rewards,
 )
 from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
-from .layout import debug
 from .linear import linear_token_loss, linear_token_stats, linear_token_stats_partial
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_and_grad, token_stats_partial
 from .prefix_tree import DedupStats, PrefixLcp, PrefixTree, prefix_lcp

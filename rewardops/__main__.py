@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .dispatch import show_config
+from .core.dispatch import show_config
 
 
 def main() -> int:

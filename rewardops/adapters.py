@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout
+from .core import checks
+from .core.groups import from_host
+from .core.rows import Layout
 from .prefix_tree import TokenRows
 
 
@@ -39,15 +41,15 @@ def pack(rows: Sequence[Tensor]) -> Packed:
         got = "none" if isinstance(rows, Sequence) and not isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"rows: got {got}, want a sequence of at least one tensor")
     for row in rows:
-        layout.check_tensor("rows", row)
+        checks.check_tensor("rows", row)
         if not row.dim() or (row.shape[1:], row.dtype, row.device) != (
             rows[0].shape[1:],
             rows[0].dtype,
             rows[0].device,
         ):
             raise ValueError(
-                f"rows: got {row.dtype}{layout.show(row.shape)} on {row.device} beside {rows[0].dtype}"
-                f"{layout.show(rows[0].shape)} on {rows[0].device}, want them alike but for their lengths"
+                f"rows: got {row.dtype}{checks.show(row.shape)} on {row.device} beside {rows[0].dtype}"
+                f"{checks.show(rows[0].shape)} on {rows[0].device}, want them alike but for their lengths"
             )
     return Packed(torch.cat(list(rows)), offsets([len(row) for row in rows], rows[0].device))
 
@@ -55,18 +57,18 @@ def pack(rows: Sequence[Tensor]) -> Packed:
 def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """``cu_seqlens`` ``[B + 1]`` of rows of these lengths, int64."""
     for n in lengths:
-        layout.check_whole("lengths", n, 0)
+        checks.check_whole("lengths", n, 0)
     ends = [0]
     for n in lengths:
         ends.append(ends[-1] + n)
-    return layout.from_host(ends, torch.device(device))
+    return from_host(ends, torch.device(device))
 
 
 def unpack(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """The inverse of :func:`pack`: packed values ``[N, ...]`` as a list of rows, which share their memory."""
-    layout.check_tensor("values", values)
+    checks.check_tensor("values", values)
     if not values.dim() or sum(lengths) != values.shape[0]:
-        shape = layout.show(values.shape)
+        shape = checks.show(values.shape)
         raise ValueError(f"lengths: got a sum of {sum(lengths)}, want that of the rows of values {shape}")
     return list(values.split(list(lengths)))
 
@@ -76,7 +78,7 @@ def from_nested(rows: Tensor) -> Packed:
 
     Where it was narrowed, so that values lie between its rows, these are masked.
     """
-    found: Any = layout.check_tensor("rows", rows)
+    found: Any = checks.check_tensor("rows", rows)
     if not found.is_nested or found.layout is not torch.jagged:
         raise ValueError(f"rows: got layout {found.layout}, want a nested tensor of torch.jagged")
     if found._ragged_idx != 1:
@@ -89,7 +91,7 @@ def from_nested(rows: Tensor) -> Packed:
         return Packed(values, torch.zeros_like(cu), values.new_zeros(count, dtype=torch.bool))
     # What lies between two rows is the end of the one before; what lies before the first, its own.
     cu = torch.nn.functional.pad(torch.nn.functional.pad(starts[1:], (1, 0)), (0, 1), value=count)
-    spans = layout.Layout(len(starts), (count,), None, cu)
+    spans = Layout(len(starts), (count,), None, cu)
     position = torch.arange(count, device=values.device)
     inside = (position >= spans.expand(starts)) & (position < spans.expand(starts + lengths))
     return Packed(values, cu, inside)
@@ -99,8 +101,8 @@ def to_nested(values: Tensor, like: Tensor) -> Tensor:
     """Packed values ``[N, ...]`` as a nested tensor with the rows of another, ``like``; differentiable."""
     rows: Any = like
     total = from_nested(like).values.shape[0]
-    if layout.check_tensor("values", values).shape[:1] != (total,):
-        raise ValueError(f"values: got shape {layout.show(values.shape)}, want [{total}, ...]")
+    if checks.check_tensor("values", values).shape[:1] != (total,):
+        raise ValueError(f"values: got shape {checks.show(values.shape)}, want [{total}, ...]")
     found: Tensor = torch.nested.nested_tensor_from_jagged(values, rows.offsets(), rows.lengths())
     return found
 
@@ -135,10 +137,10 @@ def to_tokens(values: Tensor | Sequence[float], cu_seqlens: Tensor, num_tokens: 
 
     Padded rows need no such thing: ``temperature`` takes ``[B]`` there.
     """
-    cu = layout.check_tensor("cu_seqlens", cu_seqlens)
-    rows = layout.as_numbers("values", values, max(cu.shape[0] - 1, 0), "one per row")
+    cu = checks.check_tensor("cu_seqlens", cu_seqlens)
+    rows = checks.as_numbers("values", values, max(cu.shape[0] - 1, 0), "one per row")
     if not isinstance(rows, Tensor):
         rows = torch.tensor(rows, dtype=torch.float32).to(cu.device, non_blocking=True)
-    layout.check_whole("num_tokens", num_tokens, 0)
-    cu = layout.check_cu_seqlens(cu, rows.device, "values", num_tokens, "num_tokens")
-    return layout.Layout(len(rows), (num_tokens,), None, cu).expand(rows)
+    checks.check_whole("num_tokens", num_tokens, 0)
+    cu = checks.check_cu_seqlens(cu, rows.device, "values", num_tokens, "num_tokens")
+    return Layout(len(rows), (num_tokens,), None, cu).expand(rows)

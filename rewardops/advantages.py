@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import distributed, layout, returns, segments, selection
-from .dispatch import define
+from . import returns, segments, selection
+from .core import checks, distributed
+from .core.dispatch import define
+from .core.groups import GroupSize, Labels, group_ids
+from .core.rows import Layout
+from .core.settings import may_read
 from .reference.advantages import BASELINES, SCALES, live_rows
 
 if TYPE_CHECKING:
@@ -70,21 +74,21 @@ forward = define(
 
 
 def check_rewards(rewards: Tensor, name: str = "rewards") -> None:
-    layout.check_float(name, rewards)
+    checks.check_float(name, rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"{name}: got shape {layout.show(rewards.shape)}, want [B] (one per row)")
-    layout.check_values(name, rewards)
+        raise ValueError(f"{name}: got shape {checks.show(rewards.shape)}, want [B] (one per row)")
+    checks.check_values(name, rewards)
 
 
 def check_scale(scale: str, eps: float, ddof: int) -> None:
-    layout.check_choice("scale", scale, SCALES)
-    layout.check_non_negative("eps", eps)
-    layout.check_ddof(ddof)
+    checks.check_choice("scale", scale, SCALES)
+    checks.check_non_negative("eps", eps)
+    checks.check_ddof(ddof)
 
 
 def check_whitening(eps: float, ddof: int) -> None:
-    layout.check_non_negative("eps", eps)
-    layout.check_ddof(ddof)
+    checks.check_non_negative("eps", eps)
+    checks.check_ddof(ddof)
 
 
 def _quantile(baseline: str | float) -> tuple[str, float]:
@@ -92,26 +96,26 @@ def _quantile(baseline: str | float) -> tuple[str, float]:
         if not 0 <= baseline <= 1:
             raise ValueError(f"baseline: got {baseline}, want a quantile from 0 to 1, or a name")
         return "quantile", float(baseline)
-    layout.check_choice("baseline", baseline, [b for b in BASELINES if b != "quantile"])
+    checks.check_choice("baseline", baseline, [b for b in BASELINES if b != "quantile"])
     return str(baseline), 0.0
 
 
 def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
-    found = layout.check_tensor(name, value)
-    layout.check_shape(name, found, rewards.shape, "one per row of rewards")
-    layout.check_device(name, found, rewards.device, "rewards")
+    found = checks.check_tensor(name, value)
+    checks.check_shape(name, found, rewards.shape, "one per row of rewards")
+    checks.check_device(name, found, rewards.device, "rewards")
     return found
 
 
-def _check_lengths(lengths: Tensor | None, rows: layout.Layout | None, rewards: Tensor) -> None:
+def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor) -> None:
     if lengths is None:
         if rows is None:
             raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
         return
     found = _per_row("lengths", lengths, rewards)
-    if found.dtype not in (*layout.INTEGERS, *layout.FLOATS):
+    if found.dtype not in (*checks.INTEGERS, *checks.FLOATS):
         raise TypeError(f"lengths: got dtype {found.dtype}, want integer or float")
-    if layout.may_read(found) and bool((found < 0).any()):
+    if may_read(found) and bool((found < 0).any()):
         raise ValueError("lengths: got a value below 0, want none")
 
 
@@ -120,9 +124,9 @@ def _check_lengths(lengths: Tensor | None, rows: layout.Layout | None, rewards: 
 
 def group_advantages(
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     baseline: str | float = "mean",
     scale: str = "std",
     eps: float = 1e-6,
@@ -200,7 +204,7 @@ def group_advantages(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
             size that does not divide the rows, an unknown baseline or scale, lengths or given that are missing.
     """
-    layout.check_float("rewards", rewards)
+    checks.check_float("rewards", rewards)
     options: dict[str, Any] = {
         "group_size": group_size, "baseline": baseline, "scale": scale, "eps": eps, "ddof": ddof,
         "singleton": singleton, "lengths": lengths, "given": given, "mask": mask, "cu_seqlens": cu_seqlens,
@@ -212,7 +216,7 @@ def group_advantages(
         return relative.spread(total)
     if weights is not None:
         raise ValueError(
-            f"weights: got a value for rewards {layout.show(rewards.shape)}, want rewards [B, R]"
+            f"weights: got a value for rewards {checks.show(rewards.shape)}, want rewards [B, R]"
         )
     return _Relative.of(rewards, groups, **options).advantages(rewards)
 
@@ -220,7 +224,7 @@ def group_advantages(
 def _by_row(
     ranks: distributed.Ranks | None,
     rewards: Tensor,
-    groups: layout.Labels,
+    groups: Labels,
     weights: Sequence[float] | Tensor | None,
     **options: Any,
 ) -> tuple[_Relative, Tensor]:
@@ -236,10 +240,10 @@ def _by_row(
 def _over_ranks(
     ranks: distributed.Ranks,
     rewards: Tensor,
-    groups: layout.Labels,
+    groups: Labels,
     weights: Sequence[float] | Tensor | None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     lengths: Tensor | None = None,
     given: Tensor | None = None,
     mask: Tensor | None = None,
@@ -250,7 +254,7 @@ def _over_ranks(
     """The advantages ``[B]`` of this rank's rows among those of all ranks; computed alike on each of them."""
     if rewards.dim() == 2 and not rewards.shape[1]:
         raise ValueError(
-            f"rewards: got shape {layout.show(rewards.shape)}, want [B] or [B, R] with R of at least 1"
+            f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R] with R of at least 1"
         )
     column = rewards if rewards.dim() != 2 else rewards[:, 0]
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
@@ -269,7 +273,7 @@ def _over_ranks(
 
 
 def _summed(
-    rewards: Tensor, groups: layout.Labels, weights: Sequence[float] | Tensor | None, **options: Any
+    rewards: Tensor, groups: Labels, weights: Sequence[float] | Tensor | None, **options: Any
 ) -> tuple[_Relative, Tensor]:
     """Per row the weighted sum of each reward's advantages, of rewards ``[B, R]``."""
     columns = rewards.unbind(1)
@@ -278,10 +282,10 @@ def _summed(
     shares = (
         [1.0] * count
         if weights is None
-        else layout.as_numbers("weights", weights, count, "the columns of rewards")
+        else checks.as_numbers("weights", weights, count, "the columns of rewards")
     )
     by_row = relative.by_row()
-    total = layout.promote(rewards)[0].new_zeros(rewards.shape[0])
+    total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
     for share, column in zip(shares, columns, strict=True):
         total = total + share * by_row.advantages(column)[:, 0]
     return relative, total
@@ -292,7 +296,7 @@ class _Relative:
     """What rewards are relative to, and where the advantages go, checked: no kernel has run yet."""
 
     ids: Tensor
-    rows: layout.Layout | None
+    rows: Layout | None
     baseline: str
     quantile: float
     scale: str
@@ -305,7 +309,7 @@ class _Relative:
     @staticmethod
     def of(
         rewards: Tensor,
-        groups: layout.Labels,
+        groups: Labels,
         *,
         group_size: object = None,
         baseline: str | float = "mean",
@@ -322,18 +326,18 @@ class _Relative:
     ) -> _Relative:
         """Of ``rewards`` ``[B]``, which go by ``name``."""
         check_rewards(rewards, name)
-        ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
+        ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
         kind, quantile = _quantile(baseline)
         check_scale(scale, eps, ddof)
-        layout.check_choice("singleton", singleton, ("zero", "raw"))
+        checks.check_choice("singleton", singleton, ("zero", "raw"))
         if singleton == "raw" and scale == "batch_std":
             raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
-        rows = layout.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
+        rows = checks.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
         if (given is None) == (kind == "given"):
             got = "None" if given is None else "a value"
             raise ValueError(f"given: got {got} with baseline={baseline!r}")
         if given is not None:
-            layout.check_float("given", _per_row("given", given, rewards))
+            checks.check_float("given", _per_row("given", given, rewards))
         if kind == "length_weighted":
             _check_lengths(lengths, rows, rewards)
         elif lengths is not None:
@@ -359,13 +363,11 @@ class _Relative:
     def by_row(self) -> _Relative:
         """The same with a token a row, ``[B, 1]``, which rows without a token do not have."""
         live = self.live()[:, None]
-        return replace(
-            self, rows=layout.Layout(len(live), tuple(live.shape), live, None), lengths=self.counted()
-        )
+        return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.counted())
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """``[B]``, or spread over the tokens."""
-        rewards, *given = layout.promote(rewards, *(() if self.given is None else (self.given,)))
+        rewards, *given = checks.promote(rewards, *(() if self.given is None else (self.given,)))
         counted, rows = self.counted(), self.rows
         out: Tensor = forward(
             rewards,
@@ -441,13 +443,13 @@ def whiten(
     Returns:
         The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
     """
-    layout.check_float("values", values)
+    checks.check_float("values", values)
     check_whitening(eps, ddof)
-    layout.check_flag("shift_mean", shift_mean)
+    checks.check_flag("shift_mean", shift_mean)
     if process_group is not None:
         distributed.check(process_group)
-    valid = layout.as_mask(mask, values.shape, values.device, "values")
-    (x,) = layout.promote(values)
+    valid = checks.as_mask(mask, values.shape, values.device, "values")
+    (x,) = checks.promote(values)
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
     if not x.numel() and process_group is None:
         return x
@@ -494,46 +496,44 @@ def _merged_moments(
 # ---- presets -----------------------------------------------------------------------------------------------
 
 
-def grpo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+def grpo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
     """GRPO (2402.03300): ``(r - mean) / (std + eps)``. Options as of :func:`group_advantages`."""
     return group_advantages(rewards, groups, **options)
 
 
-def dr_grpo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+def dr_grpo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean``. The loss is then divided by a constant length, not the response's."""
     return group_advantages(rewards, groups, scale="none", **options)
 
 
-def rloo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+def rloo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
     """RLOO (2402.14740): reward less the mean of the others."""
     return group_advantages(rewards, groups, baseline="leave_one_out", scale="none", **options)
 
 
-def lite_ppo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+def lite_ppo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
     """Lite PPO (2508.08221): group mean, std of the rewards of the batch (as TRL's ``scale_rewards="batch"``)."""
     return group_advantages(rewards, groups, scale="batch_std", **options)
 
 
-def opo(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+def opo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
     """OPO (2505.23585): reward less the group's length-weighted mean reward."""
     return group_advantages(rewards, groups, baseline="length_weighted", scale="none", **options)
 
 
-def pass_at_k(
-    rewards: Tensor, groups: layout.Labels = None, *, scale: str = "none", **options: Any
-) -> Tensor:
+def pass_at_k(rewards: Tensor, groups: Labels = None, *, scale: str = "none", **options: Any) -> Tensor:
     """Pass@k with k = n (2503.19595): the best row has the margin to the second, the others 0."""
     return group_advantages(rewards, groups, baseline="second_max", scale=scale, **options)
 
 
-def max_rl(rewards: Tensor, groups: layout.Labels = None, **options: Any) -> Tensor:
+def max_rl(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
     """MaxRL: ``(r - mean) / (mean + eps)`` for rewards of at least 0; the mean of absolute rewards otherwise."""
     return group_advantages(rewards, groups, scale="mean_abs", **options)
 
 
 def gpg(
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
     alpha: str = "informative",
     mask: Tensor | None = None,
@@ -548,7 +548,7 @@ def gpg(
     ``alpha="informative"`` counts rows whose reward is not their group's mean; ``"rewards"`` rows whose reward is
     not 0, as verl does. Alpha is a constant to the gradient.
     """
-    layout.check_choice("alpha", alpha, ("informative", "rewards"))
+    checks.check_choice("alpha", alpha, ("informative", "rewards"))
     settings = {"scale": "none", "eps": 0.0, **options}
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     ranks = distributed.Ranks.of(process_group, max_per_rank)
@@ -563,7 +563,7 @@ def gpg(
 
 def gdpo(
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
     weights: Sequence[float] | Tensor | None = None,
     whitening: str = "rows",
@@ -579,10 +579,10 @@ def gdpo(
     ``whitening="rows"`` (the authors' code, TRL), ``"tokens"`` (verl: long rows weigh more) or ``"none"`` (MO-GRPO,
     2509.22047).
     """
-    layout.check_choice("whitening", whitening, ("rows", "tokens", "none"))
-    layout.check_float("rewards", rewards)
+    checks.check_choice("whitening", whitening, ("rows", "tokens", "none"))
+    checks.check_float("rewards", rewards)
     if rewards.dim() != 2:
-        raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B, R]")
+        raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B, R]")
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     ranks = distributed.Ranks.of(process_group, max_per_rank)
     relative, total = _by_row(ranks, rewards, groups, weights, **where, **options)
@@ -597,9 +597,9 @@ def gdpo(
 def gtpo(
     rewards: Tensor,
     entropy: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     positive: float | None = None,
@@ -610,8 +610,8 @@ def gtpo(
     """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`; ``[B, T]`` or packed."""
     from . import entropy as family  # which is built on this one
 
-    layout.check_non_negative("eps", eps)
-    layout.check_flag("joint", joint)
+    checks.check_non_negative("eps", eps)
+    checks.check_flag("joint", joint)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = family.gtpo_rewards(rewards, entropy, groups, positive=positive, **where, **options)
     return family.signed_group_normalize(
@@ -622,9 +622,9 @@ def gtpo(
 def grpo_s(
     rewards: Tensor,
     entropy: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-8,
@@ -633,7 +633,7 @@ def grpo_s(
     """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`; ``[B, T]`` or packed, a row's on each of its tokens."""
     from . import entropy as family
 
-    layout.check_non_negative("eps", eps)
+    checks.check_non_negative("eps", eps)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
     if cu_seqlens is not None:
@@ -655,9 +655,9 @@ def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 def pure(
     process_rewards: Tensor,
     steps: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     outcome: Tensor | None = None,
     outcome_weight: float = 1.0,
     temperature: float = 0.1,
@@ -684,20 +684,20 @@ def pure(
     Returns:
         The layout of ``process_rewards``, 0 where masked. Differentiable in both rewards.
     """
-    layout.check_float("process_rewards", process_rewards)
-    layout.check_choice("baseline", baseline, ("token", "step", "none"))
-    rows = layout.token_layout("process_rewards", process_rewards, mask, cu_seqlens)
-    markers = layout.step_markers(steps, process_rewards, rows, "process_rewards")
+    checks.check_float("process_rewards", process_rewards)
+    checks.check_choice("baseline", baseline, ("token", "step", "none"))
+    rows = checks.token_layout("process_rewards", process_rewards, mask, cu_seqlens)
+    markers = checks.step_markers(steps, process_rewards, rows, "process_rewards")
     if markers is None:
         raise TypeError("steps: got None, want step-end flags or step ids")
     device = process_rewards.device
-    ids = layout.group_ids(groups, group_size, rows.batch, device, "process_rewards")
+    ids = group_ids(groups, group_size, rows.batch, device, "process_rewards")
     if outcome is not None:
-        layout.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
-    layout.check_finite("outcome_weight", outcome_weight)
-    layout.check_positive("temperature", temperature)
+        checks.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
+    checks.check_finite("outcome_weight", outcome_weight)
+    checks.check_positive("temperature", temperature)
     returns.factor("gamma", gamma, rows, device, "process_rewards")
-    layout.check_flag("separators", separators)
+    checks.check_flag("separators", separators)
     where: dict[str, Any] = {"mask": rows.mask, "cu_seqlens": rows.cu_seqlens}
     ends = returns.step_ends(markers, rows)
     r = returns.softmin_rewards(process_rewards, steps=steps, temperature=temperature, **where)
@@ -733,9 +733,9 @@ def remax(
     token_rewards: Tensor, baseline: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """ReMax (2310.10505): the sum of rewards from a token on, less the reward of the greedy response ``[B]``."""
-    layout.check_float("token_rewards", token_rewards)
-    rows = layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
-    layout.check_rows("baseline", baseline, rows.batch, token_rewards.device, "token_rewards")
+    checks.check_float("token_rewards", token_rewards)
+    rows = checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
+    checks.check_rows("baseline", baseline, rows.batch, token_rewards.device, "token_rewards")
     found = returns.discounted_returns(token_rewards, mask=mask, cu_seqlens=cu_seqlens)
     out = found - rows.expand(baseline.to(found.dtype))
     return out if rows.mask is None else torch.where(rows.mask, out, 0)
@@ -752,8 +752,8 @@ def reinforce_plus_plus(
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
-    layout.check_float("token_rewards", token_rewards)
-    layout.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
+    checks.check_float("token_rewards", token_rewards)
+    checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
     check_whitening(eps, ddof)
     if process_group is not None:
         distributed.check(process_group)
@@ -763,7 +763,7 @@ def reinforce_plus_plus(
 
 def reinforce_plus_plus_baseline(
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,

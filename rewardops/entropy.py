@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import distributed, layout
 from .advantages import check_rewards
 from .advantages import forward as group_forward
-from .dispatch import define
+from .core import checks, distributed
+from .core.dispatch import define
+from .core.groups import GroupSize, Labels, group_ids
+from .core.rows import Layout
 from .segments import row_counts, row_sums
 from .selection import SCOPES, largest, scope_counts, scope_ids
 
@@ -56,9 +58,9 @@ _forward = define(
 def gtpo_rewards(
     rewards: Tensor,
     entropy: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     alpha1: float = 1.0,
@@ -101,17 +103,17 @@ def gtpo_rewards(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
     """
     check_rewards(rewards)
-    layout.check_float("entropy", entropy)
-    tokens = layout.token_layout("entropy", entropy, mask, cu_seqlens)
-    layout.check_shape("rewards", rewards, (tokens.batch,), "one per row of entropy")
-    layout.check_device("entropy", entropy, rewards.device, "rewards")
-    groups = layout.group_ids(groups, group_size, tokens.batch, rewards.device, "rewards")
-    layout.check_finite("alpha1", alpha1)
-    layout.check_finite("alpha2", alpha2)
+    checks.check_float("entropy", entropy)
+    tokens = checks.token_layout("entropy", entropy, mask, cu_seqlens)
+    checks.check_shape("rewards", rewards, (tokens.batch,), "one per row of entropy")
+    checks.check_device("entropy", entropy, rewards.device, "rewards")
+    groups = group_ids(groups, group_size, tokens.batch, rewards.device, "rewards")
+    checks.check_finite("alpha1", alpha1)
+    checks.check_finite("alpha2", alpha2)
     threshold = _threshold(positive)
-    layout.check_positive("entropy_floor", entropy_floor)
-    layout.check_flag("entropy_grad", entropy_grad)
-    rewards, entropy = layout.promote(rewards, entropy if entropy_grad else entropy.detach())
+    checks.check_positive("entropy_floor", entropy_floor)
+    checks.check_flag("entropy_grad", entropy_grad)
+    rewards, entropy = checks.promote(rewards, entropy if entropy_grad else entropy.detach())
     out: Tensor = _forward(
         rewards,
         entropy,
@@ -127,7 +129,7 @@ def gtpo_rewards(
 
 
 def _threshold(positive: float | None) -> float:
-    return 0.0 if positive is None else float(layout.check_number("positive", positive))
+    return 0.0 if positive is None else float(checks.check_number("positive", positive))
 
 
 # ---- rewards of rows, and class-wise normalisation -----------------------------------------------------------
@@ -137,16 +139,16 @@ def _threshold(positive: float | None) -> float:
 class _Tokens:
     """Per-token values in full precision, in the layout they came in; checked, and nothing has run."""
 
-    rows: layout.Layout
+    rows: Layout
     values: Tensor
 
     @staticmethod
     def of(
         name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, grad: bool = False
     ) -> _Tokens:
-        layout.check_float(name, values)
-        rows = layout.token_layout(name, values, mask, cu_seqlens)
-        (wide,) = layout.promote(values if grad else values.detach())
+        checks.check_float(name, values)
+        rows = checks.token_layout(name, values, mask, cu_seqlens)
+        (wide,) = checks.promote(values if grad else values.detach())
         return _Tokens(rows, wide)
 
     def counts(self) -> Tensor:
@@ -168,9 +170,9 @@ class _Tokens:
 def grpo_s_rewards(
     rewards: Tensor,
     entropy: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     beta1: float = 1.0,
@@ -192,13 +194,13 @@ def grpo_s_rewards(
     """
     check_rewards(rewards)
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens, grad=True)
-    layout.check_rows("rewards", rewards, tokens.rows.batch, entropy.device, "entropy")
-    ids = layout.group_ids(groups, group_size, tokens.rows.batch, entropy.device, "entropy")
-    layout.check_finite("beta1", beta1)
-    layout.check_finite("beta2", beta2)
+    checks.check_rows("rewards", rewards, tokens.rows.batch, entropy.device, "entropy")
+    ids = group_ids(groups, group_size, tokens.rows.batch, entropy.device, "entropy")
+    checks.check_finite("beta1", beta1)
+    checks.check_finite("beta2", beta2)
     _threshold(positive)
-    layout.check_positive("entropy_floor", entropy_floor)
-    layout.check_flag("entropy_grad", entropy_grad)
+    checks.check_positive("entropy_floor", entropy_floor)
+    checks.check_flag("entropy_grad", entropy_grad)
     counts = tokens.counts()
     return gtpo_rewards(
         rewards, tokens.means(tokens.values, counts)[:, None], ids, mask=(counts > 0)[:, None], alpha1=beta1,
@@ -218,9 +220,9 @@ def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Te
 def signed_group_normalize(
     values: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     positive: float | None = None,
@@ -244,10 +246,10 @@ def signed_group_normalize(
     check_rewards(rewards)
     tokens = _Tokens.of("values", values, mask, cu_seqlens, grad=True)
     rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
-    layout.check_rows("rewards", rewards, rows.batch, values.device, "values")
-    layout.check_non_negative("eps", eps)
-    layout.check_flag("joint", joint)
-    ids = layout.group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
+    checks.check_rows("rewards", rewards, rows.batch, values.device, "values")
+    checks.check_non_negative("eps", eps)
+    checks.check_flag("joint", joint)
+    ids = group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
     right = rewards.detach() > _threshold(positive)
     counts = tokens.counts()
     live = counts > 0
@@ -269,8 +271,8 @@ def signed_group_normalize(
 # ---- selections ----------------------------------------------------------------------------------------------
 
 
-def _check_scope(scope: str, groups: layout.Labels, group_size: layout.GroupSize, name: str) -> None:
-    layout.check_choice(name, scope, SCOPES)
+def _check_scope(scope: str, groups: Labels, group_size: GroupSize, name: str) -> None:
+    checks.check_choice(name, scope, SCOPES)
     if scope != "group" and (groups is not None or group_size is not None):
         given = "group_size" if groups is None else "groups"
         raise ValueError(f"{given}: got a value with {name}={scope!r}, want {name}='group'")
@@ -278,8 +280,8 @@ def _check_scope(scope: str, groups: layout.Labels, group_size: layout.GroupSize
 
 def _scope(
     scope: str,
-    groups: layout.Labels,
-    group_size: layout.GroupSize,
+    groups: Labels,
+    group_size: GroupSize,
     batch: int,
     device: torch.device,
     name: str = "scope",
@@ -287,7 +289,7 @@ def _scope(
     _check_scope(scope, groups, group_size, name)
     labels = None
     if scope == "group":
-        labels = layout.group_ids(groups, group_size, batch, device, "entropy")
+        labels = group_ids(groups, group_size, batch, device, "entropy")
     return scope_ids(scope, labels, batch, device)
 
 
@@ -303,8 +305,8 @@ def high_entropy_mask(
     *,
     fraction: float = 0.2,
     scope: str = "batch",
-    groups: layout.Labels = None,
-    group_size: layout.GroupSize = None,
+    groups: Labels = None,
+    group_size: GroupSize = None,
     cu_seqlens: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     max_per_rank: int | None = None,
@@ -328,7 +330,7 @@ def high_entropy_mask(
         bool, the layout of ``entropy``. Nothing is read back from the device.
     """
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
-    layout.check_fraction("fraction", fraction)
+    checks.check_fraction("fraction", fraction)
     ranks = distributed.Ranks.of(process_group, max_per_rank)
     if ranks is not None and group_size is not None:
         raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
@@ -343,7 +345,7 @@ def _high_entropy_over_ranks(
     tokens: _Tokens,
     fraction: float,
     scope: str,
-    groups: layout.Labels,
+    groups: Labels,
     ranks: distributed.Ranks,
 ) -> Tensor:
     """Of the batch, or of every group, where each token is a row of its own."""
@@ -356,11 +358,11 @@ def _high_entropy_over_ranks(
     values, valid, *labels = gathered.tensors
     count = values.shape[0]
     if labels:
-        everything = layout.Layout(count, (count, 1), valid[:, None], None)
+        everything = Layout(count, (count, 1), valid[:, None], None)
         scopes = scope_ids("group", labels[0], count, device)
         counts = valid
     else:
-        everything = layout.Layout(1, (1, count), valid[None, :], None)
+        everything = Layout(1, (1, count), valid[None, :], None)
         scopes = scope_ids("batch", None, 1, device)
         counts = valid.sum()[None]
     wanted = _share(fraction, scope_counts(counts, scopes))
@@ -376,7 +378,7 @@ def covariance(
     Its mean is the covariance that drives the entropy's fall (2505.22617).
     """
     tokens = _Tokens.of("advantages", advantages, mask, cu_seqlens)
-    layout.check_like("logprob", logprob, advantages, "advantages")
+    checks.check_like("logprob", logprob, advantages, "advantages")
     valid, a = tokens.valid(), tokens.zeroed()
     lp = torch.where(valid, logprob.detach().to(a.dtype), 0)
     count = tokens.counts().sum().clamp(min=1)
@@ -400,9 +402,9 @@ def clip_cov_mask(
     clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
     """
     tokens = _Tokens.of("cov", cov, mask, cu_seqlens)
-    layout.check_number("low", low)
-    layout.check_number("high", high)
-    layout.check_fraction("fraction", fraction)
+    checks.check_number("low", low)
+    checks.check_number("high", high)
+    checks.check_fraction("fraction", fraction)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator")
     ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
@@ -422,7 +424,7 @@ def kl_cov_mask(
     They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
     """
     tokens = _Tokens.of("cov", cov, mask, cu_seqlens)
-    layout.check_fraction("fraction", fraction)
+    checks.check_fraction("fraction", fraction)
     ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
     return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids), 0.0))
 
@@ -444,12 +446,12 @@ def entropy_bonus(
     Returns:
         That shape, 0 where masked. Differentiable in ``advantages``.
     """
-    layout.check_float("advantages", advantages)
-    layout.check_like("entropy", entropy, advantages, "advantages")
-    layout.check_positive("kappa", kappa)
-    layout.check_non_negative("alpha", alpha)
-    valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
-    a, h = layout.promote(advantages, entropy.detach())
+    checks.check_float("advantages", advantages)
+    checks.check_like("entropy", entropy, advantages, "advantages")
+    checks.check_positive("kappa", kappa)
+    checks.check_non_negative("alpha", alpha)
+    valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
+    a, h = checks.promote(advantages, entropy.detach())
     if valid is not None:
         a, h = torch.where(valid, a, 0), torch.where(valid, h, 0)
     return a + torch.minimum(alpha * h, a.abs() / kappa)
@@ -458,9 +460,9 @@ def entropy_bonus(
 def unlikeliness_rewards(
     rewards: Tensor,
     sequence_logprob: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     beta: float = 0.25,
 ) -> Tensor:
     """``r * (1 - beta * (n - rank) / n)``, rank 1 the likeliest row of its group (2506.02355).
@@ -475,10 +477,10 @@ def unlikeliness_rewards(
         ``[B]``. Differentiable in ``rewards``.
     """
     check_rewards(rewards)
-    layout.check_like("sequence_logprob", sequence_logprob, rewards, "rewards")
-    layout.check_non_negative("beta", beta)
-    ids = layout.group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
-    r, lp = layout.promote(rewards, sequence_logprob.detach())
+    checks.check_like("sequence_logprob", sequence_logprob, rewards, "rewards")
+    checks.check_non_negative("beta", beta)
+    ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
+    r, lp = checks.promote(rewards, sequence_logprob.detach())
     rank = _ranks(lp, ids, descending=True)
     place = scope_ids("group", ids, ids.shape[0], ids.device)
     n = scope_counts(torch.ones_like(place), place)[place]
@@ -492,7 +494,7 @@ def entropy_reward(
 
     No gradient flows into ``entropy``: as a loss use the entropy itself.
     """
-    layout.check_choice("per", per, ("row", "token"))
+    checks.check_choice("per", per, ("row", "token"))
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
     return -tokens.means(tokens.values, tokens.counts()) if per == "row" else -tokens.zeroed()
 
@@ -508,8 +510,8 @@ def entropy_weights(
     *,
     mode: str = "linear",
     normalize: str = "batch",
-    groups: layout.Labels = None,
-    group_size: layout.GroupSize = None,
+    groups: Labels = None,
+    group_size: GroupSize = None,
     cu_seqlens: Tensor | None = None,
     inverse: bool = False,
     temperature: float = 1.0,
@@ -535,12 +537,12 @@ def entropy_weights(
     Returns:
         The layout of ``entropy``, 0 where masked.
     """
-    layout.check_choice("mode", mode, MODES)
-    layout.check_positive("temperature", temperature)
-    layout.check_positive("entropy_floor", entropy_floor)
-    layout.check_fraction("fraction", fraction)
-    layout.check_flag("inverse", inverse)
-    layout.check_flag("entropy_grad", entropy_grad)
+    checks.check_choice("mode", mode, MODES)
+    checks.check_positive("temperature", temperature)
+    checks.check_positive("entropy_floor", entropy_floor)
+    checks.check_fraction("fraction", fraction)
+    checks.check_flag("inverse", inverse)
+    checks.check_flag("entropy_grad", entropy_grad)
     tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
     rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
     ids = _scope(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
@@ -608,12 +610,12 @@ def entropy_change(
     Returns:
         That shape, 0 where masked; positive where the entropy rises.
     """
-    layout.check_float("advantages", advantages)
+    checks.check_float("advantages", advantages)
     given = {"logprob": logprob, "entropy": entropy, "sum_sq": sum_sq, "sum_sq_logprob": sum_sq_logprob}
     for name, value in given.items():
-        layout.check_like(name, value, advantages, "advantages")
-    valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
-    a, lp, h, q, s = layout.promote(*(t.detach() for t in (advantages, *given.values())))
+        checks.check_like(name, value, advantages, "advantages")
+    valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
+    a, lp, h, q, s = checks.promote(*(t.detach() for t in (advantages, *given.values())))
     # p log p of a token of probability 0 is 0.
     own = torch.where(lp == -torch.inf, 0, lp.exp() * (lp + h))
     out = a * (s + h * q - own)
@@ -637,12 +639,12 @@ def steer_metric(
     Args:
         advantages, logprob, entropy, old_logprob: one shape, padded or packed.
     """
-    layout.check_float("advantages", advantages)
+    checks.check_float("advantages", advantages)
     given = [advantages, logprob, entropy] + ([] if old_logprob is None else [old_logprob])
     for name, value in zip(("logprob", "entropy", "old_logprob"), given[1:], strict=False):
-        layout.check_like(name, value, advantages, "advantages")
-    valid = layout.as_mask(mask, advantages.shape, advantages.device, "advantages")
-    a, lp, h, *old = layout.promote(*(t.detach() for t in given))
+        checks.check_like(name, value, advantages, "advantages")
+    valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
+    a, lp, h, *old = checks.promote(*(t.detach() for t in given))
     ratio = (lp - old[0]).exp() if old else torch.ones_like(lp)
     out = (a * ratio * -torch.expm1(lp) * (lp + h)).abs()
     return out if valid is None else torch.where(valid, out, 0)
@@ -667,14 +669,14 @@ def steer_weights(
     Returns:
         That shape, 0 where masked.
     """
-    layout.check_float("metric", metric)
-    layout.check_choice("mode", mode, ("linear", "exp"))
-    layout.check_positive("low", low)
-    layout.check_finite("high", high)
+    checks.check_float("metric", metric)
+    checks.check_choice("mode", mode, ("linear", "exp"))
+    checks.check_positive("low", low)
+    checks.check_finite("high", high)
     if high < low:
         raise ValueError(f"high: got {high}, want at least low ({low})")
-    valid = layout.as_mask(mask, metric.shape, metric.device, "metric")
-    (x,) = layout.promote(metric.detach())
+    valid = checks.as_mask(mask, metric.shape, metric.device, "metric")
+    (x,) = checks.promote(metric.detach())
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
     if not x.numel():
         return x

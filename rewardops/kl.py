@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout
-from .dispatch import define
+from .core import checks
+from .core.dispatch import define
 from .reference.kl import ESTIMATORS
 from .returns import step_ends, sums_between
 from .segments import row_counts, row_sums
@@ -56,8 +56,8 @@ _forward = define(
 
 
 def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
-    layout.check_float("logprob", logprob)
-    layout.check_like("ref_logprob", ref_logprob, logprob, "logprob")
+    checks.check_float("logprob", logprob)
+    checks.check_like("ref_logprob", ref_logprob, logprob, "logprob")
 
 
 def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -137,17 +137,17 @@ def token_kl(
             unknown estimator, a clamp that is not above 0.
     """
     _check_pair(logprob, ref_logprob)
-    layout.check_choice("estimator", estimator, ESTIMATORS)
-    layout.check_flag("importance_grad", importance_grad)
+    checks.check_choice("estimator", estimator, ESTIMATORS)
+    checks.check_flag("importance_grad", importance_grad)
     for name, value in (("importance", importance), ("rewards", rewards)):
         if value is not None:
-            layout.check_like(name, value, logprob, "logprob")
+            checks.check_like(name, value, logprob, "logprob")
     if beta is not None:
-        layout.check_non_negative("beta", beta)
+        checks.check_non_negative("beta", beta)
     largest = _limits(clamp)
-    mask = layout.as_mask(mask, logprob.shape, logprob.device, "logprob")
+    mask = checks.as_mask(mask, logprob.shape, logprob.device, "logprob")
     given = [t for t in (importance, rewards) if t is not None]
-    logprob, ref_logprob, *given = layout.promote(logprob, ref_logprob, *given)
+    logprob, ref_logprob, *given = checks.promote(logprob, ref_logprob, *given)
     behavior = given.pop(0).detach() if importance is not None else None
     added = given.pop(0) if rewards is not None else None
     scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
@@ -170,10 +170,10 @@ def sequence_kl(
     Returns:
         ``[B]``, float32 (float64 for float64). Differentiable.
     """
-    layout.check_float("kl", kl)
-    layout.check_choice("reduce", reduce, ("sum", "mean"))
-    rows = layout.token_layout("kl", kl, mask, cu_seqlens)
-    (wide,) = layout.promote(kl)
+    checks.check_float("kl", kl)
+    checks.check_choice("reduce", reduce, ("sum", "mean"))
+    rows = checks.token_layout("kl", kl, mask, cu_seqlens)
+    (wide,) = checks.promote(kl)
     total = row_sums(wide, rows)
     if reduce == "sum":
         return total
@@ -204,9 +204,9 @@ def implicit_rewards(
         The layout of ``logprob``, 0 where masked. Differentiable in both.
     """
     _check_pair(logprob, ref_logprob)
-    layout.check_positive("beta", beta)
-    rows = layout.token_layout("logprob", logprob, mask, cu_seqlens)
-    markers = layout.step_markers(segments, logprob, rows, "logprob", "segments")
+    checks.check_positive("beta", beta)
+    rows = checks.token_layout("logprob", logprob, mask, cu_seqlens)
+    markers = checks.step_markers(segments, logprob, rows, "logprob", "segments")
     found = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
     if markers is None:
         return found
@@ -240,8 +240,8 @@ def tdpo_terms(
         reverse_kl: exact KL(reference || policy) at every token, ``reverse_kl`` of :func:`rewardops.token_stats`.
     """
     _check_pair(logprob, ref_logprob)
-    layout.check_like("reverse_kl", reverse_kl, logprob, "logprob")
-    layout.token_layout("logprob", logprob, mask, cu_seqlens)
+    checks.check_like("reverse_kl", reverse_kl, logprob, "logprob")
+    checks.token_layout("logprob", logprob, mask, cu_seqlens)
     ratio = token_kl(logprob, ref_logprob, estimator="k1", mask=mask)
     return TdpoTerms(
         sequence_kl(ratio, mask=mask, cu_seqlens=cu_seqlens),

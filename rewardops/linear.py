@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import distributed, layout
-from .dispatch import define
+from .core import checks, distributed
+from .core.dispatch import define
+from .core.settings import debugging, may_read
+from .core.transforms import may_overwrite_saved, may_require_grad, second_derivative
 from .logits import (
     OUTPUTS,
     PARTIAL_OUTPUTS,
@@ -26,7 +28,6 @@ from .logits import (
 )
 from .reference import logits as spec
 from .reference.linear import precision
-from .transforms import may_overwrite_saved, may_require_grad, second_derivative
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -176,26 +177,26 @@ _partial = define(
 
 
 def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    layout.check_float(f"{side}hidden", hidden)
-    layout.check_float(f"{side}weight", weight)
+    checks.check_float(f"{side}hidden", hidden)
+    checks.check_float(f"{side}weight", weight)
     if hidden.dim() not in (2, 3):
-        raise ValueError(f"{side}hidden: got shape {layout.show(hidden.shape)}, want [N, D] or [B, T, D]")
+        raise ValueError(f"{side}hidden: got shape {checks.show(hidden.shape)}, want [N, D] or [B, T, D]")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         want = f"[V, {hidden.shape[-1]}]"
         raise ValueError(
-            f"{side}weight: got shape {layout.show(weight.shape)}, want {want} (the columns of {side}hidden)"
+            f"{side}weight: got shape {checks.show(weight.shape)}, want {want} (the columns of {side}hidden)"
         )
-    layout.check_device(f"{side}weight", weight, hidden.device, f"{side}hidden")
+    checks.check_device(f"{side}weight", weight, hidden.device, f"{side}hidden")
     if bias is not None:
-        layout.check_float(f"{side}bias", bias)
-        layout.check_shape(f"{side}bias", bias, weight.shape[:1], f"one entry per row of {side}weight")
-        layout.check_device(f"{side}bias", bias, hidden.device, f"{side}hidden")
+        checks.check_float(f"{side}bias", bias)
+        checks.check_shape(f"{side}bias", bias, weight.shape[:1], f"one entry per row of {side}weight")
+        checks.check_device(f"{side}bias", bias, hidden.device, f"{side}hidden")
 
 
 def _check_tokens(tokens: Tensor, hidden: Tensor) -> None:
-    layout.check_integer("tokens", tokens)
-    layout.check_shape("tokens", tokens, hidden.shape[:-1], "the shape of hidden without its columns")
-    layout.check_device("tokens", tokens, hidden.device, "hidden")
+    checks.check_integer("tokens", tokens)
+    checks.check_shape("tokens", tokens, hidden.shape[:-1], "the shape of hidden without its columns")
+    checks.check_device("tokens", tokens, hidden.device, "hidden")
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -246,19 +247,19 @@ def _arguments(
         raise ValueError(f"{missing}: got None with {got}, want both or neither")
     if ref_hidden is not None and ref_weight is not None:
         _check_side("ref_", ref_hidden, ref_weight, ref_bias)
-        layout.check_shape(
+        checks.check_shape(
             "ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_hidden.shape[-1]), "a row per token"
         )
-        layout.check_shape(
+        checks.check_shape(
             "ref_weight", ref_weight, (weight.shape[0], ref_weight.shape[1]), "the rows of weight"
         )
-        layout.check_device("ref_hidden", ref_hidden, hidden.device, "hidden")
+        checks.check_device("ref_hidden", ref_hidden, hidden.device, "hidden")
     elif ref_bias is not None:
         raise ValueError("ref_bias: got a value without ref_hidden, want None")
     choices = OUTPUTS if vocab_start is None else PARTIAL_OUTPUTS
     names = check_outputs(outputs, choices, ref_hidden is not None)
-    layout.check_positive("logit_scale", logit_scale)
-    mask = layout.as_mask(mask, tokens.shape, hidden.device, "tokens")
+    checks.check_positive("logit_scale", logit_scale)
+    mask = checks.as_mask(mask, tokens.shape, hidden.device, "tokens")
     temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
     if vocab_start is None:
@@ -268,10 +269,10 @@ def _arguments(
     check_beta(beta, names)
     tokens = tokens.to(torch.int64)
     valid = spec.valid_rows(tokens, mask)
-    if layout.debugging() and vocab_start is None:
-        layout.check_token_ids(tokens, vocab, valid)
+    if debugging() and vocab_start is None:
+        checks.check_token_ids(tokens, vocab, valid)
     hint = -1 if num_tokens is None else _count("num_tokens", num_tokens, 0)
-    if hint >= 0 and layout.may_read(valid) and int(valid.sum()) > hint:
+    if hint >= 0 and may_read(valid) and int(valid.sum()) > hint:
         raise ValueError(f"num_tokens: got {hint}, want at least {int(valid.sum())} (the tokens that count)")
     tensors = _autocast(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     # softcap * tanh(s x / softcap) / t is the same of x with softcap / s and t / s.
@@ -338,8 +339,8 @@ def linear_token_stats(
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
     if process_group is not None:
-        layout.check_float("hidden", hidden)
-        layout.check_float("weight", weight)
+        checks.check_float("hidden", hidden)
+        checks.check_float("weight", weight)
         replicated = distributed.replicated(hidden, process_group)
         ref_replicated = None if ref_hidden is None else distributed.replicated(ref_hidden, process_group)
         record = linear_token_stats_partial(
@@ -437,7 +438,7 @@ def linear_token_loss(
         reference's side is constant. And :class:`TokenStats`, detached. The weight's gradient is summed over
         blocks in a float32 tensor of its size.
     """
-    layout.check_float("hidden", hidden)
+    checks.check_float("hidden", hidden)
     _check_tokens(tokens, hidden)
     asked = check_coefficients(coefficients, outputs, tokens, hidden.device, "hidden")
     names, args = _arguments(hidden, weight, tokens, asked, **options)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import distributed, layout
-from .dispatch import define
+from .core import checks, distributed
+from .core.dispatch import define
+from .core.settings import debugging, may_read
+from .core.transforms import may_overwrite_saved
 from .reference import logits as spec
-from .transforms import may_overwrite_saved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -188,25 +189,25 @@ _partial = define(
 
 
 def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> None:
-    layout.check_float("logits", logits)
+    checks.check_float("logits", logits)
     if logits.dim() not in (2, 3):
-        raise ValueError(f"logits: got shape {layout.show(logits.shape)}, want [N, V] or [B, T, V]")
+        raise ValueError(f"logits: got shape {checks.show(logits.shape)}, want [N, V] or [B, T, V]")
     if logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {layout.show(logits.shape)}, want a vocabulary of at least 1")
-    layout.check_integer("tokens", tokens)
-    layout.check_shape("tokens", tokens, logits.shape[:-1], "the shape of logits without the vocabulary")
-    layout.check_device("tokens", tokens, logits.device, "logits")
+        raise ValueError(f"logits: got shape {checks.show(logits.shape)}, want a vocabulary of at least 1")
+    checks.check_integer("tokens", tokens)
+    checks.check_shape("tokens", tokens, logits.shape[:-1], "the shape of logits without the vocabulary")
+    checks.check_device("tokens", tokens, logits.device, "logits")
     if ref_logits is not None:
-        layout.check_float("ref_logits", ref_logits)
-        layout.check_shape("ref_logits", ref_logits, logits.shape, "the shape of logits")
-        layout.check_device("ref_logits", ref_logits, logits.device, "logits")
+        checks.check_float("ref_logits", ref_logits)
+        checks.check_shape("ref_logits", ref_logits, logits.shape, "the shape of logits")
+        checks.check_device("ref_logits", ref_logits, logits.device, "logits")
 
 
 def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
     if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
         raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {tuple(choices)}")
     for name in outputs:
-        layout.check_choice("outputs", name, choices)
+        checks.check_choice("outputs", name, choices)
         if name in spec.REF_OUTPUTS and not has_ref:
             raise ValueError(f"outputs: got {name!r} without ref_logits, want both or neither")
     return [name for name in choices if name in outputs]
@@ -217,10 +218,10 @@ def temperatures_of(
 ) -> tuple[Tensor | None, float]:
     """A temperature for each row in float64, or one for all."""
     if not isinstance(temperature, Tensor):
-        layout.check_positive("temperature", temperature)
+        checks.check_positive("temperature", temperature)
         return None, float(temperature)
-    layout.check_float("temperature", temperature)
-    layout.check_device("temperature", temperature, tokens.device, "logits")
+    checks.check_float("temperature", temperature)
+    checks.check_device("temperature", temperature, tokens.device, "logits")
     t = temperature.detach().to(torch.float64)
     if t.dim() == 1 and tokens.dim() == 2 and t.shape[0] == tokens.shape[0]:
         t = t[:, None]
@@ -229,12 +230,12 @@ def temperatures_of(
     if t.dim() == tokens.dim() == 2 and t.shape[1] == 1:
         t = t.expand(tokens.shape)
     if t.dim() and t.shape != tokens.shape:
-        rows = f"[{tokens.shape[0]}] or {layout.show(tokens.shape)}" if tokens.dim() == 2 else None
+        rows = f"[{tokens.shape[0]}] or {checks.show(tokens.shape)}" if tokens.dim() == 2 else None
         raise ValueError(
-            f"temperature: got shape {layout.show(temperature.shape)}, want a scalar or"
-            f" {rows or layout.show(tokens.shape)} (one per row or per token)"
+            f"temperature: got shape {checks.show(temperature.shape)}, want a scalar or"
+            f" {rows or checks.show(tokens.shape)} (one per row or per token)"
         )
-    if layout.may_read(t):
+    if may_read(t):
         bad = ~(t > 0)
         if bool(bad.any()) and bool((bad & spec.valid_rows(tokens, mask)).any()):
             raise ValueError("temperature: got a value that is not above 0, want all above 0")
@@ -244,7 +245,7 @@ def temperatures_of(
 def softcap_of(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
-    layout.check_positive("softcap", softcap)
+    checks.check_positive("softcap", softcap)
     return float(softcap)
 
 
@@ -275,7 +276,7 @@ def columns_of(vocab_start: int, vocab_size: int | None, width: int) -> int:
 
 def check_beta(beta: float, names: Sequence[str]) -> None:
     if "jsd" in names:
-        layout.check_positive("beta", beta)
+        checks.check_positive("beta", beta)
         if beta >= 1:
             raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
 
@@ -291,10 +292,10 @@ def check_coefficients(
     if not isinstance(coefficients, Mapping) or not coefficients:
         raise ValueError("coefficients: got none, want a mapping from names of outputs to tensors")
     for name, value in coefficients.items():
-        layout.check_choice("coefficients", name, [n for n in OUTPUTS if n != "is_top1"])
-        layout.check_float(f"coefficients[{name!r}]", value)
-        layout.check_shape(f"coefficients[{name!r}]", value, tokens.shape, "one per token")
-        layout.check_device(f"coefficients[{name!r}]", value, device, other)
+        checks.check_choice("coefficients", name, [n for n in OUTPUTS if n != "is_top1"])
+        checks.check_float(f"coefficients[{name!r}]", value)
+        checks.check_shape(f"coefficients[{name!r}]", value, tokens.shape, "one per token")
+        checks.check_device(f"coefficients[{name!r}]", value, device, other)
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
         raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {OUTPUTS}")
     return [*coefficients, *outputs]
@@ -321,14 +322,14 @@ def _arguments(
     """Checked, as the ops take them."""
     _check_logits(logits, tokens, ref_logits)
     names = check_outputs(outputs, OUTPUTS, ref_logits is not None)
-    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    mask = checks.as_mask(mask, tokens.shape, logits.device, "tokens")
     temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
     vocab = vocab_of(vocab_size, logits.shape[-1])
     check_beta(beta, names)
     tokens = tokens.to(torch.int64)
-    if layout.debugging():
-        layout.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
+    if debugging():
+        checks.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
     logits, ref_logits = _same_precision(logits, ref_logits)
     return names, (
         logits, tokens, ref_logits, mask, temperatures, scalar, cap, vocab, float(beta), names,
@@ -416,11 +417,11 @@ def token_stats(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
             unknown output, an output of two models without ``ref_logits``, a number out of its range.
     """
-    layout.check_flag("inplace_backward", inplace_backward)
+    checks.check_flag("inplace_backward", inplace_backward)
     if process_group is not None:
         if inplace_backward:
             raise ValueError("inplace_backward: got True with process_group, want False")
-        layout.check_float("logits", logits)
+        checks.check_float("logits", logits)
         record = token_stats_partial(
             logits, tokens, vocab_start=shard_start(logits.shape, process_group), temperature=temperature,
             softcap=softcap, vocab_size=vocab_size, ref_logits=ref_logits, mask=mask, outputs=outputs,
@@ -479,7 +480,7 @@ def token_stats_and_grad(
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
     _check_logits(logits, tokens, ref_logits)
-    layout.check_flag("inplace", inplace)
+    checks.check_flag("inplace", inplace)
     asked = check_coefficients(coefficients, outputs, tokens, logits.device, "logits")
     target = logits.detach()
     names, args = _arguments(
@@ -537,7 +538,7 @@ def token_stats_partial(
     """
     _check_logits(logits, tokens, ref_logits)
     names = check_outputs(outputs, PARTIAL_OUTPUTS, ref_logits is not None)
-    mask = layout.as_mask(mask, tokens.shape, logits.device, "tokens")
+    mask = checks.as_mask(mask, tokens.shape, logits.device, "tokens")
     temperatures, scalar = temperatures_of(temperature, tokens, mask)
     cap = softcap_of(softcap)
     vocab = columns_of(vocab_start, vocab_size, logits.shape[-1])
@@ -591,12 +592,12 @@ def merge_token_stats(
         raise ValueError("records: got none or unlike ones, want some of one shape, dtype and device")
     else:
         parts = torch.stack(list(records))
-    if dtype not in layout.FLOATS:
+    if dtype not in checks.FLOATS:
         raise TypeError(f"dtype: got {dtype}, want float32, bfloat16, float16 or float64")
     if parts.dtype is not torch.float64:
         raise TypeError(f"records: got dtype {parts.dtype}, want float64")
     if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
-        raise ValueError(f"records: got shape {layout.show(parts.shape)}, want [parts, ..., {fields}]")
+        raise ValueError(f"records: got shape {checks.show(parts.shape)}, want [parts, ..., {fields}]")
     names = check_outputs(outputs, PARTIAL_OUTPUTS, True)
     found: dict[str, Any] = spec.finish(spec.merge(parts, names), names)
     return TokenStats(**{k: v if k == "is_top1" else v.to(dtype) for k, v in found.items()})

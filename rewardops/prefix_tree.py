@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout, tree
-from .dispatch import define
-from .layout import GroupSize, Labels, Layout
+from . import tree
+from .core import checks
+from .core.dispatch import define
+from .core.groups import GroupSize, Labels, group_ids
+from .core.rows import Layout
+from .core.settings import may_read
 from .reference.prefix_tree import OnTokens
 
 HOLES = ("prefix", "skip")
@@ -137,10 +140,10 @@ class TokenRows:
         cu_seqlens: Tensor | None,
         hole: str,
     ) -> TokenRows:
-        layout.check_integer("tokens", tokens)
-        layout.check_choice("hole", hole, HOLES)
-        rows = layout.token_layout("tokens", tokens, mask, cu_seqlens)
-        labels = layout.group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
+        checks.check_integer("tokens", tokens)
+        checks.check_choice("hole", hole, HOLES)
+        rows = checks.token_layout("tokens", tokens, mask, cu_seqlens)
+        labels = group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
         return TokenRows(tokens, labels, rows, hole)
 
     def forest(self) -> Forest:
@@ -251,14 +254,14 @@ class PrefixLcp(NamedTuple):
 
 def _largest_group(labels: Tensor, group_size: GroupSize, given: int | None) -> int:
     if given is not None:
-        layout.check_whole("max_group_size", given, 1)
+        checks.check_whole("max_group_size", given, 1)
         return given
     if isinstance(group_size, int):
         return group_size
     if isinstance(group_size, (list, tuple)):
         return max(group_size, default=1)
     # The size of the output: on a device, reading it would be a synchronisation.
-    if not layout.may_read(labels):
+    if not may_read(labels):
         raise ValueError("max_group_size: got None, want the size of the largest group (or group_size)")
     return int(labels.unique(return_counts=True)[1].max()) if labels.numel() else 1
 
@@ -383,7 +386,7 @@ class PrefixTree:
         if rewards is not None:
             x, _, channels = checked_rewards(rewards, given)
             if channels:
-                raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B] (one per row)")
+                raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B] (one per row)")
             w = checked_weights(weights, given)
         elif weights is not None:
             raise ValueError("weights: got a value without rewards, want None")

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import advantages, layout, tree
+from . import advantages, tree
+from .core import checks
+from .core.groups import GroupSize, Labels
+from .core.settings import may_read
 from .prefix_tree import Forest, TokenRows
 
 TD_SCALES = ("group", "none")
@@ -18,14 +21,14 @@ TD_SCALES = ("group", "none")
 
 def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dtype, bool]:
     """Rewards ``[B, C]`` in float64, the dtype of the result, and whether they came as channels."""
-    layout.check_float("rewards", rewards)
+    checks.check_float("rewards", rewards)
     if rewards.dim() not in (1, 2):
-        raise ValueError(f"rewards: got shape {layout.show(rewards.shape)}, want [B] or [B, R]")
+        raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R]")
     want = (rows.layout.batch, *rewards.shape[1:])
-    layout.check_shape("rewards", rewards, want, "one per row of tokens")
-    layout.check_device("rewards", rewards, rows.tokens.device, "tokens")
-    layout.check_values("rewards", rewards)
-    (promoted,) = layout.promote(rewards)
+    checks.check_shape("rewards", rewards, want, "one per row of tokens")
+    checks.check_device("rewards", rewards, rows.tokens.device, "tokens")
+    checks.check_values("rewards", rewards)
+    (promoted,) = checks.promote(rewards)
     channels = rewards.dim() == 2
     return (rewards if channels else rewards[:, None]).double(), promoted.dtype, channels
 
@@ -33,10 +36,10 @@ def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dty
 def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
     if weights is None:
         return None
-    layout.check_float("weights", weights)
-    layout.check_shape("weights", weights, (rows.layout.batch,), "one per row of tokens")
-    layout.check_device("weights", weights, rows.tokens.device, "tokens")
-    if layout.may_read(weights) and bool((weights < 0).any()):
+    checks.check_float("weights", weights)
+    checks.check_shape("weights", weights, (rows.layout.batch,), "one per row of tokens")
+    checks.check_device("weights", weights, rows.tokens.device, "tokens")
+    if may_read(weights) and bool((weights < 0).any()):
         raise ValueError(f"weights: got {float(weights.min())}, want no negative weight")
     return weights.double()
 
@@ -86,9 +89,9 @@ def _leave_one_out(
 def prefix_values(
     tokens: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -139,9 +142,9 @@ def prefix_values(
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
-    layout.check_whole("min_count", min_count, 1)
-    layout.check_fraction("gamma", gamma)
-    layout.check_flag("leave_one_out", leave_one_out)
+    checks.check_whole("min_count", min_count, 1)
+    checks.check_fraction("gamma", gamma)
+    checks.check_flag("leave_one_out", leave_one_out)
     forest, wanted = rows.forest(), min_count + leave_one_out
     leaf = None if wanted == 1 else forest.supported_by(wanted)
     if leave_one_out:
@@ -159,9 +162,9 @@ def prefix_values(
 def prefix_std(
     tokens: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -204,9 +207,9 @@ def node_std(forest: Forest, x: Tensor, weights: Tensor | None, ddof: int) -> Te
 def tvm_targets(
     tokens: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
@@ -223,8 +226,8 @@ def tvm_targets(
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
-    layout.check_whole("min_count", min_count, 1)
-    layout.check_fraction("gamma", gamma)
+    checks.check_whole("min_count", min_count, 1)
+    checks.check_fraction("gamma", gamma)
     forest = rows.forest()
     leaf = None if min_count == 1 else forest.supported_by(min_count)
     return _shaped(forest.tokens(forest.means(x, w, gamma), dtype, gamma=gamma, leaf=leaf), channels)
@@ -232,9 +235,9 @@ def tvm_targets(
 
 def shared_prefix_weights(
     tokens: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     hole: str = "prefix",
@@ -264,9 +267,9 @@ def shared_prefix_weights(
 def tempo_advantages(
     tokens: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: str = "std",
@@ -297,7 +300,7 @@ def tempo_advantages(
     """
     advantages.check_rewards(rewards)
     advantages.check_scale(scale, eps, ddof)
-    layout.check_choice("td_scale", td_scale, TD_SCALES)
+    checks.check_choice("td_scale", td_scale, TD_SCALES)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
     x, dtype, _ = checked_rewards(rewards, rows)
     forest = rows.forest()
@@ -327,9 +330,9 @@ def tempo_advantages(
 def tree_rl_advantages(
     tokens: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     form: str = "paper",
@@ -354,7 +357,7 @@ def tree_rl_advantages(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an unknown
             form.
     """
-    layout.check_choice("form", form, tree.FORMS)
+    checks.check_choice("form", form, tree.FORMS)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, hole)
     x, dtype, channels = checked_rewards(rewards, rows)
     forest = rows.forest()
@@ -365,9 +368,9 @@ def tree_rl_advantages(
 def sibling_advantages(
     tokens: Tensor,
     rewards: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import distributed, layout
-from .dispatch import define
+from .core import checks, distributed
+from .core.dispatch import define
+from .core.rows import Layout, batch_of
+from .core.settings import may_read
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,7 +127,7 @@ def _gradient_td(ctx, grad, grad_returns):  # type: ignore[no-untyped-def]
 
 def _fake_td_backward(grad, grad_returns, rewards, *rest):  # type: ignore[no-untyped-def]
     cu_seqlens, has_values, has_bootstrap = rest[5], *rest[-2:]
-    batch = layout.batch_of(rewards.shape, cu_seqlens)
+    batch = batch_of(rewards.shape, cu_seqlens)
     return (
         rewards.new_empty(rewards.shape),
         rewards.new_empty(rewards.shape if has_values else 0),
@@ -190,7 +192,7 @@ def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
     return out
 
 
-def step_ends(markers: Tensor, rows: layout.Layout) -> Tensor:
+def step_ends(markers: Tensor, rows: Layout) -> Tensor:
     """Which tokens end a step, from :func:`rewardops.layout.step_markers`: bool, the layout of the markers.
 
     Of ids, the last valid token before another id; negative ids are of no step.
@@ -205,12 +207,12 @@ def step_ends(markers: Tensor, rows: layout.Layout) -> Tensor:
     return (markers >= 0) & (apart != 0)
 
 
-def last_tokens(rows: layout.Layout, device: torch.device) -> Tensor:
+def last_tokens(rows: Layout, device: torch.device) -> Tensor:
     """The last valid token of every row: bool, per token."""
     return step_ends(torch.zeros(rows.shape, dtype=torch.int64, device=device), rows)
 
 
-def sums_between(x: Tensor, ends: Tensor, rows: layout.Layout) -> Tensor:
+def sums_between(x: Tensor, ends: Tensor, rows: Layout) -> Tensor:
     """At each of the ends the sum of valid tokens since the one before, its own included; 0 elsewhere."""
     sums = prefix_scan(x, torch.where(ends, 0.0, 1.0).to(torch.float64), rows.mask, rows.cu_seqlens)
     return torch.where(ends, sums, 0)
@@ -219,14 +221,14 @@ def sums_between(x: Tensor, ends: Tensor, rows: layout.Layout) -> Tensor:
 # ---- rows in parts, on the ranks of a process group ----------------------------------------------------------
 
 
-def first_tokens(rows: layout.Layout, device: torch.device) -> Tensor:
+def first_tokens(rows: Layout, device: torch.device) -> Tensor:
     """The first valid token of every row: bool, per token."""
     ones = torch.ones(rows.shape, dtype=torch.float64, device=device)
     count = prefix_scan(ones, ones, rows.mask, rows.cu_seqlens)
     return (count == 1) & rows.valid(device)
 
 
-def _at_row_ends(x: Tensor, ends: Tensor, rows: layout.Layout) -> Tensor:
+def _at_row_ends(x: Tensor, ends: Tensor, rows: Layout) -> Tensor:
     """``[B]``, what the one token of each row that is marked has; 0 where there is none."""
     from . import segments  # which is built on this one
 
@@ -265,11 +267,11 @@ def _value_beyond(
     With the next valid token's value V and advantage A, on a later rank, that is ``V + lam A``: a scan is linear in
     it. What a part's first advantage is when that is 0, and how much it grows with it, is what ranks exchange.
     """
-    layout.check_float("rewards", rewards)
-    rows = layout.token_layout("rewards", rewards, mask, cu_seqlens)
+    checks.check_float("rewards", rewards)
+    rows = checks.token_layout("rewards", rewards, mask, cu_seqlens)
     device, where = rewards.device, (mask, cu_seqlens, "hold")
     if bootstrap is not None:
-        layout.check_rows("bootstrap", bootstrap, rows.batch, device, "rewards")
+        checks.check_rows("bootstrap", bootstrap, rows.batch, device, "rewards")
     nothing = torch.zeros_like(rewards)
     ends = rewards.new_zeros(rows.batch) if bootstrap is None else bootstrap
     # What is checked of the others is checked in here, before any kernel.
@@ -308,7 +310,7 @@ def _with_later_steps(
     join: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Returns of parts of rows joined with those of later ranks' steps; and the number of steps left, float64."""
-    rows = layout.token_layout("rewards", found, mask, cu_seqlens)
+    rows = checks.token_layout("rewards", found, mask, cu_seqlens)
     device = found.device
     valid = rows.valid(device)
     ends = valid if steps is None else steps & valid
@@ -336,15 +338,15 @@ def _prepare(
     steps: Tensor | None,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    layout.check_float("rewards", rewards)
-    tokens = layout.token_layout("rewards", rewards, mask, cu_seqlens)
-    markers = layout.step_markers(steps, rewards, tokens, "rewards")
+    checks.check_float("rewards", rewards)
+    tokens = checks.token_layout("rewards", rewards, mask, cu_seqlens)
+    markers = checks.step_markers(steps, rewards, tokens, "rewards")
     if process_group is not None:
         distributed.check(process_group)
         if markers is not None and markers.dtype is not torch.bool:
             raise TypeError(f"steps: got dtype {markers.dtype} with process_group, want bool (step ends)")
-    layout.check_values("rewards", rewards, tokens.mask)
-    (rewards,) = layout.promote(rewards)
+    checks.check_values("rewards", rewards, tokens.mask)
+    (rewards,) = checks.promote(rewards)
     return rewards, tokens.mask, tokens.cu_seqlens, markers
 
 
@@ -438,8 +440,8 @@ def softmin_returns(
         The layout of ``rewards``; float32 (float64 for float64); 0 where masked, and where no step is left.
         Differentiable in ``rewards``, by the weights ``softmax(-r / T)`` over the steps that are left.
     """
-    layout.check_positive("temperature", temperature)
-    layout.check_flag("mean", mean)
+    checks.check_positive("temperature", temperature)
+    checks.check_flag("mean", mean)
     tensors = _prepare(rewards, mask, cu_seqlens, steps, process_group)
     if process_group is None:
         out: Tensor = _soft_returns(*tensors, float(temperature), mean)[0]
@@ -485,8 +487,8 @@ def softmin_rewards(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a
             temperature that is not above 0.
     """
-    layout.check_positive("temperature", temperature)
-    layout.check_flag("through_weights", through_weights)
+    checks.check_positive("temperature", temperature)
+    checks.check_flag("through_weights", through_weights)
     arguments = _prepare(rewards, mask, cu_seqlens, steps)
     out: Tensor = _softmin_forward(*arguments, float(temperature), through_weights)
     return out
@@ -514,7 +516,7 @@ class VTrace(NamedTuple):
 def factor(
     name: str,
     value: float | Tensor,
-    rows: layout.Layout,
+    rows: Layout,
     device: torch.device,
     other: str,
     hole: str = "hold",
@@ -524,9 +526,9 @@ def factor(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1, or a tensor")
         return float(value), None
-    if value.dtype not in (*layout.FLOATS, *layout.INTEGERS, torch.bool):
+    if value.dtype not in (*checks.FLOATS, *checks.INTEGERS, torch.bool):
         raise TypeError(f"{name}: got dtype {value.dtype}, want float, integer or bool")
-    layout.check_device(name, value, device, other)
+    checks.check_device(name, value, device, other)
     if value.dim() == 0:
         raise ValueError(
             f"{name}: got a tensor of no dimensions, want a number, or a value per row or per token"
@@ -540,9 +542,9 @@ def factor(
             )
         found = value.detach()
     else:
-        want = f"[{rows.batch}] or {layout.show(rows.shape)} (one per row or per token of {other})"
-        raise ValueError(f"{name}: got shape {layout.show(value.shape)}, want {want}")
-    if layout.may_read(found):
+        want = f"[{rows.batch}] or {checks.show(rows.shape)} (one per row or per token of {other})"
+        raise ValueError(f"{name}: got shape {checks.show(value.shape)}, want {want}")
+    if may_read(found):
         read = found if rows.mask is None or tuple(value.shape) == (rows.batch,) else found[rows.mask]
         if not bool(((read >= 0) & (read <= 1)).all()):
             raise ValueError(f"{name}: got a value outside 0 to 1")
@@ -564,22 +566,22 @@ def scan(  # type: ignore[no-untyped-def]
 ):
     """Advantages and returns, and the layout, of rewards and values that go by ``names``."""
     name, of_values = names
-    layout.check_float(name, rewards)
-    layout.check_choice("hole", hole, HOLES)
-    rows = layout.token_layout(name, rewards, mask, cu_seqlens)
-    layout.check_values(name, rewards, rows.mask)
+    checks.check_float(name, rewards)
+    checks.check_choice("hole", hole, HOLES)
+    rows = checks.token_layout(name, rewards, mask, cu_seqlens)
+    checks.check_values(name, rewards, rows.mask)
     if values is not None:
-        layout.check_like(of_values, values, rewards, name)
-        layout.check_values(of_values, values, rows.mask)
+        checks.check_like(of_values, values, rewards, name)
+        checks.check_values(of_values, values, rows.mask)
     factors = [
         factor(key, x, rows, rewards.device, name, hole) for key, x in (("gamma", gamma), ("lam", lam))
     ]
     if bootstrap is not None:
-        layout.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, name)
+        checks.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, name)
         if values is None:
             values = torch.zeros_like(rewards)
     given = [t for t in (rewards, values, bootstrap, rho, trace) if t is not None]
-    wide = iter(layout.promote(*given))
+    wide = iter(checks.promote(*given))
     tensors = [None if t is None else next(wide) for t in (rewards, values, bootstrap, rho, trace)]
     return rows, _td(
         *tensors, factors[0][1], factors[1][1], rows.mask, rows.cu_seqlens, factors[0][0], factors[1][0],
@@ -655,7 +657,7 @@ def gae(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a number out of
             its range, factors per token with ``hole="decay"``.
     """
-    layout.check_tensor("values", values)
+    checks.check_tensor("values", values)
     beyond = _beyond(process_group, rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, hole)
     _, found = scan(rewards, values, beyond, gamma, lam, mask, cu_seqlens, hole)
     return GAE(*found)
@@ -676,12 +678,12 @@ def _beyond(
     if process_group is None:
         return bootstrap
     distributed.check(process_group)
-    layout.check_choice("hole", hole, HOLES)
+    checks.check_choice("hole", hole, HOLES)
     if hole != "hold":
         raise ValueError(f"hole: got {hole!r} with process_group, want 'hold'")
     rows = (mask, cu_seqlens)
     found = _value_beyond(process_group, rewards, values, bootstrap, gamma, lam, *rows)
-    return found.to(layout.promote(*(t for t in (rewards, values, bootstrap) if t is not None))[0].dtype)
+    return found.to(checks.promote(*(t for t in (rewards, values, bootstrap) if t is not None))[0].dtype)
 
 
 def lambda_returns(
@@ -742,15 +744,15 @@ def vtrace(
         :class:`VTrace`, the layout of ``rewards``, 0 where masked. Differentiable in ``rewards``, ``values`` and
         ``bootstrap``.
     """
-    layout.check_float("rewards", rewards)
-    layout.check_like("log_ratio", log_ratio, rewards, "rewards")
-    layout.check_like("values", values, rewards, "rewards")
-    ratio = layout.promote(log_ratio.detach())[0].exp()
+    checks.check_float("rewards", rewards)
+    checks.check_like("log_ratio", log_ratio, rewards, "rewards")
+    checks.check_like("values", values, rewards, "rewards")
+    ratio = checks.promote(log_ratio.detach())[0].exp()
     bounds = []
     clips = {"rho_clip": rho_clip, "trace_clip": trace_clip, "advantage_rho_clip": advantage_rho_clip}
     for name, clip in clips.items():
         if clip is not None:
-            layout.check_non_negative(name, clip)
+            checks.check_non_negative(name, clip)
         bounds.append(ratio if clip is None else ratio.clamp(max=clip))
     rho, trace, own = bounds
     options = (gamma, lam, mask, cu_seqlens, "hold")

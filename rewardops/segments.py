@@ -5,20 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import define
-from .layout import (
-    Layout,
-    batch_of,
+from .core.checks import (
     check_choice,
     check_device,
     check_float,
     check_whole,
-    may_read,
     promote,
     show,
     step_markers,
     token_layout,
-)  # fmt: skip
+)
+from .core.dispatch import define
+from .core.rows import Layout, batch_of
+from .core.settings import may_read
 from .reference.segments import REDUCTIONS
 from .returns import step_ends
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import define
-from .layout import Layout
+from .core.dispatch import define
+from .core.rows import Layout
 
 SCOPES = ("batch", "row", "group")
 

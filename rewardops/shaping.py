@@ -8,25 +8,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import layout
 from .advantages import group_advantages
+from .core import checks
+from .core.groups import GroupSize, Labels, group_ids
+from .core.rows import Layout
+from .core.settings import may_read
 from .returns import differences, gae, last_tokens, scan, step_ends
 from .segments import row_sums
 
 
 def _steps_of(
     name: str, values: Tensor, steps: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[layout.Layout, Tensor, Tensor | None]:
+) -> tuple[Layout, Tensor, Tensor | None]:
     """The layout, the values in full precision, and the steps; checked, and nothing has run."""
-    layout.check_float(name, values)
-    rows = layout.token_layout(name, values, mask, cu_seqlens)
-    markers = layout.step_markers(steps, values, rows, name)
-    layout.check_values(name, values, rows.mask)
-    (wide,) = layout.promote(values)
+    checks.check_float(name, values)
+    rows = checks.token_layout(name, values, mask, cu_seqlens)
+    markers = checks.step_markers(steps, values, rows, name)
+    checks.check_values(name, values, rows.mask)
+    (wide,) = checks.promote(values)
     return rows, wide, markers
 
 
-def _ends(markers: Tensor | None, rows: layout.Layout, device: torch.device) -> Tensor:
+def _ends(markers: Tensor | None, rows: Layout, device: torch.device) -> Tensor:
     """Which tokens end a step: without steps every valid one."""
     return rows.valid(device) if markers is None else step_ends(markers, rows)
 
@@ -54,7 +57,7 @@ def progress(
     """
     rows, q, markers = _steps_of("values", values, steps, mask, cu_seqlens)
     if start is not None:
-        layout.check_rows("start", start, rows.batch, values.device, "values")
+        checks.check_rows("start", start, rows.batch, values.device, "values")
     ends = _ends(markers, rows, values.device)
     out = differences(q, ends, rows.cu_seqlens)
     if start is None:
@@ -85,8 +88,8 @@ def clip_delta(
     """
     rows, r, markers = _steps_of("rewards", rewards, steps, mask, cu_seqlens)
     if eta is not None:
-        layout.check_finite("eta", eta)
-    layout.check_flag("delta", delta)
+        checks.check_finite("eta", eta)
+    checks.check_flag("delta", delta)
     ends = _ends(markers, rows, rewards.device)
     r = torch.where(ends, r, 0)
     if eta is not None:
@@ -117,11 +120,11 @@ def redistribute(
     Returns:
         The layout of ``weights``, 0 where masked. Differentiable in ``outcome`` and ``weights``.
     """
-    layout.check_float("weights", weights)
-    rows = layout.token_layout("weights", weights, mask, cu_seqlens)
-    layout.check_rows("outcome", outcome, rows.batch, weights.device, "weights")
-    layout.check_fraction("share", share)
-    total_outcome, w = layout.promote(outcome, weights)
+    checks.check_float("weights", weights)
+    rows = checks.token_layout("weights", weights, mask, cu_seqlens)
+    checks.check_rows("outcome", outcome, rows.batch, weights.device, "weights")
+    checks.check_fraction("share", share)
+    total_outcome, w = checks.promote(outcome, weights)
     w = w.clamp(min=0) if rows.mask is None else torch.where(rows.mask, w, 0).clamp(min=0)
     total = row_sums(w, rows)
     some = total > 0
@@ -150,7 +153,7 @@ def potential_shaping(
     Returns:
         The layout of ``rewards``, 0 where masked. Differentiable in both.
     """
-    layout.check_tensor("potential", potential)
+    checks.check_tensor("potential", potential)
     options = (None, gamma, 0.0, mask, cu_seqlens, "hold")
     out: Tensor = scan(rewards, potential, *options, names=("rewards", "potential"))[1][0]
     return out
@@ -162,16 +165,16 @@ BUDGET_BASELINES = ("brpo", "history", "group", "none")
 
 
 def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    layout.check_float("scores", scores)
+    checks.check_float("scores", scores)
     if scores.dim() != 2:
-        raise ValueError(f"scores: got shape {layout.show(scores.shape)}, want [B, budgets]")
-    (s,) = layout.promote(scores)
+        raise ValueError(f"scores: got shape {checks.show(scores.shape)}, want [B, budgets]")
+    (s,) = checks.promote(scores)
     count = s.shape[1]
     if probs is None:
         return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
-    given = layout.as_numbers("probs", probs, count, "the columns of scores")
+    given = checks.as_numbers("probs", probs, count, "the columns of scores")
     p = torch.as_tensor(given, dtype=s.dtype, device=s.device).detach()
-    if layout.may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
+    if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
         raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
     return s, p / p.sum()
 
@@ -196,9 +199,9 @@ def _still_to_come(scores: Tensor, probs: Tensor) -> Tensor:
 
 def budget_advantages(
     scores: Tensor,
-    groups: layout.Labels = None,
+    groups: Labels = None,
     *,
-    group_size: layout.GroupSize = None,
+    group_size: GroupSize = None,
     probs: Tensor | Sequence[float] | None = None,
     baseline: str = "brpo",
     growth: float = 2.0,
@@ -212,13 +215,13 @@ def budget_advantages(
     Returns:
         ``[B, S]``. Differentiable in ``scores``.
     """
-    layout.check_choice("baseline", baseline, BUDGET_BASELINES)
-    layout.check_positive("growth", growth)
+    checks.check_choice("baseline", baseline, BUDGET_BASELINES)
+    checks.check_positive("growth", growth)
     s, p = _budgets(scores, probs)
     batch, count = s.shape
     ids = None
     if baseline != "none" or groups is not None or group_size is not None:
-        ids = layout.group_ids(groups, group_size, batch, s.device, "scores")
+        ids = group_ids(groups, group_size, batch, s.device, "scores")
     returns = _still_to_come(s, p)
     if baseline == "none" or ids is None or not s.numel():
         return returns

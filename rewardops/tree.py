@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import advantages, layout
-from .dispatch import define
+from . import advantages
+from .core import checks
+from .core.dispatch import define
+from .core.settings import may_read
 
 REDUCES = ("mean", "max", "min", "softmax", "sum")
 KINDS = ("local", "global", "tree_rl", "siblings")
@@ -113,15 +115,15 @@ def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof:
 
 
 def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    layout.check_integer("parent", parent)
+    checks.check_integer("parent", parent)
     if parent.dim() != 1:
-        raise ValueError(f"parent: got shape {layout.show(parent.shape)}, want [M] (one per node)")
-    layout.check_float("leaf_rewards", leaf_rewards)
-    layout.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node of parent")
-    layout.check_device("leaf_rewards", leaf_rewards, parent.device, "parent")
-    (promoted,) = layout.promote(leaf_rewards)
+        raise ValueError(f"parent: got shape {checks.show(parent.shape)}, want [M] (one per node)")
+    checks.check_float("leaf_rewards", leaf_rewards)
+    checks.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node of parent")
+    checks.check_device("leaf_rewards", leaf_rewards, parent.device, "parent")
+    (promoted,) = checks.promote(leaf_rewards)
     parent = parent.detach().long()
-    if layout.may_read(parent) and parent.numel():
+    if may_read(parent) and parent.numel():
         low, high = int(parent.min()), int(parent.max())
         if low < -1 or high >= parent.shape[0]:
             bad = low if low < -1 else high
@@ -140,14 +142,14 @@ def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int)
     if visits is None:
         return None
     if isinstance(visits, str):
-        layout.check_choice("visits", visits, ("leaves",))
+        checks.check_choice("visits", visits, ("leaves",))
         return _leaves(parent, max_depth)
-    found = layout.check_tensor("visits", visits)
-    if found.dtype not in (*layout.INTEGERS, *layout.FLOATS):
+    found = checks.check_tensor("visits", visits)
+    if found.dtype not in (*checks.INTEGERS, *checks.FLOATS):
         raise TypeError(f"visits: got dtype {found.dtype}, want integer or float")
-    layout.check_shape("visits", found, parent.shape, "one per node")
-    layout.check_device("visits", found, parent.device, "parent")
-    if layout.may_read(found) and bool((found < 0).any()):
+    checks.check_shape("visits", found, parent.shape, "one per node")
+    checks.check_device("visits", found, parent.device, "parent")
+    if may_read(found) and bool((found < 0).any()):
         raise ValueError(f"visits: got {found.min().item()}, want no negative count")
     return found.detach().double()
 
@@ -164,7 +166,7 @@ def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
         if parent.device.type != "cpu":
             raise ValueError("max_depth: got None, want the largest number of edges above a leaf")
         return -1
-    layout.check_whole("max_depth", max_depth, 0)
+    checks.check_whole("max_depth", max_depth, 0)
     return max_depth
 
 
@@ -207,8 +209,8 @@ def tree_values(
             that is no node, a cycle (both where the values can be read), an option out of its range.
     """
     parent, rewards, dtype = _checked(parent, leaf_rewards)
-    layout.check_choice("reduce", reduce, REDUCES)
-    layout.check_positive("temperature", temperature)
+    checks.check_choice("reduce", reduce, REDUCES)
+    checks.check_positive("temperature", temperature)
     depth = _checked_depth(max_depth, parent)
     weight = _checked_visits(visits, parent, depth)
     values: Tensor = _tree_values(parent, rewards, weight, reduce, float(temperature), depth)[0]
@@ -250,10 +252,10 @@ def tree_advantages(
             or scale.
     """
     parent, rewards, dtype = _checked(parent, leaf_rewards)
-    layout.check_choice("kind", kind, KINDS)
-    layout.check_choice("form", form, FORMS)
-    layout.check_choice("reduce", reduce, REDUCES)
-    layout.check_positive("temperature", temperature)
+    checks.check_choice("kind", kind, KINDS)
+    checks.check_choice("form", form, FORMS)
+    checks.check_choice("reduce", reduce, REDUCES)
+    checks.check_positive("temperature", temperature)
     advantages.check_scale(scale, eps, ddof)
     depth = _checked_depth(max_depth, parent)
     if visits is None and kind == "tree_rl" and reduce == "mean":

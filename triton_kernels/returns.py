@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.layout import Layout, batch_of
+from rewardops.core.rows import Layout, batch_of
 from rewardops.reference.returns import differences, prefix_scan
 from rewardops.returns import step_ends as find_step_ends
 from rewardops.returns import sums_between

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import chunked
+from ..core import chunked
 from . import logits
 
 (

@@ -9,7 +9,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from ..dispatch import compiled_module
+from ..core.native import compiled_module
 from ..reference.logits import OUTPUTS, RECORD, accumulator, saved_rows, with_gradient
 from .memory import address, dense, fresh, threads
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import compiled_module
+from ..core.native import compiled_module, fresh
 
 NONE = (0, 0)
 Strided = tuple[int, int]
@@ -51,13 +51,6 @@ class Shape:
             self.batch = self.cu.shape[0] - 1
             self.longest = (via or CPU).longest(self.cu, shape[0])
             self.tuple = (self.batch, 0, self.cu.data_ptr(), shape[0], self.cu.dtype is torch.int64)
-
-
-def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for an output of any size, in huge pages where the system has them."""
-    out = torch.empty(shape, dtype=dtype)
-    compiled_module().prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())  # type: ignore[union-attr]
-    return out
 
 
 class Via:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import compiled_module
+from ..core.native import compiled_module
 from ..reference.prefix_tree import AT, OnTokens
 from .memory import CPU, Shape, Via, address, as_bytes, dense, rows_dense, strided, threads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import batch_of
+from ..core.rows import batch_of
 from ..reference.returns import differences, prefix_scan
 from .memory import CPU, NONE, Shape, Strided, Via, address, as_bytes, rows_dense, strided
 

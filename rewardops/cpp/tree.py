@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import compiled_module
+from ..core.native import compiled_module
 from ..reference import tree as spec
 from ..reference.tree import at_nodes, at_nodes_backward
 from ..tree import REDUCES

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.native import cuda_module
 from ..cpp.memory import Shape, Via
-from ..dispatch import cuda_module
 
 
 @functools.cache

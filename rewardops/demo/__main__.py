@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import rewardops
-from rewardops import dispatch
 
+from ..core import dispatch
 from . import task, train
 from .recipes import RECIPES
 from .report import Group, chart, groups_section, page, table

@@ -18,7 +18,8 @@ from trl import GRPOTrainer as Stock
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils as stock_utils
 
-from .. import advantages, layout
+from .. import advantages
+from ..core import checks
 from ..linear import linear_token_stats
 from ..logits import token_stats
 from ..prefix_values import tempo_advantages
@@ -316,10 +317,10 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         kl_estimator: str = "k3",
         **kwargs: Any,
     ) -> None:
-        layout.check_choice("token_stats_from", token_stats_from, ("hidden", "logits"))
-        layout.check_choice("kl_estimator", kl_estimator, ("k3", "exact"))
+        checks.check_choice("token_stats_from", token_stats_from, ("hidden", "logits"))
+        checks.check_choice("kl_estimator", kl_estimator, ("k3", "exact"))
         if not callable(advantage_estimator):
-            layout.check_choice("advantage_estimator", advantage_estimator, tuple(ESTIMATORS))
+            checks.check_choice("advantage_estimator", advantage_estimator, tuple(ESTIMATORS))
         if advantage_estimator == "pure" and process_reward_func is None:
             raise ValueError("process_reward_func: got None with advantage_estimator='pure', want a function")
         if process_reward_func is not None and stock_utils.is_async_callable(process_reward_func):
@@ -527,8 +528,8 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         )
         found = self._estimator(rollouts)
         if not isinstance(found, Tensor) or found.shape not in (scorable.shape, rollouts.mask.shape):
-            got = f"shape {layout.show(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            want = f"[{len(scorable)}] or {layout.show(rollouts.mask.shape)}"
+            got = f"shape {checks.show(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            want = f"[{len(scorable)}] or {checks.show(rollouts.mask.shape)}"
             raise ValueError(f"advantage_estimator: got {got}, want {want}")
         found = found.detach().float()
         counted = scorable if found.dim() == 1 else rollouts.mask
@@ -591,7 +592,7 @@ def _place(steps: Sequence[Sequence[tuple[int, float]] | None], written: Tensor)
                     f"process_reward_func: got a step that ends at token {end} after one at {before} in completion"
                     f" {row}, want rising positions of tokens that the policy wrote"
                 )
-            layout.check_finite("process_reward_func", reward)
+            checks.check_finite("process_reward_func", reward)
             out[row, end] = reward
             before = end
     return out.to(written.device)

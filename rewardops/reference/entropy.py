@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import from_rows, same_group, to_rows
+from ..core.groups import same_group
+from ..core.rows import from_rows, to_rows
 
 
 class _Shares(NamedTuple):

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import from_rows, move, move_back, places_without_holes, same_group, to_rows
+from ..core.groups import same_group
+from ..core.rows import from_rows, move, move_back, places_without_holes, to_rows
 
 
 class _Spans(NamedTuple):

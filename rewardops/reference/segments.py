@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Layout
-from .layout import from_rows, to_rows
+from ..core.rows import Layout, from_rows, to_rows
 
 REDUCTIONS = ("sum", "mean", "min", "max", "prod", "first", "last", "any")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import from_rows, to_rows
+from ..core.rows import from_rows, to_rows
 
 
 def largest(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import use_backend
+from ..core.dispatch import use_backend
 from .budgets import EXACT, Error, measure_error
 
 Function = Callable[..., Any]

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from ..core import dispatch
 from .budgets import EXACT, Error
 from .calls import FAMILIES, LAYOUTS, Batch, Call, calls, make_batch
 from .checks import Comparison, Outcome, compare, evaluate, same_bits

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpp.memory import fresh
-from .dispatch import compiled_module
-from .reference import logits as spec
-from .reference.linear import pack_saved, unpack_saved
+from ..reference import logits as spec
+from ..reference.linear import pack_saved, unpack_saved
+from .native import fresh
 
 # A block's logits should fill a GPU's multiprocessors and a CPU's caches.
 _TOKENS = 4096
@@ -73,10 +72,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; on a CPU in huge pages, where the compiled module can ask for them."""
-    if device.type == "cpu" and compiled_module() is not None:
-        return fresh(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+    """Uninitialised memory; on a CPU in huge pages."""
+    return fresh(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Head:

@@ -1,9 +1,50 @@
-"""Packed rows as padded ones and back, so that every specification is written once, over ``[B, T]``."""
+"""Rows of tokens: padded ``[B, T]`` and packed ``[N]`` behind one description, and moves between the two.
+
+Padded rows are ``[B, T]`` with an optional mask. Packed rows are ``[N]``, the rows one after another, with
+``cu_seqlens`` (``[B + 1]``, row ``b`` is ``cu_seqlens[b]:cu_seqlens[b + 1]``) and an optional ``[N]`` mask.
+A mask may have holes.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens belong to which row, and which of them count."""
+
+    batch: int
+    shape: tuple[int, ...]
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def valid(self, device: torch.device) -> Tensor:
+        """Which tokens count, as a tensor."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.shape, dtype=torch.bool, device=device)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Per-row values ``[B]`` on every token, padded or packed (masked tokens too)."""
+        if self.cu_seqlens is None:
+            return rows[:, None].expand(self.shape)
+        if self.batch == 0:
+            return rows.new_zeros(self.shape)
+        position = torch.arange(self.shape[0], device=rows.device, dtype=self.cu_seqlens.dtype)
+        row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
+        return rows[row.clamp(max=self.batch - 1)]
+
+
+def batch_of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> int:
+    """How many rows per-token tensors of this shape have."""
+    return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+# ---- packed rows as padded ones, and back ------------------------------------------------------------------
 
 
 def _packed_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +105,3 @@ def move(values: Tensor, mask: Tensor, places: Tensor) -> Tensor:
 def move_back(values: Tensor, mask: Tensor, places: Tensor) -> Tensor:
     """The inverse of :func:`move`, 0 where masked."""
     return torch.where(mask, values.gather(-1, places.expand(values.shape)), 0)
-
-
-def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:
-    """``[B, B]``: whether two rows are of one group (and both live)."""
-    same = groups[:, None] == groups[None, :]
-    return same if live is None else same & live[:, None] & live[None, :]

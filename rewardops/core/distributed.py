@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import layout
+from . import checks
+from .groups import Labels, by_size, from_host, group_ids, label_list
+from .settings import may_read
 
 # The names of both collectives up to PyTorch 2.12 are the second ones.
 
@@ -70,7 +72,7 @@ class _Replicated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         # A sum over many ranks is not taken in half precision.
-        wide = grad.to(layout.promote(grad)[0].dtype, copy=True).contiguous()
+        wide = grad.to(checks.promote(grad)[0].dtype, copy=True).contiguous()
         dist.all_reduce(wide, group=ctx.process_group)
         return wide.to(grad.dtype), None
 
@@ -153,7 +155,7 @@ class _Gather(torch.autograd.Function):
 
 def _capacity(count: int, limit: int | None, process_group: dist.ProcessGroup, device: torch.device) -> int:
     if limit is not None:
-        layout.check_whole("max_per_rank", limit, 0)
+        checks.check_whole("max_per_rank", limit, 0)
         if count > limit:
             raise ValueError(f"max_per_rank: got {limit}, want at least {count}, which this rank has")
         return limit
@@ -211,15 +213,13 @@ def _number(label: Hashable) -> int:
     return int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "little", signed=True)
 
 
-def own_labels(
-    groups: layout.Labels, group_size: object, batch: int, device: torch.device, other: str
-) -> Tensor:
+def own_labels(groups: Labels, group_size: object, batch: int, device: torch.device, other: str) -> Tensor:
     """Labels ``[B]`` of this rank's rows, which mean the same on every rank; zeros where sizes are to tell."""
     if groups is None and group_size is not None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     if groups is None or group_size is not None or isinstance(groups, Tensor):
-        return layout.group_ids(groups, group_size, batch, device, other)
-    return layout.from_host([_number(x) for x in layout.label_list(groups, batch, other)], device)
+        return group_ids(groups, group_size, batch, device, other)
+    return from_host([_number(x) for x in label_list(groups, batch, other)], device)
 
 
 def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:
@@ -227,5 +227,5 @@ def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:
     if group_size is None:
         return own
     present = gathered.present
-    total = int(present.sum()) if layout.may_read(present) else None
-    return layout.by_size(group_size, present.cumsum(0) - 1, total, "all ranks")
+    total = int(present.sum()) if may_read(present) else None
+    return by_size(group_size, present.cumsum(0) - 1, total, "all ranks")

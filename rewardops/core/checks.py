@@ -1,60 +1,18 @@
-"""Layouts: padded ``[B, T]`` and packed ``[N]`` rows behind one description, and the argument checks.
-
-Every public op turns its arguments into a :class:`Layout` before anything else happens, so that a bad
-argument is named, with what came and what was wanted, before a kernel runs.
-
-Padded rows are ``[B, T]`` with an optional mask. Packed rows are ``[N]``, the rows one after another, with
-``cu_seqlens`` (``[B + 1]``, row ``b`` is ``cu_seqlens[b]:cu_seqlens[b + 1]``) and an optional ``[N]`` mask.
-A mask may have holes.
-"""
+"""Argument checks: a bad argument is named, with its value and what is wanted, before a kernel runs."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .reference.layout import to_rows
-from .setting import Setting
-from .transforms import in_func
+from .rows import Layout, to_rows
+from .settings import debugging, may_read
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-_debug = Setting(os.environ.get("REWARDOPS_DEBUG", "0") not in ("", "0"))
-
-
-def debug(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Check the values of arguments too, on any device, at the price of a host synchronisation.
-
-    Token ids in range, ``cu_seqlens`` non-decreasing and ending at the number of tokens, step ids
-    non-decreasing, rewards and values finite where the mask counts. The first that is wrong is named with its
-    index. Process-wide while the context is open; ``REWARDOPS_DEBUG=1`` turns it on from the start.
-    """
-    return _debug.use(enabled)
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: free on the CPU, asked for elsewhere, never in a transformation."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or in_func(tensor):
-        return False
-    return _debug.value or tensor.device.type == "cpu"
-
-
-def debugging() -> bool:
-    """Whether the expensive value checks are on."""
-    return (
-        not torch.compiler.is_compiling() and _debug.value and not torch._C._are_functorch_transforms_active()
-    )
-
-
-# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def show(shape: Sequence[object]) -> str:
@@ -226,38 +184,7 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.float64 if wide else torch.float32) for t in tensors)
 
 
-# ---- the description ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which tokens belong to which row, and which of them count."""
-
-    batch: int
-    shape: tuple[int, ...]
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-
-    def valid(self, device: torch.device) -> Tensor:
-        """Which tokens count, as a tensor."""
-        if self.mask is not None:
-            return self.mask
-        return torch.ones(self.shape, dtype=torch.bool, device=device)
-
-    def expand(self, rows: Tensor) -> Tensor:
-        """Per-row values ``[B]`` on every token, padded or packed (masked tokens too)."""
-        if self.cu_seqlens is None:
-            return rows[:, None].expand(self.shape)
-        if self.batch == 0:
-            return rows.new_zeros(self.shape)
-        position = torch.arange(self.shape[0], device=rows.device, dtype=self.cu_seqlens.dtype)
-        row = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
-        return rows[row.clamp(max=self.batch - 1)]
-
-
-def batch_of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> int:
-    """How many rows per-token tensors of this shape have."""
-    return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 
 def check_cu_seqlens(
@@ -336,82 +263,6 @@ def row_layout(
         num_tokens = int(cu[-1])
     shape = (num_tokens,)
     return Layout(batch, shape, as_mask(mask, shape, device, name), cu)
-
-
-Labels = Tensor | Sequence[Hashable] | Any | None
-GroupSize = int | Sequence[int] | Tensor | None
-
-
-def label_list(groups: object, batch: int, other: str) -> Sequence[Hashable]:
-    """Labels that are no tensor: a numpy array or a sequence of objects, one per row."""
-    values = groups.tolist() if hasattr(groups, "tolist") else groups
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(
-            f"groups: got {type(groups).__name__}, want a tensor, an array or a sequence of labels"
-        )
-    if len(values) != batch:
-        raise ValueError(f"groups: got {len(values)} labels, want {batch} (one per row of {other})")
-    return values
-
-
-def _factorised(groups: object, batch: int, device: torch.device, other: str) -> Tensor:
-    """Labels of any kind as numbers, on the host."""
-    values = label_list(groups, batch, other)
-    seen: dict[Hashable, int] = {}
-    try:
-        numbers = [seen.setdefault(v, len(seen)) for v in values]
-    except TypeError as error:
-        raise TypeError(f"groups: got an {error}, want labels that can be hashed") from None
-    return from_host(numbers, device)
-
-
-def from_host(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers on a device, int64; the host waits for nothing."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def by_size(group_size: object, place: Tensor, total: int | None, other: str) -> Tensor:
-    """The group of each row, by its place among ``total`` rows: contiguous groups of one size, or of several."""
-    if isinstance(group_size, Tensor):
-        check_integer("group_size", group_size)
-        if group_size.dim() != 1:
-            raise ValueError(
-                f"group_size: got shape {show(group_size.shape)}, want [G] (the size of each group)"
-            )
-        check_device("group_size", group_size, place.device, other)
-        sizes = group_size.detach().to(torch.int64)
-        known = sizes.tolist() if may_read(sizes) else None
-    elif isinstance(group_size, (list, tuple)):
-        known = list(group_size)
-        if not all(isinstance(n, int) and n >= 0 for n in known):
-            raise ValueError(f"group_size: got sizes {known}, want whole numbers of at least 0")
-        sizes = from_host(known, place.device)
-    elif isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"group_size: got {type(group_size).__name__}, want int, or a list or tensor of int")
-    elif group_size < 1 or (total is not None and total % group_size):
-        raise ValueError(f"group_size: got {group_size}, want a divisor of the {total} rows of {other}")
-    else:
-        return place // group_size
-    if known is not None and (min(known, default=0) < 0 or total not in (None, sum(known))):
-        raise ValueError(f"group_size: got sizes {known}, want sizes that sum to the {total} rows of {other}")
-    # By search: whether sizes on a device sum to the rows nobody looks, and nothing is written where they say.
-    return torch.searchsorted(sizes.cumsum(0), place, right=True)
-
-
-def group_ids(groups: Labels, group_size: object, batch: int, device: torch.device, other: str) -> Tensor:
-    """Group labels ``[B]`` as int64: from labels of any kind, or from the sizes of contiguous groups."""
-    if groups is None and group_size is None:
-        raise ValueError("groups: got None and no group_size, want one of the two")
-    if groups is not None and group_size is not None:
-        raise ValueError("group_size: got a value beside groups, want one of the two")
-    if groups is None:
-        return by_size(group_size, torch.arange(batch, device=device), batch, other)
-    if not isinstance(groups, Tensor):
-        return _factorised(groups, batch, device, other)
-    check_integer("groups", groups)
-    check_shape("groups", groups, (batch,), f"one label per row of {other}")
-    check_device("groups", groups, device, other)
-    return groups.detach().to(torch.int64)
 
 
 def step_markers(
