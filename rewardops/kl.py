@@ -8,52 +8,10 @@ import torch
 from torch import Tensor
 
 from .core import checks
-from .core.dispatch import define
+from .ops import kl as ops
 from .reference.kl import ESTIMATORS
 from .returns import step_ends, sums_between
 from .segments import row_counts, row_sums
-
-_INPUTS = "Tensor logprob, Tensor ref_logprob, Tensor? mask, Tensor? behavior"
-_OPTIONS = "str estimator, float largest_d, float largest_value, float scale, bool live"
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logprob, ref_logprob, mask, behavior, _, *options = inputs
-    ctx.save_for_backward(logprob, ref_logprob, mask, behavior)
-    ctx.options = options
-
-
-def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
-    to_logprob, to_ref, _, _, to_rewards = ctx.needs_input_grad[:5]
-    mask = ctx.saved_tensors[2]
-    found: list[Tensor | None] = [None, None]
-    if to_logprob or to_ref:
-        made = _backward(grad, *ctx.saved_tensors, *ctx.options, to_logprob, to_ref)
-        found = [g if need else None for g, need in zip(made, (to_logprob, to_ref), strict=True)]
-    rewards = None
-    if to_rewards:
-        rewards = grad if mask is None else torch.where(mask, grad, 0)
-    return (*found, None, None, rewards, *[None] * 5)
-
-
-def _fake_backward(grad, logprob, *rest):  # type: ignore[no-untyped-def]
-    return tuple(logprob.new_empty(logprob.shape if want else 0) for want in rest[-2:])
-
-
-_backward = define(
-    "kl",
-    f"token_kl_backward(Tensor grad, {_INPUTS}, {_OPTIONS}, bool to_logprob, bool to_ref) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-)
-
-_forward = define(
-    "kl",
-    f"token_kl({_INPUTS}, Tensor? rewards, {_OPTIONS}) -> Tensor",
-    fake=lambda logprob, *_: logprob.new_empty(logprob.shape),
-    setup_context=_setup,
-    backward=_gradient,
-)
-
 
 def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
     checks.check_float("logprob", logprob)
@@ -79,8 +37,8 @@ def token_kl(
     estimator: str = "k3",
     mask: Tensor | None = None,
     clamp: float | tuple[float, float] | None = None,
-    importance: Tensor | None = None,
-    importance_grad: bool = True,
+    old_logprob: Tensor | None = None,
+    ratio_grad: bool = True,
     beta: float | None = None,
     rewards: Tensor | None = None,
 ) -> Tensor:
@@ -105,7 +63,7 @@ def token_kl(
     k3 keeps full relative accuracy near 0, where ``exp(-d) - 1`` does not (Schulman, "Approximating KL divergence",
     2020; the straight-through forms are verl's ``k1+`` and ``k3+``). What one differentiates matters more than the
     value: as a term of the reward, without gradient, k1 and k3 are right; as a term of the loss, k2, the
-    straight-through forms, or k3 with ``importance`` and its gradient.
+    straight-through forms, or k3 with ``old_logprob`` and the ratio's gradient.
 
     These are estimates from one token of each distribution. Where the logits are at hand,
     ``token_stats(..., ref_logits=, outputs=("kl",))`` has the exact value from the same memory pass.
@@ -121,9 +79,9 @@ def token_kl(
         clamp: the largest ``|d|``, or that and the largest ``|value|``; beyond them the gradient is 0. With a
             clamp value and gradient are finite for any ``d``: ``(20, 10)`` is verl's for k3. (Binary forms have no
             use for the first.)
-        importance: log-probabilities of the policy that sampled, the same shape, constant: the estimate is
-            weighted by ``exp(logprob - importance)``, which makes it unbiased off-policy.
-        importance_grad: whether that ratio has a gradient. With it, k3's expected gradient is KL(policy ||
+        old_logprob: log-probabilities of the policy that sampled, the same shape, constant: the estimate is
+            weighted by the ratio ``exp(logprob - old_logprob)``, which makes it unbiased off-policy.
+        ratio_grad: whether that ratio has a gradient. With it, k3's expected gradient is KL(policy ||
             reference)'s.
         beta: a factor of the estimate; 1 by default.
         rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass.
@@ -138,21 +96,22 @@ def token_kl(
     """
     _check_pair(logprob, ref_logprob)
     checks.check_choice("estimator", estimator, ESTIMATORS)
-    checks.check_flag("importance_grad", importance_grad)
-    for name, value in (("importance", importance), ("rewards", rewards)):
+    checks.check_flag("ratio_grad", ratio_grad)
+    for name, value in (("old_logprob", old_logprob), ("rewards", rewards)):
         if value is not None:
             checks.check_like(name, value, logprob, "logprob")
     if beta is not None:
         checks.check_non_negative("beta", beta)
     largest = _limits(clamp)
     mask = checks.as_mask(mask, logprob.shape, logprob.device, "logprob")
-    given = [t for t in (importance, rewards) if t is not None]
-    logprob, ref_logprob, *given = checks.promote(logprob, ref_logprob, *given)
-    behavior = given.pop(0).detach() if importance is not None else None
-    added = given.pop(0) if rewards is not None else None
+    optional = [t for t in (old_logprob, rewards) if t is not None]
+    logprob, ref_logprob, *optional = checks.promote(logprob, ref_logprob, *optional)
+    wide = iter(optional)
+    old = None if old_logprob is None else next(wide).detach()
+    added = None if rewards is None else next(wide)
     scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
-    out: Tensor = _forward(
-        logprob, ref_logprob, mask, behavior, added, estimator, *largest, scale, importance_grad
+    out: Tensor = ops.token_kl(
+        logprob, ref_logprob, mask, old, added, estimator, *largest, scale, ratio_grad
     )
     return out
 

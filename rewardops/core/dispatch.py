@@ -13,12 +13,13 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from .native import compiled_module, cuda_module, cuda_on_host, has_triton, triton_interprets
+from .records import packer
 from .settings import ContextSetting
 from .transforms import autograd_kernel, vmap_rule
 
@@ -114,7 +115,7 @@ def _implementation(backend: str, family: str, op: str) -> Callable[..., Any] | 
     return getattr(importlib.import_module(f"{package}.{family}"), op, None)
 
 
-def _run(device_type: str, family: str, op: str, args: tuple[Any, ...]) -> Any:
+def _run(device_type: str, family: str, op: str, args: Sequence[Any]) -> Any:
     implementation = _implementation(backend_for(device_type, family, op), family, op)
     assert implementation is not None, op
     if torch.is_autocast_enabled(device_type):
@@ -129,27 +130,37 @@ def define(
     schema: str,
     *,
     fake: Callable[..., Any],
+    record: type[NamedTuple] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define ``rewardops::<op>`` with its fake and, where it is differentiable, its gradient; return it."""
+    """Define ``rewardops::<op>`` with its fake and, where it is differentiable, its gradient; return it.
+
+    Args:
+        record: the family's argument record, whose fields stand side by side in the schema
+            (:func:`.records.schema_of`). Backends, ``fake`` and ``setup_context`` receive them as one record.
+        setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
+        backward: ``(ctx, *grads)``; returns a gradient for each name of an argument, a dict, without those that
+            have none. ``ctx.needs_input_grad`` has a flag per argument, those of the record in one record.
+    """
     op = schema.partition("(")[0]
     # Exact strides: a compiled graph must hand over rows as they lie, and not as copies in another layout.
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    overload = getattr(torch.ops.rewardops, op).default
+    pack = packer([argument.name for argument in overload._schema.arguments], record)
 
     def on_cpu(*args: Any) -> Any:
-        return _run("cpu", family, op, args)
+        return _run("cpu", family, op, pack(args))
 
     def on_cuda(*args: Any) -> Any:
         # Kernels are launched on the current device, which need not be the tensors'.
         with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
-            return _run("cuda", family, op, args)
+            return _run("cuda", family, op, pack(args))
 
     _library.impl(op, on_cpu, "CPU")
     _library.impl(op, on_cuda, "CUDA")
-    torch.library.register_fake(f"rewardops::{op}", fake, lib=_library)
-    overload = getattr(torch.ops.rewardops, op).default
-    _library.impl(op, autograd_kernel(overload, setup_context, backward), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"rewardops::{op}", lambda *args: fake(*pack(args)), lib=_library)
+    _library.impl(op, autograd_kernel(overload, pack, setup_context, backward), "Autograd", with_keyset=True)
     torch.library.register_vmap(f"rewardops::{op}", vmap_rule(overload), lib=_library)
     return overload
 

@@ -55,6 +55,11 @@ def _nested(flat: Iterable[Any], sizes: Sizes) -> list[Any]:
     return [next(items) if n is None else list(islice(items, n)) for n in sizes]
 
 
+def _flat_gradients(grads: Iterable[Any], sizes: Sizes) -> list[Any]:
+    """The gradients of arguments, None for each tensor of a list that has none."""
+    return _flat([[None] * n if n is not None and g is None else g for g, n in zip(grads, sizes, strict=True)], sizes)
+
+
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
@@ -78,17 +83,19 @@ def _no_gradient(op: str) -> Callable[..., Any]:
 
 def autograd_kernel(
     op: torch._ops.OpOverload,
+    pack: Callable[[Sequence[Any]], Sequence[Any]],
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """What serves an op above its backends: it records the gradient, or an error for an op that has none.
+    """The op's kernel for the Autograd dispatch key: it records the gradient, or an error for an op without one.
 
-    ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are as ``torch.library.register_autograd``
-    takes them: of a list of tensors, ``grads`` is a list as well.
+    ``pack`` gathers the arguments of the family's record. ``setup_context`` and ``backward`` are described in
+    :func:`.dispatch.define`; for a list of tensors, ``grads`` is a list as well.
     """
     name = op._schema.name.partition("::")[2]
     setup_context = setup_context or _save_nothing
     backward = backward or _no_gradient(name)
+    names = [argument.name for argument in op._schema.arguments]
     makes_list = [str(r.type) for r in op._schema.returns] == ["List[Tensor]"]
 
     def below(keyset: torch._C.DispatchKeySet, args: Iterable[Any]) -> Any:
@@ -99,17 +106,17 @@ def autograd_kernel(
         args = _nested(flat, sizes)
         output = below(keyset, args)
         ctx.sizes = sizes
-        setup_context(ctx, args, output)
+        setup_context(ctx, pack(args), output)
         return output if isinstance(output, Tensor) else tuple(output)
 
     def gradient(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad
-        ctx.needs_input_grad = _nested(needs[2:], ctx.sizes)
+        ctx.needs_input_grad = pack(_nested(needs[2:], ctx.sizes))
         try:
-            found = backward(ctx, list(grads)) if makes_list else backward(ctx, *grads)
+            by_name = backward(ctx, list(grads)) if makes_list else backward(ctx, *grads)
         finally:
             ctx.needs_input_grad = needs
-        return None, None, *_flat(found if isinstance(found, tuple | list) else [found], ctx.sizes)
+        return None, None, *_flat_gradients([by_name.get(name) for name in names], ctx.sizes)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,31 @@ def exp_minus_1_minus_x(x: Tensor) -> Tensor:
 
 
 ESTIMATORS = ("k1", "abs", "k2", "k3", "k1_plus", "k3_plus", "binary_kl", "binary_tv")
+
+
+class TokenKlArgs(NamedTuple):
+    """Arguments of ``token_kl`` and its backward pass; tensors of one shape, float32 or float64."""
+
+    logprob: Tensor
+    """Of the policy, in nats."""
+    ref_logprob: Tensor
+    mask: Tensor | None
+    """bool; None: every token counts."""
+    old_logprob: Tensor | None
+    """Of the policy that sampled: the estimate is weighted by ``exp(logprob - old_logprob)``. None: not weighted."""
+    rewards: Tensor | None
+    """The estimate is added to them; None in the backward pass, and where there are none."""
+    estimator: str
+    """One of ``ESTIMATORS``."""
+    largest_d: float
+    """Of ``|logprob - ref_logprob|``; infinite without a clamp."""
+    largest_value: float
+    """Of the estimate; infinite without a clamp."""
+    scale: float
+    """A factor of the estimate."""
+    ratio_grad: bool
+    """Whether the weight has a gradient."""
+
 
 
 def _terms(
@@ -62,48 +88,24 @@ def _terms(
     return value.clamp(-largest_value, largest_value), slope, -slope
 
 
-def token_kl(
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    mask: Tensor | None,
-    behavior: Tensor | None,
-    rewards: Tensor | None,
-    estimator: str,
-    largest_d: float,
-    largest_value: float,
-    scale: float,
-    live: bool,
-) -> Tensor:
-    value, _, _ = _terms(logprob, ref_logprob, estimator, largest_d, largest_value)
-    if behavior is not None:
-        value = value * (logprob - behavior).exp()
-    out = scale * value
-    if rewards is not None:
-        out = rewards + out
-    return out if mask is None else torch.where(mask, out, 0)
+def token_kl(a: TokenKlArgs) -> Tensor:
+    value, _, _ = _terms(a.logprob, a.ref_logprob, a.estimator, a.largest_d, a.largest_value)
+    if a.old_logprob is not None:
+        value = value * (a.logprob - a.old_logprob).exp()
+    out = a.scale * value
+    if a.rewards is not None:
+        out = a.rewards + out
+    return out if a.mask is None else torch.where(a.mask, out, 0)
 
 
-def token_kl_backward(
-    grad: Tensor,
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    mask: Tensor | None,
-    behavior: Tensor | None,
-    estimator: str,
-    largest_d: float,
-    largest_value: float,
-    scale: float,
-    live: bool,
-    to_logprob: bool,
-    to_ref: bool,
-) -> tuple[Tensor, Tensor]:
-    value, on_logprob, on_ref = _terms(logprob, ref_logprob, estimator, largest_d, largest_value)
-    if behavior is not None:
-        ratio = (logprob - behavior).exp()
-        on_logprob, on_ref = ratio * (on_logprob + live * value), ratio * on_ref
+def token_kl_backward(grad: Tensor, a: TokenKlArgs, to_logprob: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
+    value, on_logprob, on_ref = _terms(a.logprob, a.ref_logprob, a.estimator, a.largest_d, a.largest_value)
+    if a.old_logprob is not None:
+        ratio = (a.logprob - a.old_logprob).exp()
+        on_logprob, on_ref = ratio * (on_logprob + a.ratio_grad * value), ratio * on_ref
 
     def gradient(slope: Tensor, wanted: bool) -> Tensor:
-        g = scale * grad * slope
-        return (g if mask is None else torch.where(mask, g, 0)) if wanted else g.new_empty(0)
+        g = a.scale * grad * slope
+        return (g if a.mask is None else torch.where(a.mask, g, 0)) if wanted else g.new_empty(0)
 
     return gradient(on_logprob, to_logprob), gradient(on_ref, to_ref)

@@ -301,7 +301,7 @@ def _kl(b: Batch) -> Mapping[str, Entry]:
         ),
         "token_kl weighted": (
             lambda p, q, r: ro.token_kl(
-                p, q, mask=b.mask, importance=b.values * 0.9, beta=0.3, rewards=r, clamp=(20, 10)
+                p, q, mask=b.mask, old_logprob=b.values * 0.9, beta=0.3, rewards=r, clamp=(20, 10)
             ),
             [p, q, p + 1],
         ),

@@ -1,0 +1,1 @@
+"""What ``torch.library`` knows: schema, fake and gradient of every op, one file per family."""

@@ -1,0 +1,102 @@
+"""Ops of the prefix_tree family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.dispatch import define
+from ..core.records import save_record, saved_record, schema_of
+from ..reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
+
+_SUBTREES, _NODE_TOKENS = schema_of(SubtreeArgs), schema_of(NodeTokensArgs)
+
+
+# ---- the tree ----------------------------------------------------------------------------------------------
+
+prefix_tree = define(
+    "prefix_tree",
+    f"prefix_tree({schema_of(PrefixTreeArgs)}) -> (Tensor rows, Tensor nodes)",
+    record=PrefixTreeArgs,
+    fake=lambda args: (
+        args.groups.new_empty(5, args.groups.shape[0]),
+        args.groups.new_empty(4, 2 * args.groups.shape[0]),
+    ),
+)
+
+prefix_lcp = define(
+    "prefix_tree",
+    "prefix_lcp(Tensor rows, Tensor groups, SymInt most) -> (Tensor members, Tensor lcp)",
+    fake=lambda rows, groups, most: tuple(
+        groups.new_empty((groups.shape[0], most), dtype=torch.int32) for _ in range(2)
+    ),
+)
+
+
+# ---- sums over the rows of nodes ---------------------------------------------------------------------------
+
+subtree_sums_backward = define(
+    "prefix_tree",
+    f"subtree_sums_backward(Tensor grad, {_SUBTREES}) -> (Tensor, Tensor)",
+    record=SubtreeArgs,
+    fake=lambda grad, args: (
+        args.x.new_empty(args.x.shape),
+        args.x.new_empty(0 if args.weights is None else args.weights.shape),
+    ),
+)
+
+
+def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
+    args, _ = saved_record(ctx)
+    on_x, on_weights = subtree_sums_backward(grad, *args)
+    return {"x": on_x, "weights": None if args.weights is None else on_weights}
+
+
+# With a centre: of squared distances from it. The centre is the mean, on which their sum does not depend to first
+# order: it gets no gradient.
+subtree_sums = define(
+    "prefix_tree",
+    f"subtree_sums({_SUBTREES}) -> Tensor",
+    record=SubtreeArgs,
+    fake=lambda args: args.x.new_empty(args.nodes.shape[1], args.x.shape[1]),
+    setup_context=lambda ctx, inputs, output: save_record(ctx, *inputs),
+    backward=_gradient_sums,
+)
+
+
+# ---- node values on tokens ---------------------------------------------------------------------------------
+
+nodes_to_tokens_backward = define(
+    "prefix_tree",
+    f"nodes_to_tokens_backward(Tensor grad, {_NODE_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    record=NodeTokensArgs,
+    fake=lambda grad, args: args.zero_gradients(grad),
+)
+
+
+def _setup_tokens(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    args, _ = inputs
+    save_record(ctx, args)
+
+
+def _gradient_tokens(ctx, grad):  # type: ignore[no-untyped-def]
+    if not grad.dtype.is_floating_point:
+        return {}
+    args, _ = saved_record(ctx)
+    grads = nodes_to_tokens_backward(grad, *args)
+    terms = zip(NodeTokensArgs._fields, args, grads, strict=False)
+    return {name: None if term is None else g for name, term, g in terms}
+
+
+def _fake_tokens(args: NodeTokensArgs, dtype: torch.dtype) -> Tensor:
+    return args.rows.new_empty((args.channels, *args.shape), dtype=dtype)
+
+
+nodes_to_tokens = define(
+    "prefix_tree",
+    f"nodes_to_tokens({_NODE_TOKENS}, ScalarType dtype) -> Tensor",
+    record=NodeTokensArgs,
+    fake=_fake_tokens,
+    setup_context=_setup_tokens,
+    backward=_gradient_tokens,
+)

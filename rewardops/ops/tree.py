@@ -1,0 +1,61 @@
+"""Ops of the tree family."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.dispatch import define
+from ..core.records import schema_of
+from ..reference.tree import TreeArgs
+
+# ---- nodes by index ----------------------------------------------------------------------------------------
+
+_at_nodes_backward = define(
+    "tree",
+    "at_nodes_backward(Tensor grad, Tensor index, SymInt size) -> Tensor",
+    fake=lambda grad, index, size: grad.new_empty(size, grad.shape[1]),
+)
+
+
+def _setup_at(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    values, index = inputs
+    ctx.save_for_backward(index)
+    ctx.size = values.shape[0]
+
+
+# An op of its own so that a compiler does not make atomic additions of its gradient.
+at_nodes = define(
+    "tree",
+    "at_nodes(Tensor values, Tensor index) -> Tensor",
+    fake=lambda values, index: values.new_empty(index.shape[0], values.shape[1]),
+    setup_context=_setup_at,
+    backward=lambda ctx, grad: {"values": _at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size)},
+)
+
+# An op so that the number of steps, which follows from that of the nodes, does not become part of a compiled graph.
+path_ends = define("tree", "path_ends(Tensor step) -> Tensor", fake=torch.empty_like)
+
+
+# ---- values from the leaves up -----------------------------------------------------------------------------
+
+_tree_values_backward = define(
+    "tree",
+    "tree_values_backward(Tensor grad, Tensor parent, Tensor slope) -> Tensor",
+    fake=lambda grad, parent, slope: slope.new_empty(slope.shape),
+)
+
+
+def _setup_values(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    (args,) = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(args.parent, output[1])
+
+
+tree_values = define(
+    "tree",
+    f"tree_values({schema_of(TreeArgs)}) -> (Tensor values, Tensor slope)",
+    record=TreeArgs,
+    fake=lambda args: (args.rewards.new_empty(args.rewards.shape), args.rewards.new_empty(args.rewards.shape)),
+    setup_context=_setup_values,
+    backward=lambda ctx, grad, _: {"rewards": _tree_values_backward(grad, *ctx.saved_tensors)},
+)
