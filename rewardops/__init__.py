@@ -4,27 +4,25 @@ from .advantages import advantages_to_tokens, group_advantages, whiten
 from .core.dispatch import BackendUnavailable, show_config, use_backend
 from .core.settings import debug
 from .entropy import (
-    clip_cov_mask,
-    covariance,
+    advantage_logprob_cov,
     entropy_bonus,
     entropy_change,
     entropy_reward,
     entropy_weights,
     grpo_s_rewards,
     gtpo_rewards,
-    high_entropy_mask,
-    kl_cov_mask,
     signed_group_normalize,
     steer_metric,
     steer_weights,
     unlikeliness_rewards,
 )
-from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
+from .kl import implicit_rewards, tdpo_terms, token_kl
 from .linear import linear_token_loss, linear_token_stats, linear_token_stats_partial
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_and_grad, token_stats_partial
-from .prefix_tree import DedupStats, PrefixLcp, PrefixTree, prefix_lcp
-from .prefix_values import (
+from .prefix_tree import (
+    PrefixLcp,
     PrefixValues,
+    prefix_lcp,
     prefix_std,
     prefix_values,
     shared_prefix_weights,
@@ -33,19 +31,20 @@ from .prefix_values import (
     tree_rl_advantages,
     tvm_targets,
 )
-from .returns import (
-    discounted_returns,
-    gae,
-    lambda_returns,
-    max_returns,
-    min_returns,
-    softmin_returns,
-    softmin_rewards,
-    vtrace,
+from .returns import max_returns, min_returns, softmin_returns, softmin_rewards
+from .segments import place_at_step_end, row_mean, row_sum, segment_broadcast, segment_reduce
+from .selection import clip_cov_mask, high_entropy_mask, kl_cov_mask
+from .shaping import (
+    budget_advantages,
+    budget_returns,
+    clip_delta_rewards,
+    potential_shaping,
+    redistribute_outcome,
+    step_progress,
 )
-from .segments import place_at_step_end, segment_broadcast, segment_reduce
-from .shaping import budget_advantages, budget_returns, clip_delta, potential_shaping, progress, redistribute
+from .td import discounted_returns, gae, lambda_returns, vtrace
 from .tree import tree_advantages, tree_values
+from .viz import DedupStats, PrefixTree
 
 __version__ = "0.1.0"
 
@@ -56,12 +55,12 @@ __all__ = [
     "PrefixTree",
     "PrefixValues",
     "TokenStats",
+    "advantage_logprob_cov",
     "advantages_to_tokens",
     "budget_advantages",
     "budget_returns",
     "clip_cov_mask",
-    "clip_delta",
-    "covariance",
+    "clip_delta_rewards",
     "debug",
     "discounted_returns",
     "entropy_bonus",
@@ -87,11 +86,11 @@ __all__ = [
     "prefix_lcp",
     "prefix_std",
     "prefix_values",
-    "progress",
-    "redistribute",
+    "redistribute_outcome",
+    "row_mean",
+    "row_sum",
     "segment_broadcast",
     "segment_reduce",
-    "sequence_kl",
     "shared_prefix_weights",
     "show_config",
     "sibling_advantages",
@@ -100,6 +99,7 @@ __all__ = [
     "softmin_rewards",
     "steer_metric",
     "steer_weights",
+    "step_progress",
     "tdpo_terms",
     "tempo_advantages",
     "token_kl",

@@ -1,4 +1,4 @@
-"""Advantages: group-relative advantages, per row or spread over tokens in the same launch, and their presets."""
+"""Advantages: group-relative advantages, per row or written to tokens in the same launch, and their presets."""
 
 from __future__ import annotations
 
@@ -9,117 +9,81 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import returns, segments, selection
+from . import entropy as entropy_family
 from .core import checks, distributed
-from .core.dispatch import define
 from .core.groups import GroupSize, Labels, group_ids
 from .core.rows import Layout
 from .core.settings import may_read
-from .reference.advantages import BASELINES, SCALES, live_rows
+from .ops import advantages as ops
+from .ops.segments import row_counts, row_sums
+from .ops.td import last_tokens, step_ends, sums_between
+from .reference.advantages import BASELINES, SCALES, AdvantagesArgs, live_rows
+from .returns import softmin_rewards
+from .selection import scope_counts, scope_ids
+from .td import discounted_returns, factor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import TypedDict, Unpack
 
-_GROUP = "Tensor rewards, Tensor groups, Tensor? given, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens"
-_OPTIONS = "str baseline, float quantile, str scale, float eps, int ddof, bool raw"
+    class RowOptions(TypedDict, total=False):
+        """Options of :func:`group_advantages` that every preset takes."""
 
+        group_size: GroupSize
+        eps: float
+        ddof: int
+        singleton: str
 
-def _fake(rewards, groups, given, lengths, mask, cu_seqlens, num_tokens, *options):  # type: ignore[no-untyped-def]
-    if mask is not None:
-        shape = mask.shape
-    elif cu_seqlens is not None:
-        shape = (num_tokens,)
-    else:
-        shape = rewards.shape
-    return rewards.new_empty(shape), rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+    class GroupOptions(RowOptions, total=False):
+        """Options of :func:`group_advantages` that say what a reward is relative to."""
 
+        baseline: str | float | Tensor
+        scale: str
+        lengths: Tensor | None
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, _, baseline, quantile, scale, eps, ddof, raw = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = (baseline, quantile, scale, eps, ddof, raw)
+    class PlaceOptions(TypedDict, total=False):
+        """Options of :func:`group_advantages` that say where the rows are and where advantages go."""
 
+        weights: Sequence[float] | Tensor | None
+        mask: Tensor | None
+        cu_seqlens: Tensor | None
+        num_tokens: int | None
+        process_group: ProcessGroup | None
+        max_per_rank: int | None
 
-def _gradient(ctx, grad, grad_inv_scale, _):  # type: ignore[no-untyped-def]
-    on_rewards, on_given = _backward(grad, grad_inv_scale, *ctx.saved_tensors, *ctx.options)
-    given = on_given if ctx.needs_input_grad[2] else None
-    return (on_rewards if ctx.needs_input_grad[0] else None, None, given, *[None] * 10)
+    class FixedOptions(RowOptions, PlaceOptions, total=False):
+        """Options of presets that fix both the baseline and the scale."""
 
+    class BaselineOptions(FixedOptions, total=False):
+        """Options of presets that fix the scale."""
 
-def _fake_backward(grad, grad_inv_scale, rewards, groups, given, *_):  # type: ignore[no-untyped-def]
-    return rewards.new_empty(rewards.shape), rewards.new_empty(0 if given is None else given.shape)
+        baseline: str | float | Tensor
+        lengths: Tensor | None
 
+    class AllOptions(GroupOptions, PlaceOptions, total=False):
+        """All options of :func:`group_advantages`."""
 
-_backward = define(
-    "advantages",
-    f"group_advantages_backward(Tensor? grad, Tensor? grad_inv_scale, {_GROUP}, Tensor inv_scale,"
-    f" Tensor numerator, {_OPTIONS}) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-)
+    class EntropyOptions(TypedDict, total=False):
+        """Options that GTPO and GRPO-S share."""
 
-# Per row, 1 / scale is what prefix-tree advantages divide by, and differentiable too; reward less baseline is kept
-# for the backward pass.
-forward = define(
-    "advantages",
-    f"group_advantages({_GROUP}, SymInt num_tokens, {_OPTIONS})"
-    " -> (Tensor advantages, Tensor inv_scale, Tensor numerator)",
-    fake=_fake,
-    setup_context=_setup,
-    backward=_gradient,
-)
+        entropy_floor: float
+        entropy_grad: bool
 
+    class GtpoOptions(EntropyOptions, total=False):
+        alpha1: float
+        alpha2: float
 
-# ---- arguments ---------------------------------------------------------------------------------------------
-
-
-def check_rewards(rewards: Tensor, name: str = "rewards") -> None:
-    checks.check_float(name, rewards)
-    if rewards.dim() != 1:
-        raise ValueError(f"{name}: got shape {checks.show(rewards.shape)}, want [B] (one per row)")
-    checks.check_values(name, rewards)
+    class GrpoSOptions(EntropyOptions, total=False):
+        beta1: float
+        beta2: float
+        positive: float | None
 
 
-def check_scale(scale: str, eps: float, ddof: int) -> None:
-    checks.check_choice("scale", scale, SCALES)
-    checks.check_non_negative("eps", eps)
-    checks.check_ddof(ddof)
-
-
-def check_whitening(eps: float, ddof: int) -> None:
-    checks.check_non_negative("eps", eps)
-    checks.check_ddof(ddof)
-
-
-def _quantile(baseline: str | float) -> tuple[str, float]:
-    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
-        if not 0 <= baseline <= 1:
-            raise ValueError(f"baseline: got {baseline}, want a quantile from 0 to 1, or a name")
-        return "quantile", float(baseline)
-    checks.check_choice("baseline", baseline, [b for b in BASELINES if b != "quantile"])
-    return str(baseline), 0.0
-
-
-def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
-    found = checks.check_tensor(name, value)
-    checks.check_shape(name, found, rewards.shape, "one per row of rewards")
-    checks.check_device(name, found, rewards.device, "rewards")
-    return found
-
-
-def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor) -> None:
-    if lengths is None:
-        if rows is None:
-            raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
-        return
-    found = _per_row("lengths", lengths, rewards)
-    if found.dtype not in (*checks.INTEGERS, *checks.FLOATS):
-        raise TypeError(f"lengths: got dtype {found.dtype}, want integer or float")
-    if may_read(found) and bool((found < 0).any()):
-        raise ValueError("lengths: got a value below 0, want none")
-
-
-# ---- the op ------------------------------------------------------------------------------------------------
+__all__ = [
+    "advantages_to_tokens", "dr_grpo", "gdpo", "gpg", "group_advantages", "grpo", "grpo_s", "gtpo", "lite_ppo",
+    "max_rl", "opo", "pass_at_k", "pure", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "rloo",
+    "whiten",
+]  # fmt: skip
 
 
 def group_advantages(
@@ -127,13 +91,12 @@ def group_advantages(
     groups: Labels = None,
     *,
     group_size: GroupSize = None,
-    baseline: str | float = "mean",
+    baseline: str | float | Tensor = "mean",
     scale: str = "std",
     eps: float = 1e-6,
     ddof: int = 1,
     singleton: str = "zero",
     lengths: Tensor | None = None,
-    given: Tensor | None = None,
     weights: Sequence[float] | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -155,7 +118,7 @@ def group_advantages(
     ``"max"``               the largest
     ``"second_max"``        pass@k: the best row has ``largest - second largest``, every other row 0
     ``"length_weighted"``   ``sum length * reward / sum length`` (OPO)
-    ``"given"``             ``given``, a value per row (ReMax, a critic); differentiable in it
+    a tensor ``[B]``        its values, one per row (ReMax, a critic); differentiable in it
     ``"none"``              0
     ======================  ======================================================================================
 
@@ -165,7 +128,7 @@ def group_advantages(
 
     Exact on the hard inputs: equal rewards give 0 whatever their value (not the quotient of two rounding
     errors), rewards near 1000 keep their differences, a group of one has advantage 0 under any baseline but
-    ``"none"`` and ``"given"``, and 0 under any scale but ``"none"`` and ``"batch_std"``. A NaN reward makes every
+    ``"none"`` and a tensor, and 0 under any scale but ``"none"`` and ``"batch_std"``. A NaN reward makes every
     advantage of its group NaN (of the batch under ``"batch_std"``): without it none of them has one. Where there is
     neither a scale nor a baseline of the group, it is its row's alone.
 
@@ -181,7 +144,6 @@ def group_advantages(
         singleton: of a group of one: ``"zero"``, or ``"raw"`` for its reward as it is, as verl's GRPO does
             (not with ``scale="batch_std"``).
         lengths: ``[B]``, for ``"length_weighted"``; by default the number of valid tokens.
-        given: ``[B]``, for ``"given"``.
         weights: ``[R]``, for rewards ``[B, R]``; 1 each by default.
         mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``): the advantage is written to every valid token
             and 0 to the others. A row without a valid token does not count in its group.
@@ -202,198 +164,23 @@ def group_advantages(
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
-            size that does not divide the rows, an unknown baseline or scale, lengths or given that are missing.
+            size that does not divide the rows, an unknown baseline or scale, lengths that are missing.
     """
     checks.check_float("rewards", rewards)
     options: dict[str, Any] = {
         "group_size": group_size, "baseline": baseline, "scale": scale, "eps": eps, "ddof": ddof,
-        "singleton": singleton, "lengths": lengths, "given": given, "mask": mask, "cu_seqlens": cu_seqlens,
+        "singleton": singleton, "lengths": lengths, "mask": mask, "cu_seqlens": cu_seqlens,
         "num_tokens": num_tokens,
     }  # fmt: skip
     ranks = distributed.Ranks.of(process_group, max_per_rank)
     if ranks is not None or rewards.dim() == 2:
-        relative, total = _by_row(ranks, rewards, groups, weights, **options)
-        return relative.spread(total)
+        spec, total = _by_row(ranks, rewards, groups, weights, **options)
+        return spec.to_tokens(total)
     if weights is not None:
         raise ValueError(
             f"weights: got a value for rewards {checks.show(rewards.shape)}, want rewards [B, R]"
         )
-    return _Relative.of(rewards, groups, **options).advantages(rewards)
-
-
-def _by_row(
-    ranks: distributed.Ranks | None,
-    rewards: Tensor,
-    groups: Labels,
-    weights: Sequence[float] | Tensor | None,
-    **options: Any,
-) -> tuple[_Relative, Tensor]:
-    """The advantages ``[B]`` of rows, not spread yet: of rewards ``[B]``, ``[B, R]``, or on several ranks."""
-    if ranks is not None:
-        return _over_ranks(ranks, rewards, groups, weights, **options)
-    if rewards.dim() == 2:
-        return _summed(rewards, groups, weights, **options)
-    relative = _Relative.of(rewards, groups, **options)
-    return relative, relative.by_row().advantages(rewards)[:, 0]
-
-
-def _over_ranks(
-    ranks: distributed.Ranks,
-    rewards: Tensor,
-    groups: Labels,
-    weights: Sequence[float] | Tensor | None,
-    *,
-    group_size: GroupSize = None,
-    lengths: Tensor | None = None,
-    given: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    num_tokens: int | None = None,
-    **options: Any,
-) -> tuple[_Relative, Tensor]:
-    """The advantages ``[B]`` of this rank's rows among those of all ranks; computed alike on each of them."""
-    if rewards.dim() == 2 and not rewards.shape[1]:
-        raise ValueError(
-            f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R] with R of at least 1"
-        )
-    column = rewards if rewards.dim() != 2 else rewards[:, 0]
-    where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
-    own = distributed.own_labels(groups, group_size, column.shape[0], rewards.device, "rewards")
-    relative = _Relative.of(column, own, lengths=lengths, given=given, **where, **options)
-    known = {"given": given, "lengths": relative.counted()}
-    extra = {name: value for name, value in known.items() if value is not None}
-    gathered = distributed.gather(
-        [rewards, own, relative.live(), *extra.values()], ranks.process_group, ranks.max_per_rank
-    )
-    everyone, ids, live, *found = gathered.tensors
-    options |= dict(zip(extra, found, strict=True))
-    of_all = distributed.labels(gathered, ids, group_size)
-    total = group_advantages(everyone, of_all, weights=weights, mask=live[:, None], **options)
-    return relative, gathered.own(total[:, 0])
-
-
-def _summed(
-    rewards: Tensor, groups: Labels, weights: Sequence[float] | Tensor | None, **options: Any
-) -> tuple[_Relative, Tensor]:
-    """Per row the weighted sum of each reward's advantages, of rewards ``[B, R]``."""
-    columns = rewards.unbind(1)
-    relative = _Relative.of(columns[0] if columns else rewards.sum(1), groups, **options)
-    count = len(columns)
-    shares = (
-        [1.0] * count
-        if weights is None
-        else checks.as_numbers("weights", weights, count, "the columns of rewards")
-    )
-    by_row = relative.by_row()
-    total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
-    for share, column in zip(shares, columns, strict=True):
-        total = total + share * by_row.advantages(column)[:, 0]
-    return relative, total
-
-
-@dataclass(frozen=True)
-class _Relative:
-    """What rewards are relative to, and where the advantages go, checked: no kernel has run yet."""
-
-    ids: Tensor
-    rows: Layout | None
-    baseline: str
-    quantile: float
-    scale: str
-    eps: float
-    ddof: int
-    raw: bool
-    lengths: Tensor | None
-    given: Tensor | None
-
-    @staticmethod
-    def of(
-        rewards: Tensor,
-        groups: Labels,
-        *,
-        group_size: object = None,
-        baseline: str | float = "mean",
-        scale: str = "std",
-        eps: float = 1e-6,
-        ddof: int = 1,
-        singleton: str = "zero",
-        lengths: Tensor | None = None,
-        given: Tensor | None = None,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        num_tokens: int | None = None,
-        name: str = "rewards",
-    ) -> _Relative:
-        """Of ``rewards`` ``[B]``, which go by ``name``."""
-        check_rewards(rewards, name)
-        ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
-        kind, quantile = _quantile(baseline)
-        check_scale(scale, eps, ddof)
-        checks.check_choice("singleton", singleton, ("zero", "raw"))
-        if singleton == "raw" and scale == "batch_std":
-            raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
-        rows = checks.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
-        if (given is None) == (kind == "given"):
-            got = "None" if given is None else "a value"
-            raise ValueError(f"given: got {got} with baseline={baseline!r}")
-        if given is not None:
-            checks.check_float("given", _per_row("given", given, rewards))
-        if kind == "length_weighted":
-            _check_lengths(lengths, rows, rewards)
-        elif lengths is not None:
-            raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
-        return _Relative(
-            ids, rows, kind, quantile, scale, float(eps), ddof, singleton == "raw", lengths, given
-        )
-
-    def counted(self) -> Tensor | None:
-        """``[B]``, the lengths that a baseline weighs by."""
-        if self.baseline != "length_weighted":
-            return None
-        if self.lengths is not None:
-            return self.lengths.detach()
-        assert self.rows is not None
-        return segments.row_counts(self.rows, self.ids.device)
-
-    def live(self) -> Tensor:
-        """``[B]``, rows that have a token, where there are tokens."""
-        where = (None, None) if self.rows is None else (self.rows.mask, self.rows.cu_seqlens)
-        return live_rows(self.ids, *where)
-
-    def by_row(self) -> _Relative:
-        """The same with a token a row, ``[B, 1]``, which rows without a token do not have."""
-        live = self.live()[:, None]
-        return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.counted())
-
-    def advantages(self, rewards: Tensor) -> Tensor:
-        """``[B]``, or spread over the tokens."""
-        rewards, *given = checks.promote(rewards, *(() if self.given is None else (self.given,)))
-        counted, rows = self.counted(), self.rows
-        out: Tensor = forward(
-            rewards,
-            self.ids,
-            given[0] if given else None,
-            None if counted is None else counted.to(rewards.dtype),
-            None if rows is None else rows.mask,
-            None if rows is None else rows.cu_seqlens,
-            -1 if rows is None or rows.cu_seqlens is None else rows.shape[0],
-            self.baseline,
-            self.quantile,
-            self.scale,
-            self.eps,
-            self.ddof,
-            self.raw,
-        )[0]
-        return out
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Values of rows as they are, ``[B]``, or on their tokens."""
-        if self.rows is None:
-            return values
-        own = torch.arange(len(values), device=values.device)
-        return replace(
-            self, ids=own, baseline="none", scale="none", raw=False, lengths=None, given=None
-        ).advantages(values)
+    return GroupSpec.of(rewards, groups, **options).advantages(rewards)
 
 
 def advantages_to_tokens(
@@ -413,11 +200,11 @@ def advantages_to_tokens(
     """
     if mask is None and cu_seqlens is None:
         raise ValueError("mask: got None without cu_seqlens, want one of the two")
-    relative = _Relative.of(
+    spec = GroupSpec.of(
         advantages, None, group_size=1, baseline="none", scale="none", mask=mask, cu_seqlens=cu_seqlens,
         num_tokens=num_tokens, name="advantages",
     )  # fmt: skip
-    return relative.advantages(advantages)
+    return spec.advantages(advantages)
 
 
 def whiten(
@@ -444,7 +231,7 @@ def whiten(
         The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
     """
     checks.check_float("values", values)
-    check_whitening(eps, ddof)
+    checks.check_eps_ddof(eps, ddof)
     checks.check_flag("shift_mean", shift_mean)
     if process_group is not None:
         distributed.check(process_group)
@@ -467,66 +254,58 @@ def whiten(
         centred = torch.where(valid, above + ((first - base) - mean), 0)
         count, first = total, base
     var = squares / (count - ddof).clamp(min=1)
-    spread = var + eps > 0
-    out = centred * torch.where(spread, torch.where(spread, var + eps, 1).rsqrt(), 0)
+    varies = var + eps > 0
+    out = centred * torch.where(varies, torch.where(varies, var + eps, 1).rsqrt(), 0)
     if not shift_mean:
         out = out + mean + first
     # Last, so that what comes back to a masked token is dropped first.
     return torch.where(valid, out, 0).to(x.dtype)
 
 
-def _merged_moments(
-    process_group: ProcessGroup, count: Tensor, first: Tensor, mean: Tensor, squares: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An element that all ranks subtract, and the count, the mean above it and the squares about that mean, of all.
-
-    Of each rank its count, an element, the mean above it and the squares about that mean.
-    """
-    record = torch.stack([x.double() for x in (count, first, mean, squares)])
-    (records,) = distributed.gather([record[None]], process_group, 1).tensors
-    counts, firsts, means, parts = records.unbind(1)
-    base = torch.where(counts > 0, firsts.detach(), torch.inf).amin()
-    base = torch.where(base.isfinite(), base, 0)
-    total = counts.sum()
-    means = torch.where(counts > 0, means + (firsts - base), 0)
-    whole = (counts * means).sum() / total.clamp(min=1)
-    return base, total, whole, parts.sum() + (counts * (means - whole).square()).sum()
-
-
 # ---- presets -----------------------------------------------------------------------------------------------
 
 
-def grpo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
+def grpo(rewards: Tensor, groups: Labels = None, **options: Unpack[AllOptions]) -> Tensor:
     """GRPO (2402.03300): ``(r - mean) / (std + eps)``. Options as of :func:`group_advantages`."""
     return group_advantages(rewards, groups, **options)
 
 
-def dr_grpo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
+def dr_grpo(rewards: Tensor, groups: Labels = None, **options: Unpack[BaselineOptions]) -> Tensor:
     """Dr. GRPO (2503.20783): ``r - mean``. The loss is then divided by a constant length, not the response's."""
     return group_advantages(rewards, groups, scale="none", **options)
 
 
-def rloo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
+def rloo(rewards: Tensor, groups: Labels = None, **options: Unpack[FixedOptions]) -> Tensor:
     """RLOO (2402.14740): reward less the mean of the others."""
     return group_advantages(rewards, groups, baseline="leave_one_out", scale="none", **options)
 
 
-def lite_ppo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
+def lite_ppo(rewards: Tensor, groups: Labels = None, **options: Unpack[BaselineOptions]) -> Tensor:
     """Lite PPO (2508.08221): group mean, std of the rewards of the batch (as TRL's ``scale_rewards="batch"``)."""
     return group_advantages(rewards, groups, scale="batch_std", **options)
 
 
-def opo(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
+def opo(
+    rewards: Tensor,
+    groups: Labels = None,
+    *,
+    lengths: Tensor | None = None,
+    **options: Unpack[FixedOptions],
+) -> Tensor:
     """OPO (2505.23585): reward less the group's length-weighted mean reward."""
-    return group_advantages(rewards, groups, baseline="length_weighted", scale="none", **options)
+    return group_advantages(
+        rewards, groups, baseline="length_weighted", scale="none", lengths=lengths, **options
+    )
 
 
-def pass_at_k(rewards: Tensor, groups: Labels = None, *, scale: str = "none", **options: Any) -> Tensor:
+def pass_at_k(
+    rewards: Tensor, groups: Labels = None, *, scale: str = "none", **options: Unpack[FixedOptions]
+) -> Tensor:
     """Pass@k with k = n (2503.19595): the best row has the margin to the second, the others 0."""
     return group_advantages(rewards, groups, baseline="second_max", scale=scale, **options)
 
 
-def max_rl(rewards: Tensor, groups: Labels = None, **options: Any) -> Tensor:
+def max_rl(rewards: Tensor, groups: Labels = None, **options: Unpack[BaselineOptions]) -> Tensor:
     """MaxRL: ``(r - mean) / (mean + eps)`` for rewards of at least 0; the mean of absolute rewards otherwise."""
     return group_advantages(rewards, groups, scale="mean_abs", **options)
 
@@ -541,7 +320,7 @@ def gpg(
     num_tokens: int | None = None,
     process_group: ProcessGroup | None = None,
     max_per_rank: int | None = None,
-    **options: Any,
+    **options: Unpack[GroupOptions],
 ) -> Tensor:
     """GPG (2504.02546): ``alpha (r - mean)``, with alpha the number of rows over that of rows with a signal.
 
@@ -549,16 +328,16 @@ def gpg(
     not 0, as verl does. Alpha is a constant to the gradient.
     """
     checks.check_choice("alpha", alpha, ("informative", "rewards"))
-    settings = {"scale": "none", "eps": 0.0, **options}
+    settings: dict[str, Any] = {"scale": "none", "eps": 0.0, **options}
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     ranks = distributed.Ranks.of(process_group, max_per_rank)
-    check_rewards(rewards)
-    relative, found = _by_row(ranks, rewards, groups, None, **where, **settings)
-    signal = ((found if alpha == "informative" else rewards).detach() != 0).sum()
+    checks.check_rewards(rewards)
+    spec, advantages = _by_row(ranks, rewards, groups, None, **where, **settings)
+    signal = ((advantages if alpha == "informative" else rewards).detach() != 0).sum()
     count = torch.full_like(signal, rewards.shape[0])
     if ranks is not None:
         signal, count = distributed.exchange(torch.stack([signal, count]), ranks.process_group).sum(0)
-    return relative.spread(found * (count / signal.clamp(min=1)))
+    return spec.to_tokens(advantages * (count / signal.clamp(min=1)))
 
 
 def gdpo(
@@ -572,7 +351,7 @@ def gdpo(
     num_tokens: int | None = None,
     process_group: ProcessGroup | None = None,
     max_per_rank: int | None = None,
-    **options: Any,
+    **options: Unpack[GroupOptions],
 ) -> Tensor:
     """GDPO: GRPO per reward of ``[B, R]``, their weighted sum, whitened over the batch.
 
@@ -585,13 +364,13 @@ def gdpo(
         raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B, R]")
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     ranks = distributed.Ranks.of(process_group, max_per_rank)
-    relative, total = _by_row(ranks, rewards, groups, weights, **where, **options)
+    spec, total = _by_row(ranks, rewards, groups, weights, **where, **options)
     if whitening == "rows":
-        return relative.spread(whiten(total, relative.live(), process_group=process_group))
-    out = relative.spread(total)
+        return spec.to_tokens(whiten(total, spec.live(), process_group=process_group))
+    out = spec.to_tokens(total)
     if whitening == "none":
         return out
-    return whiten(out, None if relative.rows is None else relative.rows.mask, process_group=process_group)
+    return whiten(out, None if spec.rows is None else spec.rows.mask, process_group=process_group)
 
 
 def gtpo(
@@ -605,16 +384,14 @@ def gtpo(
     positive: float | None = None,
     eps: float = 1e-8,
     joint: bool = False,
-    **options: Any,
+    **options: Unpack[GtpoOptions],
 ) -> Tensor:
     """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`; ``[B, T]`` or packed."""
-    from . import entropy as family  # which is built on this one
-
     checks.check_non_negative("eps", eps)
     checks.check_flag("joint", joint)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
-    shaped = family.gtpo_rewards(rewards, entropy, groups, positive=positive, **where, **options)
-    return family.signed_group_normalize(
+    shaped = entropy_family.gtpo_rewards(rewards, entropy, groups, positive=positive, **where, **options)
+    return entropy_family.signed_group_normalize(
         shaped, rewards, groups, positive=positive, eps=eps, joint=joint, **where
     )
 
@@ -628,28 +405,17 @@ def grpo_s(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-8,
-    **options: Any,
+    **options: Unpack[GrpoSOptions],
 ) -> Tensor:
     """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`; ``[B, T]`` or packed, a row's on each of its tokens."""
-    from . import entropy as family
-
     checks.check_non_negative("eps", eps)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
-    shaped = family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
+    shaped = entropy_family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
     if cu_seqlens is not None:
         where["num_tokens"] = entropy.shape[0]
     elif mask is None:
         where["mask"] = torch.ones_like(entropy, dtype=torch.bool)
     return group_advantages(shaped, groups, eps=eps, **where)
-
-
-def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of ``x`` over the other live rows of the group, and how many they are."""
-    place = selection.scope_ids("group", ids, ids.shape[0], ids.device)
-    count = selection.scope_counts(live, place)[place]
-    above = group_advantages(x, ids, baseline="mean", scale="none", mask=live[:, None])[:, 0]
-    x = torch.where(live, x, 0)
-    return (x - above) * count - x, count - 1
 
 
 def pure(
@@ -696,17 +462,17 @@ def pure(
         checks.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
     checks.check_finite("outcome_weight", outcome_weight)
     checks.check_positive("temperature", temperature)
-    returns.factor("gamma", gamma, rows, device, "process_rewards")
+    factor("gamma", gamma, rows, device, "process_rewards")
     checks.check_flag("separators", separators)
     where: dict[str, Any] = {"mask": rows.mask, "cu_seqlens": rows.cu_seqlens}
-    ends = returns.step_ends(markers, rows)
-    r = returns.softmin_rewards(process_rewards, steps=steps, temperature=temperature, **where)
-    lengths = segments.row_counts(rows, r.device).to(r.dtype)
+    ends = step_ends(markers, rows)
+    r = softmin_rewards(process_rewards, steps=steps, temperature=temperature, **where)
+    lengths = row_counts(rows, r.device).to(r.dtype)
     live = lengths > 0
     if baseline != "none":
-        total = segments.row_sums(r, rows)
+        total = row_sums(r, rows)
         if baseline == "step":
-            number = segments.row_sums(ends.to(r.dtype), rows)
+            number = row_sums(ends.to(r.dtype), rows)
             summed, count = _others(torch.where(number > 0, total / number.clamp(min=1), 0), ids, live)
             per_step = rows.expand(torch.where(count > 0, summed / count.clamp(min=1), 0))
         else:
@@ -716,16 +482,16 @@ def pure(
             counted = rows.valid(r.device)
             if markers.dtype is not torch.bool:
                 counted = counted & (markers >= 0)
-            sizes = returns.sums_between(counted.to(r.dtype), ends, rows)
+            sizes = sums_between(counted.to(r.dtype), ends, rows)
             per_step = rows.expand(per_token) * (sizes - 1)
         r = torch.where(ends, r - per_step, 0)
     if outcome is not None:
         verdict = outcome.to(r.dtype)
         summed, count = _others(verdict, ids, live)
         verdict = outcome_weight * (verdict - torch.where(count > 0, summed / count.clamp(min=1), 0))
-        last = returns.last_tokens(rows, r.device)
+        last = last_tokens(rows, r.device)
         r = r + torch.where(last, rows.expand(verdict), 0)
-    out = returns.discounted_returns(r, gamma=gamma, **where)
+    out = discounted_returns(r, gamma=gamma, **where)
     return out if separators else torch.where(ends, 0, out)
 
 
@@ -736,8 +502,8 @@ def remax(
     checks.check_float("token_rewards", token_rewards)
     rows = checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
     checks.check_rows("baseline", baseline, rows.batch, token_rewards.device, "token_rewards")
-    found = returns.discounted_returns(token_rewards, mask=mask, cu_seqlens=cu_seqlens)
-    out = found - rows.expand(baseline.to(found.dtype))
+    returns = discounted_returns(token_rewards, mask=mask, cu_seqlens=cu_seqlens)
+    out = returns - rows.expand(baseline.to(returns.dtype))
     return out if rows.mask is None else torch.where(rows.mask, out, 0)
 
 
@@ -754,11 +520,11 @@ def reinforce_plus_plus(
     """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
     checks.check_float("token_rewards", token_rewards)
     checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
-    check_whitening(eps, ddof)
+    checks.check_eps_ddof(eps, ddof)
     if process_group is not None:
         distributed.check(process_group)
-    found = returns.discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
-    return whiten(found, mask, ddof=ddof, eps=eps, process_group=process_group)
+    returns = discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
+    return whiten(returns, mask, ddof=ddof, eps=eps, process_group=process_group)
 
 
 def reinforce_plus_plus_baseline(
@@ -771,7 +537,7 @@ def reinforce_plus_plus_baseline(
     ddof: int = 1,
     eps: float = 1e-8,
     process_group: ProcessGroup | None = None,
-    **options: Any,
+    **options: Any,  # of dr_grpo, except those above
 ) -> Tensor:
     """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens."""
     tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
@@ -779,6 +545,253 @@ def reinforce_plus_plus_baseline(
         raise ValueError(
             "mask: got None without cu_seqlens, want one of the two (it is whitened over tokens)"
         )
-    check_whitening(eps, ddof)
-    found = dr_grpo(rewards, groups, **tokens, process_group=process_group, **options)
-    return whiten(found, mask, ddof=ddof, eps=eps, process_group=process_group)
+    checks.check_eps_ddof(eps, ddof)
+    advantages = dr_grpo(rewards, groups, **tokens, process_group=process_group, **options)
+    return whiten(advantages, mask, ddof=ddof, eps=eps, process_group=process_group)
+
+
+def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of ``x`` over the other live rows of the group, and how many they are."""
+    place = scope_ids("group", ids, ids.shape[0], ids.device)
+    count = scope_counts(live, place)[place]
+    above = group_advantages(x, ids, baseline="mean", scale="none", mask=live[:, None])[:, 0]
+    x = torch.where(live, x, 0)
+    return (x - above) * count - x, count - 1
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def check_scale(scale: str, eps: float, ddof: int) -> None:
+    checks.check_choice("scale", scale, SCALES)
+    checks.check_eps_ddof(eps, ddof)
+
+
+def _baseline(baseline: str | float | Tensor, rewards: Tensor) -> tuple[str, float, Tensor | None]:
+    """The name of a baseline, its quantile, and its values."""
+    if isinstance(baseline, Tensor):
+        checks.check_float("baseline", _per_row("baseline", baseline, rewards))
+        return "values", 0.0, baseline
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
+        if not 0 <= baseline <= 1:
+            raise ValueError(f"baseline: got {baseline}, want a quantile from 0 to 1, a name or a tensor")
+        return "quantile", float(baseline), None
+    checks.check_choice("baseline", baseline, [b for b in BASELINES if b not in ("quantile", "values")])
+    return str(baseline), 0.0, None
+
+
+def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
+    tensor = checks.check_tensor(name, value)
+    checks.check_shape(name, tensor, rewards.shape, "one per row of rewards")
+    checks.check_device(name, tensor, rewards.device, "rewards")
+    return tensor
+
+
+def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor) -> None:
+    if lengths is None:
+        if rows is None:
+            raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
+        return
+    lengths = _per_row("lengths", lengths, rewards)
+    if lengths.dtype not in (*checks.INTEGERS, *checks.FLOATS):
+        raise TypeError(f"lengths: got dtype {lengths.dtype}, want integer or float")
+    if may_read(lengths) and bool((lengths < 0).any()):
+        raise ValueError("lengths: got a value below 0, want none")
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Validated arguments of :func:`group_advantages`: groups, baseline, scale, token layout. Launches nothing."""
+
+    ids: Tensor
+    rows: Layout | None
+    baseline: str
+    quantile: float
+    scale: str
+    eps: float
+    ddof: int
+    raw: bool
+    lengths: Tensor | None
+    baseline_values: Tensor | None
+
+    @staticmethod
+    def of(
+        rewards: Tensor,
+        groups: Labels,
+        *,
+        group_size: object = None,
+        baseline: str | float | Tensor = "mean",
+        scale: str = "std",
+        eps: float = 1e-6,
+        ddof: int = 1,
+        singleton: str = "zero",
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_tokens: int | None = None,
+        name: str = "rewards",
+    ) -> GroupSpec:
+        """The arguments of a call with ``rewards`` ``[B]``, the argument that errors call ``name``."""
+        checks.check_rewards(rewards, name)
+        ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
+        kind, quantile, values = _baseline(baseline, rewards)
+        check_scale(scale, eps, ddof)
+        checks.check_choice("singleton", singleton, ("zero", "raw"))
+        if singleton == "raw" and scale == "batch_std":
+            raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
+        rows = checks.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
+        if kind == "length_weighted":
+            _check_lengths(lengths, rows, rewards)
+        elif lengths is not None:
+            raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
+        return GroupSpec(
+            ids, rows, kind, quantile, scale, float(eps), ddof, singleton == "raw", lengths, values
+        )
+
+    def weights(self) -> Tensor | None:
+        """``[B]``, the lengths that weigh rewards in the baseline; None for other baselines."""
+        if self.baseline != "length_weighted":
+            return None
+        if self.lengths is not None:
+            return self.lengths.detach()
+        assert self.rows is not None
+        return row_counts(self.rows, self.ids.device)
+
+    def live(self) -> Tensor:
+        """``[B]``, rows that have a token; all rows where there are no tokens."""
+        where = (None, None) if self.rows is None else (self.rows.mask, self.rows.cu_seqlens)
+        return live_rows(self.ids, *where)
+
+    def by_row(self) -> GroupSpec:
+        """The same over rows of one token, ``[B, 1]``, masked where the row has no token."""
+        live = self.live()[:, None]
+        return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.weights())
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """``[B]``, or written to the tokens."""
+        values = () if self.baseline_values is None else (self.baseline_values,)
+        rewards, *values_wide = checks.promote(rewards, *values)
+        weights, rows = self.weights(), self.rows
+        args = AdvantagesArgs(
+            rewards,
+            self.ids,
+            values_wide[0] if values_wide else None,
+            None if weights is None else weights.to(rewards.dtype),
+            None if rows is None else rows.mask,
+            None if rows is None else rows.cu_seqlens,
+            -1 if rows is None or rows.cu_seqlens is None else rows.shape[0],
+            self.baseline,
+            self.quantile,
+            self.scale,
+            self.eps,
+            self.ddof,
+            self.raw,
+        )
+        out: Tensor = ops.group_advantages(*args)[0]
+        return out
+
+    def to_tokens(self, values: Tensor) -> Tensor:
+        """Values of rows as they are, ``[B]``, or written to their tokens."""
+        if self.rows is None:
+            return values
+        # Every row is its own group: the kernel writes tokens in the pass that it makes anyway.
+        alone = torch.arange(len(values), device=values.device)
+        return replace(
+            self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None
+        ).advantages(values)
+
+
+# ---- per row, on one rank or several -----------------------------------------------------------------------
+
+
+def _by_row(
+    ranks: distributed.Ranks | None,
+    rewards: Tensor,
+    groups: Labels,
+    weights: Sequence[float] | Tensor | None,
+    **options: Any,
+) -> tuple[GroupSpec, Tensor]:
+    """Advantages per row ``[B]``, not yet on tokens: of rewards ``[B]``, ``[B, R]``, or on several ranks."""
+    if ranks is not None:
+        return _over_ranks(ranks, rewards, groups, weights, **options)
+    if rewards.dim() == 2:
+        return _summed(rewards, groups, weights, **options)
+    spec = GroupSpec.of(rewards, groups, **options)
+    return spec, spec.by_row().advantages(rewards)[:, 0]
+
+
+def _over_ranks(
+    ranks: distributed.Ranks,
+    rewards: Tensor,
+    groups: Labels,
+    weights: Sequence[float] | Tensor | None,
+    *,
+    group_size: GroupSize = None,
+    baseline: str | float | Tensor = "mean",
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_tokens: int | None = None,
+    **options: Any,
+) -> tuple[GroupSpec, Tensor]:
+    """Advantages ``[B]`` of this rank's rows among the rows of all ranks; every rank computes all of them."""
+    if rewards.dim() == 2 and not rewards.shape[1]:
+        raise ValueError(
+            f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R] with R of at least 1"
+        )
+    column = rewards if rewards.dim() != 2 else rewards[:, 0]
+    where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
+    labels = distributed.own_labels(groups, group_size, column.shape[0], rewards.device, "rewards")
+    spec = GroupSpec.of(column, labels, baseline=baseline, lengths=lengths, **where, **options)
+    options["baseline"] = baseline
+    per_row = {"baseline": spec.baseline_values, "lengths": spec.weights()}
+    extra = {name: value for name, value in per_row.items() if value is not None}
+    gathered = distributed.gather(
+        [rewards, labels, spec.live(), *extra.values()], ranks.process_group, ranks.max_per_rank
+    )
+    all_rewards, all_labels, live, *gathered_extra = gathered.tensors
+    options |= dict(zip(extra, gathered_extra, strict=True))
+    ids = distributed.labels(gathered, all_labels, group_size)
+    total = group_advantages(all_rewards, ids, weights=weights, mask=live[:, None], **options)
+    return spec, gathered.own(total[:, 0])
+
+
+def _summed(
+    rewards: Tensor, groups: Labels, weights: Sequence[float] | Tensor | None, **options: Any
+) -> tuple[GroupSpec, Tensor]:
+    """Per row the weighted sum of each reward's advantages, of rewards ``[B, R]``."""
+    columns = rewards.unbind(1)
+    spec = GroupSpec.of(columns[0] if columns else rewards.sum(1), groups, **options)
+    count = len(columns)
+    shares = (
+        [1.0] * count
+        if weights is None
+        else checks.as_numbers("weights", weights, count, "the columns of rewards")
+    )
+    by_row = spec.by_row()
+    total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
+    for share, column in zip(shares, columns, strict=True):
+        total = total + share * by_row.advantages(column)[:, 0]
+    return spec, total
+
+
+# ---- whitening over ranks ----------------------------------------------------------------------------------
+
+
+def _merged_moments(
+    process_group: ProcessGroup, count: Tensor, first: Tensor, mean: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge the moments of all ranks.
+
+    Each rank brings the count of its elements, one element, the mean relative to that element, and the sum of
+    squares about that mean. Returned are an element that all ranks subtract, and count, mean and squares of all.
+    """
+    record = torch.stack([x.double() for x in (count, first, mean, squares)])
+    (records,) = distributed.gather([record[None]], process_group, 1).tensors
+    counts, firsts, means, parts = records.unbind(1)
+    base = torch.where(counts > 0, firsts.detach(), torch.inf).amin()
+    base = torch.where(base.isfinite(), base, 0)
+    total = counts.sum()
+    means = torch.where(counts > 0, means + (firsts - base), 0)
+    whole = (counts * means).sum() / total.clamp(min=1)
+    return base, total, whole, parts.sum() + (counts * (means - whole).square()).sum()

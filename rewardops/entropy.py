@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .advantages import check_rewards
-from .advantages import forward as group_forward
-from .core import checks, distributed
-from .core.dispatch import define
+from .core import checks
 from .core.groups import GroupSize, Labels, group_ids
-from .core.rows import Layout
-from .segments import row_counts, row_sums
-from .selection import SCOPES, largest, scope_counts, scope_ids
+from .ops import advantages as group_ops
+from .ops import entropy as ops
+from .reference.advantages import AdvantagesArgs
+from .segments import TokenValues
+from .selection import largest, scope_counts, scope_ids, scope_of_rows, share_of
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, alpha1, alpha2, threshold, floor = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = (alpha1, alpha2, threshold, floor)
-
-
-def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_rewards, grad_entropy = _backward(grad, *ctx.saved_tensors, *ctx.options)
-    needs = ctx.needs_input_grad
-    return (grad_rewards if needs[0] else None, grad_entropy if needs[1] else None, *[None] * 7)
-
-
-_backward = define(
-    "entropy",
-    "gtpo_rewards_backward(Tensor grad, Tensor rewards, Tensor entropy, Tensor groups, Tensor? mask,"
-    " Tensor? cu_seqlens, float alpha1, float alpha2, float threshold, float floor)"
-    " -> (Tensor grad_rewards, Tensor grad_entropy)",
-    fake=lambda grad, rewards, entropy, *_: (
-        rewards.new_empty(rewards.shape),
-        entropy.new_empty(entropy.shape),
-    ),
-)
-
-_forward = define(
-    "entropy",
-    "gtpo_rewards(Tensor rewards, Tensor entropy, Tensor groups, Tensor? mask, Tensor? cu_seqlens,"
-    " float alpha1, float alpha2, float threshold, float floor) -> Tensor",
-    fake=lambda rewards, entropy, *_: entropy.new_empty(entropy.shape),
-    setup_context=_setup,
-    backward=_gradient,
-)
+__all__ = [
+    "advantage_logprob_cov", "entropy_bonus", "entropy_change", "entropy_reward", "entropy_weights",
+    "grpo_s_rewards", "gtpo_rewards", "signed_group_normalize", "steer_metric", "steer_weights",
+    "unlikeliness_rewards",
+]  # fmt: skip
 
 
 def gtpo_rewards(
@@ -102,7 +69,7 @@ def gtpo_rewards(
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
     """
-    check_rewards(rewards)
+    checks.check_rewards(rewards)
     checks.check_float("entropy", entropy)
     tokens = checks.token_layout("entropy", entropy, mask, cu_seqlens)
     checks.check_shape("rewards", rewards, (tokens.batch,), "one per row of entropy")
@@ -114,7 +81,7 @@ def gtpo_rewards(
     checks.check_positive("entropy_floor", entropy_floor)
     checks.check_flag("entropy_grad", entropy_grad)
     rewards, entropy = checks.promote(rewards, entropy if entropy_grad else entropy.detach())
-    out: Tensor = _forward(
+    out: Tensor = ops.gtpo_rewards(
         rewards,
         entropy,
         groups,
@@ -133,38 +100,6 @@ def _threshold(positive: float | None) -> float:
 
 
 # ---- rewards of rows, and class-wise normalisation -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Per-token values in full precision, in the layout they came in; checked, and nothing has run."""
-
-    rows: Layout
-    values: Tensor
-
-    @staticmethod
-    def of(
-        name: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, grad: bool = False
-    ) -> _Tokens:
-        checks.check_float(name, values)
-        rows = checks.token_layout(name, values, mask, cu_seqlens)
-        (wide,) = checks.promote(values if grad else values.detach())
-        return _Tokens(rows, wide)
-
-    def counts(self) -> Tensor:
-        """``[B]``, valid tokens."""
-        return row_counts(self.rows, self.values.device)
-
-    def valid(self) -> Tensor:
-        return self.rows.valid(self.values.device)
-
-    def zeroed(self) -> Tensor:
-        """The values, 0 where masked."""
-        return self.values if self.rows.mask is None else torch.where(self.rows.mask, self.values, 0)
-
-    def means(self, x: Tensor, counts: Tensor) -> Tensor:
-        """``[B]``"""
-        return row_sums(x, self.rows) / counts.clamp(min=1).to(x.dtype)
 
 
 def grpo_s_rewards(
@@ -192,8 +127,8 @@ def grpo_s_rewards(
     Returns:
         ``[B]``; :func:`rewardops.group_advantages` makes advantages of them.
     """
-    check_rewards(rewards)
-    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens, grad=True)
+    checks.check_rewards(rewards)
+    tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=True)
     checks.check_rows("rewards", rewards, tokens.rows.batch, entropy.device, "entropy")
     ids = group_ids(groups, group_size, tokens.rows.batch, entropy.device, "entropy")
     checks.check_finite("beta1", beta1)
@@ -209,11 +144,12 @@ def grpo_s_rewards(
 
 
 def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Tensor:
-    """Of per-row means the mean over their groups' tokens, for every live row."""
-    above, _, _ = group_forward(
-        means, ids, None, counts.to(means.dtype), live[:, None], None, -1,
-        "length_weighted", 0.0, "none", 0.0, 1, False,
+    """Token-weighted group mean from per-row means and token counts, for every live row."""
+    args = AdvantagesArgs(
+        means, ids, None, counts.to(means.dtype), live[:, None], None, -1, baseline="length_weighted",
+        quantile=0.0, scale="none", eps=0.0, ddof=1, raw=False,
     )  # fmt: skip
+    above, _, _ = group_ops.group_advantages(*args)
     return means - above[:, 0]
 
 
@@ -243,8 +179,8 @@ def signed_group_normalize(
     Returns:
         The layout of ``values``, 0 where masked. Differentiable in ``values``.
     """
-    check_rewards(rewards)
-    tokens = _Tokens.of("values", values, mask, cu_seqlens, grad=True)
+    checks.check_rewards(rewards)
+    tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
     checks.check_rows("rewards", rewards, rows.batch, values.device, "values")
     checks.check_non_negative("eps", eps)
@@ -268,165 +204,20 @@ def signed_group_normalize(
     return torch.where(valid, out, 0).to(x.dtype)
 
 
-# ---- selections ----------------------------------------------------------------------------------------------
-
-
-def _check_scope(scope: str, groups: Labels, group_size: GroupSize, name: str) -> None:
-    checks.check_choice(name, scope, SCOPES)
-    if scope != "group" and (groups is not None or group_size is not None):
-        given = "group_size" if groups is None else "groups"
-        raise ValueError(f"{given}: got a value with {name}={scope!r}, want {name}='group'")
-
-
-def _scope(
-    scope: str,
-    groups: Labels,
-    group_size: GroupSize,
-    batch: int,
-    device: torch.device,
-    name: str = "scope",
-) -> Tensor:
-    _check_scope(scope, groups, group_size, name)
-    labels = None
-    if scope == "group":
-        labels = group_ids(groups, group_size, batch, device, "entropy")
-    return scope_ids(scope, labels, batch, device)
-
-
-def _share(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
-    """The fraction of counts, to the nearest (``rounding=0``: downwards); at least one where there are any."""
-    wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
-    return torch.minimum(wanted.clamp(min=1), counts)
-
-
-def high_entropy_mask(
-    entropy: Tensor,
-    mask: Tensor | None = None,
-    *,
-    fraction: float = 0.2,
-    scope: str = "batch",
-    groups: Labels = None,
-    group_size: GroupSize = None,
-    cu_seqlens: Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    max_per_rank: int | None = None,
-) -> Tensor:
-    """The tokens of highest entropy ("80/20", 2506.01939): exactly a fraction of the valid ones.
-
-    ``round(fraction * count)`` tokens, at least one, of the batch, of every row, or of every group; of equal ones
-    the earliest. The papers' codes threshold at a quantile, which keeps all ties and fails beyond 2^24 tokens.
-    The loss's denominator stays all valid tokens there, and a KL term is on all tokens.
-
-    Args:
-        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. fraction: 0 to 1. scope: ``"batch"``, ``"row"`` or
-            ``"group"`` (with ``groups`` or ``group_size``).
-        process_group: batch and groups are of the tokens of all its ranks, each of which gets its own tokens' mask;
-            of equal tokens the earliest, by rank. Labels are as in :func:`group_advantages`; not ``group_size``.
-            One collective, of the entropies.
-        max_per_rank: with a process group, a number of tokens (padding included) that no rank exceeds. Without it
-            the ranks tell each other how many they have first, and the host reads it.
-
-    Returns:
-        bool, the layout of ``entropy``. Nothing is read back from the device.
-    """
-    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
-    checks.check_fraction("fraction", fraction)
-    ranks = distributed.Ranks.of(process_group, max_per_rank)
-    if ranks is not None and group_size is not None:
-        raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
-    if ranks is not None and scope != "row":
-        _check_scope(scope, groups, None, "scope")
-        return _high_entropy_over_ranks(tokens, fraction, scope, groups, ranks)
-    ids = _scope(scope, groups, group_size, tokens.rows.batch, entropy.device)
-    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids)))
-
-
-def _high_entropy_over_ranks(
-    tokens: _Tokens,
-    fraction: float,
-    scope: str,
-    groups: Labels,
-    ranks: distributed.Ranks,
-) -> Tensor:
-    """Of the batch, or of every group, where each token is a row of its own."""
-    rows, device = tokens.rows, tokens.values.device
-    parts = [tokens.values.reshape(-1), tokens.valid().reshape(-1)]
-    if scope == "group":
-        ids = distributed.own_labels(groups, None, rows.batch, device, "entropy")
-        parts.append(rows.expand(ids).reshape(-1))
-    gathered = distributed.gather(parts, ranks.process_group, ranks.max_per_rank)
-    values, valid, *labels = gathered.tensors
-    count = values.shape[0]
-    if labels:
-        everything = Layout(count, (count, 1), valid[:, None], None)
-        scopes = scope_ids("group", labels[0], count, device)
-        counts = valid
-    else:
-        everything = Layout(1, (1, count), valid[None, :], None)
-        scopes = scope_ids("batch", None, 1, device)
-        counts = valid.sum()[None]
-    wanted = _share(fraction, scope_counts(counts, scopes))
-    chosen = largest(values.view(everything.shape), everything, scopes, wanted)
-    return gathered.own(chosen.view(-1)).view(rows.shape)
-
-
-def covariance(
+def advantage_logprob_cov(
     advantages: Tensor, logprob: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """``(A - mean A) * (logprob - mean logprob)`` with means over all valid tokens; 0 where masked, no gradient.
 
     Its mean is the covariance that drives the entropy's fall (2505.22617).
     """
-    tokens = _Tokens.of("advantages", advantages, mask, cu_seqlens)
+    tokens = TokenValues.of("advantages", advantages, mask, cu_seqlens)
     checks.check_like("logprob", logprob, advantages, "advantages")
     valid, a = tokens.valid(), tokens.zeroed()
     lp = torch.where(valid, logprob.detach().to(a.dtype), 0)
     count = tokens.counts().sum().clamp(min=1)
     parts = [x.double() - x.sum(dtype=torch.float64) / count for x in (a, lp)]
     return torch.where(valid, parts[0] * parts[1], 0).to(lp.dtype)
-
-
-def clip_cov_mask(
-    cov: Tensor,
-    mask: Tensor | None = None,
-    *,
-    low: float = 1.0,
-    high: float = 5.0,
-    fraction: float = 2e-4,
-    generator: torch.Generator | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """Clip-Cov (2505.22617): a random ``fraction`` of the valid tokens, out of those with ``low < cov < high``.
-
-    At least one, where there are any. They are to have no gradient. ``mask`` may leave out tokens that PPO has
-    clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
-    """
-    tokens = _Tokens.of("cov", cov, mask, cu_seqlens)
-    checks.check_number("low", low)
-    checks.check_number("high", high)
-    checks.check_fraction("fraction", fraction)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator")
-    ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
-    inside = tokens.valid() & (tokens.values > low) & (tokens.values < high)
-    band = replace(tokens.rows, mask=inside)
-    found = scope_counts(row_counts(band, cov.device), ids)
-    wanted = torch.minimum(_share(fraction, scope_counts(tokens.counts(), ids), 0.0), found)
-    draw = torch.rand(inside.shape, generator=generator, device=cov.device)
-    return largest(draw, band, ids, wanted)
-
-
-def kl_cov_mask(
-    cov: Tensor, mask: Tensor | None = None, *, fraction: float = 2e-4, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """KL-Cov (2505.22617): the ``fraction`` of the valid tokens with the largest ``cov``, at least one.
-
-    They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
-    """
-    tokens = _Tokens.of("cov", cov, mask, cu_seqlens)
-    checks.check_fraction("fraction", fraction)
-    ids = _scope("batch", None, None, tokens.rows.batch, cov.device)
-    return largest(tokens.values, tokens.rows, ids, _share(fraction, scope_counts(tokens.counts(), ids), 0.0))
 
 
 # ---- on advantages and rewards -------------------------------------------------------------------------------
@@ -476,7 +267,7 @@ def unlikeliness_rewards(
     Returns:
         ``[B]``. Differentiable in ``rewards``.
     """
-    check_rewards(rewards)
+    checks.check_rewards(rewards)
     checks.check_like("sequence_logprob", sequence_logprob, rewards, "rewards")
     checks.check_non_negative("beta", beta)
     ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
@@ -495,7 +286,7 @@ def entropy_reward(
     No gradient flows into ``entropy``: as a loss use the entropy itself.
     """
     checks.check_choice("per", per, ("row", "token"))
-    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens)
+    tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens)
     return -tokens.means(tokens.values, tokens.counts()) if per == "row" else -tokens.zeroed()
 
 
@@ -543,9 +334,9 @@ def entropy_weights(
     checks.check_fraction("fraction", fraction)
     checks.check_flag("inverse", inverse)
     checks.check_flag("entropy_grad", entropy_grad)
-    tokens = _Tokens.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
+    tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
     rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
-    ids = _scope(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
+    ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
     counts = tokens.counts()
     if mode == "linear":
         raw = 1 / h.clamp(min=entropy_floor) if inverse else h
@@ -560,7 +351,7 @@ def entropy_weights(
         score = torch.where(valid, -h if inverse else h, torch.inf)
         raw = _ranks(score, rows.expand(ids)).to(h.dtype)
     else:
-        wanted = _share(fraction, scope_counts(counts, ids))
+        wanted = share_of(fraction, scope_counts(counts, ids))
         raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
     raw = torch.where(valid, raw, 0).double()
     if normalize == "row":
@@ -593,8 +384,8 @@ def entropy_change(
     advantages: Tensor,
     logprob: Tensor,
     entropy: Tensor,
-    sum_sq: Tensor,
-    sum_sq_logprob: Tensor,
+    sum_p2: Tensor,
+    sum_p2_logp: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
     """How a token's own policy-gradient step changes the entropy of its distribution, to first order, exactly.
@@ -604,21 +395,21 @@ def entropy_change(
     the policy's own samples; :func:`steer_metric` leaves out the sum. No gradient.
 
     Args:
-        advantages, logprob, entropy, sum_sq, sum_sq_logprob: one shape, padded or packed; all but the first as
+        advantages, logprob, entropy, sum_p2, sum_p2_logp: one shape, padded or packed; all but the first as
             :func:`rewardops.token_stats` returns them.
 
     Returns:
         That shape, 0 where masked; positive where the entropy rises.
     """
     checks.check_float("advantages", advantages)
-    given = {"logprob": logprob, "entropy": entropy, "sum_sq": sum_sq, "sum_sq_logprob": sum_sq_logprob}
-    for name, value in given.items():
+    inputs = {"logprob": logprob, "entropy": entropy, "sum_p2": sum_p2, "sum_p2_logp": sum_p2_logp}
+    for name, value in inputs.items():
         checks.check_like(name, value, advantages, "advantages")
     valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
-    a, lp, h, q, s = checks.promote(*(t.detach() for t in (advantages, *given.values())))
+    a, lp, h, q, s = checks.promote(*(t.detach() for t in (advantages, *inputs.values())))
     # p log p of a token of probability 0 is 0.
-    own = torch.where(lp == -torch.inf, 0, lp.exp() * (lp + h))
-    out = a * (s + h * q - own)
+    of_token = torch.where(lp == -torch.inf, 0, lp.exp() * (lp + h))
+    out = a * (s + h * q - of_token)
     return out if valid is None else torch.where(valid, out, 0)
 
 
@@ -640,11 +431,11 @@ def steer_metric(
         advantages, logprob, entropy, old_logprob: one shape, padded or packed.
     """
     checks.check_float("advantages", advantages)
-    given = [advantages, logprob, entropy] + ([] if old_logprob is None else [old_logprob])
-    for name, value in zip(("logprob", "entropy", "old_logprob"), given[1:], strict=False):
+    inputs = [advantages, logprob, entropy] + ([] if old_logprob is None else [old_logprob])
+    for name, value in zip(("logprob", "entropy", "old_logprob"), inputs[1:], strict=False):
         checks.check_like(name, value, advantages, "advantages")
     valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
-    a, lp, h, *old = checks.promote(*(t.detach() for t in given))
+    a, lp, h, *old = checks.promote(*(t.detach() for t in inputs))
     ratio = (lp - old[0]).exp() if old else torch.ones_like(lp)
     out = (a * ratio * -torch.expm1(lp) * (lp + h)).abs()
     return out if valid is None else torch.where(valid, out, 0)

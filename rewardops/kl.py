@@ -1,4 +1,4 @@
-"""KL: per-token estimators on log-probabilities, and what is made of log-ratios."""
+"""KL: per-token estimators on log-probabilities, and quantities derived from log-ratios."""
 
 from __future__ import annotations
 
@@ -9,25 +9,11 @@ from torch import Tensor
 
 from .core import checks
 from .ops import kl as ops
+from .ops.td import step_ends, sums_between
 from .reference.kl import ESTIMATORS
-from .returns import step_ends, sums_between
-from .segments import row_counts, row_sums
+from .segments import row_sum
 
-def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
-    checks.check_float("logprob", logprob)
-    checks.check_like("ref_logprob", ref_logprob, logprob, "logprob")
-
-
-def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
-    if clamp is None:
-        return float("inf"), float("inf")
-    found = tuple(clamp) if isinstance(clamp, (tuple, list)) else (clamp, float("inf"))
-    numbers = [c for c in found if isinstance(c, (int, float)) and not isinstance(c, bool) and c > 0]
-    if len(found) != 2 or len(numbers) != 2:
-        raise ValueError(
-            f"clamp: got {clamp!r}, want a number above 0, or two: of the difference and of the value"
-        )
-    return float(found[0]), float(found[1])
+__all__ = ["TdpoTerms", "implicit_rewards", "tdpo_terms", "token_kl"]
 
 
 def token_kl(
@@ -110,33 +96,8 @@ def token_kl(
     old = None if old_logprob is None else next(wide).detach()
     added = None if rewards is None else next(wide)
     scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
-    out: Tensor = ops.token_kl(
-        logprob, ref_logprob, mask, old, added, estimator, *largest, scale, ratio_grad
-    )
+    out: Tensor = ops.token_kl(logprob, ref_logprob, mask, old, added, estimator, *largest, scale, ratio_grad)
     return out
-
-
-def sequence_kl(
-    kl: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduce: str = "sum"
-) -> Tensor:
-    """Per-token values summed, or averaged, over the valid tokens of each row.
-
-    Args:
-        kl: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: of :func:`token_kl`, or the exact ``kl`` of
-            :func:`rewardops.token_stats`.
-        reduce: ``"sum"`` or ``"mean"``; a row without a valid token is 0 either way.
-
-    Returns:
-        ``[B]``, float32 (float64 for float64). Differentiable.
-    """
-    checks.check_float("kl", kl)
-    checks.check_choice("reduce", reduce, ("sum", "mean"))
-    rows = checks.token_layout("kl", kl, mask, cu_seqlens)
-    (wide,) = checks.promote(kl)
-    total = row_sums(wide, rows)
-    if reduce == "sum":
-        return total
-    return total / row_counts(rows, kl.device).clamp(min=1).to(total.dtype)
 
 
 def implicit_rewards(
@@ -146,7 +107,7 @@ def implicit_rewards(
     beta: float,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    segments: Tensor | None = None,
+    steps: Tensor | None = None,
     clamp: float | None = None,
 ) -> Tensor:
     """DPO's and PRIME's implicit token rewards, ``beta * (logprob - ref_logprob)``.
@@ -155,7 +116,7 @@ def implicit_rewards(
 
     Args:
         logprob, ref_logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
-        segments: step ids (integer, non-decreasing along a row, negative for none) or flags at step ends (bool),
+        steps: step ids (integer, non-decreasing along a row, negative for none) or flags at step ends (bool),
             the same shape: rewards are summed per step and stand at its last valid token, 0 elsewhere.
         clamp: the largest ``|logprob - ref_logprob|`` of a token.
 
@@ -165,12 +126,12 @@ def implicit_rewards(
     _check_pair(logprob, ref_logprob)
     checks.check_positive("beta", beta)
     rows = checks.token_layout("logprob", logprob, mask, cu_seqlens)
-    markers = checks.step_markers(segments, logprob, rows, "logprob", "segments")
-    found = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
+    markers = checks.step_markers(steps, logprob, rows, "logprob")
+    rewards = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
     if markers is None:
-        return found
+        return rewards
     ends = step_ends(markers, rows)
-    counted = found if markers.dtype is torch.bool else torch.where(markers >= 0, found, 0)
+    counted = rewards if markers.dtype is torch.bool else torch.where(markers >= 0, rewards, 0)
     return sums_between(counted, ends, rows)
 
 
@@ -189,7 +150,7 @@ def tdpo_terms(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> TdpoTerms:
-    """What TDPO's loss (2404.11999) takes of each response.
+    """Per-response terms of TDPO's loss (2404.11999).
 
     With the terms of the chosen ``w`` and the rejected ``l`` response, TDPO2 is ``-log sigmoid(beta *
     (w.log_ratio - l.log_ratio) - alpha * beta * (l.sequential_kl - w.sequential_kl.detach()))``.
@@ -203,6 +164,26 @@ def tdpo_terms(
     checks.token_layout("logprob", logprob, mask, cu_seqlens)
     ratio = token_kl(logprob, ref_logprob, estimator="k1", mask=mask)
     return TdpoTerms(
-        sequence_kl(ratio, mask=mask, cu_seqlens=cu_seqlens),
-        sequence_kl(reverse_kl, mask=mask, cu_seqlens=cu_seqlens),
+        row_sum(ratio, mask=mask, cu_seqlens=cu_seqlens),
+        row_sum(reverse_kl, mask=mask, cu_seqlens=cu_seqlens),
     )
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
+    checks.check_float("logprob", logprob)
+    checks.check_like("ref_logprob", ref_logprob, logprob, "logprob")
+
+
+def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
+    if clamp is None:
+        return float("inf"), float("inf")
+    limits = tuple(clamp) if isinstance(clamp, (tuple, list)) else (clamp, float("inf"))
+    numbers = [c for c in limits if isinstance(c, (int, float)) and not isinstance(c, bool) and c > 0]
+    if len(limits) != 2 or len(numbers) != 2:
+        raise ValueError(
+            f"clamp: got {clamp!r}, want a number above 0, or two: of the difference and of the value"
+        )
+    return float(limits[0]), float(limits[1])

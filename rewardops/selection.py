@@ -1,14 +1,144 @@
-"""Selection: exactly so many of the largest values of a batch, a row or a group, on the device, without a sort."""
+"""Selection: masks of exactly a fraction of the tokens of a batch, a row or a group, without a sort."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .core.dispatch import define
+from .core import checks, distributed
+from .core.groups import GroupSize, Labels, group_ids
 from .core.rows import Layout
+from .ops import selection as ops
+from .ops.segments import row_counts
+from .segments import TokenValues
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["clip_cov_mask", "high_entropy_mask", "kl_cov_mask"]
 
 SCOPES = ("batch", "row", "group")
+
+
+def high_entropy_mask(
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    fraction: float = 0.2,
+    scope: str = "batch",
+    groups: Labels = None,
+    group_size: GroupSize = None,
+    cu_seqlens: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    max_per_rank: int | None = None,
+) -> Tensor:
+    """The tokens of highest entropy ("80/20", 2506.01939): exactly a fraction of the valid ones.
+
+    ``round(fraction * count)`` tokens, at least one, of the batch, of every row, or of every group; of equal ones
+    the earliest. The papers' codes threshold at a quantile, which keeps all ties and fails beyond 2^24 tokens.
+    The loss's denominator stays all valid tokens there, and a KL term is on all tokens.
+
+    Args:
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. fraction: 0 to 1. scope: ``"batch"``, ``"row"`` or
+            ``"group"`` (with ``groups`` or ``group_size``).
+        process_group: batch and groups are of the tokens of all its ranks, each of which gets its own tokens' mask;
+            of equal tokens the earliest, by rank. Labels are as in :func:`group_advantages`; not ``group_size``.
+            One collective, of the entropies.
+        max_per_rank: with a process group, a number of tokens (padding included) that no rank exceeds. Without it
+            the ranks tell each other how many they have first, and the host reads it.
+
+    Returns:
+        bool, the layout of ``entropy``. Nothing is read back from the device.
+    """
+    tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens)
+    checks.check_fraction("fraction", fraction)
+    ranks = distributed.Ranks.of(process_group, max_per_rank)
+    if ranks is not None and group_size is not None:
+        raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
+    if ranks is not None and scope != "row":
+        check_scope(scope, groups, None, "scope")
+        return _high_entropy_over_ranks(tokens, fraction, scope, groups, ranks)
+    ids = scope_of_rows(scope, groups, group_size, tokens.rows.batch, entropy.device)
+    return largest(tokens.values, tokens.rows, ids, share_of(fraction, scope_counts(tokens.counts(), ids)))
+
+
+def clip_cov_mask(
+    cov: Tensor,
+    mask: Tensor | None = None,
+    *,
+    low: float = 1.0,
+    high: float = 5.0,
+    fraction: float = 2e-4,
+    generator: torch.Generator | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Clip-Cov (2505.22617): a random ``fraction`` of the valid tokens, out of those with ``low < cov < high``.
+
+    At least one, where there are any. They are to have no gradient. ``mask`` may leave out tokens that PPO has
+    clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
+    """
+    tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
+    checks.check_number("low", low)
+    checks.check_number("high", high)
+    checks.check_fraction("fraction", fraction)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator")
+    ids = scope_of_rows("batch", None, None, tokens.rows.batch, cov.device)
+    inside = tokens.valid() & (tokens.values > low) & (tokens.values < high)
+    band = replace(tokens.rows, mask=inside)
+    inside_band = scope_counts(row_counts(band, cov.device), ids)
+    wanted = torch.minimum(share_of(fraction, scope_counts(tokens.counts(), ids), 0.0), inside_band)
+    draw = torch.rand(inside.shape, generator=generator, device=cov.device)
+    return largest(draw, band, ids, wanted)
+
+
+def kl_cov_mask(
+    cov: Tensor, mask: Tensor | None = None, *, fraction: float = 2e-4, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """KL-Cov (2505.22617): the ``fraction`` of the valid tokens with the largest ``cov``, at least one.
+
+    They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
+    """
+    tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
+    checks.check_fraction("fraction", fraction)
+    ids = scope_of_rows("batch", None, None, tokens.rows.batch, cov.device)
+    return largest(
+        tokens.values, tokens.rows, ids, share_of(fraction, scope_counts(tokens.counts(), ids), 0.0)
+    )
+
+
+# ---- scopes ------------------------------------------------------------------------------------------------
+
+
+def check_scope(scope: str, groups: Labels, group_size: GroupSize, name: str) -> None:
+    checks.check_choice(name, scope, SCOPES)
+    if scope != "group" and (groups is not None or group_size is not None):
+        argument = "group_size" if groups is None else "groups"
+        raise ValueError(f"{argument}: got a value with {name}={scope!r}, want {name}='group'")
+
+
+def scope_of_rows(
+    scope: str,
+    groups: Labels,
+    group_size: GroupSize,
+    batch: int,
+    device: torch.device,
+    name: str = "scope",
+) -> Tensor:
+    check_scope(scope, groups, group_size, name)
+    labels = None
+    if scope == "group":
+        labels = group_ids(groups, group_size, batch, device, "entropy")
+    return scope_ids(scope, labels, batch, device)
+
+
+def share_of(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
+    """The fraction of counts, to the nearest (``rounding=0``: downwards); at least one where there are any."""
+    wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
+    return torch.minimum(wanted.clamp(min=1), counts)
 
 
 def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -28,11 +158,7 @@ def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
     return ids.new_zeros(ids.shape).index_add_(0, ids, counts.to(torch.int64))
 
 
-_largest = define(
-    "selection",
-    "largest(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor scopes, Tensor wanted) -> Tensor",
-    fake=lambda values, *_: values.new_empty(values.shape, dtype=torch.bool),
-)
+# ---- the selection -----------------------------------------------------------------------------------------
 
 
 def largest(values: Tensor, rows: Layout, ids: Tensor, wanted: Tensor) -> Tensor:
@@ -45,5 +171,34 @@ def largest(values: Tensor, rows: Layout, ids: Tensor, wanted: Tensor) -> Tensor
         values: float32 or float64, in the layout ``rows``. ids: ``[B]``, see :func:`scope_ids`. wanted: ``[B]``, at
             the place of each scope, at most as many as it has valid tokens.
     """
-    out: Tensor = _largest(values.detach(), rows.mask, rows.cu_seqlens, ids, wanted)
+    out: Tensor = ops.largest(values.detach(), rows.mask, rows.cu_seqlens, ids, wanted)
     return out
+
+
+def _high_entropy_over_ranks(
+    tokens: TokenValues,
+    fraction: float,
+    scope: str,
+    groups: Labels,
+    ranks: distributed.Ranks,
+) -> Tensor:
+    """Batch or group scope across ranks: gathered tokens are treated as rows of length 1."""
+    rows, device = tokens.rows, tokens.values.device
+    parts = [tokens.values.reshape(-1), tokens.valid().reshape(-1)]
+    if scope == "group":
+        ids = distributed.own_labels(groups, None, rows.batch, device, "entropy")
+        parts.append(rows.expand(ids).reshape(-1))
+    gathered = distributed.gather(parts, ranks.process_group, ranks.max_per_rank)
+    values, valid, *labels = gathered.tensors
+    count = values.shape[0]
+    if labels:
+        everything = Layout(count, (count, 1), valid[:, None], None)
+        scopes = scope_ids("group", labels[0], count, device)
+        counts = valid
+    else:
+        everything = Layout(1, (1, count), valid[None, :], None)
+        scopes = scope_ids("batch", None, 1, device)
+        counts = valid.sum()[None]
+    wanted = share_of(fraction, scope_counts(counts, scopes))
+    chosen = largest(values.view(everything.shape), everything, scopes, wanted)
+    return gathered.own(chosen.view(-1)).view(rows.shape)

@@ -13,28 +13,18 @@ from .core import checks
 from .core.groups import GroupSize, Labels, group_ids
 from .core.rows import Layout
 from .core.settings import may_read
-from .returns import differences, gae, last_tokens, scan, step_ends
-from .segments import row_sums
+from .ops.segments import row_sums
+from .ops.td import differences, last_tokens, step_ends
+from .td import gae, scan
 
 
-def _steps_of(
-    name: str, values: Tensor, steps: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Layout, Tensor, Tensor | None]:
-    """The layout, the values in full precision, and the steps; checked, and nothing has run."""
-    checks.check_float(name, values)
-    rows = checks.token_layout(name, values, mask, cu_seqlens)
-    markers = checks.step_markers(steps, values, rows, name)
-    checks.check_values(name, values, rows.mask)
-    (wide,) = checks.promote(values)
-    return rows, wide, markers
+__all__ = [
+    "budget_advantages", "budget_returns", "clip_delta_rewards", "potential_shaping", "redistribute_outcome",
+    "step_progress",
+]  # fmt: skip
 
 
-def _ends(markers: Tensor | None, rows: Layout, device: torch.device) -> Tensor:
-    """Which tokens end a step: without steps every valid one."""
-    return rows.valid(device) if markers is None else step_ends(markers, rows)
-
-
-def progress(
+def step_progress(
     values: Tensor,
     steps: Tensor | None = None,
     *,
@@ -66,7 +56,7 @@ def progress(
     return torch.where(first, out - rows.expand(start.to(q.dtype)), out)
 
 
-def clip_delta(
+def clip_delta_rewards(
     rewards: Tensor,
     steps: Tensor | None = None,
     *,
@@ -81,7 +71,7 @@ def clip_delta(
     that the return from a step on is that step's own reward.
 
     Args:
-        rewards, steps, mask, cu_seqlens: as in :func:`progress`. eta: None for no clipping. delta: False for none.
+        rewards, steps, mask, cu_seqlens: as in :func:`step_progress`. eta: None for no clipping. delta: False for none.
 
     Returns:
         The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.
@@ -100,7 +90,7 @@ def clip_delta(
     return -ahead.advantages
 
 
-def redistribute(
+def redistribute_outcome(
     outcome: Tensor,
     weights: Tensor,
     *,
@@ -108,7 +98,7 @@ def redistribute(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """A row's outcome spread over its tokens by non-negative weights, such as the last token's attention.
+    """Distribute a row's outcome over its tokens by non-negative weights, such as the last token's attention.
 
     ``share * outcome * w[t] / sum w``, and the rest on the last valid token (Attention-Based Credit, 2402.00782).
     The sum over a row is its outcome. Where all weights are 0 the last token has it all.
@@ -128,10 +118,10 @@ def redistribute(
     w = w.clamp(min=0) if rows.mask is None else torch.where(rows.mask, w, 0).clamp(min=0)
     total = row_sums(w, rows)
     some = total > 0
-    spread = torch.where(some, share * total_outcome / torch.where(some, total, 1), 0)
+    per_weight = torch.where(some, share * total_outcome / torch.where(some, total, 1), 0)
     rest = torch.where(some, (1 - share) * total_outcome, total_outcome)
     last = last_tokens(rows, weights.device)
-    out = w * rows.expand(spread) + torch.where(last, rows.expand(rest), 0)
+    out = w * rows.expand(per_weight) + torch.where(last, rows.expand(rest), 0)
     return out if rows.mask is None else torch.where(rows.mask, out, 0)
 
 
@@ -162,21 +152,6 @@ def potential_shaping(
 # ---- budgets -------------------------------------------------------------------------------------------------
 
 BUDGET_BASELINES = ("brpo", "history", "group", "none")
-
-
-def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    checks.check_float("scores", scores)
-    if scores.dim() != 2:
-        raise ValueError(f"scores: got shape {checks.show(scores.shape)}, want [B, budgets]")
-    (s,) = checks.promote(scores)
-    count = s.shape[1]
-    if probs is None:
-        return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
-    given = checks.as_numbers("probs", probs, count, "the columns of scores")
-    p = torch.as_tensor(given, dtype=s.dtype, device=s.device).detach()
-    if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
-        raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
-    return s, p / p.sum()
 
 
 def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None) -> Tensor:
@@ -239,3 +214,38 @@ def budget_advantages(
         return returns - history
     j = torch.arange(count, dtype=s.dtype, device=s.device)
     return returns - (j * history + (count - j) * group) / count
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def _steps_of(
+    name: str, values: Tensor, steps: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Layout, Tensor, Tensor | None]:
+    """The layout, the values in full precision, and the step markers, all checked. No kernel has run yet."""
+    checks.check_float(name, values)
+    rows = checks.token_layout(name, values, mask, cu_seqlens)
+    markers = checks.step_markers(steps, values, rows, name)
+    checks.check_values(name, values, rows.mask)
+    (wide,) = checks.promote(values)
+    return rows, wide, markers
+
+
+def _ends(markers: Tensor | None, rows: Layout, device: torch.device) -> Tensor:
+    """Which tokens end a step: without steps every valid one."""
+    return rows.valid(device) if markers is None else step_ends(markers, rows)
+
+
+def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    checks.check_float("scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"scores: got shape {checks.show(scores.shape)}, want [B, budgets]")
+    (s,) = checks.promote(scores)
+    count = s.shape[1]
+    if probs is None:
+        return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
+    given = checks.as_numbers("probs", probs, count, "the columns of scores")
+    p = torch.as_tensor(given, dtype=s.dtype, device=s.device).detach()
+    if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
+        raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
+    return s, p / p.sum()

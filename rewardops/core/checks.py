@@ -112,6 +112,19 @@ def check_fraction(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1")
 
 
+def check_rewards(rewards: Tensor, name: str = "rewards") -> None:
+    """A float tensor with one value per row."""
+    check_float(name, rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"{name}: got shape {show(rewards.shape)}, want [B] (one per row)")
+    check_values(name, rewards)
+
+
+def check_eps_ddof(eps: float, ddof: int) -> None:
+    check_non_negative("eps", eps)
+    check_ddof(ddof)
+
+
 def _first(bad: Tensor, mask: Tensor | None) -> list[int] | None:
     """Where a check first fails, among what counts; one number is read from the device if it does not."""
     if mask is not None:

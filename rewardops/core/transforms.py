@@ -57,7 +57,9 @@ def _nested(flat: Iterable[Any], sizes: Sizes) -> list[Any]:
 
 def _flat_gradients(grads: Iterable[Any], sizes: Sizes) -> list[Any]:
     """The gradients of arguments, None for each tensor of a list that has none."""
-    return _flat([[None] * n if n is not None and g is None else g for g, n in zip(grads, sizes, strict=True)], sizes)
+    return _flat(
+        [[None] * n if n is not None and g is None else g for g, n in zip(grads, sizes, strict=True)], sizes
+    )
 
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:

@@ -2,70 +2,40 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..reference.advantages import BASELINES, SCALES
+from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs
 from .memory import CPU, NONE, Shape, Via, address, as_bytes, dense, rows_dense, strided
 
 
-def _rows(
-    mask: Tensor | None, cu_seqlens: Tensor | None, num_tokens: int, via: Via
-) -> tuple[Shape | None, tuple[int, ...]]:
-    if mask is not None:
-        return Shape(mask.shape, cu_seqlens, via), tuple(mask.shape)
-    if cu_seqlens is not None:
-        return Shape((num_tokens,), cu_seqlens, via), (num_tokens,)
-    return None, ()
+class _Launch:
+    """Arguments that both directions share, as the compiled module takes them; keeps their tensors alive."""
+
+    def __init__(self, a: AdvantagesArgs, via: Via) -> None:
+        self.rows = None if a.token_shape is None else Shape(a.token_shape, a.cu_seqlens, via)
+        per_row = [dense(t) for t in (a.rewards, a.groups, a.baseline_values, a.lengths)]
+        mask = as_bytes(a.mask)
+        self.tensors = (*per_row, mask)
+        rewards, *relative = (address(t) for t in per_row)
+        options = (BASELINES.index(a.baseline), a.quantile, SCALES.index(a.scale), a.eps, a.ddof, a.raw)
+        shape = (a.rewards.shape[0], 0, 0, 0, True) if self.rows is None else self.rows.tuple
+        self.args = (shape, self.rows is not None, strided(mask), rewards, (*relative, *options))
 
 
-class _Problem:
-    """What both directions have in common, as the compiled module takes it; keeps its tensors alive."""
-
-    def __init__(
-        self,
-        rewards: Tensor,
-        groups: Tensor,
-        given: Tensor | None,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        num_tokens: int,
-        options: tuple[Any, ...],
-        via: Via,
-    ) -> None:
-        baseline, quantile, scale, eps, ddof, raw = options
-        self.rows, self.shape = _rows(mask, cu_seqlens, num_tokens, via)
-        self.kept = (rewards.contiguous(), groups.contiguous(), dense(given), dense(lengths), as_bytes(mask))
-        labels, *per_row = (address(t) for t in self.kept[1:4])
-        relative = (
-            labels, *per_row, BASELINES.index(baseline), quantile, SCALES.index(scale), eps, ddof, raw,
-        )  # fmt: skip
-        shape = (rewards.shape[0], 0, 0, 0, True) if self.rows is None else self.rows.tuple
-        tokens = self.rows is not None
-        self.args = (shape, tokens, strided(self.kept[4]), address(self.kept[0]), relative)
-
-
-def group_advantages(
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_tokens: int,
-    *options: Any,
-    via: Via = CPU,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = _Problem(rewards, groups, given, lengths, mask, cu_seqlens, num_tokens, options, via)
+def group_advantages(a: AdvantagesArgs, *, via: Via = CPU) -> tuple[Tensor, Tensor, Tensor]:
+    launch, rewards = _Launch(a, via), a.rewards
     per_row, inv_scale, numerator = (rewards.new_empty(rewards.shape) for _ in range(3))
-    out = per_row if p.rows is None else via.allocate(rewards, p.shape, cu_seqlens)
-    spread = NONE if p.rows is None else strided(out)
+    shape = a.token_shape
+    out = per_row if shape is None else via.allocate(rewards, shape, a.cu_seqlens)
+    on_tokens = NONE if shape is None else strided(out)
     via.function("group_advantages", rewards)(
-        *p.args, address(per_row), address(inv_scale), address(numerator), spread, *via.execution(rewards)
+        *launch.args,
+        address(per_row),
+        address(inv_scale),
+        address(numerator),
+        on_tokens,
+        *via.execution(rewards),
     )
     return out, inv_scale, numerator
 
@@ -74,37 +44,30 @@ def group_advantages(
 _PARTS, _BLOCKS, _TOKENS = 16, 256, 4096
 
 
-def _parts(p: _Problem, via: Via) -> int:
-    if via is CPU or p.rows is None:
+def _parts(rows: Shape | None, via: Via) -> int:
+    if via is CPU or rows is None:
         return 1
-    return max(1, min(_PARTS, -(-_BLOCKS // max(p.rows.batch, 1)), -(-p.rows.longest // _TOKENS)))
+    return max(1, min(_PARTS, -(-_BLOCKS // max(rows.batch, 1)), -(-rows.longest // _TOKENS)))
 
 
 def group_advantages_backward(
     grad: Tensor | None,
     grad_inv_scale: Tensor | None,
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
     inv_scale: Tensor,
     numerator: Tensor,
-    *options: Any,
+    a: AdvantagesArgs,
+    *,
     via: Via = CPU,
 ) -> tuple[Tensor, Tensor]:
-    # Which packed rows are empty is asked of the offsets alone where no gradient of tokens says how many there are.
-    count = sys.maxsize if grad is None else grad.shape[0]
-    p = _Problem(rewards, groups, given, lengths, mask, cu_seqlens, count, options, via)
+    launch, rewards = _Launch(a, via), a.rewards
     grad, grad_inv_scale = None if grad is None else rows_dense(grad), dense(grad_inv_scale)
     inv_scale, numerator = inv_scale.contiguous(), numerator.contiguous()
-    out = rewards.new_empty(rewards.shape)
-    on_given = rewards.new_empty(0 if given is None else rewards.shape)
-    sums = rewards.new_empty((rewards.shape[0], _parts(p, via)), dtype=torch.float64)
+    on_rewards = rewards.new_empty(rewards.shape)
+    on_values = rewards.new_empty(0 if a.baseline_values is None else rewards.shape)
+    sums = rewards.new_empty((rewards.shape[0], _parts(launch.rows, via)), dtype=torch.float64)
     via.function("group_advantages_backward", rewards)(
-        *p.args, strided(grad), address(grad_inv_scale), (address(inv_scale), address(numerator)),
-        (address(sums), sums.shape[1]), address(out), 0 if given is None else address(on_given),
+        *launch.args, strided(grad), address(grad_inv_scale), (address(inv_scale), address(numerator)),
+        (address(sums), sums.shape[1]), address(on_rewards), 0 if a.baseline_values is None else address(on_values),
         *via.execution(rewards),
     )  # fmt: skip
-    return out, on_given
+    return on_rewards, on_values

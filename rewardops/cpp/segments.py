@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.segments import REDUCTIONS, segment_broadcast
+from ..reference.segments import REDUCTIONS, SegmentsArgs, segment_broadcast
 from .memory import NONE, Shape, address, allocate, as_bytes, function, rows_dense, strided, threads
 
 __all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "segment_reduce_backward"]
@@ -26,37 +26,26 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
     return out
 
 
-def segment_reduce(
-    values: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, segments: int, op: str
-) -> tuple[Tensor, Tensor]:
-    rows = Shape(values.shape, cu_seqlens)
-    values, ids, mask = rows_dense(values), rows_dense(ids), as_bytes(mask)
-    out = values.new_empty((rows.batch, segments))
+def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
+    rows = Shape(a.values.shape, a.cu_seqlens)
+    values, ids, mask = rows_dense(a.values), rows_dense(a.ids), as_bytes(a.mask)
+    out = values.new_empty((rows.batch, a.num_steps))
     kept = torch.empty_like(out, dtype=torch.float64)
     function("segment_reduce", values)(
-        rows.tuple, strided(mask), strided(ids), strided(values), segments, REDUCTIONS.index(op), address(out),
+        rows.tuple, strided(mask), strided(ids), strided(values), a.num_steps, REDUCTIONS.index(a.op), address(out),
         address(kept), 0, NONE, threads(),
     )  # fmt: skip
     return out, kept
 
 
-def segment_reduce_backward(
-    grad: Tensor,
-    values: Tensor,
-    ids: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    op: str,
-) -> Tensor:
-    rows = Shape(values.shape, cu_seqlens)
-    values, ids, mask = rows_dense(values), rows_dense(ids), as_bytes(mask)
+def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
+    rows = Shape(a.values.shape, a.cu_seqlens)
+    values, ids, mask = rows_dense(a.values), rows_dense(a.ids), as_bytes(a.mask)
     grad, out, kept = grad.contiguous(), out.contiguous(), kept.contiguous()
-    found = allocate(values, values.shape, cu_seqlens)
-    if found.numel():
+    grad_values = allocate(values, values.shape, a.cu_seqlens)
+    if grad_values.numel():
         function("segment_reduce", values)(
-            rows.tuple, strided(mask), strided(ids), strided(values), grad.shape[1], REDUCTIONS.index(op),
-            address(out), address(kept), address(grad), strided(found), threads(),
+            rows.tuple, strided(mask), strided(ids), strided(values), grad.shape[1], REDUCTIONS.index(a.op),
+            address(out), address(kept), address(grad), strided(grad_values), threads(),
         )  # fmt: skip
-    return found
+    return grad_values

@@ -33,7 +33,11 @@ def _gradient(ctx, grad, grad_inv_scale, _):  # type: ignore[no-untyped-def]
 
 
 def _fake_backward(
-    grad: Tensor | None, grad_inv_scale: Tensor | None, inv_scale: Tensor, numerator: Tensor, args: AdvantagesArgs
+    grad: Tensor | None,
+    grad_inv_scale: Tensor | None,
+    inv_scale: Tensor,
+    numerator: Tensor,
+    args: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
     rewards, baselines = args.rewards, args.baseline_values
     return rewards.new_empty(rewards.shape), rewards.new_empty(0 if baselines is None else baselines.shape)

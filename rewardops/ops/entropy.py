@@ -13,7 +13,10 @@ def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
     args, _ = saved_record(ctx)
     (needs,) = ctx.needs_input_grad
     on_rewards, on_entropy = gtpo_rewards_backward(grad, *args)
-    return {"rewards": on_rewards if needs.rewards else None, "entropy": on_entropy if needs.entropy else None}
+    return {
+        "rewards": on_rewards if needs.rewards else None,
+        "entropy": on_entropy if needs.entropy else None,
+    }
 
 
 gtpo_rewards_backward = define(

@@ -82,7 +82,7 @@ segment_reduce_backward = define(
 
 
 def _fake_reduce(args: SegmentsArgs) -> tuple[Tensor, Tensor]:
-    shape = (batch_of(args.values.shape, args.cu_seqlens), args.segments)
+    shape = (batch_of(args.values.shape, args.cu_seqlens), args.num_steps)
     return args.values.new_empty(shape), args.values.new_empty(shape, dtype=torch.float64)
 
 
@@ -99,7 +99,7 @@ segment_reduce = define(
 def _setup_broadcast(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     steps, *tensors = inputs
     ctx.save_for_backward(*tensors)
-    ctx.segments = steps.shape[1]
+    ctx.num_steps = steps.shape[1]
 
 
 segment_broadcast = define(
@@ -108,6 +108,6 @@ segment_broadcast = define(
     fake=lambda steps, ids, *_: steps.new_empty(ids.shape),
     setup_context=_setup_broadcast,
     backward=lambda ctx, grad: {
-        "steps": segment_reduce(*SegmentsArgs(grad, *ctx.saved_tensors, ctx.segments, "sum"))[0]
+        "steps": segment_reduce(*SegmentsArgs(grad, *ctx.saved_tensors, ctx.num_steps, "sum"))[0]
     },
 )

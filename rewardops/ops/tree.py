@@ -55,7 +55,10 @@ tree_values = define(
     "tree",
     f"tree_values({schema_of(TreeArgs)}) -> (Tensor values, Tensor slope)",
     record=TreeArgs,
-    fake=lambda args: (args.rewards.new_empty(args.rewards.shape), args.rewards.new_empty(args.rewards.shape)),
+    fake=lambda args: (
+        args.rewards.new_empty(args.rewards.shape),
+        args.rewards.new_empty(args.rewards.shape),
+    ),
     setup_context=_setup_values,
     backward=lambda ctx, grad, _: {"rewards": _tree_values_backward(grad, *ctx.saved_tensors)},
 )

@@ -11,9 +11,47 @@ from ..core.groups import same_group
 from ..core.rows import from_rows, to_rows
 
 BASELINES = (
-    "mean", "leave_one_out", "median", "quantile", "max", "second_max", "length_weighted", "given", "none",
+    "mean", "leave_one_out", "median", "quantile", "max", "second_max", "length_weighted", "values", "none",
 )  # fmt: skip
 SCALES = ("std", "batch_std", "mean_abs", "range", "none")
+
+
+class AdvantagesArgs(NamedTuple):
+    """Arguments of ``group_advantages`` and its backward pass."""
+
+    rewards: Tensor
+    """``[B]``, float32 or float64."""
+    groups: Tensor
+    """``[B]`` int64 labels, in any order."""
+    baseline_values: Tensor | None
+    """``[B]``, as the rewards; of the baseline ``"values"`` alone."""
+    lengths: Tensor | None
+    """``[B]``, as the rewards; of the baseline ``"length_weighted"`` alone."""
+    mask: Tensor | None
+    """bool, ``[B, T]`` or ``[N]``. None without ``cu_seqlens``: advantages are per row."""
+    cu_seqlens: Tensor | None
+    """``[B + 1]``, int32 or int64, of packed tokens."""
+    num_tokens: int
+    """``N`` where there is ``cu_seqlens``, else -1."""
+    baseline: str
+    """One of ``BASELINES``."""
+    quantile: float
+    """0 to 1, of the baseline ``"quantile"``."""
+    scale: str
+    """One of ``SCALES``."""
+    eps: float
+    """Added to the scale."""
+    ddof: int
+    """0 or 1, of standard deviations."""
+    raw: bool
+    """Whether a group of one keeps its reward as its advantage."""
+
+    @property
+    def token_shape(self) -> tuple[int, ...] | None:
+        """The shape of the tokens; None where advantages are per row."""
+        if self.mask is not None:
+            return tuple(self.mask.shape)
+        return None if self.cu_seqlens is None else (self.num_tokens,)
 
 
 def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -82,49 +120,37 @@ class _Statistics(NamedTuple):
     alone: Tensor  # rows that keep their raw reward
 
 
-def _statistics(
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    live: Tensor,
-    baseline: str,
-    quantile: float,
-    scale: str,
-    eps: float,
-    ddof: int,
-    raw: bool,
-) -> _Statistics:
-    r = torch.where(live, rewards, 0)
+def _statistics(a: AdvantagesArgs, live: Tensor) -> _Statistics:
+    r = torch.where(live, a.rewards, 0)
     one, none = torch.ones_like(r), r.new_zeros((r.shape[0], r.shape[0]))
-    same = same_group(groups, live)
-    g = _Members.of(r, same, ddof)
+    same = same_group(a.groups, live)
+    g = _Members.of(r, same, a.ddof)
     n = g.count.clamp(min=1)
     gain, weights = one, none
-    if baseline == "none":
+    if a.baseline == "none":
         numerator = r
-    elif baseline == "given":
-        assert given is not None
-        numerator = r - torch.where(live, given, 0)
-    elif baseline == "mean":
+    elif a.baseline == "values":
+        assert a.baseline_values is not None
+        numerator = r - torch.where(live, a.baseline_values, 0)
+    elif a.baseline == "mean":
         numerator, weights = g.centred, same / n[:, None]
-    elif baseline == "leave_one_out":
+    elif a.baseline == "leave_one_out":
         gain = torch.where(g.count > 1, g.count / (g.count - 1).clamp(min=1), 0)
         numerator, weights = gain * g.centred, gain[:, None] * same / n[:, None]
-    elif baseline == "length_weighted":
-        assert lengths is not None
-        share = torch.where(same, lengths.to(r.dtype)[None, :], 0)
+    elif a.baseline == "length_weighted":
+        assert a.lengths is not None
+        share = torch.where(same, a.lengths.to(r.dtype)[None, :], 0)
         weights = share / torch.where(share.sum(1) > 0, share.sum(1), 1)[:, None]
         above = torch.where(same, g.rewards - g.low[:, None], 0)
         numerator = torch.where(g.differs, r - g.low - (weights * above).sum(1), 0)
         weights = torch.where(share.sum(1)[:, None] > 0, weights, 0)
     else:
-        if baseline == "quantile":
-            at = quantile * (g.count - 1).clamp(min=0)
+        if a.baseline == "quantile":
+            at = a.quantile * (g.count - 1).clamp(min=0)
             rank = at.floor()
             part = at - rank
         else:
-            from_top = {"max": 1, "second_max": 2}.get(baseline)
+            from_top = {"max": 1, "second_max": 2}.get(a.baseline)
             rank = ((g.count - 1) / 2).floor() if from_top is None else (g.count - from_top).clamp(min=0)
             part = torch.zeros_like(rank)
         below = g.ranked(rank)
@@ -132,93 +158,69 @@ def _statistics(
         # Interpolated from the difference: equal neighbours give exactly their value.
         numerator = torch.where(g.differs, r - below - torch.where(part > 0, part * (above - below), 0), 0)
         weights = (1 - part)[:, None] * g.first(below) + part[:, None] * g.first(above)
-        if baseline == "second_max":
+        if a.baseline == "second_max":
             # Only the best row has an advantage.
             best = g.first(g.high).diagonal()
             numerator, gain, weights = numerator * best, gain * best, weights * best[:, None]
 
-    everyone = _Members.of(r, live[:, None] & live[None, :], ddof) if scale == "batch_std" else g
+    everyone = _Members.of(r, live[:, None] & live[None, :], a.ddof) if a.scale == "batch_std" else g
     inv_scale, d_scale = one, none
-    if scale != "none":
+    if a.scale != "none":
         size = {
             "std": g.std, "batch_std": everyone.std, "mean_abs": g.mean_abs, "range": g.high - g.low,
-        }[scale]  # fmt: skip
-        inv_scale = torch.where(everyone.differs, 1 / (size + eps), 0)
-        if scale == "range":
+        }[a.scale]  # fmt: skip
+        inv_scale = torch.where(everyone.differs, 1 / (size + a.eps), 0)
+        if a.scale == "range":
             d_scale = g.first(g.high) - g.first(g.low)
-        elif scale == "mean_abs":
+        elif a.scale == "mean_abs":
             d_scale = same * r.sign()[None, :] / n[:, None]
         else:
-            freedom = (everyone.count - ddof).clamp(min=1) * everyone.std
+            freedom = (everyone.count - a.ddof).clamp(min=1) * everyone.std
             d_scale = torch.where(
                 freedom[:, None] > 0, everyone.same * everyone.centred[None, :] / freedom[:, None], 0
             )
-    alone = live & (g.count == 1) if raw else torch.zeros_like(live)
-    if raw:
+    alone = live & (g.count == 1) if a.raw else torch.zeros_like(live)
+    if a.raw:
         numerator, inv_scale = torch.where(alone, r, numerator), torch.where(alone, 1, inv_scale)
         gain = torch.where(alone, 1, gain)
         weights, d_scale = (torch.where(alone[:, None], 0, x) for x in (weights, d_scale))
-    elif baseline not in ("none", "given"):
+    elif a.baseline not in ("none", "values"):
         numerator = torch.where(g.broken, torch.nan, torch.where(g.count > 1, numerator, 0))
     numerator, inv_scale = torch.where(live, numerator, 0), torch.where(live, inv_scale, 0)
     return _Statistics(numerator, inv_scale, gain, weights, d_scale, alone)
 
 
-def group_advantages(
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_tokens: int,
-    baseline: str,
-    quantile: float,
-    scale: str,
-    eps: float,
-    ddof: int,
-    raw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages, per row or per token; and per row 1 / scale, and reward less baseline."""
-    live = live_rows(rewards, mask, cu_seqlens)
-    options = (baseline, quantile, scale, eps, ddof, raw)
-    s = _statistics(rewards, groups, given, lengths, live, *options)
+    live = live_rows(a.rewards, a.mask, a.cu_seqlens)
+    s = _statistics(a, live)
     # A degenerate group has inv_scale 0, and an infinite reward in it must still not make a NaN.
     advantages = torch.where(s.inv_scale == 0, 0, s.numerator * s.inv_scale)
-    if mask is not None or cu_seqlens is not None:
-        tokens = mask if mask is not None else torch.ones(num_tokens, dtype=torch.bool, device=rewards.device)
-        _, valid = to_rows(tokens, mask, cu_seqlens)
-        advantages = from_rows(torch.where(valid, advantages[:, None], 0), tokens.shape, cu_seqlens)
+    if a.token_shape is not None:
+        tokens = (
+            torch.ones(a.token_shape, dtype=torch.bool, device=a.rewards.device) if a.mask is None else a.mask
+        )
+        _, valid = to_rows(tokens, a.mask, a.cu_seqlens)
+        advantages = from_rows(torch.where(valid, advantages[:, None], 0), tokens.shape, a.cu_seqlens)
     return advantages, s.inv_scale, s.numerator.clone()
 
 
 def group_advantages_backward(
     grad: Tensor | None,
     grad_inv_scale: Tensor | None,
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
     inv_scale: Tensor,
     numerator: Tensor,
-    baseline: str,
-    quantile: float,
-    scale: str,
-    eps: float,
-    ddof: int,
-    raw: bool,
+    a: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the rewards, and of the given baselines (empty where there are none)."""
-    live = live_rows(rewards, mask, cu_seqlens)
-    s = _statistics(rewards, groups, given, lengths, live, baseline, quantile, scale, eps, ddof, raw)
+    """Gradients of the rewards, and of the baseline values (empty where there are none)."""
+    live = live_rows(a.rewards, a.mask, a.cu_seqlens)
+    s = _statistics(a, live)
     if grad is None:
-        up = torch.zeros_like(rewards)
-    elif mask is None and cu_seqlens is None:
+        up = torch.zeros_like(a.rewards)
+    elif a.token_shape is None:
         up = grad
     else:
-        up = to_rows(grad, mask, cu_seqlens)[0].sum(1)
+        up = to_rows(grad, a.mask, a.cu_seqlens)[0].sum(1)
     counts = s.inv_scale != 0
     up = torch.where(counts, up, 0)
     through = up * torch.where(counts, numerator, 0)
@@ -226,5 +228,6 @@ def group_advantages_backward(
         through = through + torch.where(counts, grad_inv_scale, 0)
     on_numerator = s.inv_scale * up
     out = s.gain * on_numerator - on_numerator @ s.weights - (through * s.inv_scale.square()) @ s.d_scale
-    on_given = rewards.new_empty(0) if given is None else torch.where(s.alone, 0, -on_numerator)
-    return torch.where(live, out, 0), on_given
+    no_values = a.baseline_values is None
+    on_values = a.rewards.new_empty(0) if no_values else torch.where(s.alone, 0, -on_numerator)
+    return torch.where(live, out, 0), on_values

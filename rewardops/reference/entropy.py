@@ -11,6 +11,29 @@ from ..core.groups import same_group
 from ..core.rows import from_rows, to_rows
 
 
+class GtpoArgs(NamedTuple):
+    """Arguments of ``gtpo_rewards`` and its backward pass; floats are of one dtype, float32 or float64."""
+
+    rewards: Tensor
+    """``[B]``"""
+    entropy: Tensor
+    """``[B, T]`` or ``[N]``, in nats."""
+    groups: Tensor
+    """``[B]`` int64 labels, in any order."""
+    mask: Tensor | None
+    """bool, the shape of ``entropy``; None: every token counts."""
+    cu_seqlens: Tensor | None
+    """``[B + 1]``, int32 or int64, of packed rows."""
+    alpha1: float
+    """Weight of the outcome."""
+    alpha2: float
+    """Weight of the entropy's share."""
+    threshold: float
+    """Rows with a reward above it are right, the others wrong."""
+    floor: float
+    """Entropies below it are raised to it; above 0."""
+
+
 class _Shares(NamedTuple):
     valid: Tensor  # [B, T]
     positive: Tensor  # [B]
@@ -21,65 +44,35 @@ class _Shares(NamedTuple):
     floored: Tensor  # [B, T]
 
 
-def _shares(
-    rewards: Tensor,
-    entropy: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    threshold: float,
-    floor: float,
-) -> _Shares:
-    h, valid = to_rows(entropy, mask, cu_seqlens)
-    floored = h <= floor
-    h = h.clamp(min=floor)
-    positive = rewards > threshold
-    same = (same_group(groups) & (positive[:, None] == positive[None, :])).to(rewards.dtype)
+def _shares(a: GtpoArgs) -> _Shares:
+    h, valid = to_rows(a.entropy, a.mask, a.cu_seqlens)
+    floored = h <= a.floor
+    h = h.clamp(min=a.floor)
+    positive = a.rewards > a.threshold
+    same = (same_group(a.groups) & (positive[:, None] == positive[None, :])).to(a.rewards.dtype)
     weight = torch.where(valid, torch.where(positive[:, None], h, 1 / h), 0)
     return _Shares(
-        valid, positive, same, weight, same @ valid.to(rewards.dtype), same @ weight, floored & valid
+        valid, positive, same, weight, same @ valid.to(a.rewards.dtype), same @ weight, floored & valid
     )
 
 
-def gtpo_rewards(
-    rewards: Tensor,
-    entropy: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    alpha1: float,
-    alpha2: float,
-    threshold: float,
-    floor: float,
-) -> Tensor:
-    s = _shares(rewards, entropy, groups, mask, cu_seqlens, threshold, floor)
+def gtpo_rewards(a: GtpoArgs) -> Tensor:
+    s = _shares(a)
     share = s.count * s.weight / s.total
     shaped = torch.where(
-        s.positive[:, None], alpha1 * rewards[:, None] + alpha2 * share, -alpha1 - alpha2 * share
+        s.positive[:, None], a.alpha1 * a.rewards[:, None] + a.alpha2 * share, -a.alpha1 - a.alpha2 * share
     )
-    return from_rows(torch.where(s.valid, shaped, 0), entropy.shape, cu_seqlens)
+    return from_rows(torch.where(s.valid, shaped, 0), a.entropy.shape, a.cu_seqlens)
 
 
-def gtpo_rewards_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    entropy: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    alpha1: float,
-    alpha2: float,
-    threshold: float,
-    floor: float,
-) -> tuple[Tensor, Tensor]:
+def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
     """The gradients in ``rewards`` and in ``entropy``."""
-    s = _shares(rewards, entropy, groups, mask, cu_seqlens, threshold, floor)
-    up, _ = to_rows(grad, mask, cu_seqlens)
-    grad_rewards = torch.where(s.positive, alpha1 * up.sum(1), 0)
-
+    s = _shares(a)
+    up, _ = to_rows(grad, a.mask, a.cu_seqlens)
+    grad_rewards = torch.where(s.positive, a.alpha1 * up.sum(1), 0)
     through = s.same @ (up * s.weight)
-    grad_weight = alpha2 * s.count / s.total * (up - through / s.total)
+    grad_weight = a.alpha2 * s.count / s.total * (up - through / s.total)
     # d weight / d H: 1 for right rows; for wrong ones -1 / H^2, against the minus sign of their share.
     slope = torch.where(s.positive[:, None], torch.ones_like(s.weight), s.weight.square())
     grad_entropy = torch.where(s.valid & ~s.floored, grad_weight * slope, 0)
-    return grad_rewards, from_rows(grad_entropy, entropy.shape, cu_seqlens)
+    return grad_rewards, from_rows(grad_entropy, a.entropy.shape, a.cu_seqlens)

@@ -34,7 +34,7 @@ class TokenKlArgs(NamedTuple):
     mask: Tensor | None
     """bool; None: every token counts."""
     old_logprob: Tensor | None
-    """Of the policy that sampled: the estimate is weighted by ``exp(logprob - old_logprob)``. None: not weighted."""
+    """Of the policy that sampled: a weight ``exp(logprob - old_logprob)`` of the estimate. None: no weight."""
     rewards: Tensor | None
     """The estimate is added to them; None in the backward pass, and where there are none."""
     estimator: str
@@ -47,7 +47,6 @@ class TokenKlArgs(NamedTuple):
     """A factor of the estimate."""
     ratio_grad: bool
     """Whether the weight has a gradient."""
-
 
 
 def _terms(

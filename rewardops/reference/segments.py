@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..core.rows import Layout, from_rows, to_rows
 
 REDUCTIONS = ("sum", "mean", "min", "max", "prod", "first", "last", "any")
+
+
+class SegmentsArgs(NamedTuple):
+    """Arguments of ``segment_reduce`` and its backward pass."""
+
+    values: Tensor
+    """``[B, T]`` or ``[N]``, float32 or float64."""
+    ids: Tensor
+    """int64, the shape of ``values``: step ids, non-decreasing along a row; negative ones are of no step."""
+    mask: Tensor | None
+    """bool, the shape of ``values``; None: every token counts."""
+    cu_seqlens: Tensor | None
+    """``[B + 1]``, int32 or int64, of packed rows."""
+    num_steps: int
+    """Steps per row of the output; ids from here on are left out."""
+    op: str
+    """One of ``REDUCTIONS``."""
 
 
 def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -18,83 +37,72 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
     return to_rows(values, mask, cu_seqlens)[0].double().sum(1).to(values.dtype)
 
 
-def segment_reduce(
-    values: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, segments: int, op: str
-) -> tuple[Tensor, Tensor]:
+def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
     """The reductions ``[B, segments]``, and what the backward keeps of each: a count, a position, a product."""
-    x, valid = to_rows(values, mask, cu_seqlens)
-    x, own = x.double(), to_rows(ids, None, cu_seqlens)[0]
+    x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
+    x, step_of = x.double(), to_rows(a.ids, None, a.cu_seqlens)[0]
     position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
-    found, kept = [], []
-    for segment in range(segments):
-        inside = valid & (own == segment)
+    values, kept = [], []
+    for step in range(a.num_steps):
+        inside = valid & (step_of == step)
         count = inside.sum(1)
         some = count > 0
         where = torch.full_like(count, -1, dtype=torch.float64)
-        if op in ("sum", "mean"):
+        if a.op in ("sum", "mean"):
             value = torch.where(inside, x, 0).sum(1)
-            if op == "mean":
+            if a.op == "mean":
                 value, where = value / count.clamp(min=1), torch.where(some, count.double(), where)
-        elif op == "any":
+        elif a.op == "any":
             value = (inside & (x != 0)).any(1).double()
-        elif op == "prod":
+        elif a.op == "prod":
             zeros = (inside & (x == 0)).sum(1)
             value = torch.where(inside & (x != 0), x, 1).prod(1)
             where = torch.where(some, torch.where(zeros > 1, 0, value), where)
             value = torch.where(zeros > 0, 0, value)
         else:
             candidates = inside
-            if op in ("min", "max") and x.shape[1]:
+            if a.op in ("min", "max") and x.shape[1]:
                 # Of equals the earliest, and of NaNs, which are the extreme, too.
-                sign = 1 if op == "min" else -1
+                sign = 1 if a.op == "min" else -1
                 least = torch.where(inside, sign * x, torch.inf).amin(1, keepdim=True)
                 candidates = inside & ((sign * x == least) | x.isnan())
                 candidates = torch.where(
                     (inside & x.isnan()).any(1, keepdim=True), inside & x.isnan(), candidates
                 )
-            if op == "last":
+            if a.op == "last":
                 at = torch.where(candidates, position, -1).amax(1) if x.shape[1] else where
             else:
                 at = torch.where(candidates, position, torch.inf).amin(1) if x.shape[1] else where
             where = torch.where(some, at, where)
             index = where.clamp(min=0).to(torch.int64)[:, None]
             value = x.gather(1, index)[:, 0] if x.shape[1] else x.new_zeros(x.shape[0])
-        found.append(torch.where(some, value, 0))
+        values.append(torch.where(some, value, 0))
         kept.append(where)
     empty = x.new_zeros((x.shape[0], 0))
-    out = torch.stack(found, 1) if found else empty
-    return out.to(values.dtype), torch.stack(kept, 1) if kept else empty
+    out = torch.stack(values, 1) if values else empty
+    return out.to(a.values.dtype), torch.stack(kept, 1) if kept else empty
 
 
-def segment_reduce_backward(
-    grad: Tensor,
-    values: Tensor,
-    ids: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    op: str,
-) -> Tensor:
-    x, valid = to_rows(values, mask, cu_seqlens)
-    own = to_rows(ids, None, cu_seqlens)[0]
-    inside = valid & (own >= 0) & (own < grad.shape[1])
+def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
+    x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
+    step = to_rows(a.ids, None, a.cu_seqlens)[0]
+    inside = valid & (step >= 0) & (step < grad.shape[1])
     if not grad.shape[1]:
-        return torch.zeros_like(values)
-    own = torch.where(inside, own, 0)
-    up, keep, value = (t.double().gather(1, own) for t in (grad, kept, out))
-    if op == "sum":
-        made = up
-    elif op == "mean":
-        made = up / keep
-    elif op == "prod":
+        return torch.zeros_like(a.values)
+    step = torch.where(inside, step, 0)
+    up, keep, value = (t.double().gather(1, step) for t in (grad, kept, out))
+    if a.op == "sum":
+        grad_values = up
+    elif a.op == "mean":
+        grad_values = up / keep
+    elif a.op == "prod":
         others = torch.where(value == 0, 0, keep / torch.where(x == 0, 1, x.double()))
-        made = up * torch.where(x == 0, keep, others)
-    elif op == "any":
-        made = torch.zeros_like(up)
+        grad_values = up * torch.where(x == 0, keep, others)
+    elif a.op == "any":
+        grad_values = torch.zeros_like(up)
     else:
-        made = torch.where(torch.arange(x.shape[1], device=x.device) == keep, up, 0)
-    return from_rows(torch.where(inside, made, 0).to(values.dtype), values.shape, cu_seqlens)
+        grad_values = torch.where(torch.arange(x.shape[1], device=x.device) == keep, up, 0)
+    return from_rows(torch.where(inside, grad_values, 0).to(a.values.dtype), a.values.shape, a.cu_seqlens)
 
 
 def segment_broadcast(steps: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..core.rows import from_rows, to_rows
 
 
-def largest(
-    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, scopes: Tensor, wanted: Tensor
-) -> Tensor:
+class LargestArgs(NamedTuple):
+    """Arguments of ``largest``."""
+
+    values: Tensor
+    """``[B, T]`` or ``[N]``, float32 or float64."""
+    mask: Tensor | None
+    """bool, the shape of ``values``; None: every token counts."""
+    cu_seqlens: Tensor | None
+    """``[B + 1]``, int32 or int64, of packed rows."""
+    scopes: Tensor
+    """``[B]`` int64, the scope of each row, from 0 to B - 1."""
+    wanted: Tensor
+    """``[B]`` int64, at each scope how many of its tokens are wanted, at most its valid ones."""
+
+
+def largest(a: LargestArgs) -> Tensor:
     """Sorted: by value downwards within a scope, of equal ones in order of row and position."""
-    x, valid = to_rows(values, mask, cu_seqlens)
+    x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
+    scopes = a.scopes
     place = torch.where(valid, scopes[:, None], scopes.shape[0]).flatten()
     order = x.flatten().argsort(descending=True, stable=True)
     order = order[place[order].argsort(stable=True)]
     sizes = torch.bincount(place, minlength=scopes.shape[0] + 1)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.shape[0], device=order.device) - (sizes.cumsum(0) - sizes)[place[order]]
-    chosen = valid & (rank.view(x.shape) < wanted[scopes][:, None])
-    return from_rows(chosen, values.shape, cu_seqlens)
+    chosen = valid & (rank.view(x.shape) < a.wanted[scopes][:, None])
+    return from_rows(chosen, a.values.shape, a.cu_seqlens)
