@@ -1,4 +1,4 @@
-"""Argument checks: a bad argument is named, with its value and what is wanted, before a kernel runs."""
+"""Argument checks: each names the argument, what it got and what it wants, before a kernel runs."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def check_like(name: str, value: Tensor, like: Tensor, other: str) -> None:
 
 def check_rows(name: str, value: object, batch: int, device: torch.device, other: str) -> None:
     """A float tensor with one value per row of another argument."""
-    found = check_tensor(name, value)
-    check_float(name, found)
-    check_shape(name, found, (batch,), f"one per row of {other}")
-    check_device(name, found, device, other)
+    tensor = check_tensor(name, value)
+    check_float(name, tensor)
+    check_shape(name, tensor, (batch,), f"one per row of {other}")
+    check_device(name, tensor, device, other)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: object, want: str = "a number") -> int | float:
-    """Any number but NaN; infinite ones too."""
+    """A number that is not NaN; infinities are accepted."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, want {want}")
     if value != value:
@@ -126,7 +126,7 @@ def check_eps_ddof(eps: float, ddof: int) -> None:
 
 
 def _first(bad: Tensor, mask: Tensor | None) -> list[int] | None:
-    """Where a check first fails, among what counts; one number is read from the device if it does not."""
+    """Index of the first unmasked position where a check fails, or None; reads one number from the device."""
     if mask is not None:
         bad = bad & mask
     return bad.nonzero()[0].tolist() if bool(bad.any()) else None
@@ -143,8 +143,8 @@ def check_values(name: str, value: Tensor, mask: Tensor | None = None) -> None:
     if not debugging() or not may_read(value):
         return
     if where := _first(~value.detach().isfinite(), mask):
-        found = value.detach()[tuple(where)].item()
-        raise ValueError(f"{name}: got {found} at {where}, want finite values wherever the mask counts")
+        number = value.detach()[tuple(where)].item()
+        raise ValueError(f"{name}: got {number} at {where}, want finite values wherever the mask counts")
 
 
 def check_step_ids(steps: Tensor, layout: Layout, name: str) -> None:
@@ -161,7 +161,7 @@ def check_step_ids(steps: Tensor, layout: Layout, name: str) -> None:
 
 
 def as_numbers(name: str, value: object, count: int, meaning: str) -> Tensor | list[float]:
-    """So many numbers, from a tensor, an array or a sequence."""
+    """Validate ``count`` numbers in a tensor, an array or a sequence."""
     if isinstance(value, Tensor):
         if value.dtype not in (*FLOATS, *INTEGERS):
             raise TypeError(f"{name}: got dtype {value.dtype}, want float or integer")
@@ -192,7 +192,7 @@ def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the precision that the ops compute in: float64 if any of them is, else float32."""
+    """The tensors in the precision of the ops: float64 if any of them is float64, else float32."""
     wide = any(t.dtype is torch.float64 for t in tensors)
     return tuple(t.to(torch.float64 if wide else torch.float32) for t in tensors)
 
@@ -203,7 +203,7 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 def check_cu_seqlens(
     cu_seqlens: object, device: torch.device, other: str, tokens: int | None, meaning: str | None = None
 ) -> Tensor:
-    """Offsets of rows; ``meaning`` says what ``tokens`` are, where they are not those of ``other``."""
+    """Validate row offsets that end at ``tokens``; ``meaning`` describes that number in the error message."""
     cu = check_tensor("cu_seqlens", cu_seqlens)
     if cu.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: got dtype {cu.dtype}, want int32 or int64")
@@ -244,7 +244,7 @@ def token_layout(name: str, values: Tensor, mask: object, cu_seqlens: object) ->
 def row_layout(
     rewards: Tensor, mask: object, cu_seqlens: object, num_tokens: int | None, name: str = "rewards"
 ) -> Layout | None:
-    """The layout that per-row values are to be spread over; None where neither mask nor cu_seqlens came."""
+    """The layout of the tokens that per-row values are written to; None without mask and cu_seqlens."""
     batch, device = rewards.shape[0], rewards.device
     if num_tokens is not None:
         check_whole("num_tokens", num_tokens, 0)

@@ -31,7 +31,7 @@ _PACKAGES = {
     "triton": "rewardops.triton_kernels",
     "cuda": "rewardops.cuda",
 }
-# First that can serve wins. CUDA C++ is chosen by name: no kernel of it has been measured ahead of Triton's yet.
+# The first available backend serves. CUDA C++ is chosen by name: no kernel of it is measured ahead of Triton's yet.
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 
 _library = torch.library.Library("rewardops", "DEF")
@@ -68,7 +68,7 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
 def unavailable(
     backend: str, device_type: str, family: str | None = None, op: str | None = None
 ) -> str | None:
-    """Why a backend cannot serve tensors on a device, or an op there; None where it can."""
+    """The reason why a backend cannot serve a device (or an op on it); None if it can."""
     if backend == "reference":
         return None
     if backend == "cpp":
@@ -119,7 +119,7 @@ def _run(device_type: str, family: str, op: str, args: Sequence[Any]) -> Any:
     implementation = _implementation(backend_for(device_type, family, op), family, op)
     assert implementation is not None, op
     if torch.is_autocast_enabled(device_type):
-        # Which precision a kernel computes in is its own affair.
+        # Kernels choose their own precision.
         with torch.autocast(device_type, enabled=False):
             return implementation(*args)
     return implementation(*args)
@@ -144,7 +144,7 @@ def define(
             have none. ``ctx.needs_input_grad`` has a flag per argument, those of the record in one record.
     """
     op = schema.partition("(")[0]
-    # Exact strides: a compiled graph must hand over rows as they lie, and not as copies in another layout.
+    # Exact strides: a compiled graph must pass strided rows as they are, not copies in another layout.
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     overload = getattr(torch.ops.rewardops, op).default
     pack = packer([argument.name for argument in overload._schema.arguments], record)
@@ -166,7 +166,7 @@ def define(
 
 
 def config() -> dict[str, str]:
-    """What is installed and what serves each device, as text."""
+    """Installed components and the backend of each device, as text."""
     lines: dict[str, str] = {"torch": str(torch.__version__)}
     module = compiled_module()
     lines["cpp"] = (
@@ -193,7 +193,7 @@ def config() -> dict[str, str]:
 
 
 def show_config() -> str:
-    """A line for each backend and device: what is installed, and what serves an op. Also printed."""
+    """Print and return a line per backend and device: what is installed, and which backend serves it."""
     text = "\n".join(f"{key:>14}: {value}" for key, value in config().items())
     print(text)
     return text

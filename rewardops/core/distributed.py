@@ -1,8 +1,8 @@
-"""Process groups: the collectives behind what is computed over the ranks of a job.
+"""Process groups: the collectives behind functions that run over several ranks.
 
-An op that takes a ``process_group`` is called on every rank of it, with the arguments that are not tensors equal
-everywhere, and makes one collective. Ranks come in their order: a result does not depend on which of them was
-faster. What is exchanged are values of rows and tokens, records and summaries, never logits.
+A function that takes a ``process_group`` is called on every rank of it, with equal arguments but for the tensors,
+and runs one collective. Results are combined in the order of the ranks, so they do not depend on timing. Ranks
+exchange values of rows and tokens, records and summaries, never logits.
 
 Gradients are those of the sum of all ranks' losses, so a backward pass is a collective too: where a gradient is
 asked for on one rank it is on all. (Shards of a vocabulary are another matter, see :func:`replicated`.)
@@ -78,14 +78,14 @@ class _Replicated(torch.autograd.Function):
 
 
 def replicated(x: Tensor, process_group: dist.ProcessGroup) -> Tensor:
-    """A tensor that every rank has, and of whose use each computes a part: its gradient is the sum of the parts'.
+    """Mark a tensor that every rank holds and uses in part: its gradient is summed over the ranks.
 
     For shards of a vocabulary, where every rank has the same loss (Megatron's convention).
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    found: Tensor = _Replicated.apply(x, process_group)
-    return found
+    out: Tensor = _Replicated.apply(x, process_group)
+    return out
 
 
 # ---- rows and tokens of all ranks --------------------------------------------------------------------------
@@ -93,14 +93,15 @@ def replicated(x: Tensor, process_group: dist.ProcessGroup) -> Tensor:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Rows (or tokens) of all ranks, one rank's after another's, each rank's padded to the same number."""
+    """Rows (or tokens) of all ranks in the order of the ranks, each rank padded to the same number."""
 
     tensors: tuple[Tensor, ...]
     present: Tensor  # [ranks * capacity], bool: not padding
-    first: int  # where this rank's begin
-    count: int
+    first: int  # index of this rank's first row
+    count: int  # rows of this rank
 
     def own(self, x: Tensor) -> Tensor:
+        """This rank's rows of a tensor over all ranks."""
         return x[self.first : self.first + self.count]
 
 
@@ -111,20 +112,20 @@ def _columns(x: Tensor) -> Tensor:
 def _exchange_rows(
     tensors: Sequence[Tensor], process_group: dist.ProcessGroup, capacity: int
 ) -> list[Tensor]:
-    """Each as ``[ranks * capacity, ...]``, in one collective, as bytes; zeros for what a rank does not have."""
+    """Gather every tensor as ``[ranks * capacity, ...]`` in one collective of bytes; padding is zeros."""
     parts, sizes = [], []
     for x in tensors:
         filled = torch.nn.functional.pad(_columns(x.detach()), (0, 0, 0, capacity - x.shape[0]))
         part = filled.reshape(-1).view(torch.uint8)
         sizes.append(part.shape[0])
-        parts.append(torch.nn.functional.pad(part, (0, -part.shape[0] % 8)))  # where any dtype may begin
+        parts.append(torch.nn.functional.pad(part, (0, -part.shape[0] % 8)))  # aligned for any dtype
     sent = torch.cat(parts)
-    everything, at, found = exchange(sent, process_group), 0, []
+    everything, at, gathered = exchange(sent, process_group), 0, []
     for x, part, count in zip(tensors, parts, sizes, strict=True):
         received = everything[:, at : at + count].reshape(-1).view(x.dtype)
-        found.append(received.view(len(everything) * capacity, *x.shape[1:]))
+        gathered.append(received.view(len(everything) * capacity, *x.shape[1:]))
         at += part.shape[0]
-    return found
+    return gathered
 
 
 class _Gather(torch.autograd.Function):
@@ -132,25 +133,25 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, process_group: dist.ProcessGroup, capacity: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        found = _exchange_rows(tensors, process_group, capacity)
+        gathered = _exchange_rows(tensors, process_group, capacity)
         ctx.process_group, ctx.capacity = process_group, capacity
         ctx.like = [(x.shape, x.dtype) for x in tensors]
-        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
-        return tuple(found)
+        ctx.mark_non_differentiable(*(x for x in gathered if not x.is_floating_point()))
+        return tuple(gathered)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         floats = [k for k, (_, dtype) in enumerate(ctx.like) if dtype.is_floating_point]
-        given = [_columns(grads[k].double()) for k in floats]
-        everything = torch.cat(given, 1)
+        columns = [_columns(grads[k].double()) for k in floats]
+        everything = torch.cat(columns, 1)
         own = everything.new_empty((ctx.capacity, everything.shape[1]))
         _reduce_scatter(own.view(-1), everything.view(-1), ctx.process_group)
-        made: list[Tensor | None] = [None] * len(ctx.like)
-        for k, part in zip(floats, own.split([g.shape[1] for g in given], 1), strict=True):
+        out: list[Tensor | None] = [None] * len(ctx.like)
+        for k, part in zip(floats, own.split([g.shape[1] for g in columns], 1), strict=True):
             shape, dtype = ctx.like[k]
-            made[k] = part[: shape[0]].reshape(shape).to(dtype)
-        return None, None, *made
+            out[k] = part[: shape[0]].reshape(shape).to(dtype)
+        return None, None, *out
 
 
 def _capacity(count: int, limit: int | None, process_group: dist.ProcessGroup, device: torch.device) -> int:
@@ -166,14 +167,14 @@ def _capacity(count: int, limit: int | None, process_group: dist.ProcessGroup, d
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a function is told of the ranks whose rows or tokens it is to gather."""
+    """The process group of a gather, and the capacity per rank."""
 
     process_group: dist.ProcessGroup
     max_per_rank: int | None
 
     @staticmethod
     def of(process_group: dist.ProcessGroup | None, max_per_rank: int | None) -> Ranks | None:
-        """Checked; None where there is no process group."""
+        """Validate both arguments; None without a process group."""
         if process_group is not None:
             return Ranks(check(process_group), max_per_rank)
         if max_per_rank is not None:
@@ -184,26 +185,26 @@ class Ranks:
 def gather(
     tensors: Sequence[Tensor], process_group: dist.ProcessGroup, max_per_rank: int | None = None
 ) -> Gathered:
-    """Tensors ``[n]`` or ``[n, k]`` of every rank, in one collective; those of floats are differentiable.
+    """Gather tensors ``[n]`` or ``[n, k]`` of every rank in one collective; float tensors are differentiable.
 
-    ``n`` may differ between ranks. ``max_per_rank`` says that none has more; without it the numbers are exchanged
-    first, and one is read on the host.
+    ``n`` may differ between ranks and is at most ``max_per_rank``. Without ``max_per_rank`` the ranks exchange
+    their ``n`` first, and the host reads the largest.
     """
     count, device = tensors[0].shape[0], tensors[0].device
     capacity = _capacity(count, max_per_rank, process_group, device)
     wide = [torch.ones(count, dtype=torch.bool, device=device), *tensors]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        present, *found = _Gather.apply(process_group, capacity, *wide)
+        present, *gathered = _Gather.apply(process_group, capacity, *wide)
     else:
-        present, *found = _exchange_rows(wide, process_group, capacity)
-    return Gathered(tuple(found), present, rank(process_group) * capacity, count)
+        present, *gathered = _exchange_rows(wide, process_group, capacity)
+    return Gathered(tuple(gathered), present, rank(process_group) * capacity, count)
 
 
 # ---- groups of rows ----------------------------------------------------------------------------------------
 
 
 def _number(label: Hashable) -> int:
-    """What every rank calls a label, without asking the others: 64 bits of its digest."""
+    """A 64-bit hash of a label, equal on all ranks without communication."""
     if isinstance(label, (str, int)):
         label = f"{label}".encode()
     if not isinstance(label, bytes):
@@ -214,7 +215,7 @@ def _number(label: Hashable) -> int:
 
 
 def own_labels(groups: Labels, group_size: object, batch: int, device: torch.device, other: str) -> Tensor:
-    """Labels ``[B]`` of this rank's rows, which mean the same on every rank; zeros where sizes are to tell."""
+    """Labels ``[B]`` of this rank's rows, equal on all ranks; zeros where ``group_size`` defines the groups."""
     if groups is None and group_size is not None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     if groups is None or group_size is not None or isinstance(groups, Tensor):
@@ -223,7 +224,7 @@ def own_labels(groups: Labels, group_size: object, batch: int, device: torch.dev
 
 
 def labels(gathered: Gathered, own: Tensor, group_size: object) -> Tensor:
-    """Labels of the rows of all ranks: their own, or by the sizes of groups, which run on from rank to rank."""
+    """Labels of the rows of all ranks: those gathered, or by ``group_size``, which counts on from rank to rank."""
     if group_size is None:
         return own
     present = gathered.present

@@ -16,7 +16,7 @@ GroupSize = int | Sequence[int] | Tensor | None
 
 
 def label_list(groups: object, batch: int, other: str) -> Sequence[Hashable]:
-    """Labels that are no tensor: a numpy array or a sequence of objects, one per row."""
+    """Validate labels that are not a tensor: a numpy array or a sequence of objects, one per row."""
     values = groups.tolist() if hasattr(groups, "tolist") else groups
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(
@@ -28,7 +28,7 @@ def label_list(groups: object, batch: int, other: str) -> Sequence[Hashable]:
 
 
 def _factorised(groups: object, batch: int, device: torch.device, other: str) -> Tensor:
-    """Labels of any kind as numbers, on the host."""
+    """Number hashable labels in the order of their first occurrence, on the host."""
     values = label_list(groups, batch, other)
     seen: dict[Hashable, int] = {}
     try:
@@ -39,12 +39,12 @@ def _factorised(groups: object, batch: int, device: torch.device, other: str) ->
 
 
 def from_host(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers on a device, int64; the host waits for nothing."""
+    """An int64 tensor on a device, copied without a synchronisation."""
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def by_size(group_size: object, place: Tensor, total: int | None, other: str) -> Tensor:
-    """The group of each row, by its place among ``total`` rows: contiguous groups of one size, or of several."""
+    """The group of each row from its index ``place`` among ``total`` rows, groups being contiguous."""
     if isinstance(group_size, Tensor):
         check_integer("group_size", group_size)
         if group_size.dim() != 1:
@@ -67,7 +67,8 @@ def by_size(group_size: object, place: Tensor, total: int | None, other: str) ->
         return place // group_size
     if known is not None and (min(known, default=0) < 0 or total not in (None, sum(known))):
         raise ValueError(f"group_size: got sizes {known}, want sizes that sum to the {total} rows of {other}")
-    # By search: whether sizes on a device sum to the rows nobody looks, and nothing is written where they say.
+    # A search: sizes on a device are not validated (it would synchronise), and wrong ones cannot cause a write out
+    # of bounds.
     return torch.searchsorted(sizes.cumsum(0), place, right=True)
 
 
@@ -88,6 +89,6 @@ def group_ids(groups: Labels, group_size: object, batch: int, device: torch.devi
 
 
 def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:
-    """``[B, B]``: whether two rows are of one group (and both live)."""
+    """``[B, B]``, bool: True where two rows belong to one group (and both have a token)."""
     same = groups[:, None] == groups[None, :]
     return same if live is None else same & live[:, None] & live[None, :]

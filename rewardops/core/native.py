@@ -39,7 +39,8 @@ def compiled_module() -> types.ModuleType | None:
     return module
 
 
-compiled_module()  # loaded at once, so that it hears of every fork: see csrc/cpu/parallel.cpp
+# Loaded at import, so that its fork handlers are registered before any fork: see csrc/cpu/parallel.cpp.
+compiled_module()
 
 
 def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -71,6 +72,7 @@ def _module_at(path: str) -> types.ModuleType:
 
 
 def cuda_on_host() -> str | None:
+    """Path of a build of the CUDA C++ kernels for CPUs, from the environment; None otherwise."""
     return os.environ.get("REWARDOPS_CUDA_ON_HOST") or None
 
 
@@ -80,5 +82,5 @@ def has_triton() -> bool:
 
 
 def triton_interprets() -> bool:
-    """Whether Triton kernels run on the CPU, by the interpreter."""
+    """True if Triton kernels run on the CPU, by the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

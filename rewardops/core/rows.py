@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens belong to which row, and which of them count."""
+    """The rows of a per-token tensor and the tokens of them that count."""
 
     batch: int
     shape: tuple[int, ...]
@@ -23,13 +23,13 @@ class Layout:
     cu_seqlens: Tensor | None
 
     def valid(self, device: torch.device) -> Tensor:
-        """Which tokens count, as a tensor."""
+        """bool, the shape of the tokens: True where a token counts."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.shape, dtype=torch.bool, device=device)
 
     def expand(self, rows: Tensor) -> Tensor:
-        """Per-row values ``[B]`` on every token, padded or packed (masked tokens too)."""
+        """Broadcast per-row values ``[B]`` to every token, masked tokens included."""
         if self.cu_seqlens is None:
             return rows[:, None].expand(self.shape)
         if self.batch == 0:
@@ -40,7 +40,7 @@ class Layout:
 
 
 def batch_of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None) -> int:
-    """How many rows per-token tensors of this shape have."""
+    """Number of rows of per-token tensors of this shape."""
     return shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
@@ -81,10 +81,10 @@ def from_rows(rows: Tensor, like: torch.Size | tuple[int, ...], cu_seqlens: Tens
 
 
 def places_without_holes(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Where each valid token goes when those of a row move to the row's front; anything where masked."""
+    """Target index of each valid token when the valid tokens of a row move to its front; arbitrary where masked."""
     counted = mask.cumsum(-1)
     if cu_seqlens is not None and len(mask):
-        # Valid tokens ahead of a token's row are counted in, the gaps there are not.
+        # The count includes the valid tokens of earlier rows, which lie closer together than the rows do.
         cu = cu_seqlens.to(torch.int64)
         position = torch.arange(len(mask), device=mask.device)
         row = torch.searchsorted(cu[1:].contiguous(), position, right=True).clamp(max=len(cu) - 2)
@@ -95,7 +95,7 @@ def places_without_holes(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def move(values: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-    """Valid tokens at their places (the last dimension or two are the tokens'); 0 behind them."""
+    """Valid tokens moved to ``places``, in the last dimension or two; 0 after them."""
     width = values.shape[-1]
     index = torch.where(mask, places, width).expand(values.shape)
     moved = values.new_zeros((*values.shape[:-1], width + 1)).scatter(-1, index, values)

@@ -1,7 +1,7 @@
 """An op under PyTorch's transformations: its gradient, also in ``torch.func``, and ``torch.vmap``.
 
-``torch.library.register_autograd`` serves autograd alone: ``torch.func`` refuses what it makes, and an op without a
-gradient, such as a backward pass, ends the graph in silence, so that second derivatives come out as zeros.
+``torch.library.register_autograd`` supports autograd alone: ``torch.func`` rejects its ops, and an op without a
+gradient, such as a backward pass, ends the graph silently, so that second derivatives come out as zeros.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def in_func(tensor: Tensor) -> bool:
-    """Whether ``torch.func`` is at work on a tensor: there may be many values behind one then."""
+    """True if the tensor is wrapped by ``torch.func``; it may then stand for many values."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def may_require_grad(tensor: Tensor) -> bool:
-    """Whether a gradient may be asked for; a tensor in vmap does not tell."""
+    """True if a gradient may be required; always for a tensor in vmap, which does not show it."""
     return torch.is_grad_enabled() and (tensor.requires_grad or in_func(tensor))
 
 
 def may_overwrite_saved() -> bool:
-    """Whether a backward pass may write over what is saved now, as autograd would notice if somebody else reads it.
+    """True if saved tensors may be modified in place.
 
-    It compares no versions of tensors that hooks bring back: those of checkpointing, of offloading.
+    Version counters catch other readers, except behind saved-tensor hooks (checkpointing, offloading).
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
@@ -45,12 +45,12 @@ def _sizes(args: Iterable[Any]) -> Sizes:
 
 
 def _flat(values: Iterable[Any], sizes: Sizes) -> list[Any]:
-    """The values, the items of a list in its place."""
+    """Flatten lists of tensors among the values."""
     return list(chain.from_iterable([v] if n is None else v for v, n in zip(values, sizes, strict=True)))
 
 
 def _nested(flat: Iterable[Any], sizes: Sizes) -> list[Any]:
-    """The inverse."""
+    """The inverse of :func:`_flat`."""
     items = iter(flat)
     return [next(items) if n is None else list(islice(items, n)) for n in sizes]
 
@@ -67,7 +67,7 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def second_derivative(op: str) -> str:
-    """What an op says that is differentiable once."""
+    """Error message for a second derivative."""
     return f"rewardops::{op}: a second derivative was asked for, but it is differentiable once"
 
 
@@ -131,8 +131,8 @@ def autograd_kernel(
         "jvp": jvp,
         "_compiled_autograd_key": torch.autograd.Function._compiled_autograd_key,
     }
-    # In torch.func the dispatcher runs the kernel for one level, and `below` goes on to the next. A Function would
-    # start again from the first.
+    # In torch.func the dispatcher runs the kernel once per level, and `below` continues with the next one. A plain
+    # autograd.Function would start again at the first.
     function: Any = type(
         f"rewardops_{name}", (_SingleLevelFunction,), {k: staticmethod(f) for k, f in methods.items()}
     )
@@ -151,20 +151,20 @@ def autograd_kernel(
 
 
 def vmap_rule(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The op on one slice after the other: right for every op, as outputs' shapes follow from those of inputs."""
+    """Batching rule: run the op slice by slice. Valid for every op, as output shapes follow from input shapes."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
             raise ValueError(f"vmap over {op}: got a dimension of size 0, want at least 1")
         flat, spec = tree_flatten(args)
-        given = list(zip(flat, tree_flatten(in_dims)[0], strict=True))
+        inputs = list(zip(flat, tree_flatten(in_dims)[0], strict=True))
 
-        made = []
+        outputs = []
         for k in range(info.batch_size):
-            slices = [x if dim is None else x.select(dim, k) for x, dim in given]
-            made.append(tree_flatten(op(*tree_unflatten(slices, spec))))
-        stacked = [torch.stack(parts) for parts in zip(*(flat for flat, _ in made), strict=True)]
-        like = made[0][1]
+            slices = [x if dim is None else x.select(dim, k) for x, dim in inputs]
+            outputs.append(tree_flatten(op(*tree_unflatten(slices, spec))))
+        stacked = [torch.stack(parts) for parts in zip(*(flat for flat, _ in outputs), strict=True)]
+        like = outputs[0][1]
         return tree_unflatten(stacked, like), tree_unflatten([0] * len(stacked), like)
 
     return rule

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .core import checks
-from .core.groups import from_host
-from .core.rows import Layout
-from .prefix_tree import TokenRows
+from ..core import checks
+from ..core.groups import from_host
+from ..core.rows import Layout
+from ..ops.forest import TokenRows
 
 
 class Packed(NamedTuple):

@@ -1,0 +1,121 @@
+"""Imports go down only, lazy ones and those for type checkers included: `docs/architecture.md` has the floors."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The floors of the package, from the ground up: a module imports from its own floor and from those below.
+FLOORS = (
+    ("rewardops.core",),
+    ("rewardops.reference",),
+    ("rewardops.cpp", "rewardops.cuda", "rewardops.triton_kernels", "rewardops.core.chunked"),
+    ("rewardops.ops",),
+    ("families",),
+    ("rewardops.viz",),
+    ("rewardops",),
+    ("rewardops.testing", "rewardops.integrations", "rewardops.demo", "rewardops.__main__"),
+)
+BACKENDS = ("rewardops.cpp", "rewardops.cuda", "rewardops.triton_kernels", "rewardops.core.chunked")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name, `triton_kernels/` under the name that it is installed by."""
+    folders = {"rewardops": ROOT / "rewardops", "rewardops.triton_kernels": ROOT / "triton_kernels",
+               "benchmarks": ROOT / "benchmarks"}  # fmt: skip
+    names = {}
+    for package, folder in folders.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of the package that a module names in an import statement, wherever it stands."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                module = f"{base}.{alias.name}"
+                if module in known:
+                    yield module
+                elif base in known:
+                    yield base
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: {m for m in imports(name, path, known) if m != name} for name, path in known.items()}
+
+
+def floor(name: str) -> int:
+    """The index of a module's floor; a module directly in the package is a family."""
+    best = -1, ""
+    for k, prefixes in enumerate(FLOORS):
+        for prefix in prefixes:
+            if (name == prefix or name.startswith(prefix + ".")) and len(prefix) > len(best[1]):
+                best = k, prefix
+    is_family = name.count(".") == 1 and best[1] == "rewardops" and name != "rewardops"
+    return next(k for k, prefixes in enumerate(FLOORS) if "families" in prefixes) if is_family else best[0]
+
+
+def test_imports_go_down(graph):
+    wrong = [
+        f"{name} -> {target}"
+        for name, targets in graph.items()
+        for target in targets
+        if name.startswith("rewardops") and (target.startswith("benchmarks") or floor(target) > floor(name))
+    ]
+    assert not wrong
+
+
+def test_no_circles(graph):
+    """A module that can be peeled off imports nothing that is left; what is left at the end is circles."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    # A package's own file is imported with each of its modules; who imports it by name is counted.
+    while True:
+        done = {name for name, targets in left.items() if not targets & left.keys()}
+        if not done:
+            break
+        left = {name: targets for name, targets in left.items() if name not in done}
+    assert not left
+
+
+def test_backends_import_core_and_reference_only(graph):
+    wrong = [
+        f"{name} -> {target}"
+        for name, targets in graph.items()
+        if name.startswith(BACKENDS)
+        for target in targets
+        if not target.startswith((*BACKENDS, "rewardops.core", "rewardops.reference"))
+    ]
+    assert not wrong
+
+
+def test_nothing_imports_the_integrations(graph):
+    wrong = [
+        f"{name} -> {target}"
+        for name, targets in graph.items()
+        if not name.startswith("rewardops.integrations")
+        for target in targets
+        if target.startswith("rewardops.integrations")
+    ]
+    assert not wrong
+
+
+def test_the_specification_calls_no_dispatched_op():
+    for path in sorted((ROOT / "rewardops" / "reference").glob("*.py")):
+        assert "torch.ops" not in path.read_text(), path.name
