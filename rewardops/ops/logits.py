@@ -16,7 +16,9 @@ _ARGS_OVERWRITTEN = _ARGS.replace("Tensor logits", "Tensor(a!) logits")
 
 def _fake_gradients(args: TokenStatsArgs, to_logits: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
     like = args.logits if args.ref_logits is None else args.ref_logits
-    return args.logits.new_empty(args.logits.shape if to_logits else 0), like.new_empty(like.shape if to_ref else 0)
+    return args.logits.new_empty(args.logits.shape if to_logits else 0), like.new_empty(
+        like.shape if to_ref else 0
+    )
 
 
 # ---- token_stats -------------------------------------------------------------------------------------------
@@ -54,7 +56,8 @@ def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
 
 token_stats_backward = define(
     "logits",
-    f"token_stats_backward(Tensor?[] grads, Tensor saved, {_ARGS}, bool to_logits, bool to_ref) -> (Tensor, Tensor)",
+    f"token_stats_backward(Tensor?[] grads, Tensor saved, {_ARGS}, bool to_logits, bool to_ref)"
+    " -> (Tensor, Tensor)",
     record=TokenStatsArgs,
     fake=lambda grads, saved, args, *wanted: _fake_gradients(args, *wanted),
 )
