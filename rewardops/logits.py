@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._token_arguments import check_coefficients, check_outputs, token_arguments
 from .core import checks, distributed
-from .core.dispatch import define
-from .core.settings import debugging, may_read
-from .core.transforms import may_overwrite_saved
+from .ops import logits as ops
 from .reference import logits as spec
+from .reference.logits import RECORD, TokenStatsArgs, accumulator
+from .reference.token_records import fields_of, finish, merge
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+__all__ = ["TokenStats", "merge_token_stats", "token_stats", "token_stats_and_grad", "token_stats_partial"]
 
 OUTPUTS = spec.OUTPUTS
 PARTIAL_OUTPUTS = OUTPUTS[:-1]
@@ -30,310 +33,14 @@ class TokenStats(NamedTuple):
     logprob: Tensor | None = None
     entropy: Tensor | None = None
     logsumexp: Tensor | None = None
-    sum_sq: Tensor | None = None
-    sum_sq_logprob: Tensor | None = None
+    sum_p2: Tensor | None = None
+    sum_p2_logp: Tensor | None = None
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
     ref_logprob: Tensor | None = None
     kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     jsd: Tensor | None = None
-
-
-# ---- the ops -----------------------------------------------------------------------------------------------
-
-_INPUTS = "Tensor logits, Tensor tokens, Tensor? ref_logits, Tensor? mask, Tensor? temperatures"
-_SCALARS = "float temperature, float softcap"
-
-
-def _fake(logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta, outputs):  # type: ignore[no-untyped-def]
-    acc = spec.accumulator(logits)
-    saved = spec.saved_rows(ref_logits is not None)
-    made = [logits.new_empty((saved, *tokens.shape), dtype=torch.float64)]
-    for name in outputs:
-        made.append(logits.new_empty(tokens.shape, dtype=torch.bool if name == "is_top1" else acc))
-    return made
-
-
-def _fake_stacked(coefficients, terms, logits, tokens, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty((len(rest[-1]), *tokens.shape), dtype=spec.accumulator(logits))
-
-
-def _fake_stacked_and_grad(coefficients, terms, logits, *rest):  # type: ignore[no-untyped-def]
-    return _fake_stacked(coefficients, terms, logits, *rest), logits.new_empty(logits.shape)
-
-
-def _fake_gradients(logits, ref_logits, to_logits, to_ref):  # type: ignore[no-untyped-def]
-    grad = logits.new_empty(logits.shape if to_logits else 0)
-    like = logits if ref_logits is None else ref_logits
-    return grad, like.new_empty(like.shape if to_ref else 0)
-
-
-def _fake_backward(grads, logits, tokens, ref_logits, *rest):  # type: ignore[no-untyped-def]
-    return _fake_gradients(logits, ref_logits, *rest[-2:])
-
-
-def _fake_backward_inplace(grads, logits, tokens, ref_logits, *rest):  # type: ignore[no-untyped-def]
-    return _fake_gradients(logits, ref_logits, False, rest[-1])[1]
-
-
-def _fake_partial(logits, tokens, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty((*tokens.shape, len(spec.RECORD)), dtype=torch.float64)
-
-
-def _fake_partial_backward(grad, record, logits, tokens, ref_logits, *rest):  # type: ignore[no-untyped-def]
-    return _fake_gradients(logits, ref_logits, *rest[-2:])
-
-
-_SAVED = f"Tensor saved, {_SCALARS}, SymInt vocab, float beta, str[] outputs, bool to_logits, bool to_ref"
-_INPUTS_OVERWRITTEN = _INPUTS.replace("Tensor logits", "Tensor(a!) logits")
-
-_backward = define(
-    "logits",
-    f"token_stats_backward(Tensor?[] grads, {_INPUTS}, {_SAVED}) -> (Tensor, Tensor)",
-    fake=_fake_backward,
-)
-
-_backward_inplace = define(
-    "logits",
-    f"token_stats_backward_(Tensor?[] grads, {_INPUTS_OVERWRITTEN}, {_SAVED}) -> Tensor",
-    fake=_fake_backward_inplace,
-)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, temperature, softcap, vocab, beta, outputs, inplace = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[0])
-    ctx.scalars = (temperature, softcap, vocab, beta, outputs)
-    ctx.inplace = inplace and may_overwrite_saved()
-
-
-def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
-    logits, tokens, ref_logits, mask, temperatures, saved = ctx.saved_tensors
-    given = [g for g, name in zip(grads[1:], ctx.scalars[-1], strict=True)]
-    to_logits, to_ref = ctx.needs_input_grad[0], ref_logits is not None and ctx.needs_input_grad[2]
-    args = (tokens, ref_logits, mask, temperatures, saved, *ctx.scalars)
-    grad, ref = None, None
-    if all(g is None for g in given):
-        pass
-    elif ctx.inplace and to_logits and not torch.is_grad_enabled():  # torch.func records every backward pass
-        grad = logits.detach()
-        ref = _backward_inplace(given, grad, *args, True, to_ref)
-        # The logits are gone: a second backward pass finds another version of them, and raises.
-        torch.autograd.graph.increment_version(logits)
-    else:
-        grad, ref = _backward(given, logits, *args, to_logits, to_ref)
-    return grad if to_logits else None, None, ref if to_ref else None, *[None] * 8
-
-
-_forward = define(
-    "logits",
-    f"token_stats({_INPUTS}, {_SCALARS}, SymInt vocab, float beta, str[] outputs, bool inplace) -> Tensor[]",
-    fake=lambda *args: _fake(*args[:-1]),
-    setup_context=_setup,
-    backward=_gradient,
-)
-
-# Statistics come stacked, in the order of the outputs and is_top1 as 0 or 1: functionalisation, which takes the op
-# that writes over the logits into a compiled graph, knows no lists.
-_KNOWN = "Tensor[] coefficients, str[] terms"
-_OPTIONS = f"{_SCALARS}, SymInt vocab, float beta, str[] outputs"
-
-_and_grad = define(
-    "logits",
-    f"token_stats_and_grad({_KNOWN}, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    fake=_fake_stacked_and_grad,
-)
-
-_and_grad_inplace = define(
-    "logits",
-    f"token_stats_and_grad_({_KNOWN}, {_INPUTS_OVERWRITTEN}, {_OPTIONS}) -> Tensor",
-    fake=_fake_stacked,
-)
-
-_SHARD = f"{_SCALARS}, SymInt first, SymInt vocab"
-
-_partial_backward = define(
-    "logits",
-    f"token_stats_partial_backward(Tensor grad_record, Tensor record, {_INPUTS}, {_SHARD}, bool to_logits,"
-    " bool to_ref) -> (Tensor, Tensor)",
-    fake=_fake_partial_backward,
-)
-
-
-def _setup_partial(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, temperature, softcap, first, vocab, _ = inputs
-    ctx.save_for_backward(output, *tensors)
-    ctx.scalars = (temperature, softcap, first, vocab)
-
-
-def _gradient_partial(ctx, grad):  # type: ignore[no-untyped-def]
-    record, logits, tokens, ref_logits, *rest = ctx.saved_tensors
-    to_logits, to_ref = ctx.needs_input_grad[0], ref_logits is not None and ctx.needs_input_grad[2]
-    args = (record, logits, tokens, ref_logits, *rest, *ctx.scalars)
-    found, ref = _partial_backward(grad, *args, to_logits, to_ref)
-    return found if to_logits else None, None, ref if to_ref else None, *[None] * 7
-
-
-_partial = define(
-    "logits",
-    f"token_stats_partial({_INPUTS}, {_SHARD}, str[] outputs) -> Tensor",
-    fake=_fake_partial,
-    setup_context=_setup_partial,
-    backward=_gradient_partial,
-)
-
-
-# ---- arguments ---------------------------------------------------------------------------------------------
-
-
-def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> None:
-    checks.check_float("logits", logits)
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits: got shape {checks.show(logits.shape)}, want [N, V] or [B, T, V]")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {checks.show(logits.shape)}, want a vocabulary of at least 1")
-    checks.check_integer("tokens", tokens)
-    checks.check_shape("tokens", tokens, logits.shape[:-1], "the shape of logits without the vocabulary")
-    checks.check_device("tokens", tokens, logits.device, "logits")
-    if ref_logits is not None:
-        checks.check_float("ref_logits", ref_logits)
-        checks.check_shape("ref_logits", ref_logits, logits.shape, "the shape of logits")
-        checks.check_device("ref_logits", ref_logits, logits.device, "logits")
-
-
-def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
-    if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
-        raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {tuple(choices)}")
-    for name in outputs:
-        checks.check_choice("outputs", name, choices)
-        if name in spec.REF_OUTPUTS and not has_ref:
-            raise ValueError(f"outputs: got {name!r} without ref_logits, want both or neither")
-    return [name for name in choices if name in outputs]
-
-
-def temperatures_of(
-    temperature: float | Tensor, tokens: Tensor, mask: Tensor | None
-) -> tuple[Tensor | None, float]:
-    """A temperature for each row in float64, or one for all."""
-    if not isinstance(temperature, Tensor):
-        checks.check_positive("temperature", temperature)
-        return None, float(temperature)
-    checks.check_float("temperature", temperature)
-    checks.check_device("temperature", temperature, tokens.device, "logits")
-    t = temperature.detach().to(torch.float64)
-    if t.dim() == 1 and tokens.dim() == 2 and t.shape[0] == tokens.shape[0]:
-        t = t[:, None]
-    elif t.dim() not in (0, tokens.dim()) or (t.dim() and t.shape[0] != tokens.shape[0]):
-        t = t.new_empty((0, 0, 0))  # no shape that fits
-    if t.dim() == tokens.dim() == 2 and t.shape[1] == 1:
-        t = t.expand(tokens.shape)
-    if t.dim() and t.shape != tokens.shape:
-        rows = f"[{tokens.shape[0]}] or {checks.show(tokens.shape)}" if tokens.dim() == 2 else None
-        raise ValueError(
-            f"temperature: got shape {checks.show(temperature.shape)}, want a scalar or"
-            f" {rows or checks.show(tokens.shape)} (one per row or per token)"
-        )
-    if may_read(t):
-        bad = ~(t > 0)
-        if bool(bad.any()) and bool((bad & spec.valid_rows(tokens, mask)).any()):
-            raise ValueError("temperature: got a value that is not above 0, want all above 0")
-    return t.expand(tokens.shape).contiguous(), 1.0
-
-
-def softcap_of(softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    checks.check_positive("softcap", softcap)
-    return float(softcap)
-
-
-def vocab_of(vocab_size: int | None, width: int) -> int:
-    if vocab_size is None:
-        return width
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, want int")
-    if not 0 < vocab_size <= width:
-        raise ValueError(f"vocab_size: got {vocab_size}, want 1 to {width} (the columns of logits)")
-    return vocab_size
-
-
-def columns_of(vocab_start: int, vocab_size: int | None, width: int) -> int:
-    """How many columns of a part of the vocabulary are no padding."""
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
-        raise TypeError(f"vocab_start: got {type(vocab_start).__name__}, want int")
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start: got {vocab_start}, want at least 0")
-    if vocab_size is None:
-        return width
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, want int")
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size: got {vocab_size}, want at least 1")
-    return min(max(vocab_size - vocab_start, 0), width)
-
-
-def check_beta(beta: float, names: Sequence[str]) -> None:
-    if "jsd" in names:
-        checks.check_positive("beta", beta)
-        if beta >= 1:
-            raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
-
-
-def check_coefficients(
-    coefficients: Mapping[str, Tensor],
-    outputs: Sequence[str],
-    tokens: Tensor,
-    device: torch.device,
-    other: str,
-) -> list[str]:
-    """Of a loss that is linear in the outputs: a constant for each token. The terms and the other outputs."""
-    if not isinstance(coefficients, Mapping) or not coefficients:
-        raise ValueError("coefficients: got none, want a mapping from names of outputs to tensors")
-    for name, value in coefficients.items():
-        checks.check_choice("coefficients", name, [n for n in OUTPUTS if n != "is_top1"])
-        checks.check_float(f"coefficients[{name!r}]", value)
-        checks.check_shape(f"coefficients[{name!r}]", value, tokens.shape, "one per token")
-        checks.check_device(f"coefficients[{name!r}]", value, device, other)
-    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
-        raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {OUTPUTS}")
-    return [*coefficients, *outputs]
-
-
-def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Half and single precision mix; float64 on one side makes both float64."""
-    if ref_logits is None or torch.float64 not in (logits.dtype, ref_logits.dtype):
-        return logits, ref_logits
-    return logits.to(torch.float64), ref_logits.to(torch.float64)
-
-
-def _arguments(
-    logits: Tensor,
-    tokens: Tensor,
-    outputs: Sequence[str],
-    temperature: float | Tensor,
-    softcap: float | None,
-    vocab_size: int | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    beta: float,
-) -> tuple[list[str], tuple[Any, ...]]:
-    """Checked, as the ops take them."""
-    _check_logits(logits, tokens, ref_logits)
-    names = check_outputs(outputs, OUTPUTS, ref_logits is not None)
-    mask = checks.as_mask(mask, tokens.shape, logits.device, "tokens")
-    temperatures, scalar = temperatures_of(temperature, tokens, mask)
-    cap = softcap_of(softcap)
-    vocab = vocab_of(vocab_size, logits.shape[-1])
-    check_beta(beta, names)
-    tokens = tokens.to(torch.int64)
-    if debugging():
-        checks.check_token_ids(tokens, vocab, spec.valid_rows(tokens, mask))
-    logits, ref_logits = _same_precision(logits, ref_logits)
-    return names, (
-        logits, tokens, ref_logits, mask, temperatures, scalar, cap, vocab, float(beta), names,
-    )  # fmt: skip
 
 
 def token_stats(
@@ -361,9 +68,9 @@ def token_stats(
     ``logprob``         ``z[token] - L``                                       ``onehot(token) - p``
     ``entropy``         ``-sum p log p``                                       ``-p (log p + entropy)``
     ``logsumexp``       ``L``                                                  ``p``
-    ``sum_sq``          ``sum p^2``; the Renyi-2 entropy is ``-log sum_sq``    ``2 p (p - sum_sq)``
-    ``sum_sq_logprob``  ``sum p^2 log p``, see :func:`entropy_change`          ``p (2 p log p + p -
-                                                                               2 sum_sq_logprob - sum_sq)``
+    ``sum_p2``          ``sum p^2``; the Renyi-2 entropy is ``-log sum_p2``    ``2 p (p - sum_p2)``
+    ``sum_p2_logp``     ``sum p^2 log p``, see :func:`entropy_change`          ``p (2 p log p + p -
+                                                                               2 sum_p2_logp - sum_p2)``
     ``mean_logit``      mean of ``z`` over the vocabulary; ``L - mean_logit    ``1 / V``
                         - log V`` is KL(uniform || policy)
     ``is_top1``         whether no logit is above the token's (bool)           none
@@ -426,13 +133,14 @@ def token_stats(
             logits, tokens, vocab_start=shard_start(logits.shape, process_group), temperature=temperature,
             softcap=softcap, vocab_size=vocab_size, ref_logits=ref_logits, mask=mask, outputs=outputs,
         )  # fmt: skip
-        return merge_over_ranks(record, outputs, process_group, spec.accumulator(logits))
-    names, args = _arguments(
-        logits, tokens, outputs, temperature, softcap, vocab_size, ref_logits, mask, beta
-    )
+        return merge_over_ranks(record, outputs, process_group, accumulator(logits))
+    args = _arguments(
+        logits, tokens, outputs, temperature=temperature, softcap=softcap, vocab_size=vocab_size,
+        ref_logits=ref_logits, mask=mask, beta=beta,
+    )  # fmt: skip
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    _, *found = _forward(*args, inplace)
-    return TokenStats(**dict(zip(names, found, strict=True)))
+    _, *values = ops.token_stats(*args, inplace)
+    return TokenStats(**dict(zip(args.outputs, values, strict=True)))
 
 
 def token_stats_and_grad(
@@ -481,24 +189,24 @@ def token_stats_and_grad(
     """
     _check_logits(logits, tokens, ref_logits)
     checks.check_flag("inplace", inplace)
-    asked = check_coefficients(coefficients, outputs, tokens, logits.device, "logits")
+    names = check_coefficients(coefficients, outputs, tokens, logits.device, "logits")
     target = logits.detach()
-    names, args = _arguments(
-        target, tokens, asked, temperature, softcap, vocab_size,
-        None if ref_logits is None else ref_logits.detach(), mask, beta,
+    args = _arguments(
+        target, tokens, names, temperature=temperature, softcap=softcap, vocab_size=vocab_size,
+        ref_logits=None if ref_logits is None else ref_logits.detach(), mask=mask, beta=beta,
     )  # fmt: skip
-    terms = [name for name in names if name in coefficients]
-    fixed = [coefficients[name].detach() for name in terms]
-    if inplace and args[0] is target:
-        grad, stacked = target, _and_grad_inplace(fixed, terms, *args)
+    terms = [name for name in args.outputs if name in coefficients]
+    factors = [coefficients[name].detach() for name in terms]
+    if inplace and args.logits is target:
+        grad, stacked = target, ops.token_stats_and_grad_(factors, terms, *args)
     else:
-        stacked, grad = _and_grad(fixed, terms, *args)
+        stacked, grad = ops.token_stats_and_grad(factors, terms, *args)
         # Computed in the reference's float64, where its dtype is not the logits'.
         grad = target.copy_(grad) if inplace else grad.to(logits.dtype)
     if inplace and not (torch.compiler.is_compiling() or logits.is_inference()):
         torch.autograd.graph.increment_version(logits)
-    found = dict(zip(names, stacked.unbind(0), strict=True))
-    return TokenStats(**{k: v.bool() if k == "is_top1" else v for k, v in found.items()}), grad
+    values = dict(zip(args.outputs, stacked.unbind(0), strict=True))
+    return TokenStats(**{k: v.bool() if k == "is_top1" else v for k, v in values.items()}), grad
 
 
 def token_stats_partial(
@@ -536,25 +244,11 @@ def token_stats_partial(
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
-    _check_logits(logits, tokens, ref_logits)
-    names = check_outputs(outputs, PARTIAL_OUTPUTS, ref_logits is not None)
-    mask = checks.as_mask(mask, tokens.shape, logits.device, "tokens")
-    temperatures, scalar = temperatures_of(temperature, tokens, mask)
-    cap = softcap_of(softcap)
-    vocab = columns_of(vocab_start, vocab_size, logits.shape[-1])
-    logits, ref_logits = _same_precision(logits, ref_logits)
-    record: Tensor = _partial(
-        logits,
-        tokens.to(torch.int64),
-        ref_logits,
-        mask,
-        temperatures,
-        scalar,
-        cap,
-        vocab_start,
-        vocab,
-        names,
-    )
+    args = _arguments(
+        logits, tokens, outputs, temperature=temperature, softcap=softcap, vocab_size=vocab_size,
+        ref_logits=ref_logits, mask=mask, vocab_start=vocab_start, partial=True,
+    )  # fmt: skip
+    record: Tensor = ops.token_stats_partial(*args)
     return record
 
 
@@ -570,7 +264,7 @@ def merge_token_stats(
 
     Args:
         records: ``[parts, *tokens.shape, 14]``, or a sequence of what :func:`token_stats_partial` returned.
-        outputs: as given to :func:`token_stats_partial`; what was not asked for there comes out as NaN.
+        outputs: as given to :func:`token_stats_partial`; those that were not among them there are NaN.
         dtype: of the statistics.
 
     Returns:
@@ -579,7 +273,7 @@ def merge_token_stats(
     Raises:
         TypeError, ValueError: records or outputs that are not as above.
     """
-    fields = len(spec.RECORD)
+    fields = len(RECORD)
     if isinstance(records, Tensor):
         parts = records
     elif not isinstance(records, Sequence) or not all(isinstance(part, Tensor) for part in records):
@@ -599,23 +293,73 @@ def merge_token_stats(
     if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
         raise ValueError(f"records: got shape {checks.show(parts.shape)}, want [parts, ..., {fields}]")
     names = check_outputs(outputs, PARTIAL_OUTPUTS, True)
-    found: dict[str, Any] = spec.finish(spec.merge(parts, names), names)
-    return TokenStats(**{k: v if k == "is_top1" else v.to(dtype) for k, v in found.items()})
+    values: dict[str, Any] = finish(merge(parts, names), names)
+    return TokenStats(**{k: v if k == "is_top1" else v.to(dtype) for k, v in values.items()})
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> None:
+    checks.check_float("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits: got shape {checks.show(logits.shape)}, want [N, V] or [B, T, V]")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {checks.show(logits.shape)}, want a vocabulary of at least 1")
+    checks.check_integer("tokens", tokens)
+    checks.check_shape("tokens", tokens, logits.shape[:-1], "the shape of logits without the vocabulary")
+    checks.check_device("tokens", tokens, logits.device, "logits")
+    if ref_logits is not None:
+        checks.check_float("ref_logits", ref_logits)
+        checks.check_shape("ref_logits", ref_logits, logits.shape, "the shape of logits")
+        checks.check_device("ref_logits", ref_logits, logits.device, "logits")
+
+
+def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Half and single precision mix; float64 on one side makes both float64."""
+    if ref_logits is None or torch.float64 not in (logits.dtype, ref_logits.dtype):
+        return logits, ref_logits
+    return logits.to(torch.float64), ref_logits.to(torch.float64)
+
+
+def _arguments(
+    logits: Tensor,
+    tokens: Tensor,
+    outputs: Sequence[str],
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    beta: float = 0.5,
+    vocab_start: int = 0,
+    partial: bool = False,
+) -> TokenStatsArgs:
+    """Checked, as the ops take them; ``partial``: of a part of the vocabulary, from ``vocab_start`` on."""
+    _check_logits(logits, tokens, ref_logits)
+    names = check_outputs(outputs, PARTIAL_OUTPUTS if partial else OUTPUTS, ref_logits is not None)
+    ids, *options = token_arguments(
+        tokens, names, width=logits.shape[-1], temperature=temperature, softcap=softcap, vocab_size=vocab_size,
+        mask=mask, beta=beta, vocab_start=vocab_start, partial=partial,
+    )  # fmt: skip
+    logits, ref_logits = _same_precision(logits, ref_logits)
+    return TokenStatsArgs(logits, ids, ref_logits, *options)
 
 
 # ---- shards of the vocabulary on the ranks of a process group ----------------------------------------------
 
 
 def shard_start(shape: torch.Size, process_group: ProcessGroup) -> int:
-    """The first column of this rank's shard, whose last dimension (if it has one yet unchecked) is its width."""
+    """Vocabulary offset of this rank: its rank times the width of its shard, whose ``shape`` is not checked yet."""
     return distributed.rank(distributed.check(process_group)) * (shape[-1] if shape else 0)
 
 
 def merge_over_ranks(
     record: Tensor, outputs: Sequence[str], process_group: ProcessGroup, dtype: torch.dtype
 ) -> TokenStats:
-    """The statistics of whole rows from the records of all ranks' shards; the gradient reaches one's own."""
-    fields = spec.fields_of(outputs)
+    """The statistics of whole rows from the records of all ranks' shards; the gradient reaches this rank's own."""
+    fields = fields_of(outputs)
     at, ranks = distributed.rank(process_group), distributed.size(process_group)
     others = record.detach().new_zeros((ranks, *record.shape))
     others[..., fields] = distributed.exchange(record[..., fields], process_group)

@@ -8,70 +8,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpp.logits import Problem, rows
+from ..cpp.logits import TokenStatsLaunch, rows
 from ..cpp.memory import address
-from ..reference.logits import OUTPUTS, REF_OUTPUTS, with_gradient
+from ..reference.logits import OUTPUTS, REF_OUTPUTS, TokenStatsArgs, with_gradient
 from .memory import CUDA
 
 # A block's part of a row, so that two blocks share a multiprocessor; a row too long for that gives its blocks more.
 BYTES_PER_BLOCK = 100 << 10
 _POLICY = OUTPUTS[: -len(REF_OUTPUTS)]
 
-# What the kernel does not do is left to the forward and backward passes of the backends that come next.
-_ops = torch.ops.rewardops
-_two_passes, _two_passes_ = with_gradient(
-    _ops.token_stats.default, _ops.token_stats_backward.default, _ops.token_stats_backward_.default
-)
+
+# ---- what the kernel does not serve: the forward and backward passes of the backends that come next ---------
+
+
+def _forward(a: TokenStatsArgs, inplace: bool) -> list[Tensor]:
+    return torch.ops.rewardops.token_stats.default(*a, inplace)
+
+
+def _backward(grads: Any, saved: Tensor, a: TokenStatsArgs, *wanted: bool) -> tuple[Tensor, Tensor]:
+    return torch.ops.rewardops.token_stats_backward.default(grads, saved, *a, *wanted)
+
+
+def _backward_(grads: Any, saved: Tensor, a: TokenStatsArgs, *wanted: bool) -> Tensor:
+    return torch.ops.rewardops.token_stats_backward_.default(grads, saved, *a, *wanted)
+
+
+_two_passes, _two_passes_ = with_gradient(_forward, _backward, _backward_)
+
+
+# ---- the kernel --------------------------------------------------------------------------------------------
 
 
 def _one_pass(
-    coefficients: Sequence[Tensor],
-    terms: Sequence[str],
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    vocab: int,
-    beta: float,
-    outputs: Sequence[str],
-    *,
-    inplace: bool,
+    coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs, inplace: bool
 ) -> tuple[Tensor, Tensor] | None:
     """None where the kernel does not serve: a reference's logits, float64, rows that do not fit."""
-    if ref_logits is not None or logits.dtype is torch.float64:
+    if a.ref_logits is not None or a.logits.dtype is torch.float64:
         return None
     module = CUDA.module()
-    blocks = module.blocks_of_a_row(logits.element_size(), vocab, BYTES_PER_BLOCK)
+    blocks = module.blocks_of_a_row(a.logits.element_size(), a.vocab, BYTES_PER_BLOCK)
     if not blocks:
         return None
-    problem = Problem(logits, tokens, None, mask, temperatures, temperature, softcap, 0, vocab, beta)
-    assert problem.logits is not None
-    grad = problem.logits if inplace else CUDA.fresh(logits.shape, logits.dtype, logits.device)
-    stacked = CUDA.fresh((len(outputs), *tokens.shape), torch.float32, logits.device)
-    found = dict(zip(outputs, stacked.unbind(0), strict=True))
-    given = {name: c.to(torch.float32).contiguous() for name, c in zip(terms, coefficients, strict=True)}
+    launch = TokenStatsLaunch(a)
+    grad = launch.logits if inplace else CUDA.fresh(a.logits.shape, a.logits.dtype, a.logits.device)
+    stacked = CUDA.fresh((len(a.outputs), *a.tokens.shape), torch.float32, a.logits.device)
+    out = dict(zip(a.outputs, stacked.unbind(0), strict=True))
+    ups = {name: c.to(torch.float32).contiguous() for name, c in zip(terms, coefficients, strict=True)}
     module.token_stats_and_grad(
-        problem.tuple,
-        tuple(address(found.get(name)) for name in _POLICY),
-        tuple(address(given.get(name)) for name in _POLICY),
-        logits.shape[-1],
+        launch.tuple,
+        tuple(address(out.get(name)) for name in _POLICY),
+        tuple(address(ups.get(name)) for name in _POLICY),
+        a.logits.shape[-1],
         rows(grad),
         blocks,
-        *CUDA.execution(logits),
+        *CUDA.execution(a.logits),
     )
-    if inplace and grad is not logits:
-        logits.copy_(grad)  # columns that were no unit stride apart
+    if inplace and grad is not a.logits:
+        a.logits.copy_(grad)  # columns that were no unit stride apart
     return stacked, grad
 
 
-def token_stats_and_grad(*args: Any) -> tuple[Tensor, Tensor]:
-    return _one_pass(*args, inplace=False) or _two_passes(*args)
+def token_stats_and_grad(
+    coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs
+) -> tuple[Tensor, Tensor]:
+    return _one_pass(coefficients, terms, a, inplace=False) or _two_passes(coefficients, terms, a)
 
 
-def token_stats_and_grad_(*args: Any) -> Tensor:
+def token_stats_and_grad_(coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs) -> Tensor:
     """The gradient written over the logits."""
-    made = _one_pass(*args, inplace=True)
-    return _two_passes_(*args) if made is None else made[0]
+    result = _one_pass(coefficients, terms, a, inplace=True)
+    return _two_passes_(coefficients, terms, a) if result is None else result[0]

@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import logits as spec
+from .logits import TokenStatsArgs
+from .token_records import RECORD, finish, merge, record_gradient
+
+
+class LinearArgs(NamedTuple):
+    """Arguments of every op of the family; rows ``[...]`` are ``[N]`` or ``[B, T]``."""
+
+    hidden: Tensor
+    """``[..., D]``; float32, bfloat16, float16 or float64."""
+    weight: Tensor
+    """``[V, D]``, the head."""
+    bias: Tensor | None
+    """``[V]``."""
+    ref_hidden: Tensor | None
+    """``[..., D_ref]``, of the reference model; None where there is none."""
+    ref_weight: Tensor | None
+    """``[V, D_ref]``."""
+    ref_bias: Tensor | None
+    """``[V]``."""
+    tokens: Tensor
+    """This and the fields up to ``outputs``: as in ``TokenStatsArgs``."""
+    mask: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float
+    first: int
+    """The token id of the head's first row; 0 for the ops of whole rows."""
+    vocab: int
+    """Rows of the head that exist; those from here on are padding."""
+    beta: float
+    outputs: Sequence[str]
+    chunk_tokens: int
+    """Tokens of a block of logits; 0: as many as the workspace holds."""
+    chunk_vocab: int
+    """Columns of a block of logits; 0: as many as the workspace holds."""
+    num_tokens: int
+    """At least the number of tokens that count; -1: it is read from the device."""
 
 
 def pack_saved(saved: Tensor) -> Tensor:
-    """What a backward pass of whole rows needs ``[saved_rows, ...]``, as wide as a record."""
-    return torch.nn.functional.pad(saved.movedim(0, -1), (0, len(spec.RECORD) - saved.shape[0]))
+    """Pad saved row statistics ``[saved_rows, ...]`` to the width of a record: both paths save one shape."""
+    return torch.nn.functional.pad(saved.movedim(0, -1), (0, len(RECORD) - saved.shape[0]))
 
 
 def unpack_saved(saved: Tensor, paired: bool) -> Tensor:
+    """The inverse of :func:`pack_saved`."""
     return saved[..., : spec.saved_rows(paired)].movedim(-1, 0)
 
 
 def precision(*tensors: Tensor | None) -> torch.dtype:
-    """Of sums and outputs: float64 if any input is, else float32."""
-    given = [t for t in tensors if t is not None]
-    return torch.float64 if any(t.dtype is torch.float64 for t in given) else torch.float32
+    """The dtype of sums and outputs: float64 if any input is, else float32."""
+    double = any(t is not None and t.dtype is torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _wide(a: LinearArgs) -> torch.dtype:
+    return precision(a.hidden, a.weight, a.ref_hidden, a.ref_weight)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, wide: torch.dtype) -> Tensor:
@@ -31,115 +73,93 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, 
     return x if bias is None else x + bias.to(wide)
 
 
-class _Problem:
-    """The arguments by name, and the logits of both sides."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None,
-        temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        vocab: int,
-        beta: float,
-        outputs: Sequence[str],
-        chunk_tokens: int,
-        chunk_vocab: int,
-        num_tokens: int,
-        start: int = 0,
-    ) -> None:
-        self.sides = [(hidden, weight, bias)]
-        if ref_hidden is not None and ref_weight is not None:
-            self.sides.append((ref_hidden, ref_weight, ref_bias))
-        self.wide = precision(hidden, weight, ref_hidden, ref_weight)
-        self.valid = spec.valid_rows(tokens, mask)
-        made = [_logits(*side, self.valid, self.wide) for side in self.sides]
-        self.inputs = (made[0], tokens, made[1] if len(made) > 1 else None, mask, temperatures)
-        self.scalars = (temperature, softcap)
-        self.vocab, self.beta, self.outputs, self.start = vocab, beta, list(outputs), start
-
-    def _none(self) -> Tensor:
-        return self.inputs[0].new_empty(0)
-
-    def gradients(self, of_logits: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-        """Of hidden, weight and bias of each side, from those of its logits; empty where not needed."""
-        found = []
-        for k in range(len(needs) // 3):
-            if k >= len(self.sides):
-                found += [self._none() for _ in range(3)]
-                continue
-            (hidden, weight, bias), g = self.sides[k], of_logits[k]
-            kept = torch.where(self.valid[..., None], hidden, 0).to(self.wide).reshape(-1, hidden.shape[-1])
-            flat = g.reshape(-1, g.shape[-1])
-            to_hidden, to_weight, to_bias = needs[3 * k : 3 * k + 3]
-            found.append((g @ weight.to(self.wide)).to(hidden.dtype) if to_hidden else self._none())
-            found.append((flat.T @ kept).to(weight.dtype) if to_weight else self._none())
-            found.append(flat.sum(0).to(bias.dtype) if to_bias and bias is not None else self._none())
-        return found
+def _token_stats_args(a: LinearArgs) -> TokenStatsArgs:
+    """The logits of the policy and the reference, with the other arguments of their statistics."""
+    valid, wide, ref = spec.valid_rows(a.tokens, a.mask), _wide(a), None
+    if a.ref_hidden is not None and a.ref_weight is not None:
+        ref = _logits(a.ref_hidden, a.ref_weight, a.ref_bias, valid, wide)
+    return TokenStatsArgs(
+        _logits(a.hidden, a.weight, a.bias, valid, wide), a.tokens, ref, a.mask, a.temperatures,
+        a.temperature, a.softcap, a.first, a.vocab, a.beta, list(a.outputs),
+    )  # fmt: skip
 
 
-def linear_token_stats(*args: Any) -> list[Tensor]:
-    """What is saved, ``[..., len(RECORD)]``, and the outputs asked for."""
-    p = _Problem(*args)
-    if "jsd" in p.outputs:
-        saved, *found = spec.token_stats(*p.inputs, *p.scalars, p.vocab, p.beta, p.outputs)
-        return [pack_saved(saved), *found]
-    record = spec.token_stats_partial(*p.inputs, *p.scalars, 0, p.vocab, p.outputs)
-    values = spec.finish(spec.merge(record[None], p.outputs), p.outputs)
-    return [record, *(v if name == "is_top1" else v.to(p.wide) for name, v in values.items())]
+def _head_gradients(a: LinearArgs, of_logits: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Gradients of hidden, weight and bias of each side, from those of its logits; empty where not needed."""
+    valid, wide = spec.valid_rows(a.tokens, a.mask), _wide(a)
+
+    def empty() -> Tensor:
+        return of_logits[0].new_empty(0)
+
+    sides = ((a.hidden, a.weight, a.bias), (a.ref_hidden, a.ref_weight, a.ref_bias))
+    grads: list[Tensor] = []
+    for k, (hidden, weight, bias) in enumerate(sides[: len(needs) // 3]):
+        if hidden is None or weight is None:
+            grads += [empty(), empty(), empty()]
+            continue
+        to_hidden, to_weight, to_bias = needs[3 * k : 3 * k + 3]
+        g = of_logits[k]
+        flat = g.reshape(-1, g.shape[-1])
+        inputs = torch.where(valid[..., None], hidden, 0).to(wide).reshape(-1, hidden.shape[-1])
+        grads.append((g @ weight.to(wide)).to(hidden.dtype) if to_hidden else empty())
+        grads.append((flat.T @ inputs).to(weight.dtype) if to_weight else empty())
+        grads.append(flat.sum(0).to(bias.dtype) if to_bias and bias is not None else empty())
+    return grads
 
 
-def linear_token_stats_backward(grads: Sequence[Tensor | None], saved: Tensor, *args: Any) -> list[Tensor]:
+def linear_token_stats(a: LinearArgs) -> list[Tensor]:
+    """Return what is saved, ``[..., len(RECORD)]``, and the outputs."""
+    rows = _token_stats_args(a)
+    if "jsd" in a.outputs:
+        saved, *values = spec.token_stats(rows)
+        return [pack_saved(saved), *values]
+    record = spec.token_stats_partial(rows)
+    by_name = finish(merge(record[None], a.outputs), a.outputs)
+    return [record, *(v if name == "is_top1" else v.to(_wide(a)) for name, v in by_name.items())]
+
+
+def linear_token_stats_backward(
+    grads: Sequence[Tensor | None], saved: Tensor, a: LinearArgs, needs: Sequence[bool]
+) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
-    *rest, needs = args
-    p = _Problem(*rest)
-    both = True, len(p.sides) > 1
-    if "jsd" in p.outputs:
-        kept = unpack_saved(saved, both[1])
-        options = (*p.scalars, p.vocab, p.beta, p.outputs)
-        found = spec.token_stats_backward(grads, *p.inputs, kept, *options, *both)
+    rows = _token_stats_args(a)
+    paired = rows.ref_logits is not None
+    if "jsd" in a.outputs:
+        of_logits = spec.token_stats_backward(grads, unpack_saved(saved, paired), rows, True, paired)
     else:
-        given = {name: g for name, g in zip(p.outputs, grads, strict=True) if g is not None}
-        on = spec.record_gradient(saved, given)
-        found = spec.token_stats_partial_backward(on, saved, *p.inputs, *p.scalars, 0, p.vocab, *both)
-    return p.gradients(found, needs)
+        upstream = {name: g for name, g in zip(a.outputs, grads, strict=True) if g is not None}
+        on_record = record_gradient(saved, upstream)
+        of_logits = spec.token_stats_partial_backward(on_record, saved, rows, True, paired)
+    return _head_gradients(a, of_logits, needs)
 
 
-def linear_token_stats_partial(*args: Any) -> Tensor:
+def linear_token_stats_partial(a: LinearArgs) -> Tensor:
     """Records ``[..., len(RECORD)]`` of a part of the vocabulary."""
-    p = _Problem(*args)
-    return spec.token_stats_partial(*p.inputs, *p.scalars, p.start, p.vocab, p.outputs)
+    return spec.token_stats_partial(_token_stats_args(a))
 
 
-def linear_token_stats_partial_backward(grad_record: Tensor, record: Tensor, *args: Any) -> list[Tensor]:
+def linear_token_stats_partial_backward(
+    grad_record: Tensor, record: Tensor, a: LinearArgs, needs: Sequence[bool]
+) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
-    *rest, needs = args
-    p = _Problem(*rest)
-    both = True, len(p.sides) > 1
-    found = spec.token_stats_partial_backward(
-        grad_record, record, *p.inputs, *p.scalars, p.start, p.vocab, *both
+    rows = _token_stats_args(a)
+    paired = rows.ref_logits is not None
+    return _head_gradients(
+        a, spec.token_stats_partial_backward(grad_record, record, rows, True, paired), needs
     )
-    return p.gradients(found, needs)
 
 
 def linear_token_loss(
-    coefficients: Sequence[Tensor], terms: Sequence[str], needs: Sequence[bool], *args: Any
+    coefficients: Sequence[Tensor], terms: Sequence[str], needs: Sequence[bool], a: LinearArgs
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs."""
-    p = _Problem(*args)
-    options = (*p.scalars, p.vocab, p.beta, p.outputs)
-    saved, *made = spec.token_stats(*p.inputs, *options)
-    known = dict(zip(p.outputs, made, strict=True))
-    ups = {name: torch.where(p.valid, c, 0).to(p.wide) for name, c in zip(terms, coefficients, strict=True)}
-    loss = sum((up.double() * known[name].double()).sum() for name, up in ups.items())
-    grads = [ups.get(name) for name in p.outputs]
-    found = spec.token_stats_backward(grads, *p.inputs, saved, *options, True, False)
+    rows, wide = _token_stats_args(a), _wide(a)
+    valid = spec.valid_rows(a.tokens, a.mask)
+    saved, *values = spec.token_stats(rows)
+    by_name = dict(zip(a.outputs, values, strict=True))
+    ups = {name: torch.where(valid, c, 0).to(wide) for name, c in zip(terms, coefficients, strict=True)}
+    loss = sum((up.double() * by_name[name].double()).sum() for name, up in ups.items())
     assert isinstance(loss, Tensor)
-    return [loss.to(p.wide), *p.gradients(found, needs), *made]
+    grads = [ups.get(name) for name in a.outputs]
+    of_logits = spec.token_stats_backward(grads, saved, rows, True, False)
+    return [loss.to(wide), *_head_gradients(a, of_logits, needs), *values]
