@@ -22,9 +22,10 @@ from .entropy import (
 from .kl import implicit_rewards, sequence_kl, tdpo_terms, token_kl
 from .linear import linear_token_loss, linear_token_stats, linear_token_stats_partial
 from .logits import TokenStats, merge_token_stats, token_stats, token_stats_and_grad, token_stats_partial
-from .prefix_tree import DedupStats, PrefixLcp, PrefixTree, prefix_lcp
-from .prefix_values import (
+from .prefix_tree import (
+    PrefixLcp,
     PrefixValues,
+    prefix_lcp,
     prefix_std,
     prefix_values,
     shared_prefix_weights,
@@ -33,19 +34,12 @@ from .prefix_values import (
     tree_rl_advantages,
     tvm_targets,
 )
-from .returns import (
-    discounted_returns,
-    gae,
-    lambda_returns,
-    max_returns,
-    min_returns,
-    softmin_returns,
-    softmin_rewards,
-    vtrace,
-)
+from .returns import max_returns, min_returns, softmin_returns, softmin_rewards
 from .segments import place_at_step_end, segment_broadcast, segment_reduce
 from .shaping import budget_advantages, budget_returns, clip_delta, potential_shaping, progress, redistribute
+from .td import discounted_returns, gae, lambda_returns, vtrace
 from .tree import tree_advantages, tree_values
+from .viz import DedupStats, PrefixTree
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .core import checks
 from .ops import kl as ops
+from .ops.td import step_ends, sums_between
 from .reference.kl import ESTIMATORS
-from .returns import step_ends, sums_between
 from .segments import row_counts, row_sums
 
 def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:

@@ -13,8 +13,9 @@ from .core import checks
 from .core.groups import GroupSize, Labels, group_ids
 from .core.rows import Layout
 from .core.settings import may_read
-from .returns import differences, gae, last_tokens, scan, step_ends
+from .ops.td import differences, last_tokens, step_ends
 from .segments import row_sums
+from .td import gae, scan
 
 
 def _steps_of(
