@@ -144,7 +144,7 @@ def potential_shaping(
         The layout of ``rewards``, 0 where masked. Differentiable in both.
     """
     checks.check_tensor("potential", potential)
-    options = (None, gamma, 0.0, mask, cu_seqlens, "hold")
+    options = (None, gamma, 0.0, mask, cu_seqlens, "skip")
     out: Tensor = scan(rewards, potential, *options, names=("rewards", "potential"))[1][0]
     return out
 

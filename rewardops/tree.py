@@ -9,168 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import advantages
+from .advantages import group_advantages
 from .core import checks
-from .core.dispatch import define
 from .core.settings import may_read
+from .ops import tree as ops
+from .reference.tree import REDUCES, TreeArgs
 
-REDUCES = ("mean", "max", "min", "softmax", "sum")
+__all__ = ["tree_advantages", "tree_values"]
+
 KINDS = ("local", "global", "tree_rl", "siblings")
 FORMS = ("paper", "released")
-
-
-# ---- ops ---------------------------------------------------------------------------------------------------
-
-_at_nodes_backward = define(
-    "tree",
-    "at_nodes_backward(Tensor grad, Tensor index, SymInt size) -> Tensor",
-    fake=lambda grad, index, size: grad.new_empty(size, grad.shape[1]),
-)
-
-
-def _setup_at(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    values, index = inputs
-    ctx.save_for_backward(index)
-    ctx.size = values.shape[0]
-
-
-# An op of its own so that a compiler does not make atomic additions of its gradient.
-_at_nodes = define(
-    "tree",
-    "at_nodes(Tensor values, Tensor index) -> Tensor",
-    fake=lambda values, index: values.new_empty(index.shape[0], values.shape[1]),
-    setup_context=_setup_at,
-    backward=lambda ctx, grad: (_at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size), None),
-)
-
-# An op so that the number of steps, which follows from that of the nodes, does not become part of a compiled graph.
-path_ends = define("tree", "path_ends(Tensor step) -> Tensor", fake=torch.empty_like)
-
-_values_backward = define(
-    "tree",
-    "tree_values_backward(Tensor grad, Tensor parent, Tensor slope) -> Tensor",
-    fake=lambda grad, parent, slope: slope.new_empty(slope.shape),
-)
-
-
-def _setup_values(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], output[1])
-
-
-_tree_values = define(
-    "tree",
-    "tree_values(Tensor parent, Tensor rewards, Tensor? visits, str reduce, float temperature, SymInt max_depth)"
-    " -> (Tensor values, Tensor slope)",
-    fake=lambda parent, rewards, *_: (rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)),
-    setup_context=_setup_values,
-    backward=lambda ctx, grad, _: (None, _values_backward(grad, *ctx.saved_tensors), *[None] * 4),
-)
-
-
-# ---- nodes by their parents --------------------------------------------------------------------------------
-
-
-def own(parent: Tensor) -> Tensor:
-    return torch.arange(parent.shape[0], device=parent.device)
-
-
-def _up(parent: Tensor) -> Tensor:
-    """Each node's parent; a root is its own."""
-    inside = (parent >= 0) & (parent < parent.shape[0])
-    return torch.where(inside, parent, own(parent))
-
-
-def _less(values: Tensor, ancestor: Tensor) -> Tensor:
-    """``[M, C]``: a node's value less its ancestor's; 0 where that is the node itself."""
-    return values - _at_nodes(values, ancestor)
-
-
-def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor:
-    """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
-    up = _up(parent)
-    root = path_ends(up)
-    scale = (leaves.clamp(min=1).double() ** 0.5)[:, None]
-    if form == "paper":
-        return (_less(values, up) + _less(values, root)) / scale
-    # Less the mean of the others, a leaf's reward is that less the mean of all, times n / (n - 1).
-    number = leaves[root][:, None]
-    spread = number / (number - 1).clamp(min=1)
-    value = torch.where(number > 1, _less(values, root) * spread, values) / scale
-    return value + _less(value, up)
-
-
-def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof: int) -> Tensor:
-    """``[M, C]``: group-relative among the children of a node; 0 at a root."""
-    up = _up(parent)
-    labels = torch.where(up == own(parent), -1 - up, up)
-    columns = [
-        advantages.group_advantages(values[:, c], labels, scale=scale, eps=eps, ddof=ddof)
-        for c in range(values.shape[1])
-    ]
-    return torch.stack(columns, 1) if columns else values
-
-
-# ---- arguments ---------------------------------------------------------------------------------------------
-
-
-def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    checks.check_integer("parent", parent)
-    if parent.dim() != 1:
-        raise ValueError(f"parent: got shape {checks.show(parent.shape)}, want [M] (one per node)")
-    checks.check_float("leaf_rewards", leaf_rewards)
-    checks.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node of parent")
-    checks.check_device("leaf_rewards", leaf_rewards, parent.device, "parent")
-    (promoted,) = checks.promote(leaf_rewards)
-    parent = parent.detach().long()
-    if may_read(parent) and parent.numel():
-        low, high = int(parent.min()), int(parent.max())
-        if low < -1 or high >= parent.shape[0]:
-            bad = low if low < -1 else high
-            raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
-        # Where parents come first there is none; and in a cycle, no step is its own.
-        if bool((parent >= own(parent)).any()):
-            end = path_ends(_up(parent))
-            if bool((parent[end] != -1).any()):
-                raise ValueError(
-                    f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
-                )
-    return parent, leaf_rewards.double(), promoted.dtype
-
-
-def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int) -> Tensor | None:
-    if visits is None:
-        return None
-    if isinstance(visits, str):
-        checks.check_choice("visits", visits, ("leaves",))
-        return _leaves(parent, max_depth)
-    found = checks.check_tensor("visits", visits)
-    if found.dtype not in (*checks.INTEGERS, *checks.FLOATS):
-        raise TypeError(f"visits: got dtype {found.dtype}, want integer or float")
-    checks.check_shape("visits", found, parent.shape, "one per node")
-    checks.check_device("visits", found, parent.device, "parent")
-    if may_read(found) and bool((found < 0).any()):
-        raise ValueError(f"visits: got {found.min().item()}, want no negative count")
-    return found.detach().double()
-
-
-def _leaves(parent: Tensor, max_depth: int) -> Tensor:
-    """``[M]`` float64: the leaves below each node."""
-    ones = torch.ones(parent.shape, dtype=torch.float64, device=parent.device)
-    return _tree_values(parent, ones, None, "sum", 1.0, max_depth)[0]  # type: ignore[no-any-return]
-
-
-def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
-    if max_depth is None:
-        # How many launches there are: on a device, reading it would be a synchronisation.
-        if parent.device.type != "cpu":
-            raise ValueError("max_depth: got None, want the largest number of edges above a leaf")
-        return -1
-    checks.check_whole("max_depth", max_depth, 0)
-    return max_depth
-
-
-# ---- values and advantages ---------------------------------------------------------------------------------
 
 
 def tree_values(
@@ -213,7 +61,8 @@ def tree_values(
     checks.check_positive("temperature", temperature)
     depth = _checked_depth(max_depth, parent)
     weight = _checked_visits(visits, parent, depth)
-    values: Tensor = _tree_values(parent, rewards, weight, reduce, float(temperature), depth)[0]
+    args = TreeArgs(parent, rewards, weight, reduce, float(temperature), depth)
+    values: Tensor = ops.tree_values(*args)[0]
     return values.to(dtype)
 
 
@@ -256,18 +105,124 @@ def tree_advantages(
     checks.check_choice("form", form, FORMS)
     checks.check_choice("reduce", reduce, REDUCES)
     checks.check_positive("temperature", temperature)
-    advantages.check_scale(scale, eps, ddof)
+    checks.check_group_scale(scale, eps, ddof)
     depth = _checked_depth(max_depth, parent)
     if visits is None and kind == "tree_rl" and reduce == "mean":
         visits = "leaves"
     weight = _checked_visits(visits, parent, depth)
-    values = _tree_values(parent, rewards, weight, reduce, float(temperature), depth)[0][:, None]
+    args = TreeArgs(parent, rewards, weight, reduce, float(temperature), depth)
+    values = ops.tree_values(*args)[0][:, None]
     if kind == "local":
         out = _less(values, _up(parent))
     elif kind == "global":
-        out = _less(values, path_ends(_up(parent)))
+        out = _less(values, ops.path_ends(_up(parent)))
     elif kind == "tree_rl":
         out = tree_rl(values, parent, _leaves(parent, depth), form)
     else:
         out = among_siblings(values, parent, scale, eps, ddof)
     return out[:, 0].to(dtype)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Parents int64, rewards float64, and the dtype of the result."""
+    checks.check_integer("parent", parent)
+    if parent.dim() != 1:
+        raise ValueError(f"parent: got shape {checks.show(parent.shape)}, want [M] (one per node)")
+    checks.check_float("leaf_rewards", leaf_rewards)
+    checks.check_shape("leaf_rewards", leaf_rewards, parent.shape, "one per node of parent")
+    checks.check_device("leaf_rewards", leaf_rewards, parent.device, "parent")
+    (promoted,) = checks.promote(leaf_rewards)
+    parent = parent.detach().long()
+    if may_read(parent) and parent.numel():
+        low, high = int(parent.min()), int(parent.max())
+        if low < -1 or high >= parent.shape[0]:
+            bad = low if low < -1 else high
+            raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
+        # There is no cycle where all parents come first; and in one, no node is its own step.
+        if bool((parent >= _numbers(parent)).any()):
+            end = ops.path_ends(_up(parent))
+            if bool((parent[end] != -1).any()):
+                raise ValueError(
+                    f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
+                )
+    return parent, leaf_rewards.double(), promoted.dtype
+
+
+def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int) -> Tensor | None:
+    if visits is None:
+        return None
+    if isinstance(visits, str):
+        checks.check_choice("visits", visits, ("leaves",))
+        return _leaves(parent, max_depth)
+    visits = checks.check_tensor("visits", visits)
+    if visits.dtype not in (*checks.INTEGERS, *checks.FLOATS):
+        raise TypeError(f"visits: got dtype {visits.dtype}, want integer or float")
+    checks.check_shape("visits", visits, parent.shape, "one per node")
+    checks.check_device("visits", visits, parent.device, "parent")
+    if may_read(visits) and bool((visits < 0).any()):
+        raise ValueError(f"visits: got {visits.min().item()}, want no negative count")
+    return visits.detach().double()
+
+
+def _leaves(parent: Tensor, max_depth: int) -> Tensor:
+    """``[M]`` float64: the leaves below each node."""
+    ones = torch.ones(parent.shape, dtype=torch.float64, device=parent.device)
+    out: Tensor = ops.tree_values(*TreeArgs(parent, ones, None, "sum", 1.0, max_depth))[0]
+    return out
+
+
+def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
+    if max_depth is None:
+        # How many launches there are: on a device, reading it would be a synchronisation.
+        if parent.device.type != "cpu":
+            raise ValueError("max_depth: got None, want the largest number of edges above a leaf")
+        return -1
+    checks.check_whole("max_depth", max_depth, 0)
+    return max_depth
+
+
+# ---- nodes by their parents --------------------------------------------------------------------------------
+
+
+def _numbers(parent: Tensor) -> Tensor:
+    """``[M]``: each node itself."""
+    return torch.arange(parent.shape[0], device=parent.device)
+
+
+def _up(parent: Tensor) -> Tensor:
+    """Each node's parent; a root is its own."""
+    inside = (parent >= 0) & (parent < parent.shape[0])
+    return torch.where(inside, parent, _numbers(parent))
+
+
+def _less(values: Tensor, ancestor: Tensor) -> Tensor:
+    """``[M, C]``: a node's value less its ancestor's; 0 where that is the node itself."""
+    return values - ops.at_nodes(values, ancestor)
+
+
+def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor:
+    """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
+    up = _up(parent)
+    root = ops.path_ends(up)
+    scale = (leaves.clamp(min=1).double() ** 0.5)[:, None]
+    if form == "paper":
+        return (_less(values, up) + _less(values, root)) / scale
+    # A leaf's reward less the mean of the others is that less the mean of all, times n / (n - 1).
+    number = leaves[root][:, None]
+    factor = number / (number - 1).clamp(min=1)
+    value = torch.where(number > 1, _less(values, root) * factor, values) / scale
+    return value + _less(value, up)
+
+
+def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof: int) -> Tensor:
+    """``[M, C]``: group-relative among the children of a node; 0 at a root."""
+    up = _up(parent)
+    labels = torch.where(up == _numbers(parent), -1 - up, up)
+    columns = [
+        group_advantages(values[:, c], labels, scale=scale, eps=eps, ddof=ddof)
+        for c in range(values.shape[1])
+    ]
+    return torch.stack(columns, 1) if columns else values

@@ -11,7 +11,7 @@ import torch
 from conftest import GPU
 
 import rewardops
-from rewardops.cpp import returns as cpp_returns
+from rewardops.cpp import td as cpp_td
 from rewardops.testing import (
     adversarial_logits,
     assert_within_budget,
@@ -260,7 +260,7 @@ def not_at_all(*args):
     raise RuntimeError("no kernel image")
 
 
-SOUND = cpp_returns.td_scan
+SOUND = cpp_td.td_scan
 
 
 @needs_cpp
@@ -273,7 +273,7 @@ SOUND = cpp_returns.td_scan
     ],
 )
 def test_verify_finds_what_is_wrong(monkeypatch, broken, says):
-    monkeypatch.setattr(cpp_returns, "td_scan", broken)
+    monkeypatch.setattr(cpp_td, "td_scan", broken)
     rewardops.dispatch._implementation.cache_clear()
     try:
         (row, _) = verify.verify(**QUICK)

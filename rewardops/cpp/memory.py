@@ -1,4 +1,4 @@
-"""Tensors as the compiled module takes them: addresses, row strides and the shape of the rows; and what runs it."""
+"""Tensors as arguments of the compiled module (addresses, row strides, row shapes), and its launcher."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else rows_dense(mask).view(torch.uint8)
 
 
-class Shape:
-    """The rows of per-token tensors: padded, or packed by offsets that are kept alive here."""
+class RowShape:
+    """Rows of per-token tensors, padded or packed; keeps the packed offsets alive."""
 
     def __init__(
-        self, shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, via: Via | None = None
+        self, shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, launcher: Launcher | None = None
     ) -> None:
         self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
         if self.cu is None:
@@ -49,12 +49,15 @@ class Shape:
             self.tuple = (shape[0], shape[1], 0, 0, True)
         else:
             self.batch = self.cu.shape[0] - 1
-            self.longest = (via or CPU).longest(self.cu, shape[0])
+            self.longest = (launcher or CPU).longest(self.cu, shape[0])
             self.tuple = (self.batch, 0, self.cu.data_ptr(), shape[0], self.cu.dtype is torch.int64)
 
 
-class Via:
-    """How the callers reach kernels; this one the CPU's. ``rewardops.cuda`` has another, for the same callers."""
+class Launcher:
+    """Find the compiled function for a dtype, allocate outputs, append launch arguments (here: threads).
+
+    The one for ``rewardops.cuda``, which has the same callers, is :class:`rewardops.cuda.memory.StreamLauncher`.
+    """
 
     def module(self) -> Any:
         return compiled_module()
@@ -64,10 +67,11 @@ class Via:
         return getattr(self.module(), f"{name}_{'f64' if like.dtype is torch.float64 else 'f32'}")
 
     def longest(self, cu_seqlens: Tensor, total: int) -> int:
-        """The length of the longest packed row, or a bound."""
+        """The length of the longest packed row, or a bound of it."""
         return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if len(cu_seqlens) > 1 else 0
 
     def fresh(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised output."""
         return fresh(shape, dtype)
 
     def allocate(
@@ -77,22 +81,22 @@ class Via:
         cu_seqlens: Tensor | None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """An output per token: what lies between packed rows, should the offsets leave gaps, is 0."""
+        """An output per token. Packed ones are zeros: offsets may leave gaps, which no kernel writes."""
         dtype = dtype or like.dtype
         if cu_seqlens is None:
             return self.fresh(shape, dtype, like.device)
         return like.new_zeros(shape, dtype=dtype)
 
     def execution(self, like: Tensor) -> tuple[int, ...]:
-        """What runs the kernels, the last arguments of every call: here how many threads."""
+        """The last arguments of every call: the number of threads, or a stream."""
         return (torch.get_num_threads(),)
 
-    def scan(self, like: Tensor, rows: Shape) -> tuple[tuple[int, ...], Tensor | None]:
-        """The last arguments of a scan along rows, and the memory among them, to be kept until the call is over."""
+    def scan(self, like: Tensor, rows: RowShape) -> tuple[tuple[int, ...], Tensor | None]:
+        """The last arguments of a scan along rows, and its scratch memory, to be kept until the call returns."""
         return self.execution(like), None
 
 
-CPU = Via()
+CPU = Launcher()
 function, allocate = CPU.function, CPU.allocate
 
 

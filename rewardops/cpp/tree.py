@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..core.native import compiled_module
 from ..reference import tree as spec
-from ..reference.tree import at_nodes, at_nodes_backward
-from ..tree import REDUCES
+from ..reference.tree import REDUCES, TreeArgs, at_nodes, at_nodes_backward
 from .memory import address, dense
 
 __all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
@@ -21,29 +20,24 @@ def _module() -> Any:
 
 
 def path_ends(step: Tensor) -> Tensor:
-    kept = step.contiguous()
-    out = torch.empty_like(kept)
-    # Where a path never ends, what the specification has there is some node of the cycle.
-    return out if _module().path_ends(len(out), address(kept), address(out)) else spec.path_ends(step)
+    step = step.contiguous()
+    out = torch.empty_like(step)
+    # For a path that never ends the specification has some node of the cycle.
+    return out if _module().path_ends(len(out), address(step), address(out)) else spec.path_ends(step)
 
 
-def tree_values(
-    parent: Tensor,
-    rewards: Tensor,
-    visits: Tensor | None,
-    reduce: str,
-    temperature: float,
-    max_depth: int,
-) -> tuple[Tensor, Tensor]:
-    kept = [dense(t) for t in (parent, rewards, visits)]
-    values, slope = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    outs = (address(values), address(slope))
-    _module().tree_values(parent.shape[0], *map(address, kept), REDUCES.index(reduce), temperature, *outs)
+def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
+    inputs = [dense(t) for t in (a.parent, a.rewards, a.visits)]  # alive until the call returns
+    values, slope = a.rewards.new_empty(a.rewards.shape), a.rewards.new_empty(a.rewards.shape)
+    _module().tree_values(
+        a.parent.shape[0], *map(address, inputs), REDUCES.index(a.reduce), a.temperature, address(values),
+        address(slope),
+    )  # fmt: skip
     return values, slope
 
 
 def tree_values_backward(grad: Tensor, parent: Tensor, slope: Tensor) -> Tensor:
-    kept = [dense(t) for t in (parent, slope, grad)]
+    inputs = [dense(t) for t in (parent, slope, grad)]
     out = slope.new_empty(slope.shape)
-    _module().tree_values_backward(parent.shape[0], *map(address, kept), address(out))
+    _module().tree_values_backward(parent.shape[0], *map(address, inputs), address(out))
     return out

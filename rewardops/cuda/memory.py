@@ -1,4 +1,4 @@
-"""How the callers of ``rewardops.cpp`` reach the CUDA C++ kernels: on a stream, without reading anything back."""
+"""Launcher of the CUDA C++ kernels for the callers in ``rewardops.cpp``: on a stream, never synchronising."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.native import cuda_module
-from ..cpp.memory import Shape, Via
+from ..cpp.memory import Launcher, RowShape
 
 
 @functools.cache
@@ -19,13 +19,14 @@ def _multiprocessors(device: torch.device) -> int:
         return int(cuda_module().multiprocessors())  # type: ignore[union-attr]
 
 
-class Stream(Via):
-    """The current stream of the tensors' device."""
+class StreamLauncher(Launcher):
+    """Launch on the current stream of the tensors' device."""
 
-    # Of a block. On a CPU, where each costs time, fewer: small inputs then have several tiles.
+    # Threads per block; fewer in the host emulation, where every thread costs time (small inputs then have
+    # several tiles).
     most_threads = 256
     most_threads_on_host = 64
-    # Rows of a multiprocessor from which on each row is walked by one block.
+    # Rows per multiprocessor from which on each row is walked by one block.
     rows_enough = 2
 
     def module(self) -> Any:
@@ -42,10 +43,10 @@ class Stream(Via):
             return (0,)
         return (torch._C._cuda_getCurrentRawStream(like.device.index),)
 
-    def scan(self, like: Tensor, rows: Shape) -> tuple[tuple[int, ...], Tensor | None]:
-        """Stream, threads of a block, and tiles that are blocks of their own, where rows alone are too few.
+    def scan(self, like: Tensor, rows: RowShape) -> tuple[tuple[int, ...], Tensor | None]:
+        """Stream, threads per block, and the number of tiles per row with a block each (0: one block walks a row).
 
-        How many is decided by the shape and the device alone, and so are the bits of the result.
+        The number depends on the shape and the device alone, and so do the bits of the result.
         """
         module, batch, longest = self.module(), rows.batch, rows.longest
         most = self.most_threads if like.is_cuda else self.most_threads_on_host
@@ -58,4 +59,4 @@ class Stream(Via):
         return (*self.execution(like), threads, chunks, state.data_ptr()), state
 
 
-CUDA = Stream()
+CUDA = StreamLauncher()

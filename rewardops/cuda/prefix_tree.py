@@ -14,17 +14,17 @@ from .memory import CUDA
 
 __all__ = ["nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree"]
 
-# Rows up to which each looks at the labels of all, in one kernel: a sort takes a dozen.
+# Up to this many rows one kernel compares all pairs of labels: a sort takes a dozen kernels.
 COUNTED = 8192
 
 
 def _by_label(groups: Tensor) -> tuple[Tensor, ...]:
-    """As ``by_group``."""
+    """The result of ``by_group``."""
     if len(groups) > COUNTED:
         return by_group(groups)
-    found = groups.new_empty(3, len(groups))
-    CUDA.module().rows_by_label(address(groups), len(groups), address(found), *CUDA.execution(groups))
-    return found.unbind()
+    out = groups.new_empty(3, len(groups))
+    CUDA.module().rows_by_label(address(groups), len(groups), address(out), *CUDA.execution(groups))
+    return out.unbind()
 
 
 def _for_tree(groups: Tensor, ids: Tensor, skip: bool) -> Sequence[Tensor | None]:
@@ -32,11 +32,11 @@ def _for_tree(groups: Tensor, ids: Tensor, skip: bool) -> Sequence[Tensor | None
 
 
 def _moved(tokens: Tensor, skip: bool) -> Sequence[Tensor | None]:
-    """Room for the valid tokens of each row in front of it."""
+    """Scratch memory for the tokens of each row with the valid ones moved to the front."""
     return (tokens.new_empty(tokens.shape) if skip else None,)
 
 
-prefix_tree = partial(cpp.prefix_tree, via=CUDA, memory=_for_tree)
-prefix_lcp = partial(cpp.prefix_lcp, via=CUDA, memory=_by_label)
-nodes_to_tokens = partial(cpp.nodes_to_tokens, via=CUDA, memory=_moved)
-nodes_to_tokens_backward = partial(cpp.nodes_to_tokens_backward, via=CUDA, memory=_moved)
+prefix_tree = partial(cpp.prefix_tree, launcher=CUDA, scratch=_for_tree)
+prefix_lcp = partial(cpp.prefix_lcp, launcher=CUDA, scratch=_by_label)
+nodes_to_tokens = partial(cpp.nodes_to_tokens, launcher=CUDA, scratch=_moved)
+nodes_to_tokens_backward = partial(cpp.nodes_to_tokens_backward, launcher=CUDA, scratch=_moved)

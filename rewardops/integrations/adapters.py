@@ -118,10 +118,10 @@ def prompt_groups(prompts: Tensor, *, mask: Tensor | None = None, cu_seqlens: Te
     Returns:
         ``[B]``, int64: the first row that has the prompt of the row. Rows without a token are one group.
     """
-    given = TokenRows.of(prompts, None, 1, mask, cu_seqlens, "skip")
-    batch = given.layout.batch
+    rows = TokenRows.of(prompts, None, 1, mask, cu_seqlens, "skip")
+    batch = rows.layout.batch
     one = torch.zeros(batch, dtype=torch.int64, device=prompts.device)
-    forest = TokenRows(prompts, one, given.layout, given.hole).forest()
+    forest = TokenRows(prompts, one, rows.layout, rows.masked).forest()
     order, _, _, length, shared = forest.rows
     sorted_length = length[order]
     before = sorted_length.roll(1)

@@ -22,7 +22,7 @@ from .. import advantages
 from ..core import checks
 from ..linear import linear_token_stats
 from ..logits import token_stats
-from ..prefix_values import tempo_advantages
+from ..prefix_tree import tempo_advantages
 
 # ---- what an estimator sees --------------------------------------------------------------------------------
 

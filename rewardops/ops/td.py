@@ -10,6 +10,7 @@ from ..core.records import save_record, saved_record, schema_of
 from ..core.rows import Layout, batch_of
 from ..reference import td as spec
 from ..reference.td import TdArgs
+from .segments import row_sums
 
 _ARGS = schema_of(TdArgs)
 
@@ -128,3 +129,8 @@ def first_tokens(rows: Layout, device: torch.device) -> Tensor:
     ones = torch.ones(rows.shape, dtype=torch.float64, device=device)
     count = prefix_scan(ones, ones, rows.mask, rows.cu_seqlens)
     return (count == 1) & rows.valid(device)
+
+
+def at_marked(x: Tensor, marked: Tensor, rows: Layout) -> Tensor:
+    """``[B]``, the value of ``x`` at each row's one marked token; 0 where there is none."""
+    return row_sums(torch.where(marked, x, 0), rows)

@@ -12,13 +12,45 @@ parent's depth to its own, those of a tree's top from 0.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.groups import same_group
 from ..core.rows import from_rows, move, move_back, places_without_holes, to_rows
+
+
+class PrefixTreeArgs(NamedTuple):
+    """Arguments of ``prefix_tree``."""
+
+    tokens: Tensor
+    """``[B, T]``, or ``[N]`` packed; integer ids."""
+    groups: Tensor
+    """``[B]`` int64 labels; rows of other groups never match."""
+    mask: Tensor | None
+    """bool, the shape of ``tokens``; None: every token counts."""
+    cu_seqlens: Tensor | None
+    """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
+    skip: bool
+    """Whether masked tokens between valid ones are left out; else they are part of what rows share."""
+
+
+class SubtreeArgs(NamedTuple):
+    """Arguments of ``subtree_sums`` and its backward pass: a sum over the rows of every node."""
+
+    x: Tensor
+    """``[B, C]`` float64."""
+    weights: Tensor | None
+    """``[B]`` float64, of the rows; None for 1."""
+    centre: Tensor | None
+    """``[2 B, C]`` float64: sum squared distances from it instead of ``x``. Constant."""
+    rows: Tensor
+    """``[5, B]`` int64, of ``prefix_tree``."""
+    nodes: Tensor
+    """``[4, 2 B]`` int64, of ``prefix_tree``."""
+    gamma: float
+    """Discount per token from a row's end to the node; 1 with a centre."""
 
 
 class _Spans(NamedTuple):
@@ -78,18 +110,17 @@ def _enclosing(shared: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tens
     depth = torch.maximum(padded[begin], padded[end])
     below = (shared < depth[:, None]) & (position <= begin[:, None])
     start = torch.where(below, position, -1).amax(1)
-    found = (shared == depth[:, None]) & (position > start[:, None])
-    node = torch.where(found, position, 2 * len(shared)).amin(1)
+    at_depth = (shared == depth[:, None]) & (position > start[:, None])
+    node = torch.where(at_depth, position, 2 * len(shared)).amin(1)
     return torch.where(depth >= 0, node, -1), depth
 
 
-def prefix_tree(
-    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, skip: bool
-) -> tuple[Tensor, Tensor]:
-    if skip and mask is not None:
-        places = places_without_holes(mask, cu_seqlens)
+def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
+    tokens, groups, mask = a.tokens, a.groups, a.mask
+    if a.skip and mask is not None:
+        places = places_without_holes(mask, a.cu_seqlens)
         tokens, mask = move(tokens, mask, places), move(mask, mask, places)
-    spans = _spans(tokens, mask, cu_seqlens)
+    spans = _spans(tokens, mask, a.cu_seqlens)
     batch = len(groups)
     if batch == 0:
         return groups.new_zeros(5, 0), groups.new_zeros(4, 0)
@@ -122,7 +153,7 @@ def prefix_tree(
     )
     leaf = torch.where(own, batch + position, alone_node)
     leaf = torch.where(length > 0, leaf, -1)[place]
-    # An empty row's first column means nothing; every backend says 0.
+    # An empty row has no first column: 0 on every backend.
     rows = torch.stack([order, leaf, torch.where(spans.length > 0, spans.first, 0), spans.length, shared])
     return rows, nodes
 
@@ -167,87 +198,98 @@ def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
 # ---- sums over subtrees ------------------------------------------------------------------------------------
 
 
-def _terms(
-    x: Tensor, weights: Tensor | None, centre: Tensor | None, rows: Tensor, nodes: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``[2 B, B, C]`` by node and position: membership, weight, its factor, and its derivative by x."""
-    order, _, _, length, _ = rows
-    begin, end, depth, _ = nodes
-    position = torch.arange(rows.shape[1], device=rows.device)
+class _Terms(NamedTuple):
+    """Terms of the sums by node and position, ``[2 B, B, C]``."""
+
+    inside: Tensor  # whether the row at the position is the node's
+    weight: Tensor
+    value: Tensor  # what the weight multiplies
+    slope: Tensor  # of the value in x
+
+
+def _terms(a: SubtreeArgs) -> _Terms:
+    order, _, _, length, _ = a.rows
+    begin, end, depth, _ = a.nodes
+    position = torch.arange(a.rows.shape[1], device=a.rows.device)
     inside = ((position >= begin[:, None]) & (position < end[:, None]))[:, :, None]
-    weight = (torch.ones_like(length, dtype=x.dtype) if weights is None else weights)[order][None, :, None]
-    value = x[order]
-    if centre is None:
+    weights = torch.ones_like(length, dtype=a.x.dtype) if a.weights is None else a.weights
+    weight, x = weights[order][None, :, None], a.x[order]
+    if a.centre is None:
         left = (length[order] - depth[:, None]).clamp(min=0)
-        slope = (gamma ** left.to(x.dtype))[:, :, None].expand(-1, -1, x.shape[1])
-        return inside, weight, slope * value, slope
-    off = value - centre[:, None]
-    return inside, weight, off * off, 2 * off
+        slope = (a.gamma ** left.to(x.dtype))[:, :, None].expand(-1, -1, x.shape[1])
+        return _Terms(inside, weight, slope * x, slope)
+    off = x - a.centre[:, None]
+    return _Terms(inside, weight, off * off, 2 * off)
 
 
-def subtree_sums(
-    x: Tensor, weights: Tensor | None, centre: Tensor | None, rows: Tensor, nodes: Tensor, gamma: float
-) -> Tensor:
-    inside, weight, term, _ = _terms(x, weights, centre, rows, nodes, gamma)
-    return torch.where(inside, weight * term, 0).sum(1)
+def subtree_sums(a: SubtreeArgs) -> Tensor:
+    t = _terms(a)
+    return torch.where(t.inside, t.weight * t.value, 0).sum(1)
 
 
-def subtree_sums_backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor | None,
-    centre: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
-    inside, weight, term, slope = _terms(x, weights, centre, rows, nodes, gamma)
-    by_x, by_weight = torch.zeros_like(x), x.new_zeros(0 if weights is None else len(x))
-    by_x[rows[0]] = torch.where(inside, grad[:, None] * weight * slope, 0).sum(0)
-    if weights is not None:
-        by_weight[rows[0]] = torch.where(inside, grad[:, None] * term, 0).sum((0, 2))
-    return by_x, by_weight
+def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
+    t, order = _terms(a), a.rows[0]
+    on_x, on_weights = torch.zeros_like(a.x), a.x.new_zeros(0 if a.weights is None else len(a.x))
+    on_x[order] = torch.where(t.inside, grad[:, None] * t.weight * t.slope, 0).sum(0)
+    if a.weights is not None:
+        on_weights[order] = torch.where(t.inside, grad[:, None] * t.value, 0).sum((0, 2))
+    return on_x, on_weights
 
 
 # ---- nodes and tokens --------------------------------------------------------------------------------------
 
-
 AT = ("after", "before", "step")
 
 
-class OnTokens(NamedTuple):
-    """The arguments that writing nodes to tokens and its gradient share, in the order of their schemas."""
+class NodeTokensArgs(NamedTuple):
+    """Arguments of ``nodes_to_tokens`` and its backward pass.
+
+    A token's result in channel c is ``row_bias + values + row_factor * scaled_values``: bias and factor of its row,
+    values at the node of its state. It is 0 where masked.
+    """
 
     values: Tensor | None
-    along: Tensor | None
-    base: Tensor | None
-    factor: Tensor | None
+    """``[2 B, C]`` float64, discounted from the node's depth to the state; None for 0."""
+    scaled_values: Tensor | None
+    """``[2 B, C]`` float64, discounted as ``values`` are; None for 0."""
+    row_bias: Tensor | None
+    """``[B, C]`` float64; None for 0."""
+    row_factor: Tensor | None
+    """``[B, C]`` float64, discounted from the row's end to the node's depth; None without ``scaled_values``."""
     rows: Tensor
+    """``[5, B]`` int64, of ``prefix_tree``; ``leaf`` is the node at which a row's path ends."""
     nodes: Tensor
+    """``[4, 2 B]`` int64, of ``prefix_tree``."""
     mask: Tensor | None
+    """bool, the shape of the tokens; None: every token counts."""
     cu_seqlens: Tensor | None
+    """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
     skip: bool
+    """Whether the tree was built without the masked tokens between valid ones."""
     size: int
+    """Tokens: T of padded rows, N of packed ones."""
     at: str
+    """One of ``AT``: the state after the token, the one before it, or the difference of the two."""
     gamma: float
+    """Discount per token, from 0 to 1."""
 
     @property
     def channels(self) -> int:
-        given = self.along if self.values is None else self.values
-        assert given is not None
-        return given.shape[1]
+        values = self.scaled_values if self.values is None else self.values
+        assert values is not None
+        return values.shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tokens."""
+        """The shape of the tokens."""
         return (self.rows.shape[1], self.size) if self.cu_seqlens is None else (self.size,)
 
-    def at_front(self) -> OnTokens:
+    def without_holes(self) -> NodeTokensArgs:
         """The same over rows whose valid tokens were moved to their front."""
         return self._replace(mask=None, skip=False)
 
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Zeros for those of values, along, base and factor; empty where one was not given."""
+    def zero_gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Zeros like values, scaled values, row bias and row factor; empty for those that are None."""
         return tuple(grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64) for t in self[:4])
 
 
@@ -269,13 +311,13 @@ def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tens
 
 
 class _Places(NamedTuple):
-    """Where the states of the rows lie among their tokens."""
+    """Places of the caller's tokens, ``[B, T]``."""
 
-    column: Tensor  # [B, T], of the caller's: which token of its row it is, clamped
+    column: Tensor  # which token of its row it is; 0 where not valid
     valid: Tensor
 
 
-def _places(a: OnTokens) -> _Places:
+def _places(a: NodeTokensArgs) -> _Places:
     like = torch.zeros(a.shape, dtype=torch.bool, device=a.rows.device)
     inside = to_rows(like, None, a.cu_seqlens)[1]
     valid = inside if a.mask is None else to_rows(a.mask, a.mask, a.cu_seqlens)[1]
@@ -284,12 +326,11 @@ def _places(a: OnTokens) -> _Places:
     return _Places(torch.where(valid, column, 0), valid)
 
 
-def nodes_to_tokens(*arguments: Any) -> Tensor:
-    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
+def nodes_to_tokens(a: NodeTokensArgs, dtype: torch.dtype) -> Tensor:
     if a.skip and a.mask is not None:
-        front = nodes_to_tokens(*a.at_front(), dtype)
+        front = nodes_to_tokens(a.without_holes(), dtype)
         return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
-    values, along, base, factor = a[:4]
+    values, scaled_values, row_bias, row_factor = a[:4]
     places = _places(a)
     width = places.valid.shape[1]
     out = []
@@ -299,40 +340,39 @@ def nodes_to_tokens(*arguments: Any) -> Tensor:
             continue
         node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
         value = torch.zeros_like(to_depth) if values is None else values[:, c][node] * to_depth
-        if along is not None and factor is not None:
-            value = value + factor[:, c, None] * along[:, c][node] * to_end
+        if scaled_values is not None and row_factor is not None:
+            value = value + row_factor[:, c, None] * scaled_values[:, c][node] * to_end
         before, after = value[:, :-1], value[:, 1:]
         x = {"before": before, "after": after, "step": after - before}[a.at].gather(1, places.column)
-        x = x if base is None else base[:, c, None] + x
+        x = x if row_bias is None else row_bias[:, c, None] + x
         out.append(from_rows(torch.where(places.valid, x, 0).to(dtype), a.shape, a.cu_seqlens))
     return torch.stack(out) if out else torch.zeros((0, *a.shape), dtype=dtype, device=a.rows.device)
 
 
-def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    a = OnTokens(*arguments)
+def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, ...]:
     if a.skip and a.mask is not None:
         moved = move(grad, a.mask, places_without_holes(a.mask, a.cu_seqlens))
-        return nodes_to_tokens_backward(moved, *a.at_front())
-    values, along, base, factor = a[:4]
+        return nodes_to_tokens_backward(moved, a.without_holes())
+    values, scaled_values, row_bias, row_factor = a[:4]
     places = _places(a)
     batch, width = places.valid.shape
-    by_value, by_along, by_base, by_factor = a.gradients(grad)
+    on_values, on_scaled, on_bias, on_factor = a.zero_gradients(grad)
     for c in range(a.channels if batch else 0):
         node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
         up = to_rows(grad[c], None, a.cu_seqlens)[0].to(torch.float64)
         up = torch.where(places.valid, up, 0)
-        if base is not None:
-            by_base[:, c] = up.sum(1)
+        if row_bias is not None:
+            on_bias[:, c] = up.sum(1)
         states = up.new_zeros(batch, width + 1)
         if a.at != "before":
             states.scatter_add_(1, places.column + 1, up)
         if a.at != "after":
             states.scatter_add_(1, places.column, up if a.at == "before" else -up)
         if values is not None:
-            by_value[:, c].index_put_((node.flatten(),), (states * to_depth).flatten(), accumulate=True)
-        if along is not None and factor is not None:
+            on_values[:, c].index_put_((node.flatten(),), (states * to_depth).flatten(), accumulate=True)
+        if scaled_values is not None and row_factor is not None:
             states = states * to_end
-            by_factor[:, c] = (states * along[:, c][node]).sum(1)
-            sent = states * factor[:, c, None]
-            by_along[:, c].index_put_((node.flatten(),), sent.flatten(), accumulate=True)
-    return by_value, by_along, by_base, by_factor
+            on_factor[:, c] = (states * scaled_values[:, c][node]).sum(1)
+            sent = states * row_factor[:, c, None]
+            on_scaled[:, c].index_put_((node.flatten(),), sent.flatten(), accumulate=True)
+    return on_values, on_scaled, on_bias, on_factor

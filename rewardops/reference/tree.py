@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+REDUCES = ("mean", "max", "min", "softmax", "sum")
+
+
+class TreeArgs(NamedTuple):
+    """Arguments of ``tree_values``."""
+
+    parent: Tensor
+    """``[M]`` int64; the parent of each node, anything that is no node for a root."""
+    rewards: Tensor
+    """``[M]`` float64, read at leaves."""
+    visits: Tensor | None
+    """``[M]`` float64, the weight of each node in its parent's reduction, 0 to leave it out; None for 1."""
+    reduce: str
+    """One of ``REDUCES``."""
+    temperature: float
+    """Of ``"softmax"``."""
+    max_depth: int
+    """A bound of the edges above a leaf, where a level is a launch; -1: unknown."""
 
 
 def at_nodes(values: Tensor, index: Tensor) -> Tensor:
@@ -24,9 +45,9 @@ def path_ends(step: Tensor) -> Tensor:
 
 def depths(parent: Tensor) -> Tensor:
     """Edges above each node; by pointer jumping, so that nothing is read back."""
-    own = torch.arange(parent.shape[0], device=parent.device)
+    node = torch.arange(parent.shape[0], device=parent.device)
     is_root = (parent < 0) | (parent >= parent.shape[0])
-    step = torch.where(is_root, own, parent)
+    step = torch.where(is_root, node, parent)
     depth = (~is_root).long()
     for _ in range(parent.shape[0].bit_length()):
         depth = depth + depth[step]
@@ -34,28 +55,22 @@ def depths(parent: Tensor) -> Tensor:
     return depth
 
 
-def tree_values(
-    parent: Tensor,
-    rewards: Tensor,
-    visits: Tensor | None,
-    reduce: str,
-    temperature: float,
-    max_depth: int,
-) -> tuple[Tensor, Tensor]:
-    """Values, and how much a node's value moves its parent's."""
+def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
+    """Values, and the derivative of each node's parent's value in its own."""
+    parent, reduce = a.parent, a.reduce
     depth = depths(parent)
     inner = torch.zeros_like(parent, dtype=torch.bool)
     inner[parent[depth > 0]] = True
-    values = torch.where(inner, 0, rewards)
+    values = torch.where(inner, 0, a.rewards)
     slope = torch.zeros_like(values)
-    weight = torch.ones_like(values) if visits is None else visits
-    own = torch.arange(parent.shape[0], device=parent.device)
+    weight = torch.ones_like(values) if a.visits is None else a.visits
+    node = torch.arange(parent.shape[0], device=parent.device)
 
     def total(terms: Tensor, up: Tensor) -> Tensor:
         return torch.zeros_like(values).index_put_((up,), terms, accumulate=True)
 
     for level in range(int(depth.max()) if depth.numel() else 0, 0, -1):
-        child = own[(depth == level) & (weight != 0)]
+        child = node[(depth == level) & (weight != 0)]
         up, v, w = parent[child], values[child], weight[child]
         if reduce == "sum":
             values = values + total(v, up)
@@ -68,10 +83,10 @@ def tree_values(
             sign = -1.0 if reduce == "min" else 1.0
             best = torch.full_like(values, -torch.inf).scatter_reduce(0, up, sign * v, "amax")
             if reduce == "softmax":
-                e = ((v - best[up]) / temperature).exp()
+                e = ((v - best[up]) / a.temperature).exp()
                 share = e / total(e, up)[up]
                 values = values + total(share * v, up)
-                slope[child] = share * (1 + (v - values[up]) / temperature)
+                slope[child] = share * (1 + (v - values[up]) / a.temperature)
             else:
                 first = torch.where(sign * v == best[up], child, len(parent))
                 chosen = torch.full_like(parent, len(parent)).scatter_reduce(0, up, first, "amin")
@@ -82,9 +97,9 @@ def tree_values(
 
 def tree_values_backward(grad: Tensor, parent: Tensor, slope: Tensor) -> Tensor:
     """``g[n] = grad[n] + slope[n] g[parent]``, kept at leaves; the maps along a path compose in pairs."""
-    own = torch.arange(parent.shape[0], device=parent.device)
+    node = torch.arange(parent.shape[0], device=parent.device)
     is_root = (parent < 0) | (parent >= parent.shape[0])
-    step = torch.where(is_root, own, parent)
+    step = torch.where(is_root, node, parent)
     factor = torch.where(is_root, 0, slope)
     total = grad.clone()
     for _ in range(parent.shape[0].bit_length()):

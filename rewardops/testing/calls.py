@@ -459,7 +459,7 @@ def _returns(b: Batch) -> Mapping[str, Entry]:
             [r, v, boot],
         ),
         "gae decay": (
-            lambda r, v, boot: ro.gae(r, v, gamma=0.9, lam=0.8, bootstrap=boot, hole="decay", **b.rows),
+            lambda r, v, boot: ro.gae(r, v, gamma=0.9, lam=0.8, bootstrap=boot, masked="step", **b.rows),
             [r, v, boot],
         ),
         "lambda_returns": (lambda r, v: ro.lambda_returns(r, v, gamma=0.9, lam=0.8, **b.rows), [r, v]),
@@ -510,7 +510,7 @@ def _prefix_values(b: Batch) -> Mapping[str, Entry]:
         "prefix_lcp": (lambda w: ro.prefix_lcp(y, b.groups, max_group_size=len(r) or 1, **b.rows), [w]),
         "prefix_values": (lambda r: ro.prefix_values(y, r, b.groups, **b.rows)[:2], [r]),
         "prefix_values without holes": (
-            lambda r: ro.prefix_values(y, r, b.groups, hole="skip", gamma=0.9, **b.rows)[:2],
+            lambda r: ro.prefix_values(y, r, b.groups, masked="skip", gamma=0.9, **b.rows)[:2],
             [r],
         ),
         "prefix_values of the others, weighed": (

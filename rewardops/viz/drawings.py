@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .prefix_tree import PrefixTree
+    from .compressed_tree import PrefixTree
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -20,7 +20,7 @@ _PLAIN = "#5b7a8c"
 
 _LANE = 28  # pixels of a row
 _TOP = 46  # above the first lane of a group: its name and the axis
-_SIDE = 210  # right of the axis: what is known of a row
+_SIDE = 210  # right of the axis: the row's number, reward and length
 _LEFT = 76
 
 
@@ -58,7 +58,7 @@ class _Colours:
 
 
 def _facts(tree: PrefixTree, n: int) -> str:
-    """What is known of a node, in a line."""
+    """A node's numbers, in a line."""
     known = [f"{int(tree.count[n])} of {_group_size(tree, n)} rows"]
     if tree.mean is not None and tree.std is not None:
         known.append(f"value {_number(float(tree.mean[n]))}")
@@ -78,11 +78,11 @@ def _group_size(tree: PrefixTree, n: int) -> int:
 
 
 def _children(tree: PrefixTree) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in range(len(tree))]
+    children: list[list[int]] = [[] for _ in range(len(tree))]
     for n, up in enumerate(tree.parent.tolist()):
         if up >= 0:
-            found[up].append(n)
-    return found
+            children[up].append(n)
+    return children
 
 
 # ---- Graphviz ----------------------------------------------------------------------------------------------
@@ -126,11 +126,11 @@ class _Axis:
 
     def ticks(self) -> list[tuple[int, float]]:
         """Depths to name, no two closer than their text is wide; the last one always."""
-        found: list[tuple[int, float]] = []
+        ticks: list[tuple[int, float]] = []
         for depth, place in zip(self.depths[:-1], self.places[:-1], strict=True):
-            if place - (found[-1][1] if found else -_LANE) > 32 and self.places[-1] - place > 32:
-                found.append((depth, place))
-        return [*found, (self.depths[-1], self.places[-1])]
+            if place - (ticks[-1][1] if ticks else -_LANE) > 32 and self.places[-1] - place > 32:
+                ticks.append((depth, place))
+        return [*ticks, (self.depths[-1], self.places[-1])]
 
 
 def _panel(
@@ -224,7 +224,7 @@ svg.prefix-tree { font: 12px system-ui, sans-serif; background: #fff; }
 
 
 def _scale(colours: _Colours, width: int, y: float) -> list[str]:
-    """What the colours mean."""
+    """The legend of the colours."""
     if colours.high <= colours.low:
         return []
     steps = [colours.low + (colours.high - colours.low) * k / 20 for k in range(21)]
@@ -246,8 +246,8 @@ def tree_svg(tree: PrefixTree, decode: Decode | None, width: int) -> str:
     say, colours, children = decode or _ids, _Colours(tree), _children(tree)
     body, y = _scale(colours, width, 6.0), 4.0
     for top in (tree.parent < 0).nonzero()[:, 0].tolist():
-        found, y = _panel(tree, top, children, say, colours, width, y)
-        body += found
+        panel, y = _panel(tree, top, children, say, colours, width, y)
+        body += panel
     size = f'width="{width}" height="{y:.0f}" viewBox="0 0 {width} {y:.0f}"'
     return "\n".join(
         [

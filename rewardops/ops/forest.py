@@ -1,0 +1,178 @@
+"""The prefix trees of a batch: checked tokens, and the family's ops as methods of the trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.groups import GroupSize, Labels, group_ids
+from ..core.rows import Layout
+from ..core.settings import may_read
+from ..reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
+from . import prefix_tree as ops
+from . import tree
+
+MASKED = ("prefix", "skip")
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Validated tokens, group labels and layout; nothing was launched."""
+
+    tokens: Tensor
+    labels: Tensor
+    layout: Layout
+    masked: str
+
+    @staticmethod
+    def of(
+        tokens: Tensor,
+        groups: Labels,
+        group_size: GroupSize,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        masked: str,
+    ) -> TokenRows:
+        checks.check_integer("tokens", tokens)
+        checks.check_choice("masked", masked, MASKED)
+        rows = checks.token_layout("tokens", tokens, mask, cu_seqlens)
+        labels = group_ids(groups, group_size, rows.batch, tokens.device, "tokens")
+        return TokenRows(tokens, labels, rows, masked)
+
+    def forest(self) -> Forest:
+        """The prefix trees of the groups."""
+        skip = self.masked == "skip"
+        args = PrefixTreeArgs(self.tokens, self.labels, self.layout.mask, self.layout.cu_seqlens, skip)
+        return Forest(*ops.prefix_tree(*args), self.layout, skip)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The prefix trees of a batch: arrays of rows and nodes, and the layout of the tokens."""
+
+    rows: Tensor
+    nodes: Tensor
+    layout: Layout
+    skip: bool  # whether masked tokens between valid ones are left out
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.rows[1]
+
+    @property
+    def live(self) -> Tensor:
+        """``[B]``: rows that have a token."""
+        return self.rows[3] > 0
+
+    @property
+    def depth(self) -> Tensor:
+        return self.nodes[2]
+
+    @property
+    def count(self) -> Tensor:
+        """``[2 B]``: how many rows share a node."""
+        return self.nodes[1] - self.nodes[0]
+
+    @property
+    def parent(self) -> Tensor:
+        return self.nodes[3]
+
+    def sums(
+        self, x: Tensor, weights: Tensor | None = None, centre: Tensor | None = None, gamma: float = 1.0
+    ) -> Tensor:
+        """``[2 B, C]``: sums over each node's rows of discounted ``x``, or of squared distances from a centre."""
+        centre = None if centre is None else centre.detach()
+        args = SubtreeArgs(x, weights, centre, self.rows, self.nodes, float(gamma))
+        out: Tensor = ops.subtree_sums(*args)
+        return out
+
+    def totals(self, weights: Tensor | None) -> Tensor:
+        """``[2 B, 1]``: the weight of each node's rows."""
+        if weights is None:
+            return self.count.double()[:, None]
+        return self.sums(torch.ones_like(weights)[:, None], weights)
+
+    def means(self, x: Tensor, weights: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+        """``[2 B, C]``: means over each node's rows; 0 where they weigh nothing."""
+        total = self.totals(weights)
+        return self.sums(x, weights, gamma=gamma) / torch.where(total > 0, total, 1)
+
+    def std(self, x: Tensor, weights: Tensor | None, ddof: int) -> Tensor:
+        """``[2 B, C]``: standard deviation over each node's rows; 0 where there are no more than ``ddof``."""
+        total, count = self.totals(weights), self.count[:, None]
+        squares = self.sums(x, weights, centre=self.means(x, weights))
+        factor = torch.where(count > ddof, count / (count - ddof).clamp(min=1), 0)
+        variance = squares / torch.where(total > 0, total, 1) * factor
+        positive = variance > 0
+        return torch.where(positive, torch.where(positive, variance, 1).sqrt(), 0)
+
+    def supported_by(self, count: int) -> Tensor:
+        """``[B]``: the deepest of a row's nodes that ``count`` rows share, or the top where none is."""
+        node = torch.arange(self.parent.shape[0], device=self.parent.device)
+        self_or_up = torch.where((self.count >= count) | (self.parent < 0), node, self.parent)
+        return torch.where(self.leaf >= 0, tree.path_ends(self_or_up)[self.leaf.clamp(min=0)], -1)
+
+    def tokens(
+        self,
+        values: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        at: str = "after",
+        scaled_values: Tensor | None = None,
+        row_bias: Tensor | None = None,
+        row_factor: Tensor | None = None,
+        gamma: float = 1.0,
+        leaf: Tensor | None = None,
+    ) -> Tensor:
+        """``row_bias + values + row_factor * scaled_values`` of each token's row and state; 0 where masked.
+
+        Args:
+            values, scaled_values: ``[2 B, C]`` float64, discounted from the node's depth to the state.
+            row_bias, row_factor: ``[B, C]`` float64; the factor is discounted from the row's end.
+            at: ``"before"``, ``"after"``, or ``"step"``, the difference of the two.
+            leaf: ``[B]``, the node at which a row's path ends; tokens behind it have its value.
+
+        Returns:
+            ``[C, *tokens]``.
+        """
+        rows, layout = self.rows, self.layout
+        if leaf is not None:
+            rows = torch.cat([rows[:1], leaf[None], rows[2:]])
+        args = NodeTokensArgs(
+            values, scaled_values, row_bias, row_factor, rows, self.nodes, layout.mask, layout.cu_seqlens,
+            self.skip, layout.shape[-1], at, float(gamma),
+        )  # fmt: skip
+        out: Tensor = ops.nodes_to_tokens(*args, dtype)
+        return out
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dtype, bool]:
+    """Rewards ``[B, C]`` in float64, the dtype of the result, and whether they came as channels."""
+    checks.check_float("rewards", rewards)
+    if rewards.dim() not in (1, 2):
+        raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R]")
+    want = (rows.layout.batch, *rewards.shape[1:])
+    checks.check_shape("rewards", rewards, want, "one per row of tokens")
+    checks.check_device("rewards", rewards, rows.tokens.device, "tokens")
+    checks.check_values("rewards", rewards)
+    (promoted,) = checks.promote(rewards)
+    channels = rewards.dim() == 2
+    return (rewards if channels else rewards[:, None]).double(), promoted.dtype, channels
+
+
+def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
+    """Weights ``[B]`` in float64."""
+    if weights is None:
+        return None
+    checks.check_float("weights", weights)
+    checks.check_shape("weights", weights, (rows.layout.batch,), "one per row of tokens")
+    checks.check_device("weights", weights, rows.tokens.device, "tokens")
+    if may_read(weights) and bool((weights < 0).any()):
+        raise ValueError(f"weights: got {float(weights.min())}, want no negative weight")
+    return weights.double()

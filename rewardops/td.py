@@ -1,0 +1,329 @@
+"""Discounted sums and temporal differences: reverse scans over the tokens of a row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .core import checks, distributed, row_parts
+from .core.rows import Layout
+from .core.settings import may_read
+from .ops import td as ops
+from .reference.td import TdArgs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["GAE", "VTrace", "discounted_returns", "factor", "gae", "lambda_returns", "scan", "vtrace"]
+
+MASKED = ("skip", "step")
+
+
+class GAE(NamedTuple):
+    """Advantages, and ``advantages + values``: the targets of the values."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class VTrace(NamedTuple):
+    """The targets of the values, and the advantages of the policy gradient."""
+
+    targets: Tensor
+    advantages: Tensor
+
+
+def discounted_returns(
+    rewards: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    masked: str = "skip",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """``G[t] = r[t] + gamma * G[t + 1]`` along every row.
+
+    Args:
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        gamma, mask, cu_seqlens, masked: as in :func:`gae`. bootstrap: ``[B]``, the return after the last token.
+        process_group: of sequence parallelism (context parallelism with consecutive parts): each of its ranks has
+            the next part of every row, of any length, none included; the first rank has the first. ``mask``,
+            ``cu_seqlens`` and factors per token are those of the part; ``bootstrap``, after the whole row, and
+            factors per row are the same on every rank. One collective, of a few numbers per row, and a scan or two
+            more. Not with ``masked="step"``.
+
+    Returns:
+        The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in ``rewards`` and
+        ``bootstrap``.
+    """
+    beyond = _beyond(process_group, rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, masked)
+    _, (out, _) = scan(rewards, None, beyond, gamma, 1.0, mask, cu_seqlens, masked)
+    return out  # type: ignore[no-any-return]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    masked: str = "skip",
+    process_group: ProcessGroup | None = None,
+) -> GAE:
+    """Generalised advantage estimation (arXiv 1506.02438), not whitened.
+
+    ``A[t] = delta[t] + gamma * lam * A[t + 1]`` with ``delta[t] = r[t] + gamma * V[t + 1] - V[t]``, and
+    ``returns = A + V``. With ``masked="skip"`` masked tokens inside a row are passed over: the next token is the
+    next valid one (verl, NeMo-RL, AReaL). With ``masked="step"`` they are steps of reward and value 0 (OpenRLHF,
+    slime). Masked tokens after a row's last valid one are no part of it.
+
+    Args:
+        rewards, values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        gamma, lam: 0 to 1; a number, or a tensor with one per row ``[B]`` or per token (where both fit: per row).
+            No gradient flows into them.
+        bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
+        mask: the shape of ``rewards``; bool, integer or float 0/1; may have holes.
+        cu_seqlens: ``[B + 1]`` for packed rows.
+        process_group: of sequence parallelism: each of its ranks has the next part of every row, see
+            :func:`discounted_returns`.
+
+    Returns:
+        :class:`GAE`, the layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Sums are
+        taken in float64. Differentiable in ``rewards``, ``values`` and ``bootstrap``. A factor of 0 cuts: what lies
+        beyond it does not matter, not even when it is infinite.
+
+    Raises:
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a number out of
+            its range, factors per token with ``masked="step"``.
+    """
+    checks.check_tensor("values", values)
+    beyond = _beyond(process_group, rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, masked)
+    _, scanned = scan(rewards, values, beyond, gamma, lam, mask, cu_seqlens, masked)
+    return GAE(*scanned)
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    masked: str = "skip",
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``, TD(lambda): :func:`gae`'s."""
+    out = gae(
+        rewards,
+        values,
+        gamma=gamma,
+        lam=lam,
+        bootstrap=bootstrap,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        masked=masked,
+        process_group=process_group,
+    )
+    return out.returns
+
+
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    log_ratio: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    rho_clip: float | None = 1.0,
+    trace_clip: float | None = 1.0,
+    advantage_rho_clip: float | None = 1.0,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> VTrace:
+    """V-trace (arXiv 1802.01561): off-policy targets, and the advantages that go with them.
+
+    With ``ratio = exp(log_ratio)``, ``rho = min(rho_clip, ratio)`` and ``c = min(trace_clip, ratio)``:
+    ``target[t] - V[t] = rho[t] (r[t] + gamma V[t+1] - V[t]) + gamma lam c[t] (target[t+1] - V[t+1])``, and
+    ``advantage[t] = min(advantage_rho_clip, ratio) (r[t] + gamma (lam target[t+1] + (1 - lam) V[t+1]) - V[t])``, as
+    in rlax. Masked tokens inside a row are passed over.
+
+    Args:
+        rewards, values, gamma, lam, bootstrap, mask, cu_seqlens: as in :func:`gae`.
+        log_ratio: the shape of ``rewards``: log-probability under the policy less that under the behaviour policy.
+            No gradient flows into it.
+        rho_clip, trace_clip, advantage_rho_clip: None for no bound.
+
+    Returns:
+        :class:`VTrace`, the layout of ``rewards``, 0 where masked. Differentiable in ``rewards``, ``values`` and
+        ``bootstrap``.
+    """
+    checks.check_float("rewards", rewards)
+    checks.check_like("log_ratio", log_ratio, rewards, "rewards")
+    checks.check_like("values", values, rewards, "rewards")
+    ratio = checks.promote(log_ratio.detach())[0].exp()
+    bounds = []
+    clips = {"rho_clip": rho_clip, "trace_clip": trace_clip, "advantage_rho_clip": advantage_rho_clip}
+    for name, clip in clips.items():
+        if clip is not None:
+            checks.check_non_negative(name, clip)
+        bounds.append(ratio if clip is None else ratio.clamp(max=clip))
+    rho, trace, advantage_rho = bounds
+    options = (gamma, lam, mask, cu_seqlens, "skip")
+    rows, (excess, targets) = scan(rewards, values, bootstrap, *options, rho, trace)
+    scale = lam
+    if isinstance(lam, Tensor):
+        scale = lam.detach().to(excess.dtype)
+        scale = rows.expand(scale) if tuple(lam.shape) == (rows.batch,) else scale
+    carried = excess * scale
+    ahead = values.to(excess.dtype) + carried
+    # r + gamma ahead[t+] - V, as the difference in `ahead` and what that puts before V.
+    _, (change, _) = scan(rewards, ahead, bootstrap, gamma, 0.0, *options[2:])
+    advantages = advantage_rho * (change + carried)
+    if rows.mask is not None:
+        advantages = torch.where(rows.mask, advantages, 0)
+    return VTrace(targets, advantages)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def factor(
+    name: str,
+    value: float | Tensor,
+    rows: Layout,
+    device: torch.device,
+    other: str,
+    masked: str = "skip",
+) -> tuple[float, Tensor | None]:
+    """Validate a discount: of a number ``(value, None)``, of a tensor ``(1.0, float64 tensor)``.
+
+    The tensor is per row, ``[B, 1]``, or per token of ``other``.
+    """
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1, or a tensor")
+        return float(value), None
+    if value.dtype not in (*checks.FLOATS, *checks.INTEGERS, torch.bool):
+        raise TypeError(f"{name}: got dtype {value.dtype}, want float, integer or bool")
+    checks.check_device(name, value, device, other)
+    if value.dim() == 0:
+        raise ValueError(
+            f"{name}: got a tensor of no dimensions, want a number, or a value per row or per token"
+        )
+    if tuple(value.shape) == (rows.batch,):
+        factors = value.detach()[:, None]
+    elif tuple(value.shape) == rows.shape:
+        if masked == "step":
+            raise ValueError(
+                f"{name}: got a value per token with masked='step', want one per row, or masked='skip'"
+            )
+        factors = value.detach()
+    else:
+        want = f"[{rows.batch}] or {checks.show(rows.shape)} (one per row or per token of {other})"
+        raise ValueError(f"{name}: got shape {checks.show(value.shape)}, want {want}")
+    if may_read(factors):
+        per_row = tuple(value.shape) == (rows.batch,)
+        read = factors if rows.mask is None or per_row else factors[rows.mask]
+        if not bool(((read >= 0) & (read <= 1)).all()):
+            raise ValueError(f"{name}: got a value outside 0 to 1")
+    return 1.0, factors.to(torch.float64)
+
+
+def scan(
+    rewards: Tensor,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    masked: str,
+    rho: Tensor | None = None,
+    trace: Tensor | None = None,
+    names: tuple[str, str] = ("rewards", "values"),
+) -> tuple[Layout, tuple[Tensor, Tensor]]:
+    """The layout; advantages and returns. Errors call rewards and values by ``names``."""
+    name, values_name = names
+    checks.check_float(name, rewards)
+    checks.check_choice("masked", masked, MASKED)
+    rows = checks.token_layout(name, rewards, mask, cu_seqlens)
+    checks.check_values(name, rewards, rows.mask)
+    if values is not None:
+        checks.check_like(values_name, values, rewards, name)
+        checks.check_values(values_name, values, rows.mask)
+    gamma_value, gammas = factor("gamma", gamma, rows, rewards.device, name, masked)
+    lam_value, lambdas = factor("lam", lam, rows, rewards.device, name, masked)
+    if bootstrap is not None:
+        checks.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, name)
+        if values is None:
+            values = torch.zeros_like(rewards)
+    tensors = (rewards, values, bootstrap, rho, trace)
+    promoted = iter(checks.promote(*(t for t in tensors if t is not None)))
+    args = TdArgs(
+        *(None if t is None else next(promoted) for t in tensors),  # type: ignore[arg-type]
+        gammas, lambdas, rows.mask, rows.cu_seqlens, gamma_value, lam_value, masked == "step",
+    )  # fmt: skip
+    return rows, ops.td_scan(*args)
+
+
+def _beyond(
+    process_group: ProcessGroup | None,
+    rewards: Tensor,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    masked: str,
+) -> Tensor | None:
+    """The value after the last token of a row, or of this rank's part of it."""
+    if process_group is None:
+        return bootstrap
+    distributed.check(process_group)
+    checks.check_choice("masked", masked, MASKED)
+    if masked != "skip":
+        raise ValueError(f"masked: got {masked!r} with process_group, want 'skip'")
+    checks.check_float("rewards", rewards)
+    rows = checks.token_layout("rewards", rewards, mask, cu_seqlens)
+    if bootstrap is not None:
+        checks.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, "rewards")
+    after = rewards.new_zeros(rows.batch) if bootstrap is None else bootstrap
+    part = _part(rewards, values, after, gamma, lam, mask, cu_seqlens, rows)
+    out = row_parts.value_beyond(process_group, part, after)
+    return out.to(checks.promote(*(t for t in (rewards, values, bootstrap) if t is not None))[0].dtype)
+
+
+def _part(
+    rewards: Tensor,
+    values: Tensor | None,
+    after: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: Layout,
+) -> row_parts.ScanPart:
+    """Summary of this rank's part: its first advantage where the value ``after`` it is 0, and how that grows."""
+    device, options = rewards.device, (gamma, lam, mask, cu_seqlens, "skip")
+    zeros = torch.zeros_like(rewards)
+    # The arguments not checked above are checked in these scans, before any kernel.
+    advantages = scan(rewards, values, torch.zeros_like(after), *options)[1][0]
+    growth = scan(zeros, None, torch.ones_like(after), *options)[1][0]
+    first = ops.first_tokens(rows, device)
+    if isinstance(lam, Tensor) and tuple(lam.shape) != (rows.batch,):
+        trace = ops.at_marked(lam.double(), ops.last_tokens(rows, device), rows)
+    else:
+        trace = torch.as_tensor(lam, dtype=torch.float64, device=device).expand(rows.batch)
+    at_first = (first, advantages, growth, zeros if values is None else values)
+    return row_parts.ScanPart(*(ops.at_marked(x.double(), first, rows) for x in at_first), trace)
