@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from ._token_arguments import check_coefficients, check_outputs, token_arguments
 from .core import checks, distributed
 from .core.settings import may_read
 from .core.transforms import may_require_grad
 from .logits import OUTPUTS, PARTIAL_OUTPUTS, TokenStats, merge_over_ranks, shard_start
 from .ops import linear as ops
+from .ops.token_arguments import check_coefficients, check_outputs, token_arguments
 from .reference.linear import LinearArgs, precision
 from .reference.logits import valid_rows
 

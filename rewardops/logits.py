@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._token_arguments import check_coefficients, check_outputs, token_arguments
 from .core import checks, distributed
 from .ops import logits as ops
+from .ops.token_arguments import check_coefficients, check_outputs, token_arguments
 from .reference import logits as spec
 from .reference.logits import RECORD, TokenStatsArgs, accumulator
 from .reference.token_records import fields_of, finish, merge

@@ -17,7 +17,6 @@ from .ops.segments import row_sums
 from .ops.td import differences, last_tokens, step_ends
 from .td import gae, scan
 
-
 __all__ = [
     "budget_advantages", "budget_returns", "clip_delta_rewards", "potential_shaping", "redistribute_outcome",
     "step_progress",
@@ -71,7 +70,8 @@ def clip_delta_rewards(
     that the return from a step on is that step's own reward.
 
     Args:
-        rewards, steps, mask, cu_seqlens: as in :func:`step_progress`. eta: None for no clipping. delta: False for none.
+        rewards, steps, mask, cu_seqlens: as in :func:`step_progress`.
+        eta: None for no clipping. delta: False for none.
 
     Returns:
         The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.

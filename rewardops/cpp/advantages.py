@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs
-from .memory import CPU, NONE, Shape, Via, address, as_bytes, dense, rows_dense, strided
+from .memory import CPU, NONE, Launcher, RowShape, address, as_bytes, dense, rows_dense, strided
 
 
 class _Launch:
     """Arguments that both directions share, as the compiled module takes them; keeps their tensors alive."""
 
-    def __init__(self, a: AdvantagesArgs, via: Via) -> None:
-        self.rows = None if a.token_shape is None else Shape(a.token_shape, a.cu_seqlens, via)
+    def __init__(self, a: AdvantagesArgs, launcher: Launcher) -> None:
+        self.rows = None if a.token_shape is None else RowShape(a.token_shape, a.cu_seqlens, launcher)
         per_row = [dense(t) for t in (a.rewards, a.groups, a.baseline_values, a.lengths)]
         mask = as_bytes(a.mask)
         self.tensors = (*per_row, mask)
@@ -23,19 +23,19 @@ class _Launch:
         self.args = (shape, self.rows is not None, strided(mask), rewards, (*relative, *options))
 
 
-def group_advantages(a: AdvantagesArgs, *, via: Via = CPU) -> tuple[Tensor, Tensor, Tensor]:
-    launch, rewards = _Launch(a, via), a.rewards
+def group_advantages(a: AdvantagesArgs, *, launcher: Launcher = CPU) -> tuple[Tensor, Tensor, Tensor]:
+    launch, rewards = _Launch(a, launcher), a.rewards
     per_row, inv_scale, numerator = (rewards.new_empty(rewards.shape) for _ in range(3))
     shape = a.token_shape
-    out = per_row if shape is None else via.allocate(rewards, shape, a.cu_seqlens)
+    out = per_row if shape is None else launcher.allocate(rewards, shape, a.cu_seqlens)
     on_tokens = NONE if shape is None else strided(out)
-    via.function("group_advantages", rewards)(
+    launcher.function("group_advantages", rewards)(
         *launch.args,
         address(per_row),
         address(inv_scale),
         address(numerator),
         on_tokens,
-        *via.execution(rewards),
+        *launcher.execution(rewards),
     )
     return out, inv_scale, numerator
 
@@ -44,8 +44,8 @@ def group_advantages(a: AdvantagesArgs, *, via: Via = CPU) -> tuple[Tensor, Tens
 _PARTS, _BLOCKS, _TOKENS = 16, 256, 4096
 
 
-def _parts(rows: Shape | None, via: Via) -> int:
-    if via is CPU or rows is None:
+def _parts(rows: RowShape | None, launcher: Launcher) -> int:
+    if launcher is CPU or rows is None:
         return 1
     return max(1, min(_PARTS, -(-_BLOCKS // max(rows.batch, 1)), -(-rows.longest // _TOKENS)))
 
@@ -57,17 +57,17 @@ def group_advantages_backward(
     numerator: Tensor,
     a: AdvantagesArgs,
     *,
-    via: Via = CPU,
+    launcher: Launcher = CPU,
 ) -> tuple[Tensor, Tensor]:
-    launch, rewards = _Launch(a, via), a.rewards
+    launch, rewards = _Launch(a, launcher), a.rewards
     grad, grad_inv_scale = None if grad is None else rows_dense(grad), dense(grad_inv_scale)
     inv_scale, numerator = inv_scale.contiguous(), numerator.contiguous()
     on_rewards = rewards.new_empty(rewards.shape)
     on_values = rewards.new_empty(0 if a.baseline_values is None else rewards.shape)
-    sums = rewards.new_empty((rewards.shape[0], _parts(launch.rows, via)), dtype=torch.float64)
-    via.function("group_advantages_backward", rewards)(
+    sums = rewards.new_empty((rewards.shape[0], _parts(launch.rows, launcher)), dtype=torch.float64)
+    launcher.function("group_advantages_backward", rewards)(
         *launch.args, strided(grad), address(grad_inv_scale), (address(inv_scale), address(numerator)),
         (address(sums), sums.shape[1]), address(on_rewards), 0 if a.baseline_values is None else address(on_values),
-        *via.execution(rewards),
+        *launcher.execution(rewards),
     )  # fmt: skip
     return on_rewards, on_values

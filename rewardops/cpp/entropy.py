@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..reference.entropy import GtpoArgs
-from .memory import Shape, address, allocate, as_bytes, function, rows_dense, strided, threads
+from .memory import RowShape, address, allocate, as_bytes, function, rows_dense, strided, threads
 from .segments import row_sums
 
 
 def _launch(grad: Tensor | None, a: GtpoArgs) -> Tensor:
-    rows = Shape(a.entropy.shape, a.cu_seqlens)
+    rows = RowShape(a.entropy.shape, a.cu_seqlens)
     rewards, groups, mask = a.rewards.contiguous(), a.groups.contiguous(), as_bytes(a.mask)
     entropy = rows_dense(a.entropy)
     grad = None if grad is None else rows_dense(grad)

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from ..reference.segments import REDUCTIONS, SegmentsArgs, segment_broadcast
-from .memory import NONE, Shape, address, allocate, as_bytes, function, rows_dense, strided, threads
+from .memory import NONE, RowShape, address, allocate, as_bytes, function, rows_dense, strided, threads
 
 __all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "segment_reduce_backward"]
 
 
 def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    rows = Shape(mask.shape, cu_seqlens)
+    rows = RowShape(mask.shape, cu_seqlens)
     out = torch.empty(rows.batch, dtype=torch.float64)
     function("row_sums", out)(rows.tuple, strided(as_bytes(mask)), NONE, address(out), threads())
     return out
 
 
 def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    rows = Shape(values.shape, cu_seqlens)
+    rows = RowShape(values.shape, cu_seqlens)
     values, mask = rows_dense(values), as_bytes(mask)
     out = values.new_empty(rows.batch)
     function("row_sums", values)(rows.tuple, strided(mask), strided(values), address(out), threads())
@@ -27,7 +27,7 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
 
 
 def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
-    rows = Shape(a.values.shape, a.cu_seqlens)
+    rows = RowShape(a.values.shape, a.cu_seqlens)
     values, ids, mask = rows_dense(a.values), rows_dense(a.ids), as_bytes(a.mask)
     out = values.new_empty((rows.batch, a.num_steps))
     kept = torch.empty_like(out, dtype=torch.float64)
@@ -39,7 +39,7 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
 
 
 def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
-    rows = Shape(a.values.shape, a.cu_seqlens)
+    rows = RowShape(a.values.shape, a.cu_seqlens)
     values, ids, mask = rows_dense(a.values), rows_dense(a.ids), as_bytes(a.mask)
     grad, out, kept = grad.contiguous(), out.contiguous(), kept.contiguous()
     grad_values = allocate(values, values.shape, a.cu_seqlens)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..reference.selection import LargestArgs
-from .memory import Shape, address, as_bytes, function, rows_dense, strided, threads
+from .memory import RowShape, address, as_bytes, function, rows_dense, strided, threads
 
 
 def largest(a: LargestArgs) -> Tensor:
-    rows = Shape(a.values.shape, a.cu_seqlens)
+    rows = RowShape(a.values.shape, a.cu_seqlens)
     values, mask = rows_dense(a.values), as_bytes(a.mask)
     scopes, wanted = a.scopes.contiguous(), a.wanted.contiguous()
     create = torch.empty if a.cu_seqlens is None else torch.zeros

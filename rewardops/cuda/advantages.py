@@ -9,5 +9,5 @@ from .memory import CUDA
 
 __all__ = ["group_advantages", "group_advantages_backward"]
 
-group_advantages = partial(cpp.group_advantages, via=CUDA)
-group_advantages_backward = partial(cpp.group_advantages_backward, via=CUDA)
+group_advantages = partial(cpp.group_advantages, launcher=CUDA)
+group_advantages_backward = partial(cpp.group_advantages_backward, launcher=CUDA)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import checks
-from .core.settings import debugging, may_read
-from .reference.logits import OUTPUTS, REF_OUTPUTS, valid_rows
+from ..core import checks
+from ..core.settings import debugging, may_read
+from ..reference.logits import OUTPUTS, REF_OUTPUTS, valid_rows
 
 
 class TokenArguments(NamedTuple):
