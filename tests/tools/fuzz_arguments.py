@@ -607,7 +607,7 @@ ARGUMENTS: dict[str, Kind] = {
     "clamp": Made(_clamps, _bad_clamps),
     "min_count": Whole(lambda call: st.integers(1, 4), 1),
     "generator": Made(_generators, lambda call, value: strangers("None")),
-    # tests/test_distributed.py gives these
+    # tests/system/test_distributed.py gives these
     "process_group": Made(lambda call: None, lambda call, value: strangers("None")),
     "max_per_rank": Made(lambda call: None, lambda call, value: strangers("None")),
     # names and flags

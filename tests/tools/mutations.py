@@ -1,6 +1,6 @@
 """Plants the faults of `faults.py` in a copy of the checkout, one at a time, and runs the tests that should see it.
 
-    python tests/mutations.py [--list] [--only SUBSTRING] [--markdown FILE]
+    python tests/tools/mutations.py [--list] [--only SUBSTRING] [--markdown FILE]
 
 A fault is caught when a test's assertion fails; a fault that no test sees is a hole in the suite. What does not run
 at all (a text that is not there, code that does not compile, tests that crash or take too long) proves nothing, and
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from faults import FAULTS, Fault
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 600.0  # seconds of a build or of a run of tests
 LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "*.so", ".*")
 # What a failing test says in pytest's summary where it saw a wrong result, and not an exception by the way.
@@ -165,18 +165,18 @@ def verdict(fault: Fault, done: subprocess.CompletedProcess[str]) -> Outcome:
 HEAD = """\
 # Faults that the tests catch
 
-A test suite is trusted for what it would catch. `tests/mutations.py` plants small faults, of the kind that a
+A test suite is trusted for what it would catch. `tests/tools/mutations.py` plants small faults, of the kind that a
 careful author might make, in a copy of the checkout, one at a time, and runs the tests that should see each:
 
 ```
-python tests/mutations.py                               # all of them, in some minutes on two cores
-python tests/mutations.py --only segments               # those whose name, kind, file or tests have the word
-python tests/mutations.py --markdown docs/mutations.md  # all of them, and write this page
+python tests/tools/mutations.py                               # all of them, in some minutes on two cores
+python tests/tools/mutations.py --only segments               # those whose name, kind, file or tests have the word
+python tests/tools/mutations.py --markdown docs/mutations.md  # all of them, and write this page
 ```
 
 The same tests pass first without a fault. A fault is caught where the assertion of a test fails; a test that
-crashes, or code that no longer compiles, does not count. The list is `tests/faults.py`: a new kernel gets an entry
-there. `tests/test_mutations.py` holds the list to the sources, and this page to the list.
+crashes, or code that no longer compiles, does not count. The list is `tests/tools/faults.py`: a new kernel gets an entry
+there. `tests/system/test_mutations.py` holds the list to the sources, and this page to the list.
 
 """
 

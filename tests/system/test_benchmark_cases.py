@@ -11,7 +11,7 @@ import torch
 
 import rewardops
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import case, peers
 from benchmarks.data import Data, size_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "cuda_on_host"
+HERE = Path(__file__).parents[1] / "cuda_on_host"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
 FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", str(HERE / "include")]

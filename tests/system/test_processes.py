@@ -18,7 +18,7 @@ import rewardops
 from rewardops import dispatch
 from rewardops.testing import calls
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 needs_cpp = pytest.mark.skipif(dispatch.compiled_module() is None, reason="the compiled module was not built")
 
 

@@ -20,7 +20,7 @@ from cuda_on_host import build as cuda_on_host
 import rewardops
 from rewardops import dispatch
 
-HERE = Path(__file__).parent / "cuda_on_host"
+HERE = Path(__file__).parents[1] / "cuda_on_host"
 
 
 # ---- machine code ------------------------------------------------------------------------------------------

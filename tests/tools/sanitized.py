@@ -1,6 +1,6 @@
 """The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer: built, and fuzzed in a process of its own.
 
-``python tests/sanitized.py`` takes the arguments of ``tests/fuzz.py``.
+``python tests/tools/sanitized.py`` takes the arguments of ``tests/tools/fuzz.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "sanitized"
 MODULE = "REWARDOPS_SANITIZED_MODULE"  # for the child: where it lies
 
