@@ -72,5 +72,5 @@ def test_a_fault_in_a_copy(tmp_path):
     copy = Copy(tmp_path)
     copy.must_pass([fault])
     found = copy.judge(fault)
-    assert found.caught_by == "tests/test_layout.py::test_expand_spreads_rows_over_both_layouts", found.error
+    assert found.caught_by == "tests/system/test_layout.py::test_expand_spreads_rows_over_both_layouts", found.error
     assert (copy.root / fault.file).read_text() == source

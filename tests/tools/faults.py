@@ -1,4 +1,4 @@
-"""Small faults that a careful author might make; `tests/tools/mutations.py` plants them, and the suite catches each."""
+"""Small faults that a careful author might make; `mutations.py` plants them, and the suite catches each."""
 
 from __future__ import annotations
 

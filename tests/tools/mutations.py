@@ -175,8 +175,8 @@ python tests/tools/mutations.py --markdown docs/mutations.md  # all of them, and
 ```
 
 The same tests pass first without a fault. A fault is caught where the assertion of a test fails; a test that
-crashes, or code that no longer compiles, does not count. The list is `tests/tools/faults.py`: a new kernel gets an entry
-there. `tests/system/test_mutations.py` holds the list to the sources, and this page to the list.
+crashes, or code that no longer compiles, does not count. The list is `tests/tools/faults.py`: a new kernel gets an
+entry there. `tests/system/test_mutations.py` holds the list to the sources, and this page to the list.
 
 """
 
