@@ -1,7 +1,8 @@
 """Whole API calls at random: valid ones agree with the specification, invalid ones are refused by name.
 
-``python tests/tools/fuzz.py --calls 10000`` fuzzes every function on a backend; ``tests/system/test_fuzz.py`` does the
-same with fewer calls. Arguments are drawn by ``fuzz_arguments.py`` through hypothesis, so what fails comes out small.
+``python tests/tools/fuzz.py --calls 10000`` fuzzes every function on a backend; ``tests/system/test_fuzz.py`` does
+the same with fewer calls. Arguments are drawn by ``fuzz_arguments.py`` through hypothesis, so what fails comes out
+small.
 """
 
 from __future__ import annotations
