@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import accuracy, case, compare, gpu, memory, readme, run, timing  # noqa: E402
+from benchmarks import accuracy, case, cases, compare, gpu, memory, readme, run, timing  # noqa: E402
 from benchmarks import report as tables  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -160,12 +160,12 @@ def test_a_plan():
     assert len({item.key() for item in items}) == len(items)
     usual = [i for i in items if i.swept is None]
     assert [(i.case, i.dtype) for i in usual] == [
-        (name, dtype) for name in ("token_stats", "gae") for dtype in case.dtypes(name)
+        (name, dtype) for name in ("token_stats", "gae") for dtype in cases.dtypes(name)
     ]
     assert {i.sizes for i in usual} == {case.TINY}
     vocab = [i for i in items if i.swept == "vocab"]
     assert {i.case for i in vocab} == {"token_stats"}
-    assert {i.sizes.vocab for i in vocab} == set(case.axes("token_stats", quick=True)["vocab"])
+    assert {i.sizes.vocab for i in vocab} == set(cases.axes("token_stats", quick=True)["vocab"])
     assert {dataclasses.replace(i.sizes, vocab=case.TINY.vocab) for i in vocab} == {case.TINY}
     assert {i.swept for i in run.plan(["gae"], "tiny", ["all"])} >= {None, "length", "rows"}
 
@@ -304,7 +304,7 @@ def test_plots(measured, tmp_path):
     assert command.main(["report", str(tmp_path / "some.json"), "--out", str(tmp_path / "out")]) == 0
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {"some.md", "some.png", "some-gae.png"} | (
-        {"some-group_advantages.png"} if "length" in case.axes("group_advantages") else set()
+        {"some-group_advantages.png"} if "length" in cases.axes("group_advantages") else set()
     )
 
 
@@ -369,7 +369,7 @@ def test_run_is_the_default_command(tiny, tmp_path, capsys):
     assert command.main(["--case", "group_advantages", *few]) == 0
     assert command.main(["run", "--case", "kl", *few]) == 0
     found = run.load(out)
-    assert {row["case"] for row in found["rows"]} == {"group_advantages", *case.names("kl")}
+    assert {row["case"] for row in found["rows"]} == {"group_advantages", *cases.names("kl")}
     assert found["settings"]["keep_memory"]
     assert "| group_advantages |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -383,7 +383,7 @@ def test_run_is_the_default_command(tiny, tmp_path, capsys):
 def test_list(capsys):
     assert command.main(["list", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    for name in case.names():
+    for name in cases.names():
         assert f"  {name} (" in text
 
 
@@ -424,6 +424,7 @@ def walk_dry(out: Path, *options: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_gpu_script_walks_without_a_gpu(tmp_path):
     """The same parts as on a GPU, so that it works there the first time; what has passed is not done again."""
     done = walk_dry(tmp_path, "--fresh")
@@ -431,8 +432,8 @@ def test_gpu_script_walks_without_a_gpu(tmp_path):
     assert "build ok, test ok, device ok, verify ok, sanitize ok, time ok" in done.stdout
     (path,) = tmp_path.glob("dry-*.json")
     found = run.load(path)
-    first = [case.names(family)[0] for family in case.families()]
-    assert [row["case"] for row in found["rows"]] == [name for name in first for _ in case.dtypes(name)]
+    first = [cases.names(family)[0] for family in cases.families()]
+    assert [row["case"] for row in found["rows"]] == [name for name in first for _ in cases.dtypes(name)]
     assert all("ours" in row["variants"] for row in found["rows"])
     assert set(found["qualification"]) == set(gpu.PARTS)
     page = path.with_suffix(".md").read_text()

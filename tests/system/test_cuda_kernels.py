@@ -110,6 +110,7 @@ def run_under(sanitizer: str, *command: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address"] if THOROUGH else ["thread"])
 def test_every_kernel_under(sanitizer):
     done = run_under(sanitizer, sys.executable, str(HERE / "every_kernel.py"))

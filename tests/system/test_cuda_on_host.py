@@ -51,7 +51,9 @@ def run(program: Path, case: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("sanitizer", ["", "thread", "address"])
+@pytest.mark.parametrize(
+    "sanitizer", ["", *(pytest.param(s, marks=pytest.mark.slow) for s in ("thread", "address"))]
+)
 @pytest.mark.parametrize("case", RIGHT)
 def test_right_kernels(build, case, sanitizer):
     """Shared memory, shuffles, votes, counting barriers, atomics, blocks in order and in clusters, launches."""
@@ -65,6 +67,7 @@ def test_numbers_of_16_bits(build):
     assert run(build(), "numbers").stdout == "ok\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["race", "cluster_race"])
 def test_a_missing_barrier_is_a_race(build, case):
     done = run(build("thread"), case)
@@ -93,7 +96,9 @@ def test_a_thread_that_is_waited_for_in_vain(build, case, message):
     ("case", "sanitizer", "message"),
     [
         ("deadlock", "", "a deadlock: all threads that are left wait"),
-        ("deadlock", "address", "a deadlock: all threads that are left wait"),
+        pytest.param(
+            "deadlock", "address", "a deadlock: all threads that are left wait", marks=pytest.mark.slow
+        ),
         ("poll_in_vain", "", "threads poll for what nobody writes"),
     ],
 )
@@ -103,6 +108,7 @@ def test_threads_that_wait_for_one_another(build, case, sanitizer, message):
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_an_access_out_of_bounds(build):
     done = run(build("address"), "bounds")
     assert done.returncode != 0

@@ -13,6 +13,7 @@ from rewardops.demo.__main__ import main
 from rewardops.demo.policy import Policy
 from rewardops.demo.recipes import RECIPES
 
+pytestmark = pytest.mark.slow
 PROBLEM = task.Problem(347, 285, 3)
 RIGHT = "7+5+0=12;4+8+1=13;3+2+1=06;#632$"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_same_bits_every_time(target, layout):
 SIZES = ((6, 7, 11), (8, 9, 14), (12, 5, 23))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("padded"))
 def test_compile_padded(name):
     check_compiled(name, "padded", "inductor")
@@ -173,6 +175,7 @@ def test_every_public_name_is_documented():
         assert getattr(rewardops, name).__doc__, name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(dispatch.compiled_module() is None, reason="the compiled module was not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_instruction_sets_agree(isa):
@@ -188,10 +191,9 @@ def test_instruction_sets_agree(isa):
         pytest.skip(f"this machine or build has no {isa}")
     if isa == dispatch.compiled_module().isa():
         pytest.skip("what the tests run on anyway")
-    families = ["logits", "kl", "advantages", "entropy", "returns", "prefix_tree", "prefix_values", "tree"]
-    files = [os.path.join(os.path.dirname(__file__), f"test_{family}.py") for family in families]
+    ops = Path(__file__).parents[1] / "ops"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp", "-p", "no:cacheprovider", str(ops)],
         env=env,
         capture_output=True,
         text=True,

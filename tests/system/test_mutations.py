@@ -68,6 +68,7 @@ def test_verdicts(code, output, caught_by, judged):
     assert (found.error is None) is judged
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_copy(tmp_path):
     """Planted, caught, and taken out again."""
     fault = next(f for f in FAULTS if f.file == "rewardops/layout.py")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sanitized
 
+pytestmark = pytest.mark.slow
 CALLS = os.environ.get("REWARDOPS_FUZZ_CALLS", "280")
 
 

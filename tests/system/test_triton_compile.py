@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 if os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0"):
     TARGETS |= {"sm_80": ("cuda", 80, 32), "sm_100": ("cuda", 100, 32)}
