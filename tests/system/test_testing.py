@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rewardops.cpp import returns as cpp_returns
 from rewardops.testing import (
     adversarial_logits,
     assert_within_budget,
+    check_backend,
     check_op,
     far_rows,
     logit_cases,
@@ -170,6 +172,29 @@ def test_a_function_that_raises_is_a_fault_of_that_case_only():
     report = check_op(picky, centred, reward_cases(), raises=False)
     assert report.faults
     assert all("empty" in fault and "IndexError: nothing there" in fault for fault in report.faults)
+
+
+class Named(NamedTuple):
+    mean: torch.Tensor
+    none: torch.Tensor | None
+    entropy: torch.Tensor
+
+
+def test_a_named_output_is_called_by_its_name():
+    cases = {"one": (torch.ones(3), torch.zeros(3).long())}
+
+    def plain(rewards, groups):
+        return Named(rewards * 1, None, rewards * 2)
+
+    def off(rewards, groups):
+        return Named(rewards * 1, None, rewards * 2.5)
+
+    report = check_op(off, plain, cases, raises=False)
+    assert [fault.split(":")[:2] for fault in report.faults] == [["one", " entropy"], ["one", " gradient 0"]]
+    report = check_op(lambda *xs: tuple(off(*xs)), plain, cases, raises=False)
+    assert [fault.split(":")[1] for fault in report.faults] == [" output 1", " gradient 0"]
+    with pytest.raises(AssertionError, match=r"^entropy: .* where float64 has .* the budget is"):
+        check_backend(off, cases["one"], backend="reference", reference=plain)
 
 
 def test_another_number_of_outputs_is_a_fault():
