@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 ARGS ?=
 
-.PHONY: venv demo test thorough integrations lint bench gpu gpu-dry clean
+.PHONY: venv demo test quick check thorough integrations lint bench gpu gpu-dry clean
 
 venv: $(INSTALLED)
 
@@ -25,6 +25,15 @@ lint: venv
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# All but what is marked slow: builds of wheels and sanitizers, compilers, planted faults, other instruction sets.
+quick: venv
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow" $(ARGS)
+
+# One family in seconds, without lint: make check FAMILY=kl [BACKEND=cpp].
+check: venv
+	$(if $(FAMILY),,$(error FAMILY: got none, want one of rewardops/core/families.py))
+	$(BIN)/python -m pytest -q $(wildcard tests/ops/test_$(FAMILY).py tests/ops/test_$(FAMILY)_*.py) $(if $(BACKEND),-k $(BACKEND)) $(ARGS)
 
 # With what takes too long for every change: more Triton targets, more sanitizers, 10,000 fuzzed calls.
 thorough: export REWARDOPS_THOROUGH = 1

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from . import case, compare, memory, readme, report, run
+from . import case, cases, compare, memory, readme, report, run
 
 
 def _named(chosen: list[str] | None) -> list[str]:
     """Cases by their names, and families for all of theirs."""
     found = []
-    for name in chosen or case.families():
-        if name not in case.names() and name not in case.families():
+    for name in chosen or cases.families():
+        if name not in cases.names() and name not in cases.families():
             raise run.Refused(f"--case: no case or family {name!r}; python -m benchmarks list has them")
-        found += [name] if name in case.names() else case.names(name)
+        found += [name] if name in cases.names() else cases.names(name)
     return list(dict.fromkeys(found))
 
 
@@ -83,12 +83,12 @@ def _readme(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
-    for family in case.families():
+    for family in cases.families():
         print(family)
-        for name in case.names(family):
-            kinds = ", ".join(run.dtype_name(dtype) for dtype in case.dtypes(name))
-            print(f"  {name} ({kinds}); sweeps: {', '.join(case.axes(name)) or 'none'}")
-            for peer, fn in case.make(name, case.TINY, device).peers.items():
+        for name in cases.names(family):
+            kinds = ", ".join(run.dtype_name(dtype) for dtype in cases.dtypes(name))
+            print(f"  {name} ({kinds}); sweeps: {', '.join(cases.axes(name)) or 'none'}")
+            for peer, fn in cases.make(name, case.TINY, device).peers.items():
                 print(f"    {peer}" + (f": {fn.why}" if isinstance(fn, case.Missing) else ""))
     return 0
 

@@ -83,12 +83,11 @@ class Walk:
         print(done.stdout[-12000:] if done.returncode else done.stdout[-1500:], flush=True)
         return done.returncode, (done.stdout.strip().splitlines() or [""])[-1]
 
-    def pytest(self, files: list[str], chosen: str, limit: float) -> tuple[int, str]:
+    def pytest(self, files: list[Path], chosen: str, limit: float) -> tuple[int, str]:
         # Compiling kernels takes longer than running them: several processes, where pytest-xdist is there.
         workers = [] if self.dry or importlib.util.find_spec("xdist") is None else ["-n", "8"]
         where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        paths = [str(TESTS / f"test_{name}.py") for name in files]
-        command = [sys.executable, "-m", "pytest", "-q", *workers, *where, "-k", chosen, *paths]
+        command = [sys.executable, "-m", "pytest", "-q", *workers, *where, "-k", chosen, *map(str, files)]
         return self.run(command, limit)
 
 
@@ -105,35 +104,16 @@ def build(walk: Walk, limit: float) -> tuple[int, str]:
 def test(walk: Walk, limit: float) -> tuple[int, str]:
     """The op tests on the device, by Triton's kernels and those in CUDA C++; a dry run takes a few."""
     if walk.dry:
-        return walk.pytest(["kl", "td"], "(triton and test_kl) or (cuda and by_hand)", limit)
-    families = (
-        "logits",
-        "logits_and_grad",
-        "linear",
-        "kl",
-        "advantages",
-        "entropy",
-        "selection",
-        "returns",
-        "td",
-    )
-    others = (
-        "segments",
-        "shaping",
-        "prefix_tree",
-        "prefix_values",
-        "tree",
-        "dispatch",
-        "testing",
-        "layout",
-        "cuda_kernels",
-    )
-    return walk.pytest([*families, *others], "triton or cuda", limit)
+        files = [TESTS / "ops" / f"test_{family}.py" for family in ("kl", "td")]
+        return walk.pytest(files, "(triton and test_kl) or (cuda and by_hand)", limit)
+    system = ("dispatch", "testing", "layout", "cuda_kernels")
+    files = [TESTS / "ops", *(TESTS / "system" / f"test_{name}.py" for name in system)]
+    return walk.pytest(files, "triton or cuda", limit)
 
 
 def device(walk: Walk, limit: float) -> tuple[int, str]:
     """Nothing is read back, calls can be captured, bits repeat, sizes share kernels; without a GPU all skip."""
-    return walk.pytest(["device"], "test", limit)
+    return walk.pytest([TESTS / "system" / "test_device.py"], "test", limit)
 
 
 def verify(walk: Walk, limit: float) -> tuple[int, str]:
@@ -199,7 +179,7 @@ def measure(walk: Walk) -> None:
 
     A dry run walks through one case of each family, since interpreted kernels are slow.
     """
-    from benchmarks import case, readme, report, run
+    from benchmarks import cases, readme, report, run
 
     settings = run.Settings(
         device="cpu" if walk.dry else "cuda",
@@ -209,7 +189,7 @@ def measure(walk: Walk) -> None:
         compiled=not walk.dry,
         backends=() if walk.dry else ("cuda,triton",),
     )
-    first = [case.names(family)[0] for family in case.families()]
+    first = [cases.names(family)[0] for family in cases.families()]
     items = run.plan(first if walk.dry else readme.HEADLINE, settings.sizes)
     if not walk.dry:
         many = [x for x in items if x.case.startswith("token_stats")]

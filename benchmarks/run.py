@@ -25,7 +25,8 @@ import rewardops
 from rewardops import dispatch
 
 from . import accuracy, memory, timing
-from .case import CPU, FULL, QUICK, TINY, Case, Function, Missing, Sizes, axes, dtypes, make, op
+from .case import CPU, FULL, QUICK, TINY, Case, Function, Missing, Sizes
+from .cases import axes, dtypes, make, op
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1

@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import case, run
+from benchmarks import case, cases, run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = [(name, dtype) for name in case.names() for dtype in case.dtypes(name)]
+CASES = [(name, dtype) for name in cases.names() for dtype in cases.dtypes(name)]
 
 
 @functools.lru_cache(maxsize=1)  # the variants of a case follow each other and share its data
 def _case(name: str, dtype: torch.dtype) -> case.Case:
-    return case.make(name, case.QUICK, DEVICE, dtype)
+    return cases.make(name, case.QUICK, DEVICE, dtype)
 
 
 def _variants() -> list[Any]:
     """Peers are asked for on tiny data: collecting must not make the rest."""
     found = []
     for name, dtype in CASES:
-        tiny = case.make(name, case.TINY, DEVICE, dtype)
+        tiny = cases.make(name, case.TINY, DEVICE, dtype)
         for variant in ("ours", "eager", *tiny.peers):
             peer = tiny.peers.get(variant)
             marks = [pytest.mark.skip(reason=peer.why)] if isinstance(peer, case.Missing) else []

@@ -54,7 +54,8 @@ TARGETS = [
     _case("cpp", "cpu", dispatch.unavailable("cpp", "cpu")),
     _case("triton", GPU, None if importlib.util.find_spec("triton") else "no triton"),
 ]
-sys.path.insert(0, str(Path(__file__).parent))
+# The harness of CUDA C++, and what is no test itself.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "tools")]
 if not HAS_GPU and importlib.util.find_spec("triton"):
     import triton_interpreter
 

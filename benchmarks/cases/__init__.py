@@ -2,19 +2,11 @@
 
 import importlib
 
-FAMILIES = (
-    "logits",
-    "linear",
-    "kl",
-    "advantages",
-    "entropy",
-    "selection",
-    "returns",
-    "segments",
-    "shaping",
-    "prefix_tree",
-    "tree",
-)
+from rewardops.core.families import FAMILIES
+
+from ..registry import axes, dtypes, families, make, names, op
+
+__all__ = ["axes", "dtypes", "families", "make", "names", "op"]
 
 for family in FAMILIES:  # in this order they are run, and reported
     importlib.import_module(f"{__name__}.{family}")

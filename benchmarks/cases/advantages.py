@@ -10,8 +10,9 @@ from torch import Tensor
 import rewardops
 
 from .. import peers
-from ..case import Case, register
+from ..case import Case
 from ..data import Data, Groups
+from ..registry import register
 
 AXES = ("rows", "length", "density", "ragged", "layout")
 

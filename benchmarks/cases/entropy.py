@@ -7,8 +7,9 @@ from torch import Tensor
 
 import rewardops
 
-from ..case import Case, register
+from ..case import Case
 from ..data import Data, Groups
+from ..registry import register
 
 TOKENS = ("rows", "length", "density", "ragged", "layout", "dtype")
 GROUPED = (*TOKENS, "group", "ragged_groups")

@@ -11,8 +11,9 @@ from torch import Tensor
 import rewardops
 
 from .. import peers
-from ..case import Case, register
+from ..case import Case
 from ..data import Data, full, size_of
+from ..registry import register
 from .logits import plain_jsd, plain_token_stats
 
 AXES = ("hidden_tokens", "hidden", "vocab", "density", "dtype")

@@ -9,8 +9,9 @@ import rewardops
 from rewardops.reference.logits import RECORD
 
 from .. import peers
-from ..case import Case, register
+from ..case import Case
 from ..data import Data, full, size_of
+from ..registry import register
 
 AXES = ("tokens", "vocab", "density", "dtype")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import rewardops
 
-from ..case import Case, Function, register
+from ..case import Case, Function
 from ..data import Data
+from ..registry import register
 
 AXES = ("tree_rows", "tree_length", "group", "shared", "layout")
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 import rewardops
 
-from ..case import Case, register
+from ..case import Case
 from ..data import Data, Groups
-from .returns import ahead
+from ..registry import register
+from .td import ahead
 
 AXES = ("rows", "length", "density", "ragged", "layout", "dtype")
 STEPS = (*AXES, "steps")

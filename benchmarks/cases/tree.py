@@ -7,8 +7,9 @@ from torch import Tensor
 
 import rewardops
 
-from ..case import Case, register
+from ..case import Case
 from ..data import Data
+from ..registry import register
 
 AXES = ("rows",)
 WIDER = (1, 4, 16, 64)  # nodes of a tree at each depth

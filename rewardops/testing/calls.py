@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 import rewardops as ro
 
+from ..core.families import FAMILIES
 from .inputs import adversarial_logits, random_groups, random_mask, shared_prefix_tokens
 
 LAYOUTS = ("padded", "packed")
@@ -392,7 +393,6 @@ def _entropy(b: Batch) -> Mapping[str, Entry]:
             lambda v: ro.signed_group_normalize(v, b.rewards, b.groups, **b.rows),
             [h],
         ),
-        "high_entropy_mask": (lambda h: ro.high_entropy_mask(h, fraction=0.4, **b.rows), [h]),
         "entropy_weights": (
             lambda h: ro.entropy_weights(
                 h * ro.high_entropy_mask(h, fraction=0.4, **b.rows),
@@ -415,18 +415,6 @@ def _entropy(b: Batch) -> Mapping[str, Entry]:
             [h],
         ),
         "covariance": (lambda a, p: ro.covariance(a, p, **b.rows), [b.critic, logprob]),
-        "kl_cov_mask": (lambda c: ro.kl_cov_mask(c, fraction=0.3, **b.rows), [h]),
-        "clip_cov_mask": (
-            lambda c: ro.clip_cov_mask(
-                c,
-                fraction=0.3,
-                low=0.2,
-                high=0.9,
-                generator=torch.Generator(c.device).manual_seed(1),
-                **b.rows,
-            ),
-            [h],
-        ),
         "entropy_bonus": (lambda a: ro.entropy_bonus(a, h.detach(), b.mask), [b.critic]),
         "unlikeliness_rewards": (lambda r: ro.unlikeliness_rewards(r, b.scores[:, 1], b.groups), [b.rewards]),
         "entropy_reward": (lambda h: ro.entropy_reward(h, **b.rows), [h]),
@@ -439,8 +427,27 @@ def _entropy(b: Batch) -> Mapping[str, Entry]:
     }
 
 
+def _selection(b: Batch) -> Mapping[str, Entry]:
+    h = b.values
+    return {
+        "high_entropy_mask": (lambda h: ro.high_entropy_mask(h, fraction=0.4, **b.rows), [h]),
+        "kl_cov_mask": (lambda c: ro.kl_cov_mask(c, fraction=0.3, **b.rows), [h]),
+        "clip_cov_mask": (
+            lambda c: ro.clip_cov_mask(
+                c,
+                fraction=0.3,
+                low=0.2,
+                high=0.9,
+                generator=torch.Generator(c.device).manual_seed(1),
+                **b.rows,
+            ),
+            [h],
+        ),
+    }
+
+
 def _returns(b: Batch) -> Mapping[str, Entry]:
-    r, v, boot = b.values, b.critic, b.rewards
+    r = b.values
     return {
         "min_returns": (lambda r: ro.min_returns(r, steps=b.steps, **b.rows), [r]),
         "max_returns": (lambda r: ro.max_returns(r, steps=b.steps.cumsum(-1), **b.rows), [r]),
@@ -450,6 +457,12 @@ def _returns(b: Batch) -> Mapping[str, Entry]:
             [r],
         ),
         "softmin_rewards": (lambda r: ro.softmin_rewards(r, steps=b.steps, temperature=0.5, **b.rows), [r]),
+    }
+
+
+def _td(b: Batch) -> Mapping[str, Entry]:
+    r, v, boot = b.values, b.critic, b.rewards
+    return {
         "discounted_returns": (
             lambda r, boot: ro.discounted_returns(r, gamma=0.9, bootstrap=boot, **b.rows),
             [r, boot],
@@ -504,7 +517,7 @@ def _shaping(b: Batch) -> Mapping[str, Entry]:
     }
 
 
-def _prefix_values(b: Batch) -> Mapping[str, Entry]:
+def _prefix_tree(b: Batch) -> Mapping[str, Entry]:
     y, r, w = b.tokens, b.rewards, b.scores[:, 0]
     return {
         "prefix_lcp": (lambda w: ro.prefix_lcp(y, b.groups, max_group_size=len(r) or 1, **b.rows), [w]),
@@ -542,16 +555,18 @@ def _tree(b: Batch) -> Mapping[str, Entry]:
     }
 
 
-FAMILIES: Mapping[str, Callable[[Batch], Mapping[str, Entry]]] = {
+CALLS: Mapping[str, Callable[[Batch], Mapping[str, Entry]]] = {
     "logits": _logits,
     "linear": _linear,
     "kl": _kl,
     "advantages": _advantages,
     "entropy": _entropy,
+    "selection": _selection,
     "returns": _returns,
+    "td": _td,
     "segments": _segments,
     "shaping": _shaping,
-    "prefix_values": _prefix_values,
+    "prefix_tree": _prefix_tree,
     "tree": _tree,
 }
 # Whole numbers, flags, constants by definition; and records: only what they are merged into has a gradient.
@@ -574,6 +589,6 @@ def calls(batch: Batch, family: str | None = None) -> list[Call]:
     """Every call on a batch, of one family or of all."""
     return [
         Call(name, name.partition(" ")[0], fn, inputs, name not in NOT_DIFFERENTIABLE)
-        for made in (FAMILIES[f](batch) for f in ([family] if family else FAMILIES))
-        for name, (fn, inputs) in made.items()
+        for entries in (CALLS[f](batch) for f in ([family] if family else FAMILIES))
+        for name, (fn, inputs) in entries.items()
     ]

@@ -19,6 +19,14 @@ Function = Callable[..., Any]
 # ---- running -----------------------------------------------------------------------------------------------
 
 
+class Outputs(list[Tensor]):
+    """The tensors of a result; ``names`` has a name for each where the result is a named tuple."""
+
+    def __init__(self, tensors: Iterable[Tensor], names: Sequence[str] = ()) -> None:
+        super().__init__(tensors)
+        self.names = tuple(names)
+
+
 class Outcome(NamedTuple):
     """Outputs of a function and the gradients of its floating-point inputs."""
 
@@ -26,10 +34,12 @@ class Outcome(NamedTuple):
     gradients: list[Tensor]
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def _tensors(result: Any) -> Outputs:
+    """The tensors of a result, without what is None."""
     if isinstance(result, Tensor):
-        return [result]
-    return [r for r in result if r is not None]
+        return Outputs([result])
+    names = [name for name in getattr(result, "_fields", ()) if getattr(result, name) is not None]
+    return Outputs([r for r in result if r is not None], names)
 
 
 def _upstream(outputs: list[Tensor]) -> Iterator[Tensor]:
@@ -77,7 +87,7 @@ def evaluate(
             gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
         elif not any(o.numel() for o in outputs):
             gradients = [torch.zeros_like(x) for x in wanted]  # nothing depends on them, said or not
-    return Outcome([o.detach() for o in outputs], gradients)
+    return Outcome(Outputs([o.detach() for o in outputs], outputs.names), gradients)
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -94,10 +104,7 @@ class Comparison(NamedTuple):
 
     name: str
     error: Error
-
-    @property
-    def is_gradient(self) -> bool:
-        return self.name.startswith("gradient")
+    is_gradient: bool = False
 
 
 def compare(
@@ -105,17 +112,18 @@ def compare(
 ) -> list[Comparison]:
     """Every output and gradient of a run, held to those in float64 within eager's budget."""
     found = []
+    names = getattr(ours.outputs, "names", ())
     scale = max((_largest(x) for x in [*exact.outputs, *exact.gradients]), default=0.0)
     for kind in ("output", "gradient"):
         sides = [getattr(run, f"{kind}s") for run in (ours, exact, eager)]
         if len({len(side) for side in sides}) != 1:
             fault = f"{kind}s: {len(sides[0])}, the reference has {len(sides[1])}"
-            found.append(Comparison(f"{kind}s", Error(float("inf"), float("inf"), fault)))
+            found.append(Comparison(f"{kind}s", Error(float("inf"), float("inf"), fault), kind == "gradient"))
             continue
         for k, triple in enumerate(zip(*sides, strict=True)):
-            name = f"{kind} {k}"
+            name = names[k] if names and kind == "output" else f"{kind} {k}"
             error = measure_error(*triple, ulps=ulps, times=times, scale=scale, name=name)
-            found.append(Comparison(name, error))
+            found.append(Comparison(name, error, kind == "gradient"))
     return found
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch
+from ..core.families import FAMILIES
 from .budgets import EXACT, Error
-from .calls import FAMILIES, LAYOUTS, Batch, Call, calls, make_batch
+from .calls import LAYOUTS, Batch, Call, calls, make_batch
 from .checks import Comparison, Outcome, compare, evaluate, same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,219 @@
+"""Reductions over rows and steps, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rewardops
+from rewardops import dispatch, layout, segments
+from rewardops.reference.segments import REDUCTIONS
+from rewardops.testing import check_backend, random_mask
+
+
+def sums(mask=None, cu=None):
+    def fn(x):
+        to = [None if t is None else t.to(x.device) for t in (mask, cu)]
+        batch = x.shape[0] if cu is None else cu.shape[0] - 1
+        return segments.row_sums(x, layout.Layout(batch, tuple(x.shape), *to))
+
+    return fn
+
+
+class Test_row_sums:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_row_sums(self, target, generator, dtype):
+        x = torch.randn(5, 700, generator=generator, dtype=dtype)
+        mask = random_mask(5, 700, generator)
+        mask[2] = False
+        where = {"backend": target.backend, "device": target.device}
+        for m in (None, mask):
+            ours = check_backend(sums(m), [x], **where)
+            kept = torch.ones_like(x, dtype=torch.bool) if m is None else m
+            torch.testing.assert_close(
+                ours.outputs[0].cpu(), torch.where(kept, x.double(), 0).sum(1).to(dtype)
+            )
+        poisoned = check_backend(sums(mask), [x.masked_fill(~mask, 0)], **where)
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        packed = check_backend(sums(None, cu), [x[mask]], **where).outputs[0]
+        torch.testing.assert_close(packed, poisoned.outputs[0], rtol=1e-6, atol=1e-6)
+
+    def test_masked_tokens_never_influence(self, target, generator):
+        x = torch.randn(3, 40, generator=generator)
+        mask = random_mask(3, 40, generator)
+        clean = sums(mask)(x.masked_fill(~mask, 0).to(target.device))
+        assert torch.equal(sums(mask)(x.masked_fill(~mask, torch.nan).to(target.device)), clean)
+
+    def test_empty(self, target):
+        for shape, cu in (((0, 4), None), ((3, 0), None), ((0,), torch.tensor([0, 0, 0]))):
+            found = sums(None, cu)(torch.zeros(shape, device=target.device))
+            assert found.tolist() == [0.0] * (shape[0] if cu is None else 2)
+
+
+class Test_row_counts:
+    def test_row_counts(self, target, generator):
+        mask = random_mask(5, 333, generator)
+        mask[1] = False
+        rows = layout.Layout(5, (5, 333), mask.to(target.device), None)
+        with dispatch.use_backend(target.backend):
+            assert torch.equal(segments.row_counts(rows, target.device).cpu(), mask.sum(1).double())
+            cu = torch.tensor([0, 100, 100, 333], device=target.device)
+            rows = layout.Layout(3, (333,), mask[0].to(target.device), cu)
+            want = [float(mask[0, a:b].sum()) for a, b in ((0, 100), (100, 100), (100, 333))]
+            assert segments.row_counts(rows, target.device).tolist() == want
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+def step_ids(batch, width, generator):
+    ids = (torch.rand(batch, width, generator=generator) > 0.6).long().cumsum(1)
+    return torch.where(torch.rand(batch, 1, generator=generator) > 0.5, ids - 2, ids)  # some start at -2
+
+
+def reduce(op, ids, mask=None, cu=None, num=None):
+    def fn(x):
+        i, m, c = (None if t is None else t.to(x.device) for t in (ids, mask, cu))
+        return rewardops.segment_reduce(x, i, op, num_segments=num, mask=m, cu_seqlens=c)
+
+    return fn
+
+
+def by_hand(op, x, ids, mask, num):
+    out = torch.zeros(x.shape[0], num, dtype=torch.float64)
+    plain = {
+        "sum": torch.sum, "mean": torch.mean, "min": torch.amin, "max": torch.amax, "prod": torch.prod,
+        "first": lambda v: v[0], "last": lambda v: v[-1], "any": lambda v: (v != 0).any(),
+    }[op]  # fmt: skip
+    for b in range(x.shape[0]):
+        for s in range(num):
+            chosen = x[b].double()[(ids[b] == s) & mask[b]]
+            if len(chosen):
+                out[b, s] = plain(chosen)
+    return out
+
+
+class Test_segment_reduce:
+    @pytest.mark.parametrize("op", REDUCTIONS)
+    def test_segment_reduce(self, target, generator, op):
+        x = torch.randn(5, 90, generator=generator).mul(2).round()  # with ties and zeros
+        x[0] += 0.25
+        mask = random_mask(5, 90, generator)
+        ids = step_ids(5, 90, generator)
+        where = {"backend": target.backend, "device": target.device}
+        num = int(ids[mask].max()) + 1
+        ours = check_backend(reduce(op, ids, mask, num=num), [x], **where).outputs[0].cpu()
+        torch.testing.assert_close(ours.double(), by_hand(op, x, ids, mask, num), rtol=1e-6, atol=1e-6)
+        # Fewer than there are, and more; packed.
+        fewer = check_backend(reduce(op, ids, mask, num=3), [x], **where).outputs[0].cpu()
+        assert torch.equal(fewer, ours[:, :3])
+        assert not reduce(op, ids, mask, num=num + 20)(x.to(target.device))[:, num:].any()
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        packed = check_backend(reduce(op, ids[mask], None, cu, num), [x[mask]], **where).outputs[0].cpu()
+        torch.testing.assert_close(packed, ours, rtol=1e-6, atol=1e-6)
+        dirty = reduce(op, ids, mask, num=num)(x.masked_fill(~mask, torch.nan).to(target.device))
+        assert torch.equal(dirty.cpu(), reduce(op, ids, mask, num=num)(x.to(target.device)).cpu())
+
+    def test_extremes_of_nan_and_infinities(self, target):
+        nan, inf = torch.nan, torch.inf
+        x = torch.tensor(
+            [[1.0, nan, 0.0, nan, inf, inf, -inf, 2.0]], device=target.device, requires_grad=True
+        )
+        ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=target.device)
+        with dispatch.use_backend(target.backend):
+            for op, want in (("min", [nan, inf, -inf]), ("max", [nan, inf, 2.0])):
+                out = rewardops.segment_reduce(x, ids, op, num_segments=3)
+                torch.testing.assert_close(out.detach().cpu(), torch.tensor([want]), equal_nan=True)
+                (grad,) = torch.autograd.grad(out, x, torch.tensor([[1.0, 2.0, 3.0]], device=target.device))
+                last = [3.0, 0.0] if op == "min" else [0.0, 3.0]
+                assert grad.tolist() == [[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, *last]]
+
+    def test_of_equal_extremes_the_earliest_has_the_gradient(self, target):
+        """In whatever blocks they lie."""
+        x, places = torch.zeros(1, 2600, device=target.device), [100, 1500, 2500]
+        x[0, places] = 1.0
+        ids = torch.zeros(1, 2600, dtype=torch.int64, device=target.device)
+        with dispatch.use_backend(target.backend):
+            for op, sign in (("max", 1), ("min", -1)):
+                leaf = (sign * x).requires_grad_()
+                out = rewardops.segment_reduce(leaf, ids, op, num_segments=1)
+                assert out.item() == sign
+                (grad,) = torch.autograd.grad(out.sum(), leaf)
+                assert grad.nonzero().tolist() == [[0, 100]]
+
+    def test_products_have_a_gradient_at_zero(self, target):
+        x = torch.tensor(
+            [[2.0, 0.0, 3.0, 0.0, 0.0, 5.0, 4.0, 0.5]], dtype=torch.float64, device=target.device
+        )
+        ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]], device=target.device)
+        leaf = x.requires_grad_()
+        with dispatch.use_backend(target.backend):
+            (grad,) = torch.autograd.grad(
+                rewardops.segment_reduce(leaf, ids, "prod", num_segments=3).sum(), leaf
+            )
+        assert grad.tolist() == [[0.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.5, 4.0]]
+
+
+class Test_segment_broadcast_place_at_step_end:
+    def test_steps_to_tokens(self, target, generator):
+        """Broadcast and placed at step ends, from ids and from flags; each the adjoint of a reduction."""
+        mask = random_mask(4, 30, generator)
+        ids = step_ids(4, 30, generator)
+        flags = torch.rand(4, 30, generator=generator) > 0.7
+        steps = torch.randn(4, 12, generator=generator)
+        for markers in (ids, flags):
+            own = ids
+            if markers is flags:
+                seen = (flags & mask).long()
+                own = torch.where(
+                    seen.cumsum(1) - seen < seen.sum(1, keepdim=True), seen.cumsum(1) - seen, -1
+                )
+            for fn, place in ((rewardops.segment_broadcast, False), (rewardops.place_at_step_end, True)):
+                call = lambda s, fn=fn, m=markers: fn(s, m.to(s.device), mask=mask.to(s.device))  # noqa: E731
+                got = (
+                    check_backend(call, [steps], backend=target.backend, device=target.device)
+                    .outputs[0]
+                    .cpu()
+                )
+                for b in range(4):
+                    valid = mask[b].nonzero()[:, 0].tolist()
+                    want = torch.zeros(30)
+                    for k, t in enumerate(valid):
+                        s = int(own[b, t])
+                        following = int(own[b, valid[k + 1]]) if k + 1 < len(valid) else None
+                        if 0 <= s < 12 and (not place or following != s):
+                            want[t] = steps[b, s]
+                    assert torch.equal(got[b], want)
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(target.device)
+        padded = rewardops.place_at_step_end(
+            steps.to(target.device), flags.to(target.device), mask=mask.to(target.device)
+        )
+        packed = rewardops.place_at_step_end(
+            steps.to(target.device), flags[mask].to(target.device), cu_seqlens=cu
+        )
+        assert torch.equal(packed, padded[mask.to(target.device)])
+
+
+class Test_segment_reduce_segment_broadcast:
+    def test_step_errors(self, generator):
+        x, ids = torch.randn(3, 4, generator=generator), torch.zeros(3, 4).long()
+        assert rewardops.segment_reduce(x, ids - 1).shape == (3, 0)
+        assert rewardops.segment_reduce(x[:0], ids[:0]).shape == (0, 0)
+        assert rewardops.segment_broadcast(x[:, :0], ids).tolist() == [[0.0] * 4] * 3
+        for call, kind, message in (
+            (lambda: rewardops.segment_reduce(x, ids, "median"), ValueError, "op: got 'median'"),
+            (
+                lambda: rewardops.segment_reduce(x, ids[:2]),
+                ValueError,
+                r"segments: got shape \[2, 4\], want \[3, 4\]",
+            ),
+            (lambda: rewardops.segment_reduce(x, ids, num_segments=-1), ValueError, "num_segments: got -1"),
+            (lambda: rewardops.segment_reduce(x, None), TypeError, "segments: got None"),
+            (
+                lambda: rewardops.segment_broadcast(x[:2], ids),
+                ValueError,
+                r"step_values: got shape \[2, 4\], want \[3, steps\]",
+            ),
+        ):
+            with pytest.raises(kind, match=message):
+                call()

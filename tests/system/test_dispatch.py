@@ -1,0 +1,201 @@
+"""What holds for every op: opcheck, gradcheck, torch.compile, forced backends, one public surface."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import THOROUGH
+
+import rewardops
+from rewardops import dispatch
+from rewardops.testing import calls, evaluate, same_bits, verify
+
+LAYOUTS = pytest.mark.parametrize("layout", calls.LAYOUTS)
+
+
+def on(device, layout, dtype=torch.float64):
+    """Every call on a small batch."""
+    return calls.calls(calls.make_batch(layout=layout, dtype=dtype).to(device))
+
+
+def smooth_on(device, layout, dtype=torch.float64):
+    return [call for call in on(device, layout, dtype) if call.differentiable]
+
+
+def names(layout):
+    return [call.name for call in smooth_on("cpu", layout)]
+
+
+def leaves(tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def outputs_of(call, xs):
+    outputs = call.fn(*xs)
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def test_every_op_is_called():
+    made = {call.op.removeprefix("advantages.") for call in on("cpu", "padded")}
+    public = {name for name in rewardops.__all__ if not isinstance(getattr(rewardops, name), type)}
+    assert public - made == {"debug", "show_config", "use_backend"}
+
+
+@LAYOUTS
+def test_gradcheck(target, layout):
+    if target.interpreted and not THOROUGH:
+        pytest.skip("its gradients are held to the specification's, family by family")
+    for call in smooth_on(target.device, layout):
+        if call.op == "linear_token_loss":
+            continue  # scales the gradient that it made in the forward pass: there is one backward pass
+        # By random projections; entry by entry takes minutes.
+        fast = target.backend != "reference" or not THOROUGH
+        assert torch.autograd.gradcheck(call.fn, leaves(call.inputs), atol=1e-7, fast_mode=fast), call.name
+
+
+@LAYOUTS
+def test_opcheck(target, layout):
+    """Every op that a public call reaches, with the very arguments that it gets, forward and backward."""
+    if target.interpreted and layout == "packed" and not THOROUGH:
+        pytest.skip("the same kernels")
+    # What is traced knows no backend: for kernels that take long it is enough that they keep to the schema.
+    tests = ("test_schema", "test_faketensor") if target.interpreted and not THOROUGH else None
+    done = set()
+    for call in on(target.device, layout, torch.float32):
+        assert verify.opcheck(call, target.backend, done, tests)
+    assert len(done) > 40
+
+
+@LAYOUTS
+def test_same_bits_every_time(target, layout):
+    if target.interpreted and layout == "packed" and not THOROUGH:
+        pytest.skip("the same kernels")
+    for call in on(target.device, layout, torch.float32):
+        first, second = (evaluate(call.fn, call.inputs, device=target.device) for _ in range(2))
+        assert same_bits(first, second), call.name
+
+
+# Rows, tokens of a row, vocabulary: no two numbers of a batch are alike, so that none stands for another.
+SIZES = ((6, 7, 11), (8, 9, 14), (12, 5, 23))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names("padded"))
+def test_compile_padded(name):
+    check_compiled(name, "padded", "inductor")
+
+
+@pytest.mark.parametrize("name", names("packed"))
+def test_compile_packed(name):
+    """The other layout goes through the same graphs: what inductor makes of them was seen above."""
+    check_compiled(name, "packed", "aot_eager")
+
+
+def check_compiled(name, layout, backend):
+    """What eager code gives, forward and backward, from one graph for every size."""
+
+    def loss(fn, *xs):
+        outputs = fn(*xs)
+        return sum((o * o).sum() for o in ([outputs] if isinstance(outputs, torch.Tensor) else outputs))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for size in SIZES:
+        batch = calls.make_batch(*size, layout=layout, dtype=torch.float32)
+        (call,) = (call for call in calls.calls(batch) if call.name == name)
+        ours, eager = leaves(call.inputs), leaves(call.inputs)
+        with torch.compiler.set_stance("default" if size is SIZES[0] else "fail_on_recompile"):
+            got = compiled(call.fn, *ours)
+        got.backward()
+        want = loss(call.fn, *eager)
+        want.backward()
+        torch.testing.assert_close(got, want)
+        for a, b in zip(ours, eager, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_ops_follow_inputs_under_no_grad_and_inference_mode(target):
+    if target.interpreted:
+        pytest.skip("what records a gradient knows no backend")
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            for call in on(target.device, "padded", torch.float32):
+                assert not any(o.requires_grad for o in outputs_of(call, call.inputs))
+
+
+def test_use_backend_forces_and_restores():
+    assert dispatch.backend_for("cpu") in ("cpp", "reference")
+    before = dispatch.backend_for("cpu")
+    with rewardops.use_backend("reference"):
+        assert dispatch.backend_for("cpu") == "reference"
+        with rewardops.use_backend(None):
+            assert dispatch.backend_for("cpu") == before
+        assert dispatch.backend_for("cpu") == "reference"
+    assert dispatch.backend_for("cpu") == before
+    with (
+        pytest.raises(ValueError, match="backend: got 'cuda11', want one of 'reference', 'cpp', 'triton'"),
+        rewardops.use_backend("cuda11"),
+    ):
+        pass
+
+
+def test_a_backend_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with rewardops.use_backend("triton"), pytest.raises(rewardops.BackendUnavailable, match="GPU"):
+        rewardops.token_kl(torch.zeros(3), torch.zeros(3))
+    with rewardops.use_backend("cpp"), pytest.raises(rewardops.BackendUnavailable, match="CPU tensors"):
+        dispatch.backend_for("cuda")
+
+
+def test_environment_forces_a_backend():
+    code = "import rewardops; print(rewardops.dispatch.backend_for('cpu'))"
+    env = {**os.environ, "REWARDOPS_BACKEND": "reference"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "reference"
+    env["REWARDOPS_BACKEND"] = "nonsense"
+    bad = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert bad.returncode != 0
+    assert "backend: got 'nonsense'" in bad.stderr
+
+
+def test_show_config_names_every_backend(capsys):
+    text = rewardops.show_config()
+    assert text in capsys.readouterr().out
+    for word in ("torch", "cpp", "triton", "cpu ops", "cuda ops", "cuda kernels"):
+        assert word in text
+
+
+def test_every_public_name_is_documented():
+    for name in rewardops.__all__:
+        assert getattr(rewardops, name).__doc__, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(dispatch.compiled_module() is None, reason="the compiled module was not built")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_instruction_sets_agree(isa):
+    """Every table of kernels that this machine can run passes the family tests."""
+    env = {**os.environ, "REWARDOPS_ISA": isa}
+    probe = subprocess.run(
+        [sys.executable, "-c", "import rewardops; print(rewardops.dispatch.compiled_module().isa())"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    if probe.stdout.strip() != isa:
+        pytest.skip(f"this machine or build has no {isa}")
+    if isa == dispatch.compiled_module().isa():
+        pytest.skip("what the tests run on anyway")
+    ops = Path(__file__).parents[1] / "ops"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp", "-p", "no:cacheprovider", str(ops)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -1,0 +1,45 @@
+"""One list of families: every table has them all, and every op has tests of its name."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import rewardops
+from rewardops.core.families import FAMILIES
+from rewardops.testing.calls import CALLS
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS.parent))
+
+from benchmarks import cases  # noqa: E402
+
+OPS = [
+    name
+    for name in rewardops.__all__
+    if not isinstance(getattr(rewardops, name), type) and name not in ("debug", "show_config", "use_backend")
+]
+
+
+def family_of(file: Path) -> str:
+    """Of ``test_<family>.py`` or ``test_<family>_<theme>.py``."""
+    name = file.stem.removeprefix("test_")
+    return max((f for f in FAMILIES if f"{name}_".startswith(f"{f}_")), key=len, default=name)
+
+
+def test_tables_have_every_family():
+    assert tuple(CALLS) == FAMILIES
+    assert cases.families() == FAMILIES
+    assert {family_of(file) for file in (TESTS / "ops").glob("test_*.py")} == set(FAMILIES)
+    assert all((TESTS / "ops" / f"test_{family}.py").exists() for family in FAMILIES)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_can_be_selected(op):
+    """``pytest tests/ops -k <op>`` runs the tests of its class; names of files do not count."""
+    trees = [ast.parse(file.read_text()) for file in (TESTS / "ops").glob("test_*.py")]
+    classes = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert any(name.startswith("Test_") and f"_{op}_" in f"{name}_" for name in classes)

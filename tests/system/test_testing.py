@@ -1,0 +1,343 @@
+"""The kit that kernels are held to: a sound one passes, and each known fault is caught by the case meant for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import GPU
+
+import rewardops
+from rewardops.cpp import td as cpp_td
+from rewardops.testing import (
+    adversarial_logits,
+    assert_within_budget,
+    check_backend,
+    check_op,
+    far_rows,
+    logit_cases,
+    measure_error,
+    reward_cases,
+    verify,
+)
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+# ---- somebody's kernel: entropy, a program for each row ----------------------------------------------------
+
+FAULTS = {
+    "a maximum that starts from 0": "far below zero",
+    "padding that counts as 0": "far below zero",
+    "sums that are not shifted": "far above zero",
+    "offsets in 32 bits": "rows 2^31 elements apart",
+}
+
+
+@triton.jit
+def entropy_kernel(x, out, stride, vocab, BLOCK: tl.constexpr, FAULT: tl.constexpr):
+    row = tl.program_id(0)
+    if FAULT != "offsets in 32 bits":
+        row = row.to(tl.int64)
+    x += row * stride
+    top = 0.0 if FAULT == "a maximum that starts from 0" else -float("inf")
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(x + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
+        top = tl.maximum(top, tl.max(z, 0))
+    total = 0.0
+    weighted = 0.0
+    other: tl.constexpr = 0.0 if FAULT == "padding that counts as 0" else -float("inf")
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(x + column, mask=column < vocab, other=other).to(tl.float32)
+        e = tl.exp(z - top)
+        total += tl.sum(e, 0)
+        weighted += tl.sum(
+            tl.where(e > 0, e * (z if FAULT == "sums that are not shifted" else z - top), 0.0), 0
+        )
+    if FAULT == "sums that are not shifted":
+        weighted -= total * top
+    tl.store(out + row, tl.log(total) - weighted / total)
+
+
+@triton.jit
+def entropy_of_blocks_kernel(x, top, order, sums, vocab, BLOCK: tl.constexpr):
+    """Blocks that add to their row's sums whenever they are done."""
+    block = tl.load(order + tl.program_id(1))
+    row = tl.program_id(0)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(x + row * vocab + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
+    d = z - tl.load(top + row)
+    e = tl.exp(d)
+    tl.atomic_add(sums + 2 * row, tl.sum(e, 0))
+    tl.atomic_add(sums + 2 * row + 1, tl.sum(tl.where(e > 0, e * d, 0.0), 0))
+
+
+def entropy_of(fault: str = ""):
+    def entropy(logits, tokens):
+        out = torch.empty(len(logits), device=logits.device)
+        entropy_kernel[(len(logits),)](logits, out, logits.stride(0), logits.shape[1], BLOCK=256, FAULT=fault)
+        return out
+
+    return entropy
+
+
+def entropy_by_atomics(logits, tokens):
+    blocks = triton.cdiv(logits.shape[1], 16)
+    sums = torch.zeros(len(logits), 2, device=logits.device)
+    # The interpreter runs programs in order; a GPU does not.
+    order = torch.randperm(blocks).to(logits.device)
+    x, top = logits.contiguous(), logits.float().amax(1)
+    entropy_of_blocks_kernel[(len(logits), blocks)](x, top, order, sums, logits.shape[1], BLOCK=16)
+    return sums[:, 0].log() - sums[:, 1] / sums[:, 0]
+
+
+def plain(logits, tokens):
+    logprob = logits.log_softmax(-1)
+    return -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+
+
+SMALL = {"vocabs": (1, 7, 300), "device": GPU}
+
+
+def test_a_sound_kernel_passes():
+    report = check_op(entropy_of(), plain, logit_cases(**SMALL))
+    assert not report.faults
+    assert len(report.comparisons) > 50
+    assert 0 < report.worst().of_budget < 1
+    assert "worst error" in str(report)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_known_faults_are_caught(fault):
+    report = check_op(entropy_of(fault), plain, logit_cases(**SMALL), raises=False)
+    assert any(text.startswith(FAULTS[fault]) for text in report.faults), report
+
+
+def test_atomics_are_caught():
+    cases = {
+        name: inputs for name, inputs in logit_cases(vocabs=(1000,), device=GPU) if name.startswith("normal")
+    }
+    report = check_op(entropy_by_atomics, plain, cases, raises=False)
+    assert any("other bits" in text for text in report.faults), report
+    assert not any("the budget is" in text for text in report.faults), report  # nothing else gives it away
+
+
+# ---- functions with gradients ------------------------------------------------------------------------------
+
+
+class Centred(torch.autograd.Function):
+    """Rewards less the mean of their group; ``wrong`` forgets the mean's own gradient."""
+
+    @staticmethod
+    def forward(ctx, rewards, groups, wrong):
+        same = (groups[:, None] == groups).double()
+        ctx.save_for_backward(same)
+        ctx.wrong = wrong
+        x = rewards.double()
+        return (x - same @ x / same.sum(1).clamp(min=1)).to(torch.promote_types(rewards.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, up):
+        (same,) = ctx.saved_tensors
+        g = up.double()
+        through = 0 if ctx.wrong else same @ (g / same.sum(1).clamp(min=1))
+        return (g - through).to(up.dtype), None, None
+
+
+def centred(rewards, groups):
+    same = (groups[:, None] == groups).to(rewards.dtype)
+    return rewards - same @ rewards / same.sum(1).clamp(min=1)
+
+
+def test_gradients_are_checked():
+    assert not check_op(lambda r, g: Centred.apply(r, g, False), centred, reward_cases()).faults
+    with pytest.raises(AssertionError, match="gradient 0"):
+        check_op(lambda r, g: Centred.apply(r, g, True), centred, reward_cases())
+
+
+def test_a_function_that_raises_is_a_fault_of_that_case_only():
+    def picky(rewards, groups):
+        if not len(rewards):
+            raise IndexError("nothing there")
+        return (
+            centred(rewards.double(), groups).to(torch.promote_types(rewards.dtype, torch.float32)).detach()
+        )
+
+    report = check_op(picky, centred, reward_cases(), raises=False)
+    assert report.faults
+    assert all("empty" in fault and "IndexError: nothing there" in fault for fault in report.faults)
+
+
+class Named(NamedTuple):
+    mean: torch.Tensor
+    none: torch.Tensor | None
+    entropy: torch.Tensor
+
+
+def test_a_named_output_is_called_by_its_name():
+    cases = {"one": (torch.ones(3), torch.zeros(3).long())}
+
+    def plain(rewards, groups):
+        return Named(rewards * 1, None, rewards * 2)
+
+    def off(rewards, groups):
+        return Named(rewards * 1, None, rewards * 2.5)
+
+    report = check_op(off, plain, cases, raises=False)
+    assert [fault.split(":")[:2] for fault in report.faults] == [["one", " entropy"], ["one", " gradient 0"]]
+    report = check_op(lambda *xs: tuple(off(*xs)), plain, cases, raises=False)
+    assert [fault.split(":")[1] for fault in report.faults] == [" output 1", " gradient 0"]
+    with pytest.raises(AssertionError, match=r"^entropy: .* where float64 has .* the budget is"):
+        check_backend(off, cases["one"], backend="reference", reference=plain)
+
+
+def test_another_number_of_outputs_is_a_fault():
+    cases = {"one": (torch.randn(3), torch.zeros(3).long())}
+    report = check_op(lambda r, g: (r, r), lambda r, g: r, cases, raises=False)
+    assert "outputs: 2, the reference has 1" in str(report)
+
+
+# ---- budgets -----------------------------------------------------------------------------------------------
+
+
+def test_budget():
+    exact = torch.tensor([1.0, 1e-3], dtype=torch.float64)
+    off = torch.tensor([1.0 + 2e-6, 1e-3])
+    assert "the budget is" in measure_error(off, exact).fault
+    assert measure_error(off, exact, torch.tensor([1.0 + 3e-6, 1e-3])).passes
+    assert not measure_error(off, exact, torch.tensor([1.0 + 1e-6, 1e-3])).passes
+    assert measure_error(off, exact, torch.tensor([1.0 + 1e-6, 1e-3]), times=2.0).passes
+    assert measure_error(exact.float(), exact).ulps < 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(value):
+    exact = torch.tensor([value, 1.0], dtype=torch.float64)
+    assert_within_budget(exact.float(), exact)
+    for wrong in (torch.tensor([0.0, 1.0]), torch.tensor([value, value])):
+        with pytest.raises(AssertionError):
+            assert_within_budget(wrong, exact)
+
+
+def test_what_all_cancelled_is_measured_by_what_it_was_made_of():
+    exact, ours = torch.zeros(3, dtype=torch.float64), torch.full((3,), 1e-15)
+    assert not measure_error(ours, exact).passes
+    assert measure_error(ours, exact, scale=1.0).passes
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------
+
+
+def test_far_rows_lie_far_apart(generator):
+    x = torch.randn(3, 5, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        view = far_rows(x.to(dtype))
+        assert torch.equal(view, x.to(dtype))
+        assert (view[-1].data_ptr() - view[0].data_ptr()) // view.element_size() > 2**31
+
+
+def test_every_adversarial_row_has_mass(generator):
+    for kind in rewardops.testing.LOGITS:
+        x = adversarial_logits(kind, 6, 9, generator)
+        assert x.shape == (6, 9)
+        assert not x.isnan().any()
+        assert x.amax(1).isfinite().all()
+    with pytest.raises(ValueError, match="kind: got 'odd', want one of 'normal'"):
+        adversarial_logits("odd", 1, 1, generator)
+
+
+# ---- rewardops verify --------------------------------------------------------------------------------------
+
+QUICK = {"ops": ["gae"], "only": ["cpp"], "quick": True}
+needs_cpp = pytest.mark.skipif(
+    rewardops.dispatch.compiled_module() is None, reason="the compiled module was not built"
+)
+
+
+@needs_cpp
+def test_verify_passes_what_is_right():
+    rows = verify.verify(**QUICK)
+    assert [row.call for row in rows] == ["gae", "gae decay"]
+    for row in rows:
+        assert row.passes, row.faults
+        assert row.cases >= 4
+        assert 0 < row.error.of_budget < 1
+        assert 0 < row.gradient.of_budget < 1
+        assert row.opcheck
+    assert "FAILS" not in verify.table(rows)
+
+
+def off_by_a_little(*args):
+    return [x * (1 + 1e-5) for x in SOUND(*args)]
+
+
+def other_bits(*args):
+    return [x * (1 + 3e-7 * torch.rand(())) for x in SOUND(*args)]
+
+
+def not_at_all(*args):
+    raise RuntimeError("no kernel image")
+
+
+SOUND = cpp_td.td_scan
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (off_by_a_little, "the budget is"),
+        (other_bits, "other bits"),
+        (not_at_all, "RuntimeError: no kernel image"),
+    ],
+)
+def test_verify_finds_what_is_wrong(monkeypatch, broken, says):
+    monkeypatch.setattr(cpp_td, "td_scan", broken)
+    rewardops.dispatch._implementation.cache_clear()
+    try:
+        (row, _) = verify.verify(**QUICK)
+    finally:
+        monkeypatch.undo()
+        rewardops.dispatch._implementation.cache_clear()
+    assert not row.passes
+    assert any(says in fault for fault in row.faults), row.faults
+    assert "FAILS" in verify.table([row])
+
+
+def test_verify_counts_graphs():
+    (row,) = verify.verify(ops=["token_kl k1"], only=["reference"], quick=True)
+    assert row.graphs is None
+    assert verify.graphs("kl", "token_kl k1", "reference", "cpu") == 1
+
+
+def test_verify_says_what_it_does_not_know():
+    with pytest.raises(
+        ValueError, match=r"op: got 'gea', want a name of rewardops.__all__, or a family: logits"
+    ):
+        verify.verify(ops=["gea"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="backend: got 'cpp' on cuda"):
+            verify.verify(only=["cpp"], device="cuda")
+
+
+def test_command():
+    command = [sys.executable, "-m", "rewardops"]
+    run = subprocess.run(
+        [*command, "verify", "--quick", "--op", "token_kl", "--backend", "reference", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["config"]["torch"] == torch.__version__
+    assert {row["backend"] for row in found["rows"]} == {"reference"}
+    assert all(row["opcheck"] and not row["faults"] for row in found["rows"])
+    bad = subprocess.run([*command, "verify", "--op", "gea"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "op: got 'gea'" in bad.stderr

@@ -1,0 +1,106 @@
+"""The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer: built, and fuzzed in a process of its own.
+
+``python tests/tools/sanitized.py`` takes the arguments of ``tests/tools/fuzz.py``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "sanitized"
+MODULE = "REWARDOPS_SANITIZED_MODULE"  # for the child: where it lies
+
+
+def tool(name: str) -> str | None:
+    """A program of this environment, or of the system."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+def runtimes() -> list[str]:
+    """The libraries that must be loaded first; none where the compiler does not bring them."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    found = []
+    for name in ("libasan.so", "libubsan.so") if compiler else ():
+        path = subprocess.run(
+            [str(compiler), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if os.path.isabs(path):
+            found.append(path)
+    return found if len(found) == 2 else []
+
+
+def why_not() -> str | None:
+    """Why it cannot be built here; None where it can."""
+    if not (tool("cmake") and tool("ninja")):
+        return "no cmake, or no ninja"
+    return None if runtimes() else "the compiler has no address or undefined behaviour sanitizer"
+
+
+def build(source: Path = ROOT, folder: Path = BUILD) -> Path:
+    """The module, whatever has changed compiled anew; several processes may call this at once."""
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        str(tool("cmake")), "-S", str(source), "-B", str(folder), "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        "-DREWARDOPS_SANITIZE=address,undefined,float-cast-overflow",
+        f"-DREWARDOPS_MODULE_DIR={folder / 'module'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [str(tool("cmake")), "--build", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(" ".join(command) + "\n" + (done.stdout + done.stderr)[-8000:])
+    (module,) = (folder / "module").glob("_C.*.so")
+    return module
+
+
+def run(module: Path, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """A command of this interpreter in which ``load`` finds the module; it ends at the first report."""
+    env = {
+        **os.environ,
+        "LD_PRELOAD": os.pathsep.join(runtimes()),
+        "ASAN_OPTIONS": "detect_leaks=0",  # torch's and Python's
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        MODULE: str(module),
+    }
+    return subprocess.run(
+        [sys.executable, *command], env=env, cwd=HERE, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def load() -> None:
+    """Take the module for ``rewardops._C``, before anything imports that."""
+    spec = importlib.util.spec_from_file_location("rewardops._C", os.environ[MODULE])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["rewardops._C"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if MODULE in os.environ:
+        load()
+        import fuzz
+
+        return fuzz.main(arguments)
+    done = run(build(), __file__, *arguments, timeout=24 * 3600)
+    print(done.stdout + done.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
