@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import dispatch
 
 from . import accuracy, memory, timing
 from .case import CPU, FULL, QUICK, TINY, Case, Function, Missing, Sizes

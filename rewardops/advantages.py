@@ -17,7 +17,7 @@ from .core.settings import may_read
 from .ops import advantages as ops
 from .ops.segments import row_counts, row_sums
 from .ops.td import last_tokens, step_ends, sums_between
-from .reference.advantages import BASELINES, SCALES, AdvantagesArgs, live_rows
+from .reference.advantages import BASELINES, AdvantagesArgs, live_rows
 from .returns import softmin_rewards
 from .selection import scope_counts, scope_ids
 from .td import discounted_returns, factor
@@ -562,11 +562,6 @@ def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
-def check_scale(scale: str, eps: float, ddof: int) -> None:
-    checks.check_choice("scale", scale, SCALES)
-    checks.check_eps_ddof(eps, ddof)
-
-
 def _baseline(baseline: str | float | Tensor, rewards: Tensor) -> tuple[str, float, Tensor | None]:
     """The name of a baseline, its quantile, and its values."""
     if isinstance(baseline, Tensor):
@@ -635,7 +630,7 @@ class GroupSpec:
         checks.check_rewards(rewards, name)
         ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
         kind, quantile, values = _baseline(baseline, rewards)
-        check_scale(scale, eps, ddof)
+        ops.check_group_scale(scale, eps, ddof)
         checks.check_choice("singleton", singleton, ("zero", "raw"))
         if singleton == "raw" and scale == "batch_std":
             raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")

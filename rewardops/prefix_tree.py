@@ -19,6 +19,7 @@ from .core.groups import GroupSize, Labels
 from .core.settings import may_read
 from .ops import advantages
 from .ops import prefix_tree as ops
+from .ops.advantages import check_group_scale
 from .ops.forest import Forest, TokenRows, checked_rewards, checked_weights
 from .reference.advantages import AdvantagesArgs
 
@@ -156,7 +157,7 @@ def prefix_std(
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
-    checks.check_group_scale("std", 0.0, ddof)
+    check_group_scale("std", 0.0, ddof)
     forest = rows.forest()
     return _shaped(forest.tokens(forest.std(x, w, ddof), dtype), channels)
 
@@ -256,7 +257,7 @@ def tempo_advantages(
             unknown scale.
     """
     checks.check_rewards(rewards)
-    checks.check_group_scale(scale, eps, ddof)
+    check_group_scale(scale, eps, ddof)
     checks.check_choice("td_scale", td_scale, TD_SCALES)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, _ = checked_rewards(rewards, rows)
@@ -355,7 +356,7 @@ def sibling_advantages(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
             unknown scale.
     """
-    checks.check_group_scale(scale, eps, ddof)
+    check_group_scale(scale, eps, ddof)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)

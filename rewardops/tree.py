@@ -13,6 +13,7 @@ from .advantages import group_advantages
 from .core import checks
 from .core.settings import may_read
 from .ops import tree as ops
+from .ops.advantages import check_group_scale
 from .reference.tree import REDUCES, TreeArgs
 
 __all__ = ["tree_advantages", "tree_values"]
@@ -105,7 +106,7 @@ def tree_advantages(
     checks.check_choice("form", form, FORMS)
     checks.check_choice("reduce", reduce, REDUCES)
     checks.check_positive("temperature", temperature)
-    checks.check_group_scale(scale, eps, ddof)
+    check_group_scale(scale, eps, ddof)
     depth = _checked_depth(max_depth, parent)
     if visits is None and kind == "tree_rl" and reduce == "mean":
         visits = "leaves"

@@ -21,7 +21,7 @@ if not HAS_GPU:
 
 from hypothesis import settings  # noqa: E402
 
-from rewardops import dispatch  # noqa: E402
+from rewardops.core import dispatch  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rewardops.core.rows import move, move_back, places_without_holes
+
 from ..reference.prefix_tree import AT, OnTokens, by_group, members_of
 from .launch import INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride

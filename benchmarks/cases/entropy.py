@@ -135,10 +135,10 @@ def entropy_change(d: Data) -> Case:
 
 
 @register(axes=TOKENS)
-def covariance(d: Data) -> Case:
+def advantage_logprob_cov(d: Data) -> Case:
     advantages, logprob, mask, where = d.per_token(-1, 1), d.per_token(-3, 0), d.mask, d.where
     return d.case(
-        lambda a, lp: rewardops.covariance(a, lp, **where),
+        lambda a, lp: rewardops.advantage_logprob_cov(a, lp, **where),
         lambda a, lp: plain_covariance(a, lp, mask),
         (advantages, logprob), 4 * d.numel,
     )  # fmt: skip

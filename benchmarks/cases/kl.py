@@ -45,23 +45,13 @@ def token_kl(d: Data) -> Case:
     )  # fmt: skip
 
 
-@register("backward", axes=AXES)
-def sequence_kl(d: Data) -> Case:
-    kl, mask, where = d.per_token(), d.mask, d.where
-    return d.case(
-        lambda x: rewardops.sequence_kl(x, **where),
-        lambda x: torch.where(mask, x, 0).sum(1),
-        (kl,), 4 * d.rows, gradients=1, again=(),
-    )  # fmt: skip
-
-
 @register("backward", axes=(*AXES, "steps"))
 def implicit_rewards(d: Data) -> Case:
     """Summed over steps, as PRIME's process rewards."""
     logprob, ref, mask, ends = d.per_token(-3, 0), d.per_token(-3, 0), d.mask, d.ends
     where, steps = d.where, d.steps
     return d.case(
-        lambda a, r: rewardops.implicit_rewards(a, r, beta=0.05, segments=steps, **where),
+        lambda a, r: rewardops.implicit_rewards(a, r, beta=0.05, steps=steps, **where),
         lambda a, r: plain_step_sums(0.05 * (a - r), mask, ends),
         (logprob, ref), 4 * d.numel, gradients=1, again=(),
     )  # fmt: skip

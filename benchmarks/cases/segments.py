@@ -32,7 +32,7 @@ def segment_reduce(d: Data) -> Case:
     values, mask, where = d.per_token(), d.mask, d.where
     steps, ids, count = _steps(d)
     return d.case(
-        lambda x: rewardops.segment_reduce(x, steps, num_segments=count, **where),
+        lambda x: rewardops.segment_reduce(x, steps, num_steps=count, **where),
         lambda x: plain_sums(x, ids, mask, count),
         (values,), 4 * d.rows * count, gradients=1, again=(),
     )  # fmt: skip
@@ -57,4 +57,24 @@ def place_at_step_end(d: Data) -> Case:
         lambda s: rewardops.place_at_step_end(s, steps, **where),
         lambda s: torch.where(ends, s.gather(1, ids.clamp(max=count - 1)), 0),
         (d.uniform(d.rows, count).to(d.dtype),), 4 * d.numel,
+    )  # fmt: skip
+
+
+@register("backward", axes=AXES)
+def row_sum(d: Data) -> Case:
+    x, mask, where = d.per_token(), d.mask, d.where
+    return d.case(
+        lambda x: rewardops.row_sum(x, **where),
+        lambda x: torch.where(mask, x, 0).sum(1),
+        (x,), 4 * d.rows, gradients=1, again=(),
+    )  # fmt: skip
+
+
+@register("backward", axes=AXES)
+def row_mean(d: Data) -> Case:
+    x, mask, where = d.per_token(), d.mask, d.where
+    return d.case(
+        lambda x: rewardops.row_mean(x, **where),
+        lambda x: torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1),
+        (x,), 4 * d.rows, gradients=1, again=(),
     )  # fmt: skip

@@ -47,31 +47,31 @@ def plain_budget_advantages(scores: Tensor, groups: Groups) -> Tensor:
 
 
 @register("backward", axes=STEPS)
-def progress(d: Data) -> Case:
+def step_progress(d: Data) -> Case:
     values, ends, steps, where = d.per_token(), d.ends, d.steps, d.where
     return d.case(
-        lambda q: rewardops.progress(q, steps, **where),
+        lambda q: rewardops.step_progress(q, steps, **where),
         lambda q: plain_progress(q, ends),
         (values,), 4 * d.numel, gradients=1, again=(),
     )  # fmt: skip
 
 
 @register(axes=STEPS)
-def clip_delta(d: Data) -> Case:
+def clip_delta_rewards(d: Data) -> Case:
     rewards, ends, steps, where = d.per_token(-1, 1), d.ends, d.steps, d.where
 
     def plain(r: Tensor) -> Tensor:
         clipped = torch.where(ends, r.clamp(max=0), 0)
         return torch.where(ends, clipped - ahead(clipped, ends, True), 0)
 
-    return d.case(lambda r: rewardops.clip_delta(r, steps, **where), plain, (rewards,), 4 * d.numel)
+    return d.case(lambda r: rewardops.clip_delta_rewards(r, steps, **where), plain, (rewards,), 4 * d.numel)
 
 
 @register("backward", axes=AXES)
-def redistribute(d: Data) -> Case:
+def redistribute_outcome(d: Data) -> Case:
     outcome, weights, mask, where = d.per_row(), d.per_token(), d.mask, d.where
     return d.case(
-        lambda r, w: rewardops.redistribute(r, w, share=0.8, **where),
+        lambda r, w: rewardops.redistribute_outcome(r, w, share=0.8, **where),
         lambda r, w: plain_redistribute(r, w, mask),
         (outcome, weights), 4 * d.numel, gradients=2,
     )  # fmt: skip

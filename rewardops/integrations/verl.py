@@ -157,7 +157,7 @@ def _estimator(name: str, *accepted: str) -> Callable[[Callable[..., _Computed]]
 
 
 _GROUP = ("eps", "ddof", "singleton")
-_TREE = ("hole",)
+_TREE = ("masked",)
 
 
 @_estimator("rewardops_grpo", "baseline", "scale", *_GROUP)
@@ -354,7 +354,7 @@ def _clip_cov(
     difference = log_prob - old_log_prob
     ratio = difference.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(low, high)
-    cov = rewardops.covariance(advantages, log_prob, response_mask)
+    cov = rewardops.advantage_logprob_cov(advantages, log_prob, response_mask)
     # What PPO clips is not drawn, but does count among the tokens that the fraction is of.
     cov = torch.where(clipped > plain, band[0], cov)
     drawn = rewardops.clip_cov_mask(
@@ -386,7 +386,7 @@ def _kl_cov(
     difference = log_prob - old_log_prob
     apart = difference.abs()
     chosen = rewardops.kl_cov_mask(
-        rewardops.covariance(advantages, log_prob, response_mask),
+        rewardops.advantage_logprob_cov(advantages, log_prob, response_mask),
         response_mask,
         fraction=_coefficient(config, "kl_cov_ratio", 2e-4),
     )

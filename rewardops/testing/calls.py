@@ -306,9 +306,8 @@ def _kl(b: Batch) -> Mapping[str, Entry]:
             ),
             [p, q, p + 1],
         ),
-        "sequence_kl": (lambda kl: ro.sequence_kl(kl, reduce="mean", **b.rows), [p]),
         "implicit_rewards": (
-            lambda p, q: ro.implicit_rewards(p, q, beta=0.1, segments=b.steps, **b.rows),
+            lambda p, q: ro.implicit_rewards(p, q, beta=0.1, steps=b.steps, **b.rows),
             [p, b.critic],
         ),
         "tdpo_terms": (lambda p, q, kl: ro.tdpo_terms(p, q, kl, **b.rows), [p, q, p + 0.3]),
@@ -325,9 +324,7 @@ def _advantages(b: Batch) -> Mapping[str, Entry]:
             [r],
         ),
         "group_advantages given": (
-            lambda r, v: ro.group_advantages(
-                r, b.groups, baseline="given", given=v, scale="batch_std", **b.rows
-            ),
+            lambda r, v: ro.group_advantages(r, b.groups, baseline=v, scale="batch_std", **b.rows),
             [r, given],
         ),
         "group_advantages by length": (
@@ -414,7 +411,7 @@ def _entropy(b: Batch) -> Mapping[str, Entry]:
             ),
             [h],
         ),
-        "covariance": (lambda a, p: ro.covariance(a, p, **b.rows), [b.critic, logprob]),
+        "advantage_logprob_cov": (lambda a, p: ro.advantage_logprob_cov(a, p, **b.rows), [b.critic, logprob]),
         "entropy_bonus": (lambda a: ro.entropy_bonus(a, h.detach(), b.mask), [b.critic]),
         "unlikeliness_rewards": (lambda r: ro.unlikeliness_rewards(r, b.scores[:, 1], b.groups), [b.rewards]),
         "entropy_reward": (lambda h: ro.entropy_reward(h, **b.rows), [h]),
@@ -487,9 +484,11 @@ def _segments(b: Batch) -> Mapping[str, Entry]:
     steps = b.tokens.shape[-1] if b.cu_seqlens is None else 8
 
     def reduced(v: Tensor, how: str) -> Tensor:
-        return ro.segment_reduce(v, b.steps, how, num_segments=steps, **b.rows)
+        return ro.segment_reduce(v, b.steps, how, num_steps=steps, **b.rows)
 
     return {
+        "row_sum": (lambda v: ro.row_sum(v, **b.rows), [b.values]),
+        "row_mean": (lambda v: ro.row_mean(v, **b.rows), [b.values]),
         "segment_reduce": (lambda v: reduced(v, "sum"), [b.values]),
         "segment_reduce product": (lambda v: reduced(v, "prod"), [b.values]),
         "segment_broadcast": (
@@ -505,9 +504,12 @@ def _segments(b: Batch) -> Mapping[str, Entry]:
 
 def _shaping(b: Batch) -> Mapping[str, Entry]:
     return {
-        "progress": (lambda q: ro.progress(q, b.steps, **b.rows), [b.values]),
-        "clip_delta": (lambda q: ro.clip_delta(q, b.steps, eta=0.5, **b.rows), [b.values]),
-        "redistribute": (lambda r, w: ro.redistribute(r, w, share=0.7, **b.rows), [b.rewards, b.values]),
+        "step_progress": (lambda q: ro.step_progress(q, b.steps, **b.rows), [b.values]),
+        "clip_delta_rewards": (lambda q: ro.clip_delta_rewards(q, b.steps, eta=0.5, **b.rows), [b.values]),
+        "redistribute_outcome": (
+            lambda r, w: ro.redistribute_outcome(r, w, share=0.7, **b.rows),
+            [b.rewards, b.values],
+        ),
         "potential_shaping": (
             lambda r, v: ro.potential_shaping(r, v, gamma=0.9, **b.rows),
             [b.values, b.critic],
@@ -573,7 +575,7 @@ CALLS: Mapping[str, Callable[[Batch], Mapping[str, Entry]]] = {
 NOT_DIFFERENTIABLE = (
     "token_stats_partial",
     "high_entropy_mask",
-    "covariance",
+    "advantage_logprob_cov",
     "kl_cov_mask",
     "clip_cov_mask",
     "entropy_reward",

@@ -47,10 +47,10 @@ def scans(dtype: torch.dtype) -> Iterator[str]:
     mask = torch.rand(1, 300, generator=g) > 0.2
     flags = torch.rand(1, 300, generator=g) > 0.6
     boot = torch.randn(1, generator=g, dtype=dtype)
-    for hole in ("hold", "decay"):
-        options = {"gamma": 0.9, "lam": 0.8, "mask": mask, "hole": hole}
+    for masked in ("skip", "step"):
+        options = {"gamma": 0.9, "lam": 0.8, "mask": mask, "masked": masked}
         same(lambda r, v, b, o=options: rewardops.gae(r, v, bootstrap=b, **o), r, v, boot)
-        yield f"gae {hole}"
+        yield f"gae {masked}"
     same(lambda r, v: rewardops.vtrace(r, v, v.detach(), lam=0.9, mask=mask), r, v)
     yield "vtrace"
     same(lambda r: rewardops.discounted_returns(r, gamma=0.9, mask=mask), r)
@@ -83,12 +83,12 @@ def prefix_trees() -> Iterator[str]:
     mask = (torch.rand(1100, generator=g) > 0.2).repeat(3, 1)
     mask[0, 900:] = False
     kinds = ((torch.int32, torch.float32, "prefix"), (torch.int64, torch.float64, "skip"))
-    for dtype_of_ids, dtype, hole in kinds:
+    for dtype_of_ids, dtype, masked in kinds:
         ids, rewards = tokens.to(dtype_of_ids), torch.randn(3, generator=g, dtype=dtype)
         for options in ({"gamma": 0.99}, {"leave_one_out": True}):
-            given = {"mask": mask, "hole": hole, **options}
+            given = {"mask": mask, "masked": masked, **options}
             same(lambda r, x=ids, o=given: rewardops.prefix_values(x, r, groups, **o), rewards)
-            yield f"prefix_values {hole} {dtype} {options}"
+            yield f"prefix_values {masked} {dtype} {options}"
     same(lambda r: rewardops.tempo_advantages(tokens, r, groups, mask=mask), rewards)
     yield "tempo_advantages"
     packed, cu = pack(tokens[:, :40], torch.tensor([7, 0, 26]))

@@ -27,13 +27,14 @@ def advantages(groups=None, **options):
     return fn
 
 
+# The baseline "values" is a tensor, see `extras`.
 NAMED = [b if b != "quantile" else 0.3 for b in BASELINES]
 
 
 def extras(baseline, rewards, generator):
     """What a baseline needs beside the rewards."""
-    if baseline == "given":
-        return {"given": torch.randn(rewards.shape, generator=generator)}
+    if baseline == "values":
+        return {"baseline": torch.randn(rewards.shape, generator=generator)}
     if baseline == "length_weighted":
         return {"lengths": torch.randint(0, 9, rewards.shape, generator=generator)}
     return {}
@@ -52,7 +53,7 @@ def skip_slow(target, baseline, scale, ddof=1, ranked=("none", "batch_std")):
         pytest.skip("covered by ddof = 1")
 
 
-def loop(rewards, groups, baseline, scale, eps, ddof, given=None, lengths=None):
+def loop(rewards, groups, baseline, scale, eps, ddof, lengths=None):
     """The definition, group by group, differentiable."""
     out = torch.zeros_like(rewards)
     for g in groups.unique():
@@ -76,13 +77,13 @@ def loop(rewards, groups, baseline, scale, eps, ddof, given=None, lengths=None):
         elif baseline == "length_weighted":
             share = lengths[rows].to(r.dtype)
             a = r - (share * r).sum() / share.sum() if share.sum() > 0 else r - r.min()
-        elif baseline == "given":
-            a = r - given[rows].to(r.dtype)
+        elif isinstance(baseline, torch.Tensor):
+            a = r - baseline[rows].to(r.dtype)
         elif baseline == "none":
             a = r.clone()
         else:
             a = r - r.quantile(baseline)
-        if baseline not in ("none", "given") and alike:
+        if not isinstance(baseline, torch.Tensor) and baseline != "none" and alike:
             a = a * 0
         over = rewards if scale == "batch_std" else r
         if scale != "none" and bool((over == over[0]).all()):
@@ -153,19 +154,19 @@ class Test_group_advantages:
         torch.testing.assert_close(got.cpu().double(), want, rtol=2e-4, atol=2e-5)
 
     def test_gradient_of_given_baselines(self, target, generator):
-        rewards, given = torch.randn(2, 12, generator=generator)
-        given = given.to(target.device).requires_grad_()
+        rewards, values = torch.randn(2, 12, generator=generator)
+        values = values.to(target.device).requires_grad_()
         out = rewardops.group_advantages(
-            rewards.to(target.device), group_size=4, baseline="given", given=given, scale="range"
+            rewards.to(target.device), group_size=4, baseline=values, scale="range"
         )
         up = torch.randn(12, generator=generator)
-        (got,) = torch.autograd.grad(out, given, up.to(target.device))
+        (got,) = torch.autograd.grad(out, values, up.to(target.device))
         spread = rewards.view(3, 4).amax(1) - rewards.view(3, 4).amin(1)
         torch.testing.assert_close(
             got.cpu(), -up / (spread.repeat_interleave(4) + 1e-6), rtol=1e-5, atol=1e-6
         )
 
-    @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "length_weighted", "given", "median"])
+    @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "length_weighted", "values", "median"])
     def test_a_group_of_one_kept_raw(self, target, generator, baseline):
         rewards = torch.tensor([2.5, 1.0, 0.0, -3.0])
         groups = torch.tensor([7, 1, 1, 4])
@@ -217,10 +218,10 @@ class Test_group_advantages:
 
     def test_bad_choices(self):
         rewards = torch.ones(4)
-        with pytest.raises(ValueError, match="given: got None with baseline='given'"):
-            rewardops.group_advantages(rewards, group_size=2, baseline="given")
-        with pytest.raises(ValueError, match="given: got a value with baseline='mean'"):
-            rewardops.group_advantages(rewards, group_size=2, given=rewards)
+        with pytest.raises(ValueError, match="baseline: got 'values', want one of"):
+            rewardops.group_advantages(rewards, group_size=2, baseline="values")
+        with pytest.raises(ValueError, match=r"baseline: got shape \[3\], want \[4\]"):
+            rewardops.group_advantages(rewards, group_size=2, baseline=rewards[:3])
         with pytest.raises(ValueError, match="lengths: got None without a mask"):
             rewardops.group_advantages(rewards, group_size=2, baseline="length_weighted")
         with pytest.raises(ValueError, match=r"baseline: got 1\.5, want a quantile from 0 to 1"):
@@ -329,7 +330,7 @@ class Test_group_advantages:
         rewards = torch.tensor([3.0, 5.0])
         for baseline in NAMED:
             for scale in SCALES:
-                if baseline == "given" or (baseline, scale) == ("none", "batch_std"):
+                if baseline == "values" or (baseline, scale) == ("none", "batch_std"):
                     continue
                 options = {"lengths": torch.ones(2)} if baseline == "length_weighted" else {}
                 fn = advantages(torch.tensor([1, 2]), baseline=baseline, scale=scale, **options)

@@ -332,7 +332,7 @@ class Test_steer_metric_steer_weights:
 
 # ---- the entropy's change, and presets ---------------------------------------------------------------------
 
-CHANGE = ("logprob", "entropy", "sum_sq", "sum_sq_logprob")
+CHANGE = ("logprob", "entropy", "sum_p2", "sum_p2_logp")
 
 
 class Test_entropy_change:
@@ -367,7 +367,7 @@ class Test_entropy_change:
         )
         got = rewardops.entropy_change(torch.ones(1), *[getattr(impossible, n) for n in CHANGE])
         torch.testing.assert_close(got, torch.zeros(1), rtol=0, atol=1e-7)
-        with pytest.raises(ValueError, match=r"sum_sq: got shape \[3\], want \[6\]"):
+        with pytest.raises(ValueError, match=r"sum_p2: got shape \[3\], want \[6\]"):
             rewardops.entropy_change(advantages, values[0], values[1], values[2][:3], values[3])
 
 
@@ -402,7 +402,7 @@ PER_TOKEN = {
     "softmax_weights": lambda r, h, g, **at: rewardops.entropy_weights(h, mode="softmax", **at),
     "rank_weights": lambda r, h, g, **at: rewardops.entropy_weights(h, mode="rank", normalize="row", **at),
     "entropy_reward": lambda r, h, g, **at: rewardops.entropy_reward(h, per="token", **at),
-    "covariance": lambda r, h, g, **at: rewardops.covariance(h - 1, -h, **at),
+    "advantage_logprob_cov": lambda r, h, g, **at: rewardops.advantage_logprob_cov(h - 1, -h, **at),
     "kl_cov_mask": lambda r, h, g, **at: rewardops.kl_cov_mask(h, fraction=0.1, **at),
 }
 

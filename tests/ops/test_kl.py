@@ -53,9 +53,9 @@ class Test_token_kl:
             return torch.where(mask, extra - beta * w * k, 0)
 
         def ours(lp, r, extra):
-            there = {k: v.to(lp.device) for k, v in {"importance": old.to(lp.dtype), "mask": mask}.items()}
+            there = {k: v.to(lp.device) for k, v in {"old_logprob": old.to(lp.dtype), "mask": mask}.items()}
             return rewardops.token_kl(
-                lp, r, estimator=estimator, clamp=(largest_d, largest_value), importance_grad=live, beta=beta,
+                lp, r, estimator=estimator, clamp=(largest_d, largest_value), ratio_grad=live, beta=beta,
                 rewards=extra, **there,
             )  # fmt: skip
 
@@ -169,42 +169,22 @@ class Test_token_kl:
         for straight in ("k1_plus", "k3_plus"):
             torch.testing.assert_close(expected(straight), forward, rtol=1e-10, atol=1e-12)
         logp = z.log_softmax(0)
-        live = rewardops.token_kl(logp, logq, estimator="k3", importance=logp.detach())
+        live = rewardops.token_kl(logp, logq, estimator="k3", old_logprob=logp.detach())
         (grad,) = torch.autograd.grad((p * live).sum(), z)
         torch.testing.assert_close(grad, forward, rtol=1e-10, atol=1e-12)
 
 
-class Test_token_kl_sequence_kl:
+class Test_token_kl_arguments:
     def test_bad_options(self):
         x = torch.zeros(2, 3)
         with pytest.raises(ValueError, match="clamp: got 0, want a number above 0"):
             rewardops.token_kl(x, x, clamp=0)
-        with pytest.raises(ValueError, match=r"importance: got shape \[3\], want \[2, 3\]"):
-            rewardops.token_kl(x, x, importance=torch.zeros(3))
+        with pytest.raises(ValueError, match=r"old_logprob: got shape \[3\], want \[2, 3\]"):
+            rewardops.token_kl(x, x, old_logprob=torch.zeros(3))
         with pytest.raises(TypeError, match=r"rewards: got dtype torch\.int64"):
             rewardops.token_kl(x, x, rewards=x.long(), beta=0.1)
         with pytest.raises(ValueError, match="beta: got -1"):
             rewardops.token_kl(x, x, beta=-1)
-        with pytest.raises(ValueError, match="reduce: got 'max'"):
-            rewardops.sequence_kl(x, reduce="max")
-        with pytest.raises(ValueError, match=r"kl: got shape \[3\], want \[B, T\]"):
-            rewardops.sequence_kl(x[0])
-
-
-class Test_sequence_kl:
-    def test_sequence_kl(self, generator):
-        x = torch.randn(4, 6, generator=generator)
-        mask = random_mask(4, 6, generator)
-        mask[2] = False
-        lengths = torch.full((4,), 6)
-        packed, cu = pack(x, lengths)
-        for reduce in ("sum", "mean"):
-            want = torch.where(mask, x, 0).sum(1)
-            if reduce == "mean":
-                want = want / mask.sum(1).clamp(min=1)
-            torch.testing.assert_close(rewardops.sequence_kl(x, mask=mask, reduce=reduce), want)
-            got = rewardops.sequence_kl(packed, mask=pack(mask, lengths)[0], cu_seqlens=cu, reduce=reduce)
-            torch.testing.assert_close(got, want)
 
 
 class Test_implicit_rewards:

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewardops
-from rewardops import chunked
+from rewardops.core import chunked
 from rewardops.cpp import logits as kernels
 from rewardops.reference import logits as spec
 from rewardops.testing import assert_within_budget
@@ -202,7 +202,7 @@ class Test_linear_token_stats:
         for value, theirs in (
             (got.logprob, "logprob"),
             (got.entropy, "entropy"),
-            (got.sum_sq.log(), "log_sum_sq_probs"),
+            (got.sum_p2.log(), "log_sum_sq_probs"),
             (got.mean_logit, "mean_logit"),
         ):
             torch.testing.assert_close(value.cpu().detach(), d[theirs], rtol=2e-6, atol=5e-6)
@@ -289,7 +289,7 @@ class Test_linear_token_stats:
 
     @pytest.mark.parametrize("backward", [False, True])
     def test_nothing_of_the_size_of_the_logits(self, generator, backward):
-        if rewardops.dispatch.compiled_module() is None:
+        if rewardops.core.native.compiled_module() is None:
             pytest.skip("not built")
         (n, d, v), args = (512, 16, 65536), (None, None, None, None)
         hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator)

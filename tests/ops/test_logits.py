@@ -53,8 +53,8 @@ def plain(logits, tokens, ref_logits, temperature, beta):
         "logprob": logp.gather(-1, tokens[:, None])[:, 0],
         "entropy": -(p * logp).sum(-1),
         "logsumexp": z.logsumexp(-1),
-        "sum_sq": (p * p).sum(-1),
-        "sum_sq_logprob": (p * p * logp).sum(-1),
+        "sum_p2": (p * p).sum(-1),
+        "sum_p2_logp": (p * p * logp).sum(-1),
         "mean_logit": z.mean(-1),
         "ref_logprob": logq.gather(-1, tokens[:, None])[:, 0],
         "kl": (p * (logp - logq)).sum(-1),
@@ -278,7 +278,7 @@ class Test_token_stats:
         for ours, theirs in (
             (got.logprob, "logprob"),
             (got.entropy, "entropy"),
-            (got.sum_sq.log(), "log_sum_sq_probs"),
+            (got.sum_p2.log(), "log_sum_sq_probs"),
             (got.mean_logit, "mean_logit"),
         ):
             torch.testing.assert_close(ours.cpu().detach(), torch.tensor(d[theirs]), rtol=2e-6, atol=5e-6)
@@ -417,9 +417,9 @@ class Test_token_stats:
             assert got.jsd.item() == pytest.approx(jsd, abs=1e-5)
         assert got.kl.item() == pytest.approx(0.36006, abs=1e-5)
         assert got.reverse_kl.item() == pytest.approx(0.39482, abs=1e-5)
-        assert got.sum_sq.item() == pytest.approx(0.38, abs=1e-6)
+        assert got.sum_p2.item() == pytest.approx(0.38, abs=1e-6)
         moment = 0.25 * math.log(0.5) + 0.09 * math.log(0.3) + 0.04 * math.log(0.2)
-        assert got.sum_sq_logprob.item() == pytest.approx(moment, abs=1e-6)
+        assert got.sum_p2_logp.item() == pytest.approx(moment, abs=1e-6)
         assert got.logprob.item() == pytest.approx(math.log(0.5), abs=1e-6)
         assert got.ref_logprob.item() == pytest.approx(math.log(0.2), abs=1e-6)
         assert got.mean_logit.item() == pytest.approx(math.log(0.03) / 3, abs=1e-6)

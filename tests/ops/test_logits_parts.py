@@ -102,6 +102,6 @@ class Test_token_stats_partial_merge_token_stats:
         record = rewardops.token_stats_partial(
             logits.to(target.device), tokens.to(target.device), outputs=("logprob",)
         )
-        got = rewardops.merge_token_stats([record], outputs=("logprob", "entropy", "sum_sq", "mean_logit"))
+        got = rewardops.merge_token_stats([record], outputs=("logprob", "entropy", "sum_p2", "mean_logit"))
         assert got.logprob.isfinite().all()
-        assert all(x.isnan().all() for x in (got.entropy, got.sum_sq, got.mean_logit))
+        assert all(x.isnan().all() for x in (got.entropy, got.sum_p2, got.mean_logit))

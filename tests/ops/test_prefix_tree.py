@@ -28,11 +28,11 @@ def draw(batch, width, generator, holes=True):
     )
 
 
-def rows_of(tokens, mask, hole="prefix"):
+def rows_of(tokens, mask, masked="prefix"):
     found = []
     for x, m in zip(tokens.tolist(), mask.tolist(), strict=True):
         valid = [k for k, v in enumerate(m) if v]
-        if hole == "prefix" and valid:
+        if masked == "prefix" and valid:
             valid = range(valid[0], valid[-1] + 1)
         found.append([x[k] for k in valid])
     return found
@@ -259,11 +259,11 @@ def answers(shared, questions):
 
 
 class Test_prefix_lcp:
-    @pytest.mark.parametrize("hole", ["prefix", "skip"])
+    @pytest.mark.parametrize("masked", ["prefix", "skip"])
     @pytest.mark.parametrize("packed", [False, True])
-    def test_lcp_of_all_pairs(self, target, generator, hole, packed):
+    def test_lcp_of_all_pairs(self, target, generator, masked, packed):
         tokens, groups, mask = draw(22, 30, generator)
-        rows = rows_of(tokens, mask, hole)
+        rows = rows_of(tokens, mask, masked)
         given = {"tokens": tokens, "mask": mask}
         if packed:
             lengths = torch.full((22,), 30)
@@ -272,7 +272,7 @@ class Test_prefix_lcp:
         given = {k: v.to(target.device) for k, v in given.items()}
         size = max(groups.tolist().count(x) for x in groups.tolist())
         members, lcp = rewardops.prefix_lcp(
-            groups=groups.to(target.device), max_group_size=size, hole=hole, **given
+            groups=groups.to(target.device), max_group_size=size, masked=masked, **given
         )
         assert members.shape == lcp.shape == (22, size)
         assert members.dtype is lcp.dtype is torch.int32
@@ -374,16 +374,16 @@ class Test_tokens_of_nodes:
 
 
 class Test_PrefixTree:
-    @pytest.mark.parametrize("hole", ["prefix", "skip"])
-    def test_compressed_tree(self, target, generator, hole):
+    @pytest.mark.parametrize("masked", ["prefix", "skip"])
+    def test_compressed_tree(self, target, generator, masked):
         tokens, groups, mask = draw(26, 30, generator)
         tokens[9], groups[9], mask[9] = tokens[4], groups[4], mask[4]
         mask[13] = False
-        rows = rows_of(tokens, mask, hole)
+        rows = rows_of(tokens, mask, masked)
         on = target.device
         given = (tokens.to(on), groups.to(on), mask.to(on))
-        assert tree_of(*given, hole=hole, rewards=None)[0].mean is None
-        tree, rewards = tree_of(*given, hole=hole)
+        assert tree_of(*given, masked=masked, rewards=None)[0].mean is None
+        tree, rewards = tree_of(*given, masked=masked)
         live = [b for b in range(26) if rows[b]]
         assert len(tree) <= 2 * len(live) - len({int(groups[b]) for b in live})
         assert [tree.rewards[b] for b in live] == [rewards[b] for b in live]

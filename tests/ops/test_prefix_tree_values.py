@@ -56,7 +56,7 @@ def tempo(*args, **options):
 class Tries:
     """The oracle: dictionaries of the prefixes of every group, and loops in float64."""
 
-    def __init__(self, tokens, groups, mask, hole="prefix"):
+    def __init__(self, tokens, groups, mask, masked="prefix"):
         self.shape, self.mask = tokens.shape, mask
         self.columns, self.path = (
             [],
@@ -66,7 +66,7 @@ class Tries:
         nodes = {}  # by the node a token before and the token, the empty prefix by its group
         for b in range(tokens.shape[0]):
             columns = mask[b].nonzero()[:, 0].tolist()
-            if hole == "prefix" and columns:
+            if masked == "prefix" and columns:
                 columns = list(range(columns[0], columns[-1] + 1))
             path = []
             for token in [int(groups[b]), *tokens[b, columns].tolist()] if columns else []:
@@ -118,8 +118,8 @@ class Tries:
         return len(self.members(b, t)) - sum(len(self.found[c]) for c in self.children[self.path[b][t]])
 
 
-def trie(tokens, rewards, groups, mask, hole="prefix", **options):
-    tries, rewards = Tries(tokens, groups, mask, hole), rewards.tolist()
+def trie(tokens, rewards, groups, mask, masked="prefix", **options):
+    tries, rewards = Tries(tokens, groups, mask, masked), rewards.tolist()
     before = tries.fill(lambda b, t: tries.value(b, t - 1, rewards, **options))
     after = tries.fill(lambda b, t: tries.value(b, t, rewards, **options))
     return before, after, tries.fill(lambda b, t: len(tries.members(b, t))).long()
@@ -148,8 +148,8 @@ OPTIONS = {
     "gamma 0": {"gamma": 0.0},
     "others": {"leave_one_out": True},
     "others, weighed": {"leave_one_out": True, "weights": True},
-    "skip": {"hole": "skip"},
-    "all": {"weights": True, "min_count": 2, "gamma": 0.8, "leave_one_out": True, "hole": "skip"},
+    "skip": {"masked": "skip"},
+    "all": {"weights": True, "min_count": 2, "gamma": 0.8, "leave_one_out": True, "masked": "skip"},
     "all but weights": {"min_count": 2, "gamma": 0.8, "leave_one_out": True},
 }
 
@@ -180,7 +180,7 @@ ALL = [
     values,
     tempo,
     functools.partial(values, leave_one_out=True),
-    functools.partial(values, gamma=0.9, min_count=2, hole="skip"),
+    functools.partial(values, gamma=0.9, min_count=2, masked="skip"),
     functools.partial(call, rewardops.prefix_std),
     functools.partial(call, rewardops.tree_rl_advantages),
     functools.partial(call, rewardops.sibling_advantages),

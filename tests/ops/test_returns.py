@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import dispatch
 from rewardops.testing import assert_within_budget, check_backend, evaluate, pack, random_mask
 
 CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 import rewardops
-from rewardops import dispatch, layout, segments
+from rewardops import segments
+from rewardops.core import dispatch
+from rewardops.core.rows import Layout
 from rewardops.reference.segments import REDUCTIONS
-from rewardops.testing import check_backend, random_mask
+from rewardops.testing import check_backend, pack, random_mask
 
 
 def sums(mask=None, cu=None):
     def fn(x):
         to = [None if t is None else t.to(x.device) for t in (mask, cu)]
         batch = x.shape[0] if cu is None else cu.shape[0] - 1
-        return segments.row_sums(x, layout.Layout(batch, tuple(x.shape), *to))
+        return segments.row_sums(x, Layout(batch, tuple(x.shape), *to))
 
     return fn
 
@@ -54,11 +56,11 @@ class Test_row_counts:
     def test_row_counts(self, target, generator):
         mask = random_mask(5, 333, generator)
         mask[1] = False
-        rows = layout.Layout(5, (5, 333), mask.to(target.device), None)
+        rows = Layout(5, (5, 333), mask.to(target.device), None)
         with dispatch.use_backend(target.backend):
             assert torch.equal(segments.row_counts(rows, target.device).cpu(), mask.sum(1).double())
             cu = torch.tensor([0, 100, 100, 333], device=target.device)
-            rows = layout.Layout(3, (333,), mask[0].to(target.device), cu)
+            rows = Layout(3, (333,), mask[0].to(target.device), cu)
             want = [float(mask[0, a:b].sum()) for a, b in ((0, 100), (100, 100), (100, 333))]
             assert segments.row_counts(rows, target.device).tolist() == want
 
@@ -74,7 +76,7 @@ def step_ids(batch, width, generator):
 def reduce(op, ids, mask=None, cu=None, num=None):
     def fn(x):
         i, m, c = (None if t is None else t.to(x.device) for t in (ids, mask, cu))
-        return rewardops.segment_reduce(x, i, op, num_segments=num, mask=m, cu_seqlens=c)
+        return rewardops.segment_reduce(x, i, op, num_steps=num, mask=m, cu_seqlens=c)
 
     return fn
 
@@ -122,7 +124,7 @@ class Test_segment_reduce:
         ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]], device=target.device)
         with dispatch.use_backend(target.backend):
             for op, want in (("min", [nan, inf, -inf]), ("max", [nan, inf, 2.0])):
-                out = rewardops.segment_reduce(x, ids, op, num_segments=3)
+                out = rewardops.segment_reduce(x, ids, op, num_steps=3)
                 torch.testing.assert_close(out.detach().cpu(), torch.tensor([want]), equal_nan=True)
                 (grad,) = torch.autograd.grad(out, x, torch.tensor([[1.0, 2.0, 3.0]], device=target.device))
                 last = [3.0, 0.0] if op == "min" else [0.0, 3.0]
@@ -136,7 +138,7 @@ class Test_segment_reduce:
         with dispatch.use_backend(target.backend):
             for op, sign in (("max", 1), ("min", -1)):
                 leaf = (sign * x).requires_grad_()
-                out = rewardops.segment_reduce(leaf, ids, op, num_segments=1)
+                out = rewardops.segment_reduce(leaf, ids, op, num_steps=1)
                 assert out.item() == sign
                 (grad,) = torch.autograd.grad(out.sum(), leaf)
                 assert grad.nonzero().tolist() == [[0, 100]]
@@ -149,7 +151,7 @@ class Test_segment_reduce:
         leaf = x.requires_grad_()
         with dispatch.use_backend(target.backend):
             (grad,) = torch.autograd.grad(
-                rewardops.segment_reduce(leaf, ids, "prod", num_segments=3).sum(), leaf
+                rewardops.segment_reduce(leaf, ids, "prod", num_steps=3).sum(), leaf
             )
         assert grad.tolist() == [[0.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.5, 4.0]]
 
@@ -207,7 +209,7 @@ class Test_segment_reduce_segment_broadcast:
                 ValueError,
                 r"segments: got shape \[2, 4\], want \[3, 4\]",
             ),
-            (lambda: rewardops.segment_reduce(x, ids, num_segments=-1), ValueError, "num_segments: got -1"),
+            (lambda: rewardops.segment_reduce(x, ids, num_steps=-1), ValueError, "num_steps: got -1"),
             (lambda: rewardops.segment_reduce(x, None), TypeError, "segments: got None"),
             (
                 lambda: rewardops.segment_broadcast(x[:2], ids),
@@ -217,3 +219,24 @@ class Test_segment_reduce_segment_broadcast:
         ):
             with pytest.raises(kind, match=message):
                 call()
+
+
+class Test_row_sum_row_mean:
+    def test_row_sum_and_mean(self, generator):
+        x = torch.randn(4, 6, generator=generator)
+        mask = random_mask(4, 6, generator)
+        mask[2] = False
+        lengths = torch.full((4,), 6)
+        packed, cu = pack(x, lengths)
+        for fn in (rewardops.row_sum, rewardops.row_mean):
+            want = torch.where(mask, x, 0).sum(1)
+            if fn is rewardops.row_mean:
+                want = want / mask.sum(1).clamp(min=1)
+            torch.testing.assert_close(fn(x, mask=mask), want)
+            got = fn(packed, mask=pack(mask, lengths)[0], cu_seqlens=cu)
+            torch.testing.assert_close(got, want)
+
+    def test_bad_values(self):
+        for fn in (rewardops.row_sum, rewardops.row_mean):
+            with pytest.raises(ValueError, match=r"values: got shape \[3\], want \[B, T\]"):
+                fn(torch.zeros(3))

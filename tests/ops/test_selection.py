@@ -8,14 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops import dispatch, layout, selection
+from rewardops import selection
+from rewardops.core import dispatch
+from rewardops.core.rows import Layout
 from rewardops.testing import pack, random_mask
 
 
 def choose(x, mask, cu, ids, wanted, target):
     to = [None if t is None else t.to(target.device) for t in (x, mask, cu, ids, wanted)]
     batch = x.shape[0] if cu is None else cu.shape[0] - 1
-    rows = layout.Layout(batch, tuple(x.shape), to[1], to[2])
+    rows = Layout(batch, tuple(x.shape), to[1], to[2])
     with dispatch.use_backend(target.backend):
         return selection.largest(to[0], rows, to[3], to[4]).cpu()
 
@@ -91,9 +93,7 @@ class Test_largest:
         found = []
         for backend in ("reference", "cpp"):
             with dispatch.use_backend(backend):
-                found.append(
-                    selection.largest(x, layout.Layout(batch, (batch, width), mask, None), ids, wanted)
-                )
+                found.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, wanted))
         assert torch.equal(*found)
         assert torch.equal(selection.scope_counts(found[0].sum(1), ids), wanted)
 
@@ -105,7 +105,7 @@ class Test_largest:
         high = int(x.sum())
         ids = torch.zeros(1, dtype=torch.int64)
         with dispatch.use_backend("cpp"):
-            got = selection.largest(x, layout.Layout(1, (1, n), None, None), ids, torch.tensor([high + 7]))
+            got = selection.largest(x, Layout(1, (1, n), None, None), ids, torch.tensor([high + 7]))
         assert int(got.sum()) == high + 7
         assert got[0, 5::2].all()
         assert got[0, :11].tolist() == [True] * 10 + [False]  # 0 to 4, 6 and 8: the earliest of the ties
@@ -164,10 +164,12 @@ class Test_high_entropy_mask:
 class Test_covariance_kl_cov_mask_clip_cov_mask:
     def test_covariance_and_its_masks(self, generator):
         a, lp = torch.tensor([[1.0, 1, -1, -1]]), torch.tensor([[-0.1, -2, -0.5, -1]])
-        torch.testing.assert_close(rewardops.covariance(a, lp), torch.tensor([[0.8, -1.1, -0.4, 0.1]]))
+        torch.testing.assert_close(
+            rewardops.advantage_logprob_cov(a, lp), torch.tensor([[0.8, -1.1, -0.4, 0.1]])
+        )
         mask = random_mask(6, 40, generator)
         a, lp = torch.randn(2, 6, 40, generator=generator)
-        cov = rewardops.covariance(a.masked_fill(~mask, torch.nan), lp, mask)
+        cov = rewardops.advantage_logprob_cov(a.masked_fill(~mask, torch.nan), lp, mask)
         want = (a[mask] - a[mask].mean()) * (lp[mask] - lp[mask].mean())
         torch.testing.assert_close(cov[mask], want, rtol=1e-5, atol=1e-6)
         assert not cov[~mask].any()

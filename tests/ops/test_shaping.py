@@ -19,7 +19,7 @@ def step_ends(flags, mask):
     return [(flags[b] & mask[b]).nonzero()[:, 0].tolist() for b in range(flags.shape[0])]
 
 
-class Test_progress:
+class Test_step_progress:
     @pytest.mark.parametrize("started", [False, True])
     def test_progress(self, target, generator, started):
         q, mask = torch.rand(6, 25, generator=generator), random_mask(6, 25, generator)
@@ -28,7 +28,7 @@ class Test_progress:
 
         def fn(q, *start):
             m, f = there(q.device, mask, flags)
-            return rewardops.progress(q, f, start=start[0] if start else None, mask=m)
+            return rewardops.step_progress(q, f, start=start[0] if start else None, mask=m)
 
         inputs = [q.masked_fill(~(mask & flags), 0)] + ([start] if started else [])
         got = check_backend(fn, inputs, backend=target.backend, device=target.device).outputs[0].cpu()
@@ -38,14 +38,14 @@ class Test_progress:
             for t in ends:
                 want[b, t], before = q[b, t] - before, float(q[b, t])
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-        dirty = rewardops.progress(
+        dirty = rewardops.step_progress(
             q.masked_fill(~(mask & flags), torch.nan).to(target.device), flags.to(target.device),
             mask=mask.to(target.device),
         ).cpu()  # fmt: skip
         assert not dirty.isnan().any()
 
 
-class Test_clip_delta:
+class Test_clip_delta_rewards:
     @pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"eta": None}, {"delta": False}], ids=str)
     def test_clip_delta(self, target, generator, options):
         r, mask = torch.randn(6, 25, generator=generator), random_mask(6, 25, generator)
@@ -53,7 +53,7 @@ class Test_clip_delta:
 
         def fn(r):
             m, f = there(r.device, mask, flags)
-            return rewardops.clip_delta(r, f, mask=m, **options)
+            return rewardops.clip_delta_rewards(r, f, mask=m, **options)
 
         got = check_backend(fn, [r], backend=target.backend, device=target.device).outputs[0].cpu()
         eta = options.get("eta", 0.0)
@@ -66,10 +66,10 @@ class Test_clip_delta:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
-class Test_redistribute:
+class Test_redistribute_outcome:
     def test_redistribute(self, target, generator):
         d = target.device
-        got = rewardops.redistribute(
+        got = rewardops.redistribute_outcome(
             torch.tensor([2.0, 3.0, 1.0]).to(d),
             torch.tensor([[0.1, 0.3, 0.2], [0.0, 0.0, 9.0], [1.0, 1.0, 1.0]]).to(d),
             share=0.8, mask=torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).to(d),
@@ -77,13 +77,13 @@ class Test_redistribute:
         want = torch.tensor([[0.26667, 0.8, 0.93333], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         mask = random_mask(5, 20, generator)
-        fn = lambda o, w: rewardops.redistribute(o, w, share=0.6, mask=mask.to(o.device))  # noqa: E731
+        fn = lambda o, w: rewardops.redistribute_outcome(o, w, share=0.6, mask=mask.to(o.device))  # noqa: E731
         inputs = [torch.randn(5, generator=generator), torch.rand(5, 20, generator=generator)]
         ours = check_backend(fn, inputs, backend=target.backend, device=d).outputs[0].cpu()
         live = mask.any(1)
         torch.testing.assert_close(ours.sum(1)[live], inputs[0][live], rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match=r"share: got 1\.5"):
-            rewardops.redistribute(*inputs, share=1.5)
+            rewardops.redistribute_outcome(*inputs, share=1.5)
 
 
 class Test_potential_shaping:
@@ -103,10 +103,12 @@ class Test_potential_shaping:
         torch.testing.assert_close(again.view(3, 12), shaped)
         # Progress telescopes too, and a clipped delta has its own reward as the return.
         flags = torch.rand(3, 12, generator=g) > 0.5
-        total = rewardops.progress(phi, flags, mask=mask).sum(1)
+        total = rewardops.step_progress(phi, flags, mask=mask).sum(1)
         last = [float(phi[b, ends[-1]]) if ends else 0.0 for b, ends in enumerate(step_ends(flags, mask))]
         torch.testing.assert_close(total, torch.tensor(last, dtype=torch.float64))
-        back = rewardops.discounted_returns(rewardops.clip_delta(r, flags, mask=mask), mask=flags & mask)
+        back = rewardops.discounted_returns(
+            rewardops.clip_delta_rewards(r, flags, mask=mask), mask=flags & mask
+        )
         torch.testing.assert_close(back, torch.where(flags & mask, r.clamp(max=0), 0))
 
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import dispatch
 from rewardops.testing import check_backend, evaluate, pack, random_mask
 
 CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
-HOLES = ("hold", "decay")
+HOLES = ("skip", "step")
 
 
 def on(device, **given):
@@ -35,12 +35,12 @@ def at(factor, b, t):
     return factor[b].item() if factor.dim() == 1 else factor[b, t].item()
 
 
-def loop(r, v, mask, gamma, lam, hole="hold", bootstrap=None, rho=None, trace=None):
+def loop(r, v, mask, gamma, lam, masked="skip", bootstrap=None, rho=None, trace=None):
     """The definition, token by token in float64: what is added to the values."""
     out = torch.zeros_like(r, dtype=torch.float64)
     for b in range(r.shape[0]):
         live = mask[b].nonzero()[:, 0].tolist()
-        steps = list(range(live[-1] + 1)) if live and hole == "decay" else live
+        steps = list(range(live[-1] + 1)) if live and masked == "step" else live
         y, ahead = 0.0, 0.0 if bootstrap is None else bootstrap[b].item()
         for t in reversed(steps):
             here, reward = (v[b, t].item(), r[b, t].item()) if mask[b, t] else (0.0, 0.0)
@@ -61,14 +61,14 @@ def draw(batch, width, generator, dtype=torch.float32):
 
 
 class Test_gae:
-    @pytest.mark.parametrize("hole", HOLES)
+    @pytest.mark.parametrize("masked", HOLES)
     @pytest.mark.parametrize("factors", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.9)], ids=str)
-    def test_gae_matches_the_loop(self, target, generator, hole, factors):
+    def test_gae_matches_the_loop(self, target, generator, masked, factors):
         r, v, mask, boot = draw(7, 29, generator)
         gamma, lam = factors
-        fn = gae(gamma=gamma, lam=lam, mask=mask, hole=hole)
+        fn = gae(gamma=gamma, lam=lam, mask=mask, masked=masked)
         ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device)
-        want = loop(r, v, mask, gamma, lam, hole, boot)
+        want = loop(r, v, mask, gamma, lam, masked, boot)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
         returns = torch.where(mask, want + v, 0)
         torch.testing.assert_close(ours.outputs[1].cpu().double(), returns, rtol=2e-6, atol=2e-6)
@@ -78,7 +78,7 @@ class Test_gae:
     def test_gae_matches_float64(self, target, generator, dtype, width):
         """Whole registers and blocks, and ragged ones; with and without a mask."""
         r, v, mask, boot = draw(3, width, generator, dtype)
-        for options in ({}, {"mask": mask}, {"mask": mask, "hole": "decay"}):
+        for options in ({}, {"mask": mask}, {"mask": mask, "masked": "step"}):
             fn = gae(gamma=0.97, lam=0.9, **options)
             check_backend(fn, [r, v, boot], backend=target.backend, device=target.device)
 
@@ -87,33 +87,33 @@ class Test_gae:
         rows = torch.rand(5, generator=generator, dtype=torch.float64)
         tokens = torch.rand(5, 40, generator=generator)
         tokens[tokens < 0.2] = 0
-        for gamma, lam, hole in (
-            (rows, 0.9, "hold"),
-            (rows, rows.flip(0), "decay"),
-            (tokens, rows, "hold"),
-            (0.9, tokens, "hold"),
+        for gamma, lam, masked in (
+            (rows, 0.9, "skip"),
+            (rows, rows.flip(0), "step"),
+            (tokens, rows, "skip"),
+            (0.9, tokens, "skip"),
         ):
             dirty = [
                 x.masked_fill(~mask, torch.nan) if isinstance(x, torch.Tensor) and x.dim() == 2 else x
                 for x in (gamma, lam)
             ]
-            fn = gae(gamma=dirty[0], lam=dirty[1], mask=mask, hole=hole)
+            fn = gae(gamma=dirty[0], lam=dirty[1], mask=mask, masked=masked)
             ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device)
-            want = loop(r, v, mask, gamma, lam, hole, boot)
+            want = loop(r, v, mask, gamma, lam, masked, boot)
             torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
 
-    @pytest.mark.parametrize("hole", HOLES)
-    def test_masked_tokens_never_influence(self, target, generator, hole):
+    @pytest.mark.parametrize("masked", HOLES)
+    def test_masked_tokens_never_influence(self, target, generator, masked):
         r, v, mask, boot = draw(6, 30, generator)
-        fn = gae(gamma=0.9, lam=0.8, mask=mask, hole=hole)
+        fn = gae(gamma=0.9, lam=0.8, mask=mask, masked=masked)
         clean = evaluate(fn, [r, v, boot], backend=target.backend, device=target.device)
         dirty = [x.masked_fill(~mask, torch.nan) for x in (r, v)]
         ours = evaluate(fn, [*dirty, boot], backend=target.backend, device=target.device, poison=mask)
         for a, b in zip([*clean.outputs, *clean.gradients], [*ours.outputs, *ours.gradients], strict=True):
             assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("hole", HOLES)
-    def test_few_long_rows_are_cut(self, target, generator, hole):
+    @pytest.mark.parametrize("masked", HOLES)
+    def test_few_long_rows_are_cut(self, target, generator, masked):
         """In chunks as in one piece, forward and backward, with stretches of holes longer than a chunk."""
         if target.backend == "reference":
             pytest.skip("a loop over time")
@@ -126,7 +126,7 @@ class Test_gae:
         many = {"cpp": 40, "triton": 5}.get(target.backend, 9)  # more rows than are cut
         found = []
         for copies in (1, many):
-            fn = gae(gamma=0.999, lam=0.99, mask=mask.expand(copies, -1), hole=hole)
+            fn = gae(gamma=0.999, lam=0.99, mask=mask.expand(copies, -1), masked=masked)
             xs = [
                 x.expand(copies, *x.shape[1:]).clone().to(target.device).requires_grad_()
                 for x in (r, v, boot)
@@ -162,19 +162,19 @@ class Test_gae:
 
 
 class Test_discounted_returns:
-    @pytest.mark.parametrize("hole", HOLES)
-    def test_discounted_returns(self, target, generator, hole):
+    @pytest.mark.parametrize("masked", HOLES)
+    def test_discounted_returns(self, target, generator, masked):
         r, _, mask, boot = draw(5, 33, generator)
         none = torch.zeros_like(r)
         for gamma in (0.0, 0.9, 1.0):
             fn = lambda r, boot, g=gamma: rewardops.discounted_returns(  # noqa: E731
-                r, gamma=g, bootstrap=boot, mask=mask.to(r.device), hole=hole
+                r, gamma=g, bootstrap=boot, mask=mask.to(r.device), masked=masked
             )
             ours = check_backend(fn, [r, boot], backend=target.backend, device=target.device)
-            want = loop(r, none, mask, gamma, 1.0, hole, boot)
+            want = loop(r, none, mask, gamma, 1.0, masked, boot)
             torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
             plain = lambda r, g=gamma: rewardops.discounted_returns(  # noqa: E731
-                r, gamma=g, mask=mask.to(r.device), hole=hole
+                r, gamma=g, mask=mask.to(r.device), masked=masked
             )
             check_backend(plain, [r], backend=target.backend, device=target.device)
 
@@ -240,7 +240,7 @@ class Test_vtrace:
         ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device, ulps=32)
         ratio = log_ratio.double().exp()
         rho, trace, own = (ratio if c is None else ratio.clamp(max=c) for c in clips)
-        targets = loop(r, v, mask, 0.95, 0.9, "hold", boot, rho, trace) + torch.where(mask, v, 0)
+        targets = loop(r, v, mask, 0.95, 0.9, "skip", boot, rho, trace) + torch.where(mask, v, 0)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), targets, rtol=1e-5, atol=1e-5)
         for b in range(5):
             ahead = boot[b].item()
@@ -252,7 +252,7 @@ class Test_vtrace:
 
 class Test_gae_lambda_returns_vtrace:
     def test_by_hand(self, target):
-        """Worked numbers: verl's GAE over a hole, rlax' V-trace and lambda-returns."""
+        """Worked numbers: verl's GAE over a masked, rlax' V-trace and lambda-returns."""
         d = target.device
         r = torch.tensor([[0.0, 0.0, 0.0, 1.0]], device=d)
         v = torch.tensor([[0.2, 0.9, 0.4, 0.6]], device=d)
@@ -296,13 +296,13 @@ class Test_gae_discounted_returns:
             want = torch.from_numpy(d[key]).float()
             torch.testing.assert_close(ours.cpu()[kept], want[kept], rtol=2e-4, atol=2e-4, msg=key)
 
-    @given(seed=st.integers(0, 10**6), hole=st.sampled_from(HOLES))
-    def test_property_rows(self, seed, hole):
+    @given(seed=st.integers(0, 10**6), masked=st.sampled_from(HOLES))
+    def test_property_rows(self, seed, masked):
         """Padded equals packed; a row cut in two and bootstrapped with what follows equals the row."""
         g = torch.Generator().manual_seed(seed)
         r, v, mask, boot = draw(4, 17, g, torch.float64)
         lengths = torch.randint(0, 18, (4,), generator=g)
-        options = {"gamma": 0.93, "lam": 0.8, "hole": hole}
+        options = {"gamma": 0.93, "lam": 0.8, "masked": masked}
         inside = torch.arange(17) < lengths[:, None]
         want = rewardops.gae(r, v, mask=mask & inside, bootstrap=boot, **options)
         (pr, cu), pv, pm = pack(r, lengths), pack(v, lengths)[0], pack(mask, lengths)[0]
@@ -351,10 +351,10 @@ class Test_gae_vtrace:
             (lambda: rewardops.gae(r, v, lam=torch.tensor(0.9)), "lam: got a tensor of no dimensions"),
             (lambda: rewardops.gae(r, v, lam=torch.full((4,), 2.0)), "lam: got a value outside 0 to 1"),
             (lambda: rewardops.gae(r, v, bootstrap=boot[:2]), r"bootstrap: got shape \[2\], want \[4\]"),
-            (lambda: rewardops.gae(r, v, hole="skip"), "hole: got 'skip', want one of 'hold', 'decay'"),
+            (lambda: rewardops.gae(r, v, masked="skip"), "masked: got 'skip', want one of 'hold', 'decay'"),
             (
-                lambda: rewardops.gae(r, v, gamma=torch.ones(4, 5), mask=mask, hole="decay"),
-                "gamma: got a value per token with hole='decay'",
+                lambda: rewardops.gae(r, v, gamma=torch.ones(4, 5), mask=mask, masked="step"),
+                "gamma: got a value per token with masked='decay'",
             ),
             (lambda: rewardops.vtrace(r, v, r[:1]), r"log_ratio: got shape \[1, 5\], want \[4, 5\]"),
         ]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import rewardops
-from rewardops import adapters
+from rewardops.integrations import adapters
 
 
 def test_lists_of_rows_there_and_back():

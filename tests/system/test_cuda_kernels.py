@@ -18,7 +18,7 @@ from conftest import THOROUGH
 from cuda_on_host import build as cuda_on_host
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import native
 
 HERE = Path(__file__).parents[1] / "cuda_on_host"
 
@@ -37,7 +37,7 @@ def disassembler() -> Path:
 @pytest.fixture(scope="module")
 def module() -> Path:
     """The compiled module, with the kernels for every architecture in it."""
-    built = dispatch.compiled_module()
+    built = native.compiled_module()
     if built is None or not hasattr(built, "cuda"):
         if shutil.which("nvcc") and os.environ.get("REWARDOPS_CUDA") != "0":
             pytest.fail("nvcc is here, and the kernels were not built")
@@ -137,11 +137,11 @@ def test_cuda_alone_serves_what_it_has(target_cuda):
 
 def test_what_was_asked_first_does_not_stay(monkeypatch, target_cuda):
     """The module is looked up by where it is now: `show_config` may have asked before."""
-    here = dispatch.cuda_module()
+    here = native.cuda_module()
     monkeypatch.delenv("REWARDOPS_CUDA_ON_HOST", raising=False)
     rewardops.show_config()
     monkeypatch.undo()
-    assert dispatch.cuda_module() is here
+    assert native.cuda_module() is here
 
 
 def test_a_launch_that_fails_names_the_kernel(target_cuda):
@@ -149,7 +149,7 @@ def test_a_launch_that_fails_names_the_kernel(target_cuda):
     shape, row = (1, 4, 0, 0, True), (x.data_ptr(), 4)
     nothing = (0, 0)
     with pytest.raises(RuntimeError, match="td_scan: "):
-        dispatch.cuda_module().td_scan_f32(
+        native.cuda_module().td_scan_f32(
             shape, 4, nothing, (row, *[nothing] * 5), (0, 0, 0), 1.0, 1.0, False, False, (row, nothing), 0,
             0, 2048, 0, 0,
         )  # fmt: skip

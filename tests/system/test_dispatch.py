@@ -12,7 +12,7 @@ import torch
 from conftest import THOROUGH
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import dispatch, native
 from rewardops.testing import calls, evaluate, same_bits, verify
 
 LAYOUTS = pytest.mark.parametrize("layout", calls.LAYOUTS)
@@ -153,7 +153,7 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
 
 
 def test_environment_forces_a_backend():
-    code = "import rewardops; print(rewardops.dispatch.backend_for('cpu'))"
+    code = "import rewardops; print(rewardops.core.dispatch.backend_for('cpu'))"
     env = {**os.environ, "REWARDOPS_BACKEND": "reference"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "reference"
@@ -176,20 +176,20 @@ def test_every_public_name_is_documented():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(dispatch.compiled_module() is None, reason="the compiled module was not built")
+@pytest.mark.skipif(native.compiled_module() is None, reason="the compiled module was not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_instruction_sets_agree(isa):
     """Every table of kernels that this machine can run passes the family tests."""
     env = {**os.environ, "REWARDOPS_ISA": isa}
     probe = subprocess.run(
-        [sys.executable, "-c", "import rewardops; print(rewardops.dispatch.compiled_module().isa())"],
+        [sys.executable, "-c", "import rewardops; print(rewardops.core.native.compiled_module().isa())"],
         env=env,
         capture_output=True,
         text=True,
     )
     if probe.stdout.strip() != isa:
         pytest.skip(f"this machine or build has no {isa}")
-    if isa == dispatch.compiled_module().isa():
+    if isa == native.compiled_module().isa():
         pytest.skip("what the tests run on anyway")
     ops = Path(__file__).parents[1] / "ops"
     run = subprocess.run(

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from ranks import Ranks
 
 import rewardops
-from rewardops import advantages, distributed
+from rewardops import advantages
+from rewardops.core import distributed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -74,7 +75,7 @@ OPTIONS = [
     {"scale": "batch_std", "ddof": 0},
     {"baseline": 0.3, "scale": "range"},
     {"baseline": "length_weighted", "scale": "none"},
-    {"baseline": "given", "tensors": ("given",)},
+    {"tensors": ("baseline",)},
     {"singleton": "raw", "baseline": "second_max", "scale": "none"},
 ]
 
@@ -86,8 +87,8 @@ def test_groups_of_rows_on_several_ranks(ranks, size, options):
     tensors = [rewards, groups, mask]
     given = {}
     if "tensors" in options:
-        given["given"] = torch.linspace(-1, 1, 12, dtype=torch.float64)
-        tensors.append(given["given"])
+        given["baseline"] = torch.linspace(-1, 1, 12, dtype=torch.float64)
+        tensors.append(given["baseline"])
     parts = list(zip(*(cut(x, ROWS[size]) for x in tensors), strict=True))
     found = ranks.run(size, _advantages, parts, dict(options), None)
     hinted = ranks.run(size, _advantages, parts, dict(options), 9)
@@ -341,7 +342,7 @@ def test_hidden_states_and_a_head_in_shards(ranks, size, dtype, options):
     tokens = torch.randint(0, 21, (2, 5), generator=generator)
     tokens[1, 2] = -100
     options = {"mask": torch.arange(5).expand(2, 5) != 3, "softcap": 20.0, **options}
-    outputs = ("logprob", "entropy", "sum_sq", "is_top1")
+    outputs = ("logprob", "entropy", "sum_p2", "is_top1")
     found = ranks.run(size, _hidden, hidden, weight, bias, tokens, outputs, options)
     whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     want = _with_gradients(
@@ -581,7 +582,7 @@ WRONG = [
         ),
         ValueError, "outputs: got 'jsd'",
     ),
-    (lambda pg: rewardops.gae(*torch.ones(2, 2, 3), hole="decay", process_group=pg), ValueError, "hole"),
+    (lambda pg: rewardops.gae(*torch.ones(2, 2, 3), masked="step", process_group=pg), ValueError, "masked"),
     (
         lambda pg: rewardops.min_returns(torch.ones(2, 3), steps=torch.zeros(2, 3).long(), process_group=pg),
         TypeError, "steps: got dtype torch.int64 with process_group",

@@ -11,7 +11,7 @@ from fuzz import RANDOM, Tally, fuzz, no_kernels
 from fuzz_arguments import ARGUMENTS, FORWARDED, FUNCTIONS, NOT_FUZZED, OVERRIDES, parameters
 
 import rewardops
-from rewardops import dispatch, layout
+from rewardops.core import checks, dispatch, native
 
 CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
 CALLS = int(os.environ.get("REWARDOPS_FUZZ_CALLS", "500"))
@@ -73,7 +73,7 @@ def spoil(monkeypatch, op, change):
     monkeypatch.setattr(dispatch, "_implementation", implementation)
 
 
-@pytest.mark.skipif(dispatch.compiled_module() is None, reason="the compiled module was not built")
+@pytest.mark.skipif(native.compiled_module() is None, reason="the compiled module was not built")
 @pytest.mark.parametrize(
     ("op", "change", "message"),
     [
@@ -100,16 +100,16 @@ def test_a_wrong_kernel_is_found(monkeypatch, op, change, message):
 
 
 @pytest.mark.parametrize(
-    ("check", "message"),
+    ("name", "check", "message"),
     [
-        ("check_choice", r"reduce \(None\): .*row_sums ran before"),
-        ("check_float", r"kl \(None\): AttributeError"),
+        ("segment_reduce", "check_choice", r"op \(None\): .*segment_reduce ran before"),
+        ("row_sum", "check_float", r"values \(None\): AttributeError"),
     ],
 )
-def test_a_missing_check_is_found(monkeypatch, check, message):
-    monkeypatch.setattr(layout, check, lambda *args: None)
+def test_a_missing_check_is_found(monkeypatch, name, check, message):
+    monkeypatch.setattr(checks, check, lambda *args: None)
     with pytest.raises(AssertionError, match=message):
-        fuzz("sequence_kl", 20, Tally(), backend="reference", shrink=False)
+        fuzz(name, 20, Tally(), backend="reference", shrink=False)
 
 
 def test_an_error_that_names_nothing_is_found(monkeypatch):
@@ -117,12 +117,12 @@ def test_an_error_that_names_nothing_is_found(monkeypatch):
         if value not in choices:
             raise ValueError("no such thing")
 
-    monkeypatch.setattr(layout, "check_choice", check)
+    monkeypatch.setattr(checks, "check_choice", check)
     with pytest.raises(AssertionError, match="the message does not name it: no such thing"):
-        fuzz("sequence_kl", 20, Tally(), backend="reference", shrink=False)
+        fuzz("segment_reduce", 20, Tally(), backend="reference", shrink=False)
 
 
 def test_a_kernel_that_runs_too_early_is_found():
     x = torch.ones(2, 3)
     with no_kernels(), pytest.raises(AssertionError, match="row_sums ran before the arguments were checked"):
-        rewardops.sequence_kl(x)
+        rewardops.row_sum(x)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import rewardops as R
-from rewardops import dispatch, layout
-from rewardops.setting import Setting
+from rewardops.core import dispatch, settings
+from rewardops.core.rows import Layout
+from rewardops.core.settings import debugging
 
 T = torch.tensor
 F = torch.zeros
@@ -33,7 +34,7 @@ CASES = {
     "temperature zero": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature=0.0), ValueError, "temperature: got 0.0"),
     "temperature nan": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature=float("nan")), ValueError, "temperature: got nan"),
     "temperature type": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature="1"), TypeError, "temperature: got str"),
-    "unknown output": (lambda: R.token_stats(F(2, 3), F(2).long(), outputs=("kl2",)), ValueError, "outputs: got 'kl2', want one of 'logprob', 'entropy', 'logsumexp', 'sum_sq'"),
+    "unknown output": (lambda: R.token_stats(F(2, 3), F(2).long(), outputs=("kl2",)), ValueError, "outputs: got 'kl2', want one of 'logprob', 'entropy', 'logsumexp', 'sum_p2'"),
     "temperature tensor shape": (lambda: R.token_stats(F(2, 4, 3), F(2, 4).long(), temperature=F(4) + 1), ValueError, "temperature: got shape [4], want a scalar or [2] or [2, 4] (one per row or per token)"),
     "temperature tensor rank": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature=F(2, 2) + 1), ValueError, "temperature: got shape [2, 2], want a scalar or [2]"),
     "temperature tensor zero": (lambda: R.token_stats(F(2, 3), F(2).long(), temperature=T([1.0, 0.0])), ValueError, "temperature: got a value that is not above 0"),
@@ -118,7 +119,7 @@ CASES = {
     "prefix weight": (lambda: R.prefix_std(F(2, 5).long(), F(2), F(2).long(), weights=F(2) - 1), ValueError, "weights: got -1.0, want no negative"),
     "prefix count": (lambda: R.tvm_targets(F(2, 5).long(), F(2), F(2).long(), min_count=0), ValueError, "min_count: got 0"),
     "prefix gamma": (lambda: R.prefix_values(F(2, 5).long(), F(2), F(2).long(), gamma=1.5), ValueError, "gamma: got 1.5"),
-    "prefix hole": (lambda: R.shared_prefix_weights(F(2, 5).long(), F(2).long(), hole="no"), ValueError, "hole: got 'no'"),
+    "prefix hole": (lambda: R.shared_prefix_weights(F(2, 5).long(), F(2).long(), masked="no"), ValueError, "masked: got 'no'"),
     "prefix ddof": (lambda: R.prefix_std(F(2, 5).long(), F(2), F(2).long(), ddof=2), ValueError, "ddof: got 2"),
     "siblings rows": (lambda: R.sibling_advantages(F(2, 5).long(), F(3), F(2).long()), ValueError, "rewards: got shape [3], want [2]"),
     "tree form": (lambda: R.tree_rl_advantages(F(2, 5).long(), F(2), F(2).long(), form="code"), ValueError, "form: got 'code'"),
@@ -177,13 +178,13 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
 
 
 def test_debug_opens_and_closes(monkeypatch):
-    monkeypatch.setattr(layout, "_debug", Setting(False))
+    monkeypatch.setattr(settings, "_debug", settings.ContextSetting(False))
     with R.debug():
-        assert layout.debugging()
+        assert debugging()
         with R.debug(False):
-            assert not layout.debugging()
-        assert layout.debugging()
-    assert not layout.debugging()
+            assert not debugging()
+        assert debugging()
+    assert not debugging()
 
 
 def test_debug_checks_step_ids():
@@ -226,9 +227,9 @@ def test_debug_checks_that_numbers_are_finite(name, call, bad):
 
 def test_expand_spreads_rows_over_both_layouts():
     rows = T([5.0, 6.0, 7.0])
-    padded = layout.Layout(3, (3, 2), None, None)
+    padded = Layout(3, (3, 2), None, None)
     assert padded.expand(rows).tolist() == [[5.0, 5.0], [6.0, 6.0], [7.0, 7.0]]
-    packed = layout.Layout(3, (4,), None, T([0, 2, 2, 4]))
+    packed = Layout(3, (4,), None, T([0, 2, 2, 4]))
     assert packed.expand(rows).tolist() == [5.0, 5.0, 7.0, 7.0]
-    empty = layout.Layout(0, (0,), None, T([0]))
+    empty = Layout(0, (0,), None, T([0]))
     assert empty.expand(rows[:0]).shape == (0,)

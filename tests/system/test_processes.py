@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import dispatch, native
 from rewardops.testing import calls
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_cpp = pytest.mark.skipif(dispatch.compiled_module() is None, reason="the compiled module was not built")
+needs_cpp = pytest.mark.skipif(native.compiled_module() is None, reason="the compiled module was not built")
 
 
 def both_ways(call):
@@ -103,8 +103,10 @@ def test_use_backend_is_of_the_process():
 # start threads too.
 COUNT_THREADS = """
 import os, sys, torch
-from rewardops import dispatch
-module = dispatch.compiled_module()
+from rewardops.core import dispatch, native
+from rewardops.reference.kl import TokenKlArgs
+
+module = native.compiled_module()
 if sys.argv[1] == "pool":
     module.use_team(0)
 token_kl = dispatch._implementation("cpp", "kl", "token_kl")
@@ -113,7 +115,7 @@ x = torch.full((2**18,), 0.5)
 def started(threads):
     torch.set_num_threads(threads)
     before = len(os.listdir("/proc/self/task"))
-    token_kl(x, x, None, None, None, "k3", 20.0, 10.0, 1.0, False)
+    token_kl(TokenKlArgs(x, x, None, None, None, "k3", 20.0, 10.0, 1.0, False))
     return len(os.listdir("/proc/self/task")) - before
 print([started(n) for n in (1, 3, 5)])
 """
@@ -139,6 +141,7 @@ def run_python(code, *arguments, **options):
 
 FORK = """
 import os, torch, rewardops
+from rewardops.core import dispatch, native
 torch.set_num_threads(2)
 logits, tokens = torch.randn(64, 5000, requires_grad=True), torch.zeros(64, dtype=torch.long)
 

@@ -33,7 +33,7 @@ WRONG = """
 import sanitized
 sanitized.load()
 import torch
-from rewardops.dispatch import compiled_module
+from rewardops.core.dispatch import compiled_module
 x, out = torch.ones(2, 24), torch.empty(2)
 compiled_module().row_sums_f32((2, 24 + {tokens}, 0, 0, True), (0, 0), (x.data_ptr() + {bytes}, 24),
                                 out.data_ptr(), 1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
-from rewardops import layout
+from rewardops.core import checks
 from rewardops.testing import strategies as some
 
 
@@ -24,7 +24,7 @@ def test_rows_are_a_layout(rows, data):
     values = rows.take(torch.rand(rows.batch, rows.width))
     assert tuple(values.shape) == rows.shape
     mask = None if rows.mask is None else data.draw(some.mask_forms(rows.mask))
-    found = layout.token_layout("values", values, mask, rows.cu_seqlens)
+    found = checks.token_layout("values", values, mask, rows.cu_seqlens)
     assert found.batch == rows.batch
     assert torch.equal(found.valid(values.device), rows.valid)
     counted = found.expand(torch.arange(rows.batch))[rows.valid]
@@ -51,8 +51,8 @@ def test_steps_never_fall(rows, data):
     steps = data.draw(some.steps(rows))
     assert tuple(steps.shape) == rows.shape
     if steps.dtype is not torch.bool:
-        found = layout.token_layout("steps", steps.float(), rows.mask, rows.cu_seqlens)
-        layout.check_step_ids(steps.long(), found, "steps")
+        found = checks.token_layout("steps", steps.float(), rows.mask, rows.cu_seqlens)
+        checks.check_step_ids(steps.long(), found, "steps")
 
 
 @given(some.rows(), st.data())

@@ -256,7 +256,7 @@ def test_every_adversarial_row_has_mass(generator):
 
 QUICK = {"ops": ["gae"], "only": ["cpp"], "quick": True}
 needs_cpp = pytest.mark.skipif(
-    rewardops.dispatch.compiled_module() is None, reason="the compiled module was not built"
+    rewardops.core.native.compiled_module() is None, reason="the compiled module was not built"
 )
 
 
@@ -299,12 +299,12 @@ SOUND = cpp_td.td_scan
 )
 def test_verify_finds_what_is_wrong(monkeypatch, broken, says):
     monkeypatch.setattr(cpp_td, "td_scan", broken)
-    rewardops.dispatch._implementation.cache_clear()
+    rewardops.core.dispatch._implementation.cache_clear()
     try:
         (row, _) = verify.verify(**QUICK)
     finally:
         monkeypatch.undo()
-        rewardops.dispatch._implementation.cache_clear()
+        rewardops.core.dispatch._implementation.cache_clear()
     assert not row.passes
     assert any(says in fault for fault in row.faults), row.faults
     assert "FAILS" in verify.table([row])

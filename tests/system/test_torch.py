@@ -22,9 +22,10 @@ TWICE = (
     "budget_returns",
     "entropy_bonus",
     "entropy_weights",
-    "progress",
-    "redistribute",
-    "sequence_kl",
+    "step_progress",
+    "redistribute_outcome",
+    "row_mean",
+    "row_sum",
     "unlikeliness_rewards",
     "whiten",
 )

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 import rewardops
-from rewardops import dispatch
+from rewardops.core import dispatch
 from rewardops.testing import Outcome, compare, evaluate
 
 # ---- a call as a function of its numbers -------------------------------------------------------------------
@@ -179,7 +179,7 @@ PLAIN = {
 # Of these some results are not per token, whatever their shape.
 NOT_PER_TOKEN = {
     "budget_advantages", "budget_returns", "entropy_reward", "grpo_s_rewards", "merge_token_stats", "prefix_lcp",
-    "segment_reduce", "sequence_kl", "tdpo_terms", "tree_advantages", "tree_values", "unlikeliness_rewards",
+    "row_mean", "row_sum", "segment_reduce", "tdpo_terms", "tree_advantages", "tree_values", "unlikeliness_rewards",
     "PrefixTree.from_tokens",
 }  # fmt: skip
 

@@ -55,17 +55,15 @@ from rewardops.testing import strategies as some
 # What is public and computes nothing by itself.
 NOT_FUZZED = {
     "BackendUnavailable", "DedupStats", "PrefixLcp", "PrefixTree", "PrefixValues", "TokenStats", "debug",
-    "show_config", "use_backend", "advantages.check_rewards", "advantages.check_scale",
-    "advantages.check_whitening",
+    "show_config", "use_backend",
 }  # fmt: skip
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
     found = {name: getattr(rewardops, name) for name in rewardops.__all__}
-    for name, value in vars(advantages).items():
-        own = inspect.isfunction(value) and value.__module__ == advantages.__name__
-        if own and not name.startswith("_") and name not in found:
-            found[f"advantages.{name}"] = value
+    for name in advantages.__all__:
+        if name not in found:
+            found[f"advantages.{name}"] = getattr(advantages, name)
     found["PrefixTree.from_tokens"] = rewardops.PrefixTree.from_tokens
     return {name: fn for name, fn in found.items() if name not in NOT_FUZZED}
 
@@ -275,7 +273,7 @@ def _factors(call: Call) -> st.SearchStrategy[Tensor]:
     """A factor from 0 to 1 per row, or per token, where what is masked may be anything."""
     rows = call.batch.rows
     of_rows = some.numbers((rows.batch,), ("fraction", "zero or one"))
-    if call["hole"] == "decay" or rows.shape == (rows.batch,):
+    if call["masked"] == "step" or rows.shape == (rows.batch,):
         return of_rows
     tokens = some.numbers(rows.shape, ("fraction", "zero or one"))
     return of_rows | tokens.map(lambda x: torch.where(rows.valid, x, torch.nan))
@@ -331,40 +329,31 @@ def _bad_lengths(call: Call, value: Any) -> Bad:
         yield "negative", -torch.ones(size)
 
 
-def _given(call: Call) -> st.SearchStrategy[Tensor] | None:
-    return (
-        some.numbers((call.batch.size,), dtype=call.batch.dtype)
-        if call.setting("baseline") == "given"
-        else None
-    )
-
-
-class Given(Array):
-    """What rewards are relative to, where ``baseline`` says so."""
-
-    def __init__(self) -> None:
-        super().__init__(_given, must=lambda call: call.setting("baseline") == "given")
-
-    def wrong(self, call, value, needed):
-        yield from super().wrong(call, value, needed)
-        if not self.must(call):
-            yield "without a use", torch.ones(call.batch.size)
-
-
 class Baseline(Choice):
-    """``baseline`` of :func:`group_advantages`: a name or a quantile."""
+    """``baseline`` of :func:`group_advantages`: a name, a quantile, or a tensor with one value per row."""
 
     def __init__(self) -> None:
-        super().__init__([b for b in BASELINES if b != "quantile"], also=("number",))
+        super().__init__(
+            [b for b in BASELINES if b not in ("quantile", "values")], also=("number", "a tensor")
+        )
 
     def draw(self, draw, call, needed):
-        if draw(st.booleans()):
+        kind = draw(st.sampled_from(("name", "quantile", "tensor")))
+        if kind == "name":
             return super().draw(draw, call, needed)
-        return draw(st.sampled_from((0.0, 0.25, 0.5, 0.9, 1, 1.0)))
+        if kind == "quantile":
+            return draw(st.sampled_from((0.0, 0.25, 0.5, 0.9, 1, 1.0)))
+        return draw(some.numbers((call.batch.size,), dtype=call.batch.dtype))
 
     def wrong(self, call, value, needed):
-        yield from (x for x in strangers("a number"))
+        yield from strangers("a number", "a tensor")
         yield from (("no such name", "nonsense"), ("above 1", 1.5), ("below 0", -0.25), ("a list", ["mean"]))
+        yield "the name of a tensor", "values"
+        if isinstance(value, Tensor):
+            yield "of integers", torch.zeros(value.shape, dtype=torch.int64)
+            yield "one more", longer(value, 0)
+            yield "another rank", value[None]
+            yield "another device", value.to("meta")
 
 
 def _channel_weights(call: Call) -> st.SearchStrategy[Any] | None:
@@ -522,8 +511,7 @@ ARGUMENTS: dict[str, Kind] = {
     "group_size": GroupSize(),
     "max_group_size": Whole(lambda call: st.integers(1, call.batch.size + 2), 1),
     "steps": STEPS,
-    "segments": STEPS,
-    "num_segments": Whole(lambda call: st.integers(0, 6), 0),
+    "num_steps": Whole(lambda call: st.integers(0, 6), 0),
     "tokens": Array(lambda call: some.tokens(call.batch.rows, call.batch.labels), dtypes="integer", joined=False),
     # one per row
     "rewards": Rewards(),
@@ -531,7 +519,6 @@ ARGUMENTS: dict[str, Kind] = {
     "bootstrap": per_row(),
     "start": per_row(),
     "lengths": Made(_lengths, _bad_lengths, must=_no_lengths),
-    "given": Given(),
     "sequence_logprob": per_row("log-probability", "equal"),
     "step_values": Array(_columns),
     "scores": Array(_columns, joined=False),
@@ -544,12 +531,11 @@ ARGUMENTS: dict[str, Kind] = {
     "logprob": LOGPROB,
     "ref_logprob": LOGPROB,
     "old_logprob": LOGPROB,
-    "importance": LOGPROB,
     "log_ratio": per_token("normal", "zero", "quarters"),
     "kl": ENTROPY_FIRST,
     "reverse_kl": ENTROPY,
-    "sum_sq": per_token("fraction"),
-    "sum_sq_logprob": per_token("normal"),
+    "sum_p2": per_token("fraction"),
+    "sum_p2_logp": per_token("normal"),
     "cov": TOKENS_FIRST,
     "metric": per_token("positive", "zero", "equal", joined=False, any_rank=True),
     "potential": per_token(),
@@ -617,7 +603,7 @@ ARGUMENTS: dict[str, Kind] = {
     "scope": Choice(("batch", "row", "group")),
     "normalize": Choice(("batch", "row", "group")),
     "mode": Choice(("linear", "softmax", "rank", "quantile")),
-    "hole": Choice(("prefix", "skip")),
+    "masked": Choice(("prefix", "skip")),
     "estimator": Choice(ESTIMATORS),
     "op": Choice(REDUCTIONS),
     "reduce": Choice(("mean", "max", "min", "softmax", "sum")),
@@ -627,7 +613,7 @@ ARGUMENTS: dict[str, Kind] = {
     "per": Choice(("row", "token")),
     "whitening": Choice(("rows", "tokens", "none")),
     **{name: Flag() for name in (
-        "joint", "entropy_grad", "importance_grad", "inverse", "delta", "mean", "through_weights",
+        "joint", "entropy_grad", "ratio_grad", "inverse", "delta", "mean", "through_weights",
         "leave_one_out", "inplace", "inplace_backward", "shift_mean", "separators",
     )},
 }  # fmt: skip
@@ -645,7 +631,7 @@ PRESETS = "grpo dr_grpo rloo lite_ppo opo pass_at_k max_rl reinforce_plus_plus_b
 )
 
 OVERRIDES: dict[tuple[str, str], Kind] = {
-    **_each("clip_delta discounted_returns gae lambda_returns max_returns min_returns potential_shaping"
+    **_each("clip_delta_rewards discounted_returns gae lambda_returns max_returns min_returns potential_shaping"
             " softmin_returns softmin_rewards vtrace", "rewards", TOKENS_FIRST),
     **_each("unlikeliness_rewards advantages.gpg", "rewards", Rewards(joined=False)),
     **_each(f"group_advantages advantages.{PRESETS}", "rewards", Rewards("maybe", joined=False)),
@@ -656,14 +642,14 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     ("PrefixTree.from_tokens", "weights"): Array(
         lambda call: None if call["rewards"] is ABSENT else some.numbers((call.batch.size,), ("positive",))
     ),
-    ("redistribute", "weights"): per_token("positive", "zero or one", "normal", joined=False),
+    ("redistribute_outcome", "weights"): per_token("positive", "zero or one", "normal", joined=False),
     ("advantages_to_tokens", "advantages"): per_row(joined=False),
     **_each("advantages_to_tokens advantages.reinforce_plus_plus_baseline", "mask", Mask(one_of_two=True)),
     ("high_entropy_mask", "groups"): Labels(lambda call: call["scope"] == "group"),
     ("entropy_weights", "groups"): Labels(lambda call: call["normalize"] == "group"),
     ("budget_advantages", "groups"): Labels(spare=lambda call: call["baseline"] == "none"),
-    **_each("discounted_returns gae lambda_returns", "hole", Choice(("hold", "decay"))),
-    **_each("segment_broadcast place_at_step_end", "segments", Array(_steps, dtypes="integer", joined=False)),
+    **_each("discounted_returns gae lambda_returns", "masked", Choice(("skip", "step"))),
+    **_each("segment_broadcast place_at_step_end", "steps", Array(_steps, dtypes="integer", joined=False)),
     **_each(f"{ON_LOGITS} {ON_HIDDEN}", "tokens", Array(_ids, dtypes="integer")),
     **_each(f"{ON_LOGITS} {ON_HIDDEN}", "temperature", TEMPERATURE),
     **_each("token_stats token_stats_and_grad linear_token_stats linear_token_loss", "beta",
@@ -682,7 +668,6 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     ("token_kl", "beta"): Number(0.0, 0.25, 1, least=0, none=True),
     ("unlikeliness_rewards", "beta"): Number(0.0, 0.25, 1, least=0),
     ("implicit_rewards", "clamp"): Number(0.75, 20, math.inf, above=0, none=True, infinite=True),
-    ("sequence_kl", "reduce"): Choice(("sum", "mean")),
     ("steer_weights", "mode"): Choice(("linear", "exp")),
     ("steer_weights", "low"): Number(0.25, 0.8, 1, above=0),
     ("steer_weights", "high"): Number(1.0, 1.2, 3, least=0.25),
@@ -700,10 +685,10 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
 # What others depend on is drawn before them.
 EARLY = (
     "parent", "scores", "vocab_size", "vocab_start", "rewards", "tokens", "ref_logits", "ref_hidden", "baseline",
-    "scale", "scope", "normalize", "hole", "mask", "cu_seqlens", "outputs", "groups",
+    "scale", "scope", "normalize", "masked", "mask", "cu_seqlens", "outputs", "groups",
 )  # fmt: skip
 # On a device, these say what would have to be read there.
-TOLD = ("num_tokens", "num_segments", "max_group_size", "max_depth")
+TOLD = ("num_tokens", "num_steps", "max_group_size", "max_depth")
 
 
 @st.composite
