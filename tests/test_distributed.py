@@ -341,7 +341,7 @@ def test_hidden_states_and_a_head_in_shards(ranks, size, dtype, options):
     tokens = torch.randint(0, 21, (2, 5), generator=generator)
     tokens[1, 2] = -100
     options = {"mask": torch.arange(5).expand(2, 5) != 3, "softcap": 20.0, **options}
-    outputs = ("logprob", "entropy", "sum_sq", "is_top1")
+    outputs = ("logprob", "entropy", "sum_p2", "is_top1")
     found = ranks.run(size, _hidden, hidden, weight, bias, tokens, outputs, options)
     whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     want = _with_gradients(

@@ -211,8 +211,8 @@ def plain(logits, tokens, ref_logits, temperature, beta):
         "logprob": logp.gather(-1, tokens[:, None])[:, 0],
         "entropy": -(p * logp).sum(-1),
         "logsumexp": z.logsumexp(-1),
-        "sum_sq": (p * p).sum(-1),
-        "sum_sq_logprob": (p * p * logp).sum(-1),
+        "sum_p2": (p * p).sum(-1),
+        "sum_p2_logp": (p * p * logp).sum(-1),
         "mean_logit": z.mean(-1),
         "ref_logprob": logq.gather(-1, tokens[:, None])[:, 0],
         "kl": (p * (logp - logq)).sum(-1),
@@ -261,7 +261,7 @@ def test_recorded_pairs(target, shared, name):
     for ours, theirs in (
         (got.logprob, "logprob"),
         (got.entropy, "entropy"),
-        (got.sum_sq.log(), "log_sum_sq_probs"),
+        (got.sum_p2.log(), "log_sum_sq_probs"),
         (got.mean_logit, "mean_logit"),
     ):
         torch.testing.assert_close(ours.cpu().detach(), torch.tensor(d[theirs]), rtol=2e-6, atol=5e-6)
@@ -409,9 +409,9 @@ def test_by_hand(target):
         assert got.jsd.item() == pytest.approx(jsd, abs=1e-5)
     assert got.kl.item() == pytest.approx(0.36006, abs=1e-5)
     assert got.reverse_kl.item() == pytest.approx(0.39482, abs=1e-5)
-    assert got.sum_sq.item() == pytest.approx(0.38, abs=1e-6)
+    assert got.sum_p2.item() == pytest.approx(0.38, abs=1e-6)
     moment = 0.25 * math.log(0.5) + 0.09 * math.log(0.3) + 0.04 * math.log(0.2)
-    assert got.sum_sq_logprob.item() == pytest.approx(moment, abs=1e-6)
+    assert got.sum_p2_logp.item() == pytest.approx(moment, abs=1e-6)
     assert got.logprob.item() == pytest.approx(math.log(0.5), abs=1e-6)
     assert got.ref_logprob.item() == pytest.approx(math.log(0.2), abs=1e-6)
     assert got.mean_logit.item() == pytest.approx(math.log(0.03) / 3, abs=1e-6)
@@ -532,10 +532,10 @@ def test_the_op_that_writes_over_the_logits_says_so(target, generator):
     """Its schema declares what it changes, and its fake agrees with it."""
     logits, tokens = (x.to(target.device) for x in draw((3,), 20, generator))
     ref = logits.flip(0).clone()
-    options = (1.0, 0.0, 20, 0.5, ["logprob", "kl"])
+    options = (1.0, 0.0, 0, 20, 0.5, ["logprob", "kl"])
     saved, *outputs = torch.ops.rewardops.token_stats(logits, tokens, ref, None, None, *options, True)
     grads = [torch.ones_like(o) for o in outputs]
-    args = (grads, logits, tokens, ref, None, None, saved, *options, True, True)
+    args = (grads, saved, logits, tokens, ref, None, None, *options, True, True)
     torch.library.opcheck(torch.ops.rewardops.token_stats_backward_.default, args)
 
 
@@ -630,9 +630,9 @@ def test_what_a_record_was_not_asked_for_is_nan(target, generator):
     record = rewardops.token_stats_partial(
         logits.to(target.device), tokens.to(target.device), outputs=("logprob",)
     )
-    got = rewardops.merge_token_stats([record], outputs=("logprob", "entropy", "sum_sq", "mean_logit"))
+    got = rewardops.merge_token_stats([record], outputs=("logprob", "entropy", "sum_p2", "mean_logit"))
     assert got.logprob.isfinite().all()
-    assert all(x.isnan().all() for x in (got.entropy, got.sum_sq, got.mean_logit))
+    assert all(x.isnan().all() for x in (got.entropy, got.sum_p2, got.mean_logit))
 
 
 # ---- memory and addresses ----------------------------------------------------------------------------------

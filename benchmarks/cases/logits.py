@@ -14,7 +14,7 @@ from ..data import Data, full, size_of
 
 AXES = ("tokens", "vocab", "density", "dtype")
 DTYPES = (torch.float32, torch.bfloat16)
-EVERY = ("logprob", "entropy", "logsumexp", "sum_sq", "sum_sq_logprob", "mean_logit", "is_top1")
+EVERY = ("logprob", "entropy", "logsumexp", "sum_p2", "sum_p2_logp", "mean_logit", "is_top1")
 
 
 def _at(logp: Tensor, tokens: Tensor) -> Tensor:
