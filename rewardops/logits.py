@@ -339,12 +339,12 @@ def _arguments(
     """Checked, as the ops take them; ``partial``: of a part of the vocabulary, from ``vocab_start`` on."""
     _check_logits(logits, tokens, ref_logits)
     names = check_outputs(outputs, PARTIAL_OUTPUTS if partial else OUTPUTS, ref_logits is not None)
-    ids, *options = token_arguments(
+    options = token_arguments(
         tokens, names, width=logits.shape[-1], temperature=temperature, softcap=softcap, vocab_size=vocab_size,
         mask=mask, beta=beta, vocab_start=vocab_start, partial=partial,
     )  # fmt: skip
     logits, ref_logits = _same_precision(logits, ref_logits)
-    return TokenStatsArgs(logits, ids, ref_logits, *options)
+    return TokenStatsArgs(logits, options.tokens, ref_logits, *options[1:])
 
 
 # ---- shards of the vocabulary on the ranks of a process group ----------------------------------------------

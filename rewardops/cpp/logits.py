@@ -29,9 +29,14 @@ def rows(logits: Tensor | None) -> Rows:
     """Address, dtype, and the rows of the leading dimensions: inner rows, outer and inner stride."""
     if logits is None:
         return _NO_ROWS
-    *lead, _ = logits.shape
-    outer, inner = (0, logits.stride(0)) if len(lead) == 1 else logits.stride()[:2]
-    return logits.data_ptr(), _DTYPES[logits.dtype], max(lead[-1], 1), outer, inner
+    shape, strides = logits.shape, logits.stride()
+    outer = strides[0] if len(shape) == 3 else 0
+    return logits.data_ptr(), _DTYPES[logits.dtype], max(shape[-2], 1), outer, strides[-2]
+
+
+def _addresses(by_name: dict[str, Tensor]) -> tuple[int, ...]:
+    """An address for each of ``OUTPUTS``, 0 where there is no tensor."""
+    return tuple([by_name[name].data_ptr() if name in by_name else 0 for name in OUTPUTS])
 
 
 class TokenStatsLaunch:
@@ -54,8 +59,7 @@ def token_stats(a: TokenStatsArgs, inplace: bool) -> list[Tensor]:
     # Zeros: not every row of it is filled.
     saved = torch.zeros((saved_rows(a.ref_logits is not None), *shape), dtype=torch.float64)
     out = {name: torch.empty(shape, dtype=torch.bool if name == "is_top1" else acc) for name in a.outputs}
-    addresses = tuple(address(out.get(name)) for name in OUTPUTS)
-    compiled_module().token_stats(launch.tuple, addresses, address(saved), 0, 0, threads())  # type: ignore[union-attr]
+    compiled_module().token_stats(launch.tuple, _addresses(out), address(saved), 0, 0, threads())  # type: ignore[union-attr]
     return [saved, *out.values()]
 
 
@@ -78,12 +82,11 @@ def _from_saved(
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
-    ups = {name: dense(g) for name, g in zip(outputs, grads, strict=True)}
-    addresses = tuple(address(ups.get(name)) for name in OUTPUTS)
+    ups = {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
     saved = saved.contiguous()
     compiled_module().token_stats_backward(  # type: ignore[union-attr]
         launch.tuple,
-        addresses,
+        _addresses(ups),
         address(saved),
         0,
         0,

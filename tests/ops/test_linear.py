@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rewardops
 from rewardops.core import chunked
 from rewardops.cpp import logits as kernels
-from rewardops.reference import logits as spec
+from rewardops.reference import token_records as spec
+from rewardops.reference.linear import LinearArgs
+from rewardops.reference.logits import TokenStatsArgs, token_stats_partial
 from rewardops.testing import assert_within_budget
 
 EVERY = rewardops.logits.OUTPUTS
@@ -291,17 +293,17 @@ class Test_linear_token_stats:
     def test_nothing_of_the_size_of_the_logits(self, generator, backward):
         if rewardops.core.native.compiled_module() is None:
             pytest.skip("not built")
-        (n, d, v), args = (512, 16, 65536), (None, None, None, None)
+        n, d, v = 512, 16, 65536
         hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator)
         tokens = torch.randint(0, v, (n,), generator=generator)
-        rest = (tokens, None, None, 1.0, 0.0, v, 0.5, ["logprob"], 0, 0, -1)
+        args = LinearArgs(hidden, weight, None, None, None, None, tokens, None, None, 1.0, 0.0, 0, v, 0.5, ["logprob"], 0, 0, -1)  # fmt: skip
         with Largest() as mode:
-            saved, out = chunked.linear_token_stats(kernels, hidden, weight, *args, *rest)
+            saved, out = chunked.linear_token_stats(kernels, args)
             if backward:
                 needs = [True, True, False, False, False, False]
                 ups = [torch.ones_like(out)]
-                chunked.linear_token_stats_backward(kernels, ups, saved, hidden, weight, *args, *rest, needs)
-        workspace = chunked.workspace_bytes(n, v, hidden.device)
+                chunked.linear_token_stats_backward(kernels, ups, saved, args, needs)
+        workspace = heads.workspace_bytes(n, v, hidden.device)
         assert mode.found <= workspace < n * v * 4 / 3
 
 
@@ -360,7 +362,9 @@ class Test_linear_token_stats_partial:
         inputs, tokens = draw(generator)
         x, y = (inputs[f"{s}hidden"].double() @ inputs[f"{s}weight"].double().T for s in ("", "ref_"))
         names = list(rewardops.logits.PARTIAL_OUTPUTS)
-        record = spec.token_stats_partial(x, tokens, y, None, None, 0.7, 0.0, 0, x.shape[1], names)
+        record = token_stats_partial(
+            TokenStatsArgs(x, tokens, y, None, None, 0.7, 0.0, 0, x.shape[1], 0.5, names)
+        )
         record.requires_grad_()
         found = spec.finish(spec.merge(record[None]), names)
         smooth = [n for n in names if n != "is_top1"]

@@ -536,10 +536,10 @@ class Test_token_stats:
         """Its schema declares what it changes, and its fake agrees with it."""
         logits, tokens = (x.to(target.device) for x in draw((3,), 20, generator))
         ref = logits.flip(0).clone()
-        options = (1.0, 0.0, 20, 0.5, ["logprob", "kl"])
+        options = (1.0, 0.0, 0, 20, 0.5, ["logprob", "kl"])
         saved, *outputs = torch.ops.rewardops.token_stats(logits, tokens, ref, None, None, *options, True)
         grads = [torch.ones_like(o) for o in outputs]
-        args = (grads, logits, tokens, ref, None, None, saved, *options, True, True)
+        args = (grads, saved, logits, tokens, ref, None, None, *options, True, True)
         torch.library.opcheck(torch.ops.rewardops.token_stats_backward_.default, args)
 
     # ---- memory and addresses ------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_a_gradient_of_an_op_without_one_is_refused():
     logits = torch.randn(3, 4, requires_grad=True)
     y = torch.zeros(3, dtype=torch.long)
     ones = [torch.ones(3)]
-    args = (ones, ["logprob"], logits, y, None, None, None, 1.0, 0.0, 4, 0.5, ["logprob"])
+    args = (ones, ["logprob"], logits, y, None, None, None, 1.0, 0.0, 0, 4, 0.5, ["logprob"])
     stats, _ = torch.ops.rewardops.token_stats_and_grad(*args)
     with pytest.raises(RuntimeError, match="rewardops::token_stats_and_grad: a gradient was asked for"):
         stats.sum().backward()
