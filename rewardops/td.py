@@ -269,7 +269,7 @@ def scan(
             values = torch.zeros_like(rewards)
     tensors = (rewards, values, bootstrap, rho, trace)
     promoted = iter(checks.promote(*(t for t in tensors if t is not None)))
-    args = TdArgs(
+    args = TdArgs(  # type: ignore[call-arg]
         *(None if t is None else next(promoted) for t in tensors),  # type: ignore[arg-type]
         gammas, lambdas, rows.mask, rows.cu_seqlens, gamma_value, lam_value, masked == "step",
     )  # fmt: skip
@@ -326,4 +326,5 @@ def _part(
     else:
         trace = torch.as_tensor(lam, dtype=torch.float64, device=device).expand(rows.batch)
     at_first = (first, advantages, growth, zeros if values is None else values)
-    return row_parts.ScanPart(*(ops.at_marked(x.double(), first, rows) for x in at_first), trace)
+    live, advantage, grows, value = (ops.at_marked(x.double(), first, rows) for x in at_first)
+    return row_parts.ScanPart(live, advantage, grows, value, trace)
