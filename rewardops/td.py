@@ -287,7 +287,7 @@ def _beyond(
     cu_seqlens: Tensor | None,
     masked: str,
 ) -> Tensor | None:
-    """The value after the last token of a row, or of this rank's part of it."""
+    """Bootstrap value of every row; with a process group, of this rank's part of it."""
     if process_group is None:
         return bootstrap
     distributed.check(process_group)
@@ -314,7 +314,7 @@ def _part(
     cu_seqlens: Tensor | None,
     rows: Layout,
 ) -> row_parts.ScanPart:
-    """Summary of this rank's part: its first advantage where the value ``after`` it is 0, and how that grows."""
+    """Summary of this rank's part of every row; ``after`` has the shape and dtype of the value behind it."""
     device, options = rewards.device, (gamma, lam, mask, cu_seqlens, "skip")
     zeros = torch.zeros_like(rewards)
     # The arguments not checked above are checked in these scans, before any kernel.
