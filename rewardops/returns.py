@@ -155,6 +155,7 @@ def _prepare(
     steps: Tensor | None,
     process_group: ProcessGroup | None = None,
 ) -> ReturnsArgs:
+    """Validated arguments of the family's ops."""
     checks.check_float("rewards", rewards)
     tokens = checks.token_layout("rewards", rewards, mask, cu_seqlens)
     markers = checks.step_markers(steps, rewards, tokens, "rewards")

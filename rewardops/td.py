@@ -269,7 +269,7 @@ def scan(
             values = torch.zeros_like(rewards)
     tensors = (rewards, values, bootstrap, rho, trace)
     promoted = iter(checks.promote(*(t for t in tensors if t is not None)))
-    args = TdArgs(
+    args = TdArgs(  # type: ignore[call-arg]
         *(None if t is None else next(promoted) for t in tensors),  # type: ignore[arg-type]
         gammas, lambdas, rows.mask, rows.cu_seqlens, gamma_value, lam_value, masked == "step",
     )  # fmt: skip
@@ -287,7 +287,7 @@ def _beyond(
     cu_seqlens: Tensor | None,
     masked: str,
 ) -> Tensor | None:
-    """The value after the last token of a row, or of this rank's part of it."""
+    """Bootstrap value of every row; with a process group, of this rank's part of it."""
     if process_group is None:
         return bootstrap
     distributed.check(process_group)
@@ -314,7 +314,7 @@ def _part(
     cu_seqlens: Tensor | None,
     rows: Layout,
 ) -> row_parts.ScanPart:
-    """Summary of this rank's part: its first advantage where the value ``after`` it is 0, and how that grows."""
+    """Summary of this rank's part of every row; ``after`` has the shape and dtype of the value behind it."""
     device, options = rewards.device, (gamma, lam, mask, cu_seqlens, "skip")
     zeros = torch.zeros_like(rewards)
     # The arguments not checked above are checked in these scans, before any kernel.
@@ -326,4 +326,5 @@ def _part(
     else:
         trace = torch.as_tensor(lam, dtype=torch.float64, device=device).expand(rows.batch)
     at_first = (first, advantages, growth, zeros if values is None else values)
-    return row_parts.ScanPart(*(ops.at_marked(x.double(), first, rows) for x in at_first), trace)
+    live, advantage, grows, value = (ops.at_marked(x.double(), first, rows) for x in at_first)
+    return row_parts.ScanPart(live, advantage, grows, value, trace)

@@ -46,7 +46,8 @@ class TokenRows:
         """The prefix trees of the groups."""
         skip = self.masked == "skip"
         args = PrefixTreeArgs(self.tokens, self.labels, self.layout.mask, self.layout.cu_seqlens, skip)
-        return Forest(*ops.prefix_tree(*args), self.layout, skip)
+        rows, nodes = ops.prefix_tree(*args)
+        return Forest(rows, nodes, self.layout, skip)
 
 
 @dataclass(frozen=True)
