@@ -666,7 +666,7 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(target, generator):
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
-    from rewardops.triton_kernels.logits import row_offset
+    from rewardops.triton_kernels.logits_rows import row_offset
 
     @triton.jit
     def write_offsets(out, inner, stride_outer, stride_inner):
