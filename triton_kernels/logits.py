@@ -1,9 +1,9 @@
 """Token statistics on the GPU: one read of the logits forward, one read and one write backward.
 
 A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward, and as much again for a reference's;
-what is written per row, and the records of a row that is split over programs, are nothing beside that.
+what is written per row, and the records of a row that is split over programs, are negligible.
 
-This file is the host's part. The kernels: ``logits_forward``, ``logits_records`` (merging the parts of a row),
+This file launches the kernels, which are in ``logits_forward``, ``logits_records`` (merges the parts of a row),
 ``logits_jsd`` and ``logits_backward``.
 """
 
@@ -42,7 +42,7 @@ def _unit_stride(logits: Tensor) -> Tensor:
 
 
 def _strides(logits: Tensor) -> tuple[int, int, int]:
-    """The rows of the leading dimensions: inner rows, outer stride, inner stride."""
+    """Rows of the leading dimensions: number of inner rows, outer stride, inner stride."""
     if logits.dim() == 2:
         return max(logits.shape[0], 1), 0, logits.stride(0)
     return max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
@@ -72,11 +72,12 @@ class TokenStatsLaunch:
         self.logits = _unit_stride(logits)
         self.ref = self.logits if ref_logits is None else _unit_stride(ref_logits)
         tokens = tokens.contiguous()
-        mask_bytes = tokens if mask is None else mask.contiguous().view(torch.uint8)
-        self.per_row = (mask_bytes, tokens if temperatures is None else temperatures.contiguous())
-        self.tokens = tokens
+        self.rows = (
+            tokens,
+            tokens if mask is None else mask.contiguous().view(torch.uint8),
+            tokens if temperatures is None else temperatures.contiguous(),
+        )
         self.count = tokens.numel()
-        self.tensors = (self.logits, tokens, self.ref, *self.per_row)
         self.strides = (*_strides(self.logits), *_strides(self.ref))
         self.inverse_temperature, self.cap = pair(1.0 / temperature), pair(softcap or 1.0)
         self.row_flags = {"HAS_MASK": mask is not None, "HAS_TEMPERATURES": temperatures is not None}
@@ -108,13 +109,13 @@ class TokenStatsLaunch:
             partial = self.logits.new_empty((self.count, parts, len(RECORD)), dtype=torch.float64)
         want = {"WANT": bits(outputs), "HAS_REF": self.has_ref, "TO_RECORD": record is not None}
         token_stats_kernel[(self.count, parts)](
-            *self.tensors, *out, saved, partial, self.count, *self.strides, self.first, self.vocab, each, parts,
-            *self.inverse_temperature, *self.cap,
+            self.logits, self.ref, *self.rows, *out, saved, partial, self.count, *self.strides,
+            self.first, self.vocab, each, parts, *self.inverse_temperature, *self.cap,
             **want, **self.flags, SPLIT=parts > 1, BLOCK=self.block, num_warps=WARPS, **BITS,
         )  # fmt: skip
         if parts > 1:
             token_stats_combine[(self.count,)](
-                self.tokens, *self.per_row, partial, *out, saved, whole, self.count, parts,
+                *self.rows, partial, *out, saved, whole, self.count, parts,
                 *self.inverse_temperature, **want, **self.row_flags, MAX_PARTS=MAX_PARTS, num_warps=1, **BITS,
             )  # fmt: skip
 
@@ -124,46 +125,38 @@ class TokenStatsLaunch:
         partial = saved.new_empty((self.count, parts, 2), dtype=torch.float64)
         if self.count:
             token_stats_mixture_kernel[(self.count, parts)](
-                *self.tensors, saved, partial, self.count, *self.strides, self.vocab, each, parts,
-                *self.inverse_temperature, *self.cap, *self.beta,
+                self.logits, self.ref, *self.rows, saved, partial, self.count, *self.strides,
+                self.vocab, each, parts, *self.inverse_temperature, *self.cap, *self.beta,
                 **self.flags, BLOCK=self.block, num_warps=WARPS, **BITS,
             )  # fmt: skip
         mixed, ref_mixed = partial.sum(1).view(*saved.shape[1:], 2).unbind(-1)
         return mixed, ref_mixed
 
     def backward(
-        self, grads: dict[str, Tensor], saved: Tensor, out: Tensor | None, ref_out: Tensor | None
-    ) -> None:
-        """Write the gradients of logits, from those of statistics; either may be left out."""
-        self._backward(grads, saved, saved, saved, out, ref_out, of_record=False)
-
-    def backward_of_record(
-        self, grad_record: Tensor, record: Tensor, out: Tensor | None, ref_out: Tensor | None
-    ) -> None:
-        """Write the gradients of logits, from that of records."""
-        self._backward({}, record, grad_record, record, out, ref_out, of_record=True)
-
-    def _backward(
         self,
         grads: dict[str, Tensor],
         saved: Tensor,
-        grad_record: Tensor,
-        record: Tensor,
         out: Tensor | None,
         ref_out: Tensor | None,
-        of_record: bool,
+        grad_record: Tensor | None = None,
     ) -> None:
+        """Write the gradients of logits to ``out`` and ``ref_out``, from those of statistics or of records.
+
+        ``saved`` is what the forward pass saved; with ``grad_record`` it is the records.
+        """
         if not self.count:
             return
         each, parts = self.parts(4)
         target, ref_target = (self.logits if t is None else t for t in (out, ref_out))
         width = self.logits.shape[-1]
         token_stats_backward_kernel[(self.count, parts)](
-            *(grads.get(name, saved) for name in Gradients._fields), grad_record, record, saved, *self.tensors,
-            target, ref_target, self.count, *self.strides, *_strides(target), width,
-            self.first, self.vocab, width, each, *self.inverse_temperature, *self.cap, *self.beta,
+            *(grads.get(name, saved) for name in Gradients._fields),
+            saved if grad_record is None else grad_record, saved,
+            self.logits, self.ref, *self.rows, target, ref_target,
+            self.count, *self.strides, *_strides(target), width, self.first, self.vocab, width, each,
+            *self.inverse_temperature, *self.cap, *self.beta,
             GRADS=bits(list(grads)), TO_LOGITS=out is not None, TO_REF=ref_out is not None, HAS_REF=self.has_ref,
-            **self.flags, OF_RECORD=of_record, BLOCK=self.block, num_warps=WARPS, **BITS,
+            **self.flags, OF_RECORD=grad_record is not None, BLOCK=self.block, num_warps=WARPS, **BITS,
         )  # fmt: skip
 
 
@@ -361,4 +354,4 @@ def token_stats_partial_backward_to(
     """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
     TokenStatsLaunch(
         logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, first
-    ).backward_of_record(grad_record.contiguous(), record.contiguous(), out, ref_out)
+    ).backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())

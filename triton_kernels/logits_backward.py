@@ -94,7 +94,7 @@ def unscaled(grad, x, inv, cap, CAPPED: tl.constexpr):
 )
 def token_stats_backward_kernel(
     logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, ref_logprob, kl, reverse_kl, jsd,
-    grad_record, record, saved, logits, tokens, ref_logits, mask, temperatures, out, ref_out,
+    grad_record, saved, logits, ref_logits, tokens, mask, temperatures, out, ref_out,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     out_inner, out_stride_outer, out_stride_inner, ref_out_stride,
     first, vocab, width, blocks, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
@@ -102,7 +102,11 @@ def token_stats_backward_kernel(
     HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, OF_RECORD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n."""
+    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n.
+
+    From the gradients of the statistics and ``saved`` ``[len(SAVED), N]``; with ``OF_RECORD`` from ``grad_record``,
+    and ``saved`` is the records ``[N, len(RECORD)]``.
+    """
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     # Any field of a record may have a gradient.
     LOG: tl.constexpr = OF_RECORD or (ENTROPY & GRADS) != 0
@@ -137,29 +141,20 @@ def token_stats_backward_kernel(
         token = tl.load(tokens + n) - first
         found = (token >= 0) & (token < vocab)
         if OF_RECORD:
-            sums = record + n.to(tl.int64) * FIELDS
-            softmax = softmax_of_record(tl.load(sums + AT_SHIFT), inv64, ACC)
+            record = saved + n.to(tl.int64) * FIELDS
+            softmax = softmax_of_record(tl.load(record + AT_SHIFT), inv64, ACC)
             ref_softmax = softmax  # not read without a reference
             if HAS_REF:
-                ref_softmax = softmax_of_record(tl.load(sums + AT_REF_SHIFT), inv64, ACC)
+                ref_softmax = softmax_of_record(tl.load(record + AT_REF_SHIFT), inv64, ACC)
             policy, ref = sides_of_record(grad_record + n.to(tl.int64) * FIELDS, found, HAS_REF)
         else:
             softmax = softmax_of_saved(saved, SAVED_SHIFT, SAVED_TOTAL, n, count, ACC)
-            ref_softmax = softmax
+            ref_softmax = softmax  # as above
             if HAS_REF:
                 ref_softmax = softmax_of_saved(saved, SAVED_REF_SHIFT, SAVED_REF_TOTAL, n, count, ACC)
             grads = Gradients(
-                logprob,
-                entropy,
-                logsumexp,
-                sum_sq,
-                sum_sq_logprob,
-                mean_logit,
-                ref_logprob,
-                kl,
-                reverse_kl,
-                jsd,
-            )
+                logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, ref_logprob, kl, reverse_kl, jsd
+            )  # fmt: skip
             policy, ref = sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS)
         token = tl.where(found, token, -1)
         on = folded(policy, softmax, ref.on_gap, ref_softmax, LOG, SQUARE_LOG, PAIRED, ACC)

@@ -46,7 +46,7 @@ from .logits_rows import (
 
 
 class Gradients(NamedTuple):
-    """Pointers to the upstream gradients ``[N]`` of the outputs; those that are missing point anywhere."""
+    """Pointers to the upstream gradients ``[N]`` of the outputs; a pointer of a missing one is not used."""
 
     logprob: Any
     entropy: Any
@@ -90,11 +90,13 @@ class Side(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """A `Side` in the accumulation type, for distances d and their exponentials e, d' and e' the other model's::
+    """A `Side` in the accumulation type, in terms of distances and their exponentials::
 
-    e (on_e + on_distance d + (on_square + on_square_distance d) e
-       + on_gap (d - d' - mean_gap) + on_mixed (log p - log m))
-    + on_other e' + on_one + [column = token] on_token
+        e (on_e + on_distance d + (on_square + on_square_distance d) e
+           + on_gap (d - d' - mean_gap) + on_mixed (log p - log m))
+        + on_other e' + on_one + [column = token] on_token
+
+    d: a distance to the model's largest logit, e = e^d; d' and e': the other model's.
     """
 
     on_e: Any
@@ -111,6 +113,7 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def softmax_of_record(shift, inv, ACC: tl.constexpr):
+    """From a record's shift, a scaled logit, and the inverse temperature."""
     # Rounds to the very logit that it was. Where all are -inf any shift leaves them without mass.
     shift = tl.where(shift == float("-inf"), 0.0, shift / inv).to(ACC)
     one = tl.full([], 1.0, tl.float64)
@@ -144,12 +147,14 @@ def sides_of_record(grad, found, HAS_REF: tl.constexpr):
 
 @triton.jit
 def softmax_of_saved(saved, SHIFT: tl.constexpr, TOTAL: tl.constexpr, n, count, ACC: tl.constexpr):
+    """From the saved rows of a model's shift and total."""
     total = tl.load(saved_at(saved, TOTAL, n, count))
     return Softmax(tl.load(saved_at(saved, SHIFT, n, count)).to(ACC), total, tl.log(total))
 
 
 @triton.jit
 def upstream(grad, n, HAS_GRAD: tl.constexpr):
+    """The gradient of an output in row n; 0 where it has none."""
     if HAS_GRAD:
         return tl.load(grad + n).to(tl.float64)
     else:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .logits_records import FIELDS, Outputs, Record, finish, store_masked, store_record, with_gaps
+from .logits_records import FIELDS, Outputs, Record, finish, store_masked, store_record, stored
 from .logits_rows import (
     ENTROPY,
     KL,
@@ -170,7 +170,7 @@ def record_of(sums, origin, width, token, ref_token, found, inv):
 
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "blocks", "parts"])
 def token_stats_kernel(
-    logits, tokens, ref_logits, mask, temperatures,
+    logits, ref_logits, tokens, mask, temperatures,
     logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, is_top1, ref_logprob, kl, reverse_kl,
     saved, record,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
@@ -231,7 +231,7 @@ def token_stats_kernel(
         r = record_of(sums, origin, width, token, ref_token, found, inv)
         if SPLIT or TO_RECORD:
             at = record + (n.to(tl.int64) * parts + part) * FIELDS
-            store_record(at, with_gaps(r, WANT, HAS_REF))
+            store_record(at, stored(r, WANT, HAS_REF))
         else:
             shift, ref_shift = sums.shift.to(tl.float64), sums.ref_shift.to(tl.float64)
             finish(n, count, out, saved, shift, ref_shift, r, WANT, HAS_REF)

@@ -46,7 +46,7 @@ def mixture_terms(z, x, shift, log_sum, ref_shift, ref_log_sum, inv, inv_rest, b
 
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "vocab", "blocks", "parts"])
 def token_stats_mixture_kernel(
-    logits, tokens, ref_logits, mask, temperatures, saved, partial,
+    logits, ref_logits, tokens, mask, temperatures, saved, partial,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     vocab, blocks, parts, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
     HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,

@@ -46,7 +46,7 @@ AT_TOKEN, AT_FOUND, AT_REF_SHIFT, AT_REF_TOTAL, AT_REF_TOKEN, AT_KL, AT_REVERSE 
 
 
 class Outputs(NamedTuple):
-    """Pointers to the statistics ``[N]`` of the forward pass; those that are not computed point anywhere."""
+    """Pointers to the statistics ``[N]`` of the forward pass; a pointer that no output needs is not used."""
 
     logprob: Any
     entropy: Any
@@ -91,16 +91,16 @@ assert Record._fields == RECORD
 
 
 @triton.jit
-def nan_unless(SUMMED: tl.constexpr, value):
-    if SUMMED:
+def nan_unless(NEEDED: tl.constexpr, value):
+    if NEEDED:
         return value
     else:
         return tl.full([], float("nan"), tl.float64)
 
 
 @triton.jit
-def with_gaps(r, WANT: tl.constexpr, HAS_REF: tl.constexpr):
-    """A record as others read it: NaN for sums that were not taken, 0 for those of a reference that is missing."""
+def stored(r, WANT: tl.constexpr, HAS_REF: tl.constexpr):
+    """A record as it is stored: NaN for sums that no output needs, 0 for those of a missing reference."""
     ref_shift = r.ref_shift
     kl = r.kl
     reverse = r.reverse
@@ -118,6 +118,7 @@ def with_gaps(r, WANT: tl.constexpr, HAS_REF: tl.constexpr):
 
 @triton.jit
 def store_record(at, r):
+    """Write a record to the pointer ``at``."""
     for field in tl.static_range(FIELDS):
         tl.store(at + field, r[field])
 
@@ -127,7 +128,7 @@ def store_record(at, r):
 
 @triton.jit
 def store_masked(n, out, record, WANT: tl.constexpr, TO_RECORD: tl.constexpr):
-    """Zeros. What is saved of a masked row is zero from the start."""
+    """Zeros for a masked row. What is saved of it is zero from the start."""
     if TO_RECORD:
         field = tl.arange(0, 16)
         tl.store(record + n.to(tl.int64) * FIELDS + field, 0.0, mask=field < FIELDS)
