@@ -1,4 +1,4 @@
-"""Token statistics from hidden states: products by the vendor library, rows by the Triton kernels."""
+"""Token statistics from hidden states: products by the vendor library, rows of logits by the Triton kernels."""
 
 from __future__ import annotations
 

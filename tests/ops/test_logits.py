@@ -74,7 +74,7 @@ def allocated(fn):
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
-    from rewardops.triton_kernels.logits import row_offset
+    from rewardops.triton_kernels.logits_rows import row_offset
 
     @triton.jit
     def write_offsets(out, inner, stride_outer, stride_inner):

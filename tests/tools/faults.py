@@ -53,13 +53,13 @@ FAULTS = [
     # ---- Triton
     Fault(
         "the sum behind the entropy stays relative to the old maximum", "lost rescale",
-        "triton_kernels/logits.py",
-        "weighted = f * (weighted + total * gap * scale.to(tl.float64))",
-        "weighted = f * weighted",
+        "triton_kernels/logits_forward.py",
+        "weighted = factor * (weighted + total * gap * scale.to(tl.float64))",
+        "weighted = factor * weighted",
         "tests/ops/test_logits.py", "test_matches_float64 and triton and 5003 and float32",
     ),
     Fault(
-        "the offset of a row of logits is taken in 32 bits", "32-bit offset", "triton_kernels/logits.py",
+        "the offset of a row of logits is taken in 32 bits", "32-bit offset", "triton_kernels/logits_rows.py",
         "(n // inner).to(tl.int64) * stride_outer",
         "(n // inner) * stride_outer",
         "tests/ops/test_logits.py", "row_offsets and triton",

@@ -1,0 +1,209 @@
+"""The gradient of token statistics, or of records, in the logits of both models: one read and one write.
+
+A column's gradient is a function of its logits and of the row's coefficients (see `logits_coefficients.Side`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .logits_coefficients import (
+    Gradients,
+    folded,
+    sides_of_outputs,
+    sides_of_record,
+    softmax_of_record,
+    softmax_of_saved,
+)
+from .logits_jsd import log_mixture
+from .logits_records import AT_REF_SHIFT, AT_SHIFT, FIELDS
+from .logits_rows import (
+    ENTROPY,
+    JSD,
+    KL,
+    MOMENTS,
+    REVERSE_KL,
+    SAVED_REF_SHIFT,
+    SAVED_REF_TOTAL,
+    SAVED_SHIFT,
+    SAVED_TOTAL,
+    SUM_SQ_LOGPROB,
+    cap_slope,
+    capped,
+    columns_of,
+    inverse_temperature,
+    is_masked,
+    joined,
+    row_offset,
+    scaled_distance,
+    split,
+)
+
+# ---- the gradient of a block of columns --------------------------------------------------------------------
+
+
+class Terms(NamedTuple):
+    """A block of one model's columns."""
+
+    distance: Any
+    exponential: Any  # e^distance
+    excess: Any  # log p - log m, m the mixture
+
+
+@triton.jit
+def side_gradient(
+    column, token, terms, other, on,
+    LOG: tl.constexpr, SQUARE: tl.constexpr, SQUARE_LOG: tl.constexpr, PAIRED: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one model's scaled logits; the formula is that of `Coefficients`."""
+    factor = on.on_e
+    on_square = on.on_square
+    if LOG:
+        factor += on.on_distance * terms.distance
+    if SQUARE_LOG:
+        on_square += on.on_square_distance * terms.distance
+    if SQUARE:
+        factor += on_square * terms.exponential
+    if PAIRED:
+        factor += on.on_gap * (terms.distance - other.distance - on.mean_gap)
+    if MIXED:
+        factor += on.on_mixed * terms.excess
+    grad = terms.exponential * factor + on.on_one
+    if PAIRED:
+        grad += on.on_other * other.exponential
+    return grad + tl.where(column == token, on.on_token, 0.0)
+
+
+@triton.jit
+def unscaled(grad, x, inv, cap, CAPPED: tl.constexpr):
+    """From scaled logits to the stored ones x: 1 / temperature, and the slope of the softcap."""
+    grad = grad * inv
+    if CAPPED:
+        grad = grad * cap_slope(x, cap)
+    return grad
+
+
+# ---- kernel ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"]
+)
+def token_stats_backward_kernel(
+    logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, ref_logprob, kl, reverse_kl, jsd,
+    grad_record, saved, logits, ref_logits, tokens, mask, temperatures, out, ref_out,
+    count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
+    out_inner, out_stride_outer, out_stride_inner, ref_out_stride,
+    first, vocab, width, blocks, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
+    GRADS: tl.constexpr, TO_LOGITS: tl.constexpr, TO_REF: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, OF_RECORD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n.
+
+    From the gradients of the statistics and ``saved`` ``[len(SAVED), N]``; with ``OF_RECORD`` from ``grad_record``,
+    and ``saved`` is the records ``[N, len(RECORD)]``.
+    """
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    # Any field of a record may have a gradient.
+    LOG: tl.constexpr = OF_RECORD or (ENTROPY & GRADS) != 0
+    SQUARE: tl.constexpr = OF_RECORD or (MOMENTS & GRADS) != 0
+    SQUARE_LOG: tl.constexpr = OF_RECORD or (SUM_SQ_LOGPROB & GRADS) != 0
+    MIXED: tl.constexpr = (not OF_RECORD) and (JSD & GRADS) != 0
+    PAIRED: tl.constexpr = HAS_REF and (OF_RECORD or TO_REF or ((KL | REVERSE_KL | JSD) & GRADS) != 0)
+    n = tl.program_id(0)
+    part = tl.program_id(1)
+    begin, full, end, _ = columns_of(part, blocks, vocab, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    target = out + row_offset(n, out_inner, out_stride_outer, out_stride_inner)
+    ref_target = ref_out + n.to(tl.int64) * ref_out_stride
+    masked = is_masked(n, tokens, mask, HAS_MASK)
+    # Zeros for a masked row, and beyond the vocabulary.
+    last = part == tl.num_programs(1) - 1
+    zero_from = tl.where(masked, begin, tl.where(last, vocab, end))
+    zero_to = tl.where(last, width, end)
+    for start in range(zero_from, zero_to, BLOCK):
+        column = start + lanes
+        if TO_LOGITS:
+            tl.store(target + column, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < zero_to)
+        if TO_REF:
+            tl.store(ref_target + column, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=column < zero_to)
+    if not masked:
+        row = logits + row_offset(n, inner, stride_outer, stride_inner)
+        ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
+        inv64 = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
+        inv, inv_rest = split(inv64, ACC)
+        cap = joined(cap_high, cap_low, ACC)
+        beta = joined(beta_high, beta_low, tl.float64)
+        token = tl.load(tokens + n) - first
+        found = (token >= 0) & (token < vocab)
+        if OF_RECORD:
+            record = saved + n.to(tl.int64) * FIELDS
+            softmax = softmax_of_record(tl.load(record + AT_SHIFT), inv64, ACC)
+            ref_softmax = softmax  # not read without a reference
+            if HAS_REF:
+                ref_softmax = softmax_of_record(tl.load(record + AT_REF_SHIFT), inv64, ACC)
+            policy, ref = sides_of_record(grad_record + n.to(tl.int64) * FIELDS, found, HAS_REF)
+        else:
+            softmax = softmax_of_saved(saved, SAVED_SHIFT, SAVED_TOTAL, n, count, ACC)
+            ref_softmax = softmax  # as above
+            if HAS_REF:
+                ref_softmax = softmax_of_saved(saved, SAVED_REF_SHIFT, SAVED_REF_TOTAL, n, count, ACC)
+            grads = Gradients(
+                logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, ref_logprob, kl, reverse_kl, jsd
+            )  # fmt: skip
+            policy, ref = sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS)
+        token = tl.where(found, token, -1)
+        on = folded(policy, softmax, ref.on_gap, ref_softmax, LOG, SQUARE_LOG, PAIRED, ACC)
+        ref_on = folded(ref, ref_softmax, policy.on_gap, softmax, False, False, PAIRED, ACC)
+        for start in range(begin, end, BLOCK):
+            column = start + lanes
+            # A mask on the last block alone: without one the loads and stores are 16 bytes wide.
+            if start < full:
+                z = tl.load(row + column).to(ACC)
+                x = z
+                if PAIRED:
+                    x = tl.load(ref_row + column).to(ACC)
+            else:
+                z = tl.load(row + column, mask=column < end, other=0.0).to(ACC)
+                x = z
+                if PAIRED:
+                    x = tl.load(ref_row + column, mask=column < end, other=0.0).to(ACC)
+            distance = scaled_distance(capped(z, cap, CAPPED), softmax.shift, inv, inv_rest)
+            exponential = tl.exp(distance)
+            ref_distance = distance
+            ref_exponential = exponential
+            excess = exponential
+            ref_excess = exponential
+            if PAIRED:
+                ref_distance = scaled_distance(capped(x, cap, CAPPED), ref_softmax.shift, inv, inv_rest)
+                ref_exponential = tl.exp(ref_distance)
+            if MIXED:
+                logp = distance - softmax.log_total.to(ACC)
+                logq = ref_distance - ref_softmax.log_total.to(ACC)
+                high, log_m = log_mixture(logp, logq, beta.to(ACC))
+                excess = logp - high - log_m
+                ref_excess = logq - high - log_m
+            terms = Terms(distance, exponential, excess)
+            ref_terms = Terms(ref_distance, ref_exponential, ref_excess)
+            if TO_LOGITS:
+                grad = side_gradient(
+                    column, token, terms, ref_terms, on, LOG, SQUARE, SQUARE_LOG, PAIRED, MIXED
+                )
+                grad = unscaled(grad, z, inv, cap, CAPPED).to(out.dtype.element_ty)
+                if start < full:
+                    tl.store(target + column, grad)
+                else:
+                    tl.store(target + column, grad, mask=column < end)
+            if TO_REF:
+                grad = side_gradient(
+                    column, token, ref_terms, terms, ref_on, False, False, False, PAIRED, MIXED
+                )
+                grad = unscaled(grad, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
+                if start < full:
+                    tl.store(ref_target + column, grad)
+                else:
+                    tl.store(ref_target + column, grad, mask=column < end)
