@@ -1,8 +1,8 @@
 """Entropy weighting on the GPU: sums over the rows of a group at each position.
 
-Moved: the entropies twice (the second time from the cache), masks, one write per token. The first row of a group
-leads: its programs walk the members for a block of positions, once to sum and once to write; the programs of
-the other rows return at once.
+Memory traffic: the entropies twice (the second time from the cache), masks, one write per token. The programs of a
+group's first row visit all members for a block of positions, once to sum and once to write. The programs of the
+other rows return immediately.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .groups import LABELS, next_member
-from .launch import INTERPRETED, cdiv, pair, pointer, splits
+from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 from .segments import row_sums
 
@@ -21,7 +21,7 @@ BLOCK = 256 if INTERPRETED else 512
 
 @triton.jit
 def weight_of(entropy, floor, right):
-    """Right rows weigh by their entropy, wrong ones by its inverse."""
+    """Weight of a token: its entropy (at least ``floor``) in a right row, the inverse in a wrong one."""
     h = tl.where(entropy < floor, floor, entropy)
     return tl.where(right, h, 1.0 / h)
 
@@ -101,9 +101,7 @@ def gtpo_kernel(
                 else:
                     share = alpha2 * count * weight / mass
                     value = tl.where(right, alpha1 * reward + share, -alpha1 - share)
-                tl.store(
-                    out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside
-                )  # fmt: skip
+                tl.store(out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside)
                 j = next_member(groups, label, j, batch, LABELS)
 
 
@@ -119,6 +117,7 @@ def _run(
     cu_seqlens: Tensor | None,
     options: tuple[float, float, float, float],
 ) -> Tensor:
+    """Rewards of the tokens, or with ``grad`` the gradient of the entropies; ``options``: alpha1 to floor."""
     rows = Rows.of(entropy.shape, cu_seqlens, rewards)
     entropy, mask = dense(entropy), as_bytes(mask)
     out = output(entropy, entropy.shape, rows.packed)
@@ -130,7 +129,7 @@ def _run(
         rewards, entropy, groups, pointer(mask, rewards), rows.cu, pointer(grad, entropy), out,
         rows.batch, rows.width, rows.total, stride(entropy), stride(mask), stride(grad), stride(out), parts,
         *scalars, PACKED=rows.packed, HAS_MASK=mask is not None, BACKWARD=grad is not None, LABELS=LABELS,
-        BLOCK=BLOCK, num_warps=4,
+        BLOCK=BLOCK, num_warps=4, **BITS,
     )  # fmt: skip
     return out
 
