@@ -18,7 +18,7 @@ LOOK = tl.constexpr(16)  # tokens of a mask read at once: one read finds a valid
 
 
 class GroupRows(NamedTuple):
-    """The label of a group, and what its members are found and read by."""
+    """The label of a group, and the pointers and sizes by which its members are read."""
 
     label: Any  # of the group
     rewards: Any  # pointer, [B]

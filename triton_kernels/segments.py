@@ -101,7 +101,7 @@ def segment_reduce_kernel(
         x = tl.load(values + base + row * values_stride + at, mask=valid, other=0.0).to(tl.float64)
         inside = token_segment[None, :] == segment[:, None]
         x = tl.broadcast_to(x[None, :], [SEGMENTS, BLOCK])
-        here = tl.sum(inside.to(tl.float64), 1)
+        in_block = tl.sum(inside.to(tl.float64), 1)
         where = tl.broadcast_to(at[None, :].to(tl.float64), [SEGMENTS, BLOCK])
         if OP == SUM or OP == MEAN:
             value += tl.sum(tl.where(inside, x, 0.0), 1)
@@ -114,7 +114,7 @@ def segment_reduce_kernel(
             state = tl.maximum(state, tl.max(tl.where(inside, where, -1.0), 1))
         if OP == FIRST:
             first = tl.min(tl.where(inside, where, float("inf")), 1)
-            state = tl.where((state < 0) & (here > 0), first, state)
+            state = tl.where((state < 0) & (in_block > 0), first, state)
         if OP == MIN or OP == MAX:
             # The extreme of the block and its first position; a NaN is more extreme than any number.
             if OP == MAX:
@@ -126,10 +126,10 @@ def segment_reduce_kernel(
             first = tl.where(any_nan != 0, tl.min(tl.where(nan, where, float("inf")), 1), first)
             least = tl.where(any_nan != 0, float("nan"), least)
             better = (count == 0) | ((value == value) & ((least < value) | (least != least)))
-            take = (here > 0) & better
+            take = (in_block > 0) & better
             value = tl.where(take, least, value)
             state = tl.where(take, first, state)
-        count += here
+        count += in_block
     some = count > 0
     if OP == MAX:
         value = -value

@@ -48,15 +48,15 @@ def digits_kernel(
     digit_counts = tl.zeros([BINS], tl.int32)
     for start in range(tl.program_id(1) * BLOCK, length, parts * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        here = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
-        key = sort_key(tl.load(values + base + row * values_stride + at, mask=here, other=0.0))
+        counted = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+        key = sort_key(tl.load(values + base + row * values_stride + at, mask=counted, other=0.0))
         moved = key >> shift.to(tl.uint64)
         if not FIRST:
-            here = here & ((moved >> DIGIT) == prefix)
-        digit = tl.where(here, (moved & (BINS - 1)).to(tl.int32), 0)
+            counted = counted & ((moved >> DIGIT) == prefix)
+        digit = tl.where(counted, (moved & (BINS - 1)).to(tl.int32), 0)
         # Elements that do not count are in bin 0.
         digit_counts += tl.histogram(digit, BINS)
-        digit_counts -= tl.where(bins == 0, BLOCK - tl.sum(here.to(tl.int32), 0), 0)
+        digit_counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
     tl.atomic_add(
         counts + scope * BINS + bins, digit_counts.to(tl.int64), mask=digit_counts != 0, sem="relaxed"
     )
