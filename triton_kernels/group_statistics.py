@@ -11,7 +11,7 @@ from rewardops.reference.advantages import BASELINES, SCALES
 
 from .groups import members
 
-# Baselines and scales as the kernels know them: their indices in the tables of the specification.
+# Indices of baselines and scales in the tables of the specification.
 MEAN = tl.constexpr(BASELINES.index("mean"))
 LEAVE_ONE_OUT = tl.constexpr(BASELINES.index("leave_one_out"))
 MEDIAN = tl.constexpr(BASELINES.index("median"))

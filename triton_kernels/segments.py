@@ -63,7 +63,7 @@ def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 # ---- steps -------------------------------------------------------------------------------------------------
 
 SEGMENTS = 16  # of a program
-# Reductions as the kernels know them: their indices in the table of the specification.
+# Indices of the reductions in the table of the specification.
 SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (
     tl.constexpr(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
 )
