@@ -1,8 +1,8 @@
 """Entropy weighting on the GPU: sums over the rows of a group at each position.
 
-Moved: the entropies twice (the second time from the cache), masks, one write per token. The first row of a group
-leads: its programs walk the members for a block of positions, once to sum and once to write; the programs of
-the other rows return at once.
+Memory traffic: the entropies twice (the second time from the cache), masks, one write per token. The programs of a
+group's first row visit all members for a block of positions, once to sum and once to write. The programs of the
+other rows return immediately.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .groups import LABELS, next_member
-from .launch import INTERPRETED, cdiv, pair, pointer, splits
+from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 from .segments import row_sums
 
@@ -21,7 +21,7 @@ BLOCK = 256 if INTERPRETED else 512
 
 @triton.jit
 def weight_of(entropy, floor, right):
-    """Right rows weigh by their entropy, wrong ones by its inverse."""
+    """Weight of a token: its entropy (at least ``floor``) in a right row, the inverse in a wrong one."""
     h = tl.where(entropy < floor, floor, entropy)
     return tl.where(right, h, 1.0 / h)
 
@@ -49,62 +49,60 @@ def gtpo_kernel(
         threshold = tl.full([], threshold_high, ACC) + tl.full([], threshold_low, ACC)
         floor = tl.full([], floor_high, ACC) + tl.full([], floor_low, ACC)
         longest = tl.zeros([], tl.int64)
-        j = b
-        while j < batch:
-            _, length = row_bounds(cu, j, width, total, PACKED)
+        member = b
+        while member < batch:
+            _, length = row_bounds(cu, member, width, total, PACKED)
             longest = tl.maximum(longest, length)
-            j = next_member(groups, label, j, batch, LABELS)
+            member = next_member(groups, label, member, batch, LABELS)
         for start in range(tl.program_id(1) * BLOCK, longest, splits * BLOCK):
             at = start + tl.arange(0, BLOCK)
             right_count = tl.zeros([BLOCK], ACC)
-            right_total = tl.zeros([BLOCK], ACC)
-            right_through = tl.zeros([BLOCK], ACC)
+            right_weight = tl.zeros([BLOCK], ACC)
+            right_grad = tl.zeros([BLOCK], ACC)
             wrong_count = tl.zeros([BLOCK], ACC)
-            wrong_total = tl.zeros([BLOCK], ACC)
-            wrong_through = tl.zeros([BLOCK], ACC)
-            j = b
-            while j < batch:
-                base, length = row_bounds(cu, j, width, total, PACKED)
-                row = j.to(tl.int64)
+            wrong_weight = tl.zeros([BLOCK], ACC)
+            wrong_grad = tl.zeros([BLOCK], ACC)
+            member = b
+            while member < batch:
+                base, length = row_bounds(cu, member, width, total, PACKED)
+                row = member.to(tl.int64)
                 valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
                 h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
-                right = tl.load(rewards + j) > threshold
+                right = tl.load(rewards + member) > threshold
                 weight = tl.where(valid, weight_of(h, floor, right), 0.0)
                 one = valid.to(ACC)
                 right_count += tl.where(right, one, 0.0)
                 wrong_count += tl.where(right, 0.0, one)
-                right_total += tl.where(right, weight, 0.0)
-                wrong_total += tl.where(right, 0.0, weight)
+                right_weight += tl.where(right, weight, 0.0)
+                wrong_weight += tl.where(right, 0.0, weight)
                 if BACKWARD:
                     up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
-                    right_through += tl.where(right, up * weight, 0.0)
-                    wrong_through += tl.where(right, 0.0, up * weight)
-                j = next_member(groups, label, j, batch, LABELS)
-            j = b
-            while j < batch:
-                base, length = row_bounds(cu, j, width, total, PACKED)
-                row = j.to(tl.int64)
+                    right_grad += tl.where(right, up * weight, 0.0)
+                    wrong_grad += tl.where(right, 0.0, up * weight)
+                member = next_member(groups, label, member, batch, LABELS)
+            member = b
+            while member < batch:
+                base, length = row_bounds(cu, member, width, total, PACKED)
+                row = member.to(tl.int64)
                 inside = at < length
                 valid = load_valid(mask, base + row * mask_stride + at, inside, HAS_MASK)
                 h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
-                reward = tl.load(rewards + j)
+                reward = tl.load(rewards + member)
                 right = reward > threshold
                 weight = weight_of(h, floor, right)
                 count = tl.where(right, right_count, wrong_count)
-                mass = tl.where(valid, tl.where(right, right_total, wrong_total), 1.0)
+                mass = tl.where(valid, tl.where(right, right_weight, wrong_weight), 1.0)
                 if BACKWARD:
                     up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
-                    through = tl.where(right, right_through, wrong_through)
-                    value = alpha2 * count / mass * (up - through / mass)
+                    weighted_grad = tl.where(right, right_grad, wrong_grad)
+                    value = alpha2 * count / mass * (up - weighted_grad / mass)
                     # d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
                     value = tl.where(h > floor, value * tl.where(right, 1.0, weight * weight), 0.0)
                 else:
                     share = alpha2 * count * weight / mass
                     value = tl.where(right, alpha1 * reward + share, -alpha1 - share)
-                tl.store(
-                    out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside
-                )  # fmt: skip
-                j = next_member(groups, label, j, batch, LABELS)
+                tl.store(out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside)
+                member = next_member(groups, label, member, batch, LABELS)
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
@@ -119,6 +117,7 @@ def _run(
     cu_seqlens: Tensor | None,
     options: tuple[float, float, float, float],
 ) -> Tensor:
+    """Rewards of the tokens, or with ``grad`` the gradient of the entropies; ``options``: alpha1 to floor."""
     rows = Rows.of(entropy.shape, cu_seqlens, rewards)
     entropy, mask = dense(entropy), as_bytes(mask)
     out = output(entropy, entropy.shape, rows.packed)
@@ -130,7 +129,7 @@ def _run(
         rewards, entropy, groups, pointer(mask, rewards), rows.cu, pointer(grad, entropy), out,
         rows.batch, rows.width, rows.total, stride(entropy), stride(mask), stride(grad), stride(out), parts,
         *scalars, PACKED=rows.packed, HAS_MASK=mask is not None, BACKWARD=grad is not None, LABELS=LABELS,
-        BLOCK=BLOCK, num_warps=4,
+        BLOCK=BLOCK, num_warps=4, **BITS,
     )  # fmt: skip
     return out
 

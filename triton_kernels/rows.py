@@ -1,4 +1,4 @@
-"""Rows of tokens as the kernels see them: padded rows with a stride, or packed rows with offsets."""
+"""Rows of tokens in the kernels: padded rows with a stride, or packed rows with offsets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """The shape of per-token tensors, with a pointer for the offsets in either layout."""
+    """The shape of per-token tensors, and the offsets of packed rows."""
 
     batch: int
-    width: int  # of a padded row; an upper bound for packed ones
-    total: int
+    width: int  # tokens of a padded row; for packed ones an upper bound
+    total: int  # tokens of all rows, padding included
     packed: bool
-    cu: Tensor
+    cu: Tensor  # offsets of packed rows; any tensor for padded rows, whose kernels do not read it
 
     @staticmethod
     def of(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, other: Tensor) -> Rows:
@@ -28,27 +28,28 @@ class Rows:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Unit stride along the row; padded rows may lie anywhere."""
+    """The tensor with unit stride along the row, copied if need be; padded rows may have any stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def stride(tensor: Tensor | None) -> int:
-    """Between padded rows; 0 for packed ones, whose offsets say it all."""
+    """Distance between padded rows; 0 for packed ones, which their offsets place."""
     return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """The mask as 0 and 1 in bytes, with unit stride along the row."""
     return None if mask is None else dense(mask).view(torch.uint8)
 
 
 def output(like: Tensor, shape: torch.Size | tuple[int, ...], packed: bool, dtype=None) -> Tensor:
-    """Where offsets leave gaps between packed rows, the gaps are 0."""
+    """An uninitialised tensor; zeros for packed rows, as their offsets may leave gaps."""
     return (like.new_zeros if packed else like.new_empty)(shape, dtype=dtype or like.dtype)
 
 
 @triton.jit
 def row_bounds(cu, row, width, total, PACKED: tl.constexpr):
-    """Offset and length of a row. Clamped, so that bad offsets never become an access out of bounds."""
+    """Offset and length of a row, clamped: wrong offsets never cause an access out of bounds."""
     if PACKED:
         begin = tl.load(cu + row).to(tl.int64)
         end = tl.load(cu + row + 1).to(tl.int64)
@@ -63,7 +64,7 @@ def row_bounds(cu, row, width, total, PACKED: tl.constexpr):
 
 @triton.jit
 def load_valid(mask, offset, inside, HAS_MASK: tl.constexpr):
-    """Which of the tokens at these offsets count."""
+    """Whether each of the tokens at these offsets is inside its row and valid."""
     valid = inside
     if HAS_MASK:
         valid = inside & (tl.load(mask + offset, mask=inside, other=0) != 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rewardops.core.rows import batch_of
 
 from ..reference.segments import REDUCTIONS, segment_broadcast
-from .launch import INTERPRETED, cdiv, pointer
+from .launch import BITS, INTERPRETED, cdiv, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
 __all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "segment_reduce_backward"]
@@ -23,7 +23,7 @@ def row_sums_kernel(
     values, mask, cu, sums, values_stride, mask_stride, width, total,
     COUNT: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: the valid tokens of row b, summed or counted. Each lane holds its own sum, in float64."""
+    """Program b: sum or count of the valid tokens of row b. Each lane has its own sum, in float64."""
     b = tl.program_id(0)
     base, length = row_bounds(cu, b, width, total, PACKED)
     lanes = tl.zeros([BLOCK], tl.float64)
@@ -43,7 +43,7 @@ def _run(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, sums: T
     if rows.batch:
         row_sums_kernel[(rows.batch,)](
             values, pointer(mask, values), rows.cu, sums, stride(values), stride(mask), rows.width, rows.total,
-            COUNT=count, PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
+            COUNT=count, PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
         )  # fmt: skip
     return sums
 
@@ -63,7 +63,10 @@ def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 # ---- steps -------------------------------------------------------------------------------------------------
 
 SEGMENTS = 16  # of a program
-SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (tl.constexpr(k) for k in range(8))
+# Indices of the reductions in the table of the specification.
+SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (
+    tl.constexpr(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
+)
 
 
 @triton.jit
@@ -73,10 +76,14 @@ def multiplied(a, b):
 
 @triton.jit(do_not_specialize=["width", "total", "segments", "values_stride", "ids_stride", "mask_stride"])
 def segment_reduce_kernel(
-    values, ids, mask, cu, out, kept, width, total, segments, values_stride, ids_stride, mask_stride,
+    values, ids, mask, cu, out, states, width, total, segments, values_stride, ids_stride, mask_stride,
     OP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, k): the segments [k * SEGMENTS, (k + 1) * SEGMENTS) of row b, in float64."""
+    """Program (b, k): the segments [k * SEGMENTS, (k + 1) * SEGMENTS) of row b, in float64.
+
+    The state of a segment is saved for the backward pass: the count for a mean; for a product that of the nonzero
+    values, or 0 if several are 0; for min, max, first and last the position of the selected token.
+    """
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
@@ -86,15 +93,15 @@ def segment_reduce_kernel(
     if OP == PROD:
         value += 1.0
     zeros = tl.zeros([SEGMENTS], tl.float64)
-    place = tl.full([SEGMENTS], -1.0, tl.float64)
+    state = tl.full([SEGMENTS], -1.0, tl.float64)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
         valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
-        own = tl.load(ids + base + row * ids_stride + at, mask=valid, other=-1)
+        token_segment = tl.load(ids + base + row * ids_stride + at, mask=valid, other=-1)
         x = tl.load(values + base + row * values_stride + at, mask=valid, other=0.0).to(tl.float64)
-        inside = own[None, :] == segment[:, None]
+        inside = token_segment[None, :] == segment[:, None]
         x = tl.broadcast_to(x[None, :], [SEGMENTS, BLOCK])
-        here = tl.sum(inside.to(tl.float64), 1)
+        in_block = tl.sum(inside.to(tl.float64), 1)
         where = tl.broadcast_to(at[None, :].to(tl.float64), [SEGMENTS, BLOCK])
         if OP == SUM or OP == MEAN:
             value += tl.sum(tl.where(inside, x, 0.0), 1)
@@ -104,12 +111,12 @@ def segment_reduce_kernel(
             value *= tl.reduce(tl.where(inside & (x != 0.0), x, 1.0), 1, multiplied)
             zeros += tl.sum((inside & (x == 0.0)).to(tl.float64), 1)
         if OP == LAST:
-            place = tl.maximum(place, tl.max(tl.where(inside, where, -1.0), 1))
+            state = tl.maximum(state, tl.max(tl.where(inside, where, -1.0), 1))
         if OP == FIRST:
             first = tl.min(tl.where(inside, where, float("inf")), 1)
-            place = tl.where((place < 0) & (here > 0), first, place)
+            state = tl.where((state < 0) & (in_block > 0), first, state)
         if OP == MIN or OP == MAX:
-            # The extreme of the block and where it first is; a NaN is more extreme than any number.
+            # The extreme of the block and its first position; a NaN is more extreme than any number.
             if OP == MAX:
                 x = -x
             nan = inside & (x != x)
@@ -119,25 +126,25 @@ def segment_reduce_kernel(
             first = tl.where(any_nan != 0, tl.min(tl.where(nan, where, float("inf")), 1), first)
             least = tl.where(any_nan != 0, float("nan"), least)
             better = (count == 0) | ((value == value) & ((least < value) | (least != least)))
-            take = (here > 0) & better
+            take = (in_block > 0) & better
             value = tl.where(take, least, value)
-            place = tl.where(take, first, place)
-        count += here
+            state = tl.where(take, first, state)
+        count += in_block
     some = count > 0
     if OP == MAX:
         value = -value
     if OP == MEAN:
         value = value / tl.where(some, count, 1.0)
-        place = tl.where(some, count, place)
+        state = tl.where(some, count, state)
     if OP == PROD:
-        place = tl.where(some, tl.where(zeros > 1, 0.0, value), place)
+        state = tl.where(some, tl.where(zeros > 1, 0.0, value), state)
         value = tl.where(zeros > 0, 0.0, value)
     if OP == FIRST or OP == LAST:
-        found = base + row * values_stride + tl.where(some, place, 0.0).to(tl.int64)
-        value = tl.load(values + found, mask=some, other=0.0).to(tl.float64)
-    there = segment < segments
-    tl.store(out + row * segments + segment, tl.where(some, value, 0.0).to(out.dtype.element_ty), mask=there)
-    tl.store(kept + row * segments + segment, place, mask=there)
+        selected = base + row * values_stride + tl.where(some, state, 0.0).to(tl.int64)
+        value = tl.load(values + selected, mask=some, other=0.0).to(tl.float64)
+    exists = segment < segments
+    tl.store(out + row * segments + segment, tl.where(some, value, 0.0).to(out.dtype.element_ty), mask=exists)
+    tl.store(states + row * segments + segment, state, mask=exists)
 
 
 @triton.jit(
@@ -148,40 +155,40 @@ def segment_reduce_kernel(
         "values_stride",
         "ids_stride",
         "mask_stride",
-        "out_stride",
+        "grads_stride",
     ]
 )
 def segment_reduce_backward_kernel(
-    grad, values, ids, reduced, kept, mask, cu, out, width, total, segments, values_stride, ids_stride, mask_stride,
-    out_stride,
+    up, values, ids, reduced, states, mask, cu, grads, width, total, segments, values_stride, ids_stride,
+    mask_stride, grads_stride,
     OP: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: the tokens of row b."""
+    """Program b: the gradients of the tokens of row b, from the gradients ``up`` of its segments."""
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
         valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
-        own = tl.load(ids + base + row * ids_stride + at, mask=valid, other=-1)
-        inside = (own >= 0) & (own < segments)
-        place = row * segments + own
-        up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float64)
-        keep = tl.load(kept + place, mask=inside, other=1.0)
-        value = up
+        segment = tl.load(ids + base + row * ids_stride + at, mask=valid, other=-1)
+        inside = (segment >= 0) & (segment < segments)
+        entry = row * segments + segment
+        segment_grad = tl.load(up + entry, mask=inside, other=0.0).to(tl.float64)
+        state = tl.load(states + entry, mask=inside, other=1.0)
+        grad = segment_grad
         if OP == MEAN:
-            value = up / keep
+            grad = segment_grad / state
         if OP == PROD:
             x = tl.load(values + base + row * values_stride + at, mask=inside, other=1.0).to(tl.float64)
-            all_of_it = tl.load(reduced + place, mask=inside, other=0.0)
-            others = tl.where(all_of_it == 0.0, 0.0, keep / tl.where(x == 0.0, 1.0, x))
-            value = up * tl.where(x == 0.0, keep, others)
+            product = tl.load(reduced + entry, mask=inside, other=0.0)
+            others = tl.where(product == 0.0, 0.0, state / tl.where(x == 0.0, 1.0, x))
+            grad = segment_grad * tl.where(x == 0.0, state, others)
         if OP == ANY:
-            value = up * 0.0
+            grad = segment_grad * 0.0
         if OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
-            value = tl.where(at.to(tl.float64) == keep, up, 0.0)
-        value = tl.where(inside, value, 0.0).to(out.dtype.element_ty)
-        tl.store(out + base + row * out_stride + at, value, mask=at < length)
+            grad = tl.where(at.to(tl.float64) == state, segment_grad, 0.0)
+        grad = tl.where(inside, grad, 0.0).to(grads.dtype.element_ty)
+        tl.store(grads + base + row * grads_stride + at, grad, mask=at < length)
 
 
 def segment_reduce(
@@ -190,14 +197,14 @@ def segment_reduce(
     rows = Rows.of(values.shape, cu_seqlens, values)
     values, ids, mask = dense(values), dense(ids), as_bytes(mask)
     out = values.new_empty((rows.batch, segments))
-    kept = torch.empty_like(out, dtype=torch.float64)
+    states = torch.empty_like(out, dtype=torch.float64)
     if out.numel():
         segment_reduce_kernel[(rows.batch, cdiv(segments, SEGMENTS))](
-            values, ids, pointer(mask, values), rows.cu, out, kept, rows.width, rows.total, segments,
+            values, ids, pointer(mask, values), rows.cu, out, states, rows.width, rows.total, segments,
             stride(values), stride(ids), stride(mask), OP=REDUCTIONS.index(op), PACKED=rows.packed,
-            HAS_MASK=mask is not None, SEGMENTS=SEGMENTS, BLOCK=32,
+            HAS_MASK=mask is not None, SEGMENTS=SEGMENTS, BLOCK=32, **BITS,
         )  # fmt: skip
-    return out, kept
+    return out, states
 
 
 def segment_reduce_backward(
@@ -212,11 +219,11 @@ def segment_reduce_backward(
 ) -> Tensor:
     rows = Rows.of(values.shape, cu_seqlens, values)
     values, ids, mask = dense(values), dense(ids), as_bytes(mask)
-    found = output(values, values.shape, rows.packed)
-    if found.numel() and rows.batch:
+    grads = output(values, values.shape, rows.packed)
+    if grads.numel() and rows.batch:
         segment_reduce_backward_kernel[(rows.batch,)](
             grad.contiguous(), values, ids, out.contiguous(), kept.contiguous(), pointer(mask, values), rows.cu,
-            found, rows.width, rows.total, grad.shape[1], stride(values), stride(ids), stride(mask), stride(found),
-            OP=REDUCTIONS.index(op), PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
+            grads, rows.width, rows.total, grad.shape[1], stride(values), stride(ids), stride(mask), stride(grads),
+            OP=REDUCTIONS.index(op), PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
         )  # fmt: skip
-    return found
+    return grads

@@ -1,7 +1,7 @@
 """Selection on the GPU: a radix select, with the state of every scope on the device.
 
-Moved: the values once for each 8 bits of a key, once to count ties, once to write. Counts are integers, whose sum
-does not depend on the order of the atomic additions.
+Memory traffic: the values once for each 8 bits of a key, once to count ties, once to write. Counts are integers,
+whose sum does not depend on the order of the atomic additions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, cdiv, pointer, splits
+from .launch import BITS, INTERPRETED, cdiv, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
 
 BLOCK = 256 if INTERPRETED else 512
-DIGIT = 8
+DIGIT = 8  # bits of a key
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def digits_kernel(
     values, mask, cu, scopes, prefixes, counts, width, total, values_stride, mask_stride, shift, parts,
     FIRST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, k): the next digit of the keys of row b that have the digits found so far, counted."""
+    """Program (b, k): counts of the next digit of the keys of row b that begin with the scope's ``prefix``."""
     BINS: tl.constexpr = 1 << DIGIT
     b = tl.program_id(0)
     row = b.to(tl.int64)
@@ -45,19 +45,21 @@ def digits_kernel(
     scope = tl.load(scopes + b)
     prefix = tl.load(prefixes + scope).to(tl.uint64, bitcast=True)
     bins = tl.arange(0, BINS)
-    found = tl.zeros([BINS], tl.int32)
+    digit_counts = tl.zeros([BINS], tl.int32)
     for start in range(tl.program_id(1) * BLOCK, length, parts * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        here = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
-        key = sort_key(tl.load(values + base + row * values_stride + at, mask=here, other=0.0))
+        counted = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+        key = sort_key(tl.load(values + base + row * values_stride + at, mask=counted, other=0.0))
         moved = key >> shift.to(tl.uint64)
         if not FIRST:
-            here = here & ((moved >> DIGIT) == prefix)
-        digit = tl.where(here, (moved & (BINS - 1)).to(tl.int32), 0)
-        # What does not count was put into bin 0.
-        found += tl.histogram(digit, BINS)
-        found -= tl.where(bins == 0, BLOCK - tl.sum(here.to(tl.int32), 0), 0)
-    tl.atomic_add(counts + scope * BINS + bins, found.to(tl.int64), mask=found != 0, sem="relaxed")
+            counted = counted & ((moved >> DIGIT) == prefix)
+        digit = tl.where(counted, (moved & (BINS - 1)).to(tl.int32), 0)
+        # Elements that do not count are in bin 0.
+        digit_counts += tl.histogram(digit, BINS)
+        digit_counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
+    tl.atomic_add(
+        counts + scope * BINS + bins, digit_counts.to(tl.int64), mask=digit_counts != 0, sem="relaxed"
+    )
 
 
 @triton.jit(do_not_specialize=["width", "total", "values_stride", "mask_stride", "out_stride"])
@@ -65,8 +67,10 @@ def chosen_kernel(
     values, mask, cu, scopes, prefixes, wanted, before, out, width, total, values_stride, mask_stride, out_stride,
     WRITE: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: the ties of row b with the least chosen key, counted; or, with those of the scope's earlier rows
-    known, the mask."""
+    """Program b: the number of ties of row b with the least chosen key, to ``before``.
+
+    With ``WRITE`` the mask of row b; ``before`` is then the number of ties in the scope's earlier rows.
+    """
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
@@ -96,44 +100,37 @@ def largest(
 ) -> Tensor:
     rows = Rows.of(values.shape, cu_seqlens, values)
     values, mask = dense(values), as_bytes(mask)
-    make = torch.zeros if rows.packed else torch.empty
-    out = make(values.shape, dtype=torch.uint8, device=values.device)
+    allocate = torch.zeros if rows.packed else torch.empty
+    out = allocate(values.shape, dtype=torch.uint8, device=values.device)
     if not rows.batch or not values.numel():
         return out.view(torch.bool)
     scopes = scopes.contiguous()
+    # Per scope: the least chosen key's digits so far, and how many of the keys with these digits are to be chosen.
     room, prefix = wanted.clone(), torch.zeros_like(wanted)
     inputs = (values, pointer(mask, values), rows.cu, scopes, prefix)
     sizes = (rows.width, rows.total, stride(values), stride(mask))
-    flags = {"PACKED": rows.packed, "HAS_MASK": mask is not None, "BLOCK": BLOCK}
+    flags = {"PACKED": rows.packed, "HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": 4, **BITS}
     parts = splits(values, rows.batch, max(1, cdiv(rows.width, BLOCK)))
     bits = 64 if values.dtype is torch.float64 else 32
     for shift in range(bits - DIGIT, -1, -DIGIT):
         counts = torch.zeros((rows.batch, 1 << DIGIT), dtype=torch.int64, device=values.device)
         digits_kernel[(rows.batch, parts)](
-            *inputs,
-            counts,
-            *sizes,
-            shift,
-            parts,
-            FIRST=shift == bits - DIGIT,
-            DIGIT=DIGIT,
-            **flags,
-            num_warps=4,
+            *inputs, counts, *sizes, shift, parts, FIRST=shift == bits - DIGIT, DIGIT=DIGIT, **flags
         )
-        # The largest digit with enough keys from it on, and how many of those that have it are still wanted.
+        # The largest digit such that enough keys have it or a larger one; keys with a larger digit are all chosen.
         onward = counts.flip(1).cumsum(1).flip(1)
         digit = ((onward >= room[:, None]).sum(1) - 1).clamp(min=0)
         above = torch.nn.functional.pad(onward, (0, 1)).gather(1, digit[:, None] + 1)[:, 0]
         room -= above
         prefix.copy_(prefix << DIGIT | digit)
     before = torch.empty_like(scopes)
-    chosen = (*inputs, torch.where(wanted > 0, room, 0), before, out, *sizes, stride(out))
-    chosen_kernel[(rows.batch,)](*chosen, WRITE=False, **flags, num_warps=4)
-    # Of the ties the earliest: those of the scope's earlier rows come first.
+    arguments = (*inputs, torch.where(wanted > 0, room, 0), before, out, *sizes, stride(out))
+    chosen_kernel[(rows.batch,)](*arguments, WRITE=False, **flags)
+    # The earliest ties are chosen: the number of ties in the scope's earlier rows, for each row.
     order = scopes.argsort(stable=True)
     sums = before[order].cumsum(0) - before[order]
     first = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), scopes[order][1:] != scopes[order][:-1]])
     start = torch.where(first, sums, 0).cummax(0).values
     before.index_copy_(0, order, sums - start)
-    chosen_kernel[(rows.batch,)](*chosen, WRITE=True, **flags, num_warps=4)
+    chosen_kernel[(rows.batch,)](*arguments, WRITE=True, **flags)
     return out.view(torch.bool)
