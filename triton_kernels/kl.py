@@ -133,7 +133,7 @@ def token_kl_kernel(
     grad, logprob, ref_logprob, mask, behavior, rewards, out, out_ref, count,
     d_high, d_low, value_high, value_low, scale_high, scale_low,
     ESTIMATOR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BEHAVIOR: tl.constexpr, HAS_REWARDS: tl.constexpr,
-    LIVE: tl.constexpr, BACKWARD: tl.constexpr, TO_LOGPROB: tl.constexpr, TO_REF: tl.constexpr,
+    RATIO_GRAD: tl.constexpr, BACKWARD: tl.constexpr, TO_LOGPROB: tl.constexpr, TO_REF: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program n: the tokens [n BLOCK, (n + 1) BLOCK)."""
@@ -149,7 +149,7 @@ def token_kl_kernel(
     value, by_logprob, by_ref = estimate_kl(lp, ref, limits, ESTIMATOR, TERMS)
     if HAS_BEHAVIOR:
         ratio = tl.exp(lp - tl.load(behavior + at, mask=valid, other=-1.0))
-        if LIVE:
+        if RATIO_GRAD:
             by_logprob += value
         value *= ratio
         by_logprob *= ratio
@@ -194,7 +194,7 @@ def _launch(
             pointer(behavior, logprob), pointer(rewards, logprob), out, out_ref, count,
             *(part for value in scalars for part in pair(value)),
             ESTIMATOR=ESTIMATORS.index(estimator), HAS_MASK=mask is not None, HAS_BEHAVIOR=behavior is not None,
-            HAS_REWARDS=rewards is not None, LIVE=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
+            HAS_REWARDS=rewards is not None, RATIO_GRAD=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
             TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK, **BITS,
         )  # fmt: skip
     return out, out_ref

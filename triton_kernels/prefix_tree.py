@@ -151,7 +151,7 @@ def first_up_to(shared, begin, batch, depth, BELOW: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def enclosing(shared, begin, end, batch, BLOCK: tl.constexpr):
-    """Node and depth of what the rows at ``[begin, end)`` share with a neighbour; -1 where nothing."""
+    """The prefix that the rows at ``[begin, end)`` share with a neighbour; -1 where there is none."""
     depth = tl.maximum(tl.load(shared + begin), tl.load(shared + end, mask=end < batch, other=-1))
     node = begin * 0 - 1
     if depth >= 0:

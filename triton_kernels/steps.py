@@ -15,9 +15,8 @@ TOKENS = tl.constexpr(0)  # every valid token ends one
 FLAGS = tl.constexpr(1)
 IDS = tl.constexpr(2)  # a step ends at the last valid token before another id
 
-NO_STEP = tl.constexpr(
-    -1
-)  # the id of tokens that belong to no step, as any below 0, and of what follows a row
+# The step id of tokens that belong to no step (as any id below 0), and of the end of a row.
+NO_STEP = tl.constexpr(-1)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def td_backward_kernel(
     passed = at_row(passed, row, out_stride)
     gamma = load_discount(gamma_high, gamma_low, gammas, row, gammas_stride, GAMMA)
     lam = load_discount(lam_high, lam_low, lambdas, row, lambdas_stride, LAMBDA)
-    last_step = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
+    steps_end = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
     record = record_of(state, row, c, chunks)
     carry = scan_start(record, STAGE)
     for start in range(row.begin, row.end, BLOCK):
@@ -87,7 +87,7 @@ def td_backward_kernel(
             a = a * load_factor(trace + t, valid)
         step = valid
         if DECAY:
-            step = inside & (t < last_step)
+            step = inside & (t < steps_end)
             a = tl.where(step & (valid == 0), gamma.value * lam.value, a)
         a = tl.where(step, a, 1.0)
         s, carry = scan_block(a, tl.where(step, times(a, up), 0.0), carry, STAGE, BLOCK)
@@ -121,7 +121,7 @@ def td_values_kernel(
     mask = at_row(mask, row, mask_stride)
     out = at_row(out, row, out_stride)
     gamma = load_discount(gamma_high, gamma_low, gammas, row, gammas_stride, GAMMA)
-    last_step = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
+    steps_end = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
     carry = tl.zeros([], tl.float64)
     # One place more than there are tokens: what follows the row.
     for start in range(0, row.length + 1, BLOCK):
@@ -131,7 +131,7 @@ def td_values_kernel(
         before = load_valid(mask, at - 1, has_before, HAS_MASK)
         g = discount_at(gamma, at - 1, before, GAMMA)
         if DECAY:
-            before = has_before & (at <= last_step)
+            before = has_before & (at <= steps_end)
             g = gamma.value
         from_before = times(g, tl.load(passed + at - 1, mask=before, other=0.0))
         value, any_before = tl.associative_scan((from_before, before.to(tl.int32)), 0, latest)

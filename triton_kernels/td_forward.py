@@ -32,7 +32,7 @@ PER_TOKEN = tl.constexpr(2)
 class Discount(NamedTuple):
     """A discount of a row."""
 
-    value: Any  # in float64, unless it is per token
+    value: Any  # in float64; means nothing where the discount is per token
     tokens: Any  # pointer to the row's discounts, read where it is per token
 
 
@@ -105,7 +105,7 @@ def value_after(
 
 @triton.jit
 def look_ahead(
-    values, mask, v, at, valid, row, last_step, bootstrap, carry,
+    values, mask, v, at, valid, row, steps_end, bootstrap, carry,
     DECAY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The value after every token of a block in decreasing time, whose own values are ``v``."""
@@ -114,7 +114,7 @@ def look_ahead(
     later_v = tl.load(values + later, mask=later_valid, other=0.0).to(tl.float64)
     if DECAY:
         # Beyond the row the bootstrap, in the next chunk the carry.
-        ahead = tl.where(later < last_step, later_v, bootstrap)
+        ahead = tl.where(later < steps_end, later_v, bootstrap)
         ahead = tl.where(later == row.end, carry, ahead)
     else:
         ahead, any_valid = tl.associative_scan((later_v, later_valid.to(tl.int32)), 0, latest)
@@ -154,13 +154,13 @@ def td_kernel(
     returns = at_row(returns, row, out_stride)
     gamma = load_discount(gamma_high, gamma_low, gammas, row, gammas_stride, GAMMA)
     lam = load_discount(lam_high, lam_low, lambdas, row, lambdas_stride, LAMBDA)
-    last_step = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
+    steps_end = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
     boot = tl.zeros([], tl.float64)
     if BOOT:
         boot = tl.load(bootstrap + b).to(tl.float64)
     ahead = boot
     if VALUES and STAGE != WHOLE:
-        ahead = value_after(values, mask, row.end, last_step, boot, DECAY, HAS_MASK, BLOCK)
+        ahead = value_after(values, mask, row.end, steps_end, boot, DECAY, HAS_MASK, BLOCK)
     record = record_of(state, row, c, chunks)
     carry = scan_start(record, STAGE)
     for done in range(0, row.end - row.begin, BLOCK):
@@ -172,14 +172,14 @@ def td_kernel(
         a = g * discount_at(lam, at, valid, LAMBDA)
         step = valid
         if DECAY:
-            step = inside & (at < last_step)
+            step = inside & (at < steps_end)
             g = tl.where(step & (valid == 0), gamma.value, g)
             a = tl.where(step & (valid == 0), gamma.value * lam.value, a)
         v = tl.zeros([BLOCK], tl.float64)
         if VALUES:
             v = tl.load(values + at, mask=valid, other=0.0).to(tl.float64)
             next_values, ahead = look_ahead(
-                values, mask, v, at, valid, row, last_step, boot, ahead, DECAY, HAS_MASK, BLOCK
+                values, mask, v, at, valid, row, steps_end, boot, ahead, DECAY, HAS_MASK, BLOCK
             )
             x = x + times(g, next_values) - v
             if DECAY:
