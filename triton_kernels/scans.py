@@ -121,9 +121,9 @@ def scan_block(slope, shift, carry, STAGE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_map(record, map):
-    tl.store(record + SHIFT, map.shift)
-    tl.store(record + SLOPE, map.slope)
+def store_map(record, aggregate):
+    tl.store(record + SHIFT, aggregate.shift)
+    tl.store(record + SLOPE, aggregate.slope)
 
 
 @triton.jit(do_not_specialize=["chunks"])

@@ -39,7 +39,7 @@ class Discount(NamedTuple):
 class Lookahead(NamedTuple):
     """The values that the tokens of a block look ahead to."""
 
-    values: Any  # of the block, in float64
+    ahead: Any  # of the block, in float64
     carry: Any  # the value that the latest token of the next block looks ahead to
 
 

@@ -27,7 +27,7 @@ STEP = tl.constexpr(AT.index("step"))
 class NodeValues(NamedTuple):
     """One channel of the nodes, and the way up: pointers and sizes."""
 
-    values: Any  # [2 B, C], discounted to the node's depth
+    value: Any  # [2 B, C], discounted to the node's depth
     along: Any  # [2 B, C], times the row's factor, discounted to the row's end
     depth: Any  # [2 B]
     parent: Any  # [2 B]
@@ -62,9 +62,9 @@ def values_of(
         value = tl.zeros([], tl.float64)
         before = tl.zeros([], tl.float64)
         if HAS_VALUES:
-            value += tl.load(nodes.values + here)
+            value += tl.load(nodes.value + here)
             if AT == STEP:
-                before += tl.load(nodes.values + there, mask=up >= 0, other=0.0)
+                before += tl.load(nodes.value + there, mask=up >= 0, other=0.0)
         if ALONG:
             x = path.factor * tl.load(nodes.along + here)
             if DECAY:
