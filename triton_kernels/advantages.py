@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.reference.advantages import BASELINES, SCALES
+from ..reference.advantages import BASELINES, SCALES
 
 from .group_statistics import (
     BATCH_STD,

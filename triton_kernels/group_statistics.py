@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from rewardops.reference.advantages import BASELINES, SCALES
+from ..reference.advantages import BASELINES, SCALES
 
 from .groups import members
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.reference.kl import ESTIMATORS
+from ..reference.kl import ESTIMATORS
 
 from .arithmetic import log1p
-from .launch import cdiv, pair, pointer
+from .launch import BITS, cdiv, pair, pointer, unpair
 
 BLOCK = 1024
 
-# Estimators as the kernel knows them: their places in the table of the specification.
+# An estimator is its index in the table of the specification.
 K1 = tl.constexpr(ESTIMATORS.index("k1"))
 ABS = tl.constexpr(ESTIMATORS.index("abs"))
 K2 = tl.constexpr(ESTIMATORS.index("k2"))
@@ -22,6 +24,21 @@ K1_PLUS = tl.constexpr(ESTIMATORS.index("k1_plus"))
 K3_PLUS = tl.constexpr(ESTIMATORS.index("k3_plus"))
 BINARY_KL = tl.constexpr(ESTIMATORS.index("binary_kl"))
 BINARY_TV = tl.constexpr(ESTIMATORS.index("binary_tv"))
+
+
+class Limits(NamedTuple):
+    """Clamps; infinite where there is none."""
+
+    difference: Any  # of the log-probabilities
+    value: Any  # of the estimate
+
+
+class Estimate(NamedTuple):
+    """The estimate at a token, and its derivatives."""
+
+    value: Any
+    by_logprob: Any
+    by_ref: Any
 
 
 @triton.jit
@@ -35,7 +52,7 @@ def exp_remainder(x, TERMS: tl.constexpr):
 
 @triton.jit
 def expm1_minus(x, LINEAR: tl.constexpr, TERMS: tl.constexpr):
-    """e^x - 1, less x where LINEAR says so, to full relative accuracy."""
+    """e^x - 1 - x (LINEAR) or e^x - 1, to full relative accuracy."""
     near = (x < 1) & (x > -1)
     s = tl.where(near, x, 0.0)
     small = s * s * exp_remainder(s, TERMS)
@@ -51,39 +68,44 @@ def sign(x):
 
 
 @triton.jit
-def kl_term(logprob, ref, largest_d, largest_value, ESTIMATOR: tl.constexpr, TERMS: tl.constexpr):
-    """The estimate, and its slopes in both log-probabilities."""
-    whole = logprob - ref
+def clamp(x, limit):
+    """A NaN stays."""
+    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+
+
+@triton.jit
+def estimate_kl(logprob, ref, limits, ESTIMATOR: tl.constexpr, TERMS: tl.constexpr):
+    difference = logprob - ref
     if ESTIMATOR == BINARY_TV or ESTIMATOR == BINARY_KL:
         a = tl.exp(logprob)
         b = tl.exp(ref)
-        apart = tl.where(tl.abs(whole) < 1, b * expm1_minus(whole, False, TERMS), a - b)
+        gap = tl.where(tl.abs(difference) < 1, b * expm1_minus(difference, False, TERMS), a - b)
         if ESTIMATOR == BINARY_TV:
-            value = tl.abs(apart)
-            on_logprob = sign(apart) * a
-            on_ref = -sign(apart) * b
+            value = tl.abs(gap)
+            by_logprob = sign(gap) * a
+            by_ref = -sign(gap) * b
         else:
             # sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels.
             rest = -expm1_minus(logprob, False, TERMS)
             ref_rest = -expm1_minus(ref, False, TERMS)
-            some = tl.where(ref_rest > 0, ref_rest, 1.0)
-            change = -apart / some
+            safe_rest = tl.where(ref_rest > 0, ref_rest, 1.0)
+            change = -gap / safe_rest
             small = tl.abs(change) < 0.5
             y = tl.where(
                 small,
                 log1p(tl.where(small, change, 0.0)),
-                tl.log(tl.where(rest > 0, rest, 1.0)) - tl.log(some),
+                tl.log(tl.where(rest > 0, rest, 1.0)) - tl.log(safe_rest),
             )
             y = tl.where(ref_rest > 0, y, float("inf"))
-            value = tl.where(a > 0, a * expm1_minus(-whole, True, TERMS), b)
+            value = tl.where(a > 0, a * expm1_minus(-difference, True, TERMS), b)
             value += tl.where(rest > 0, rest * expm1_minus(-y, True, TERMS), ref_rest)
-            on_logprob = tl.where((rest > 0) & (a > 0), a * (whole - y), 0.0)
-            on_ref = tl.where(rest > 0, tl.where(ref_rest > 0, rest * b / some, float("inf")) - a, 0.0)
-        inside = tl.abs(value) <= largest_value
-        on_logprob = tl.where(inside, on_logprob, 0.0)
-        on_ref = tl.where(inside, on_ref, 0.0)
+            by_logprob = tl.where((rest > 0) & (a > 0), a * (difference - y), 0.0)
+            by_ref = tl.where(rest > 0, tl.where(ref_rest > 0, rest * b / safe_rest, float("inf")) - a, 0.0)
+        inside = tl.abs(value) <= limits.value
+        by_logprob = tl.where(inside, by_logprob, 0.0)
+        by_ref = tl.where(inside, by_ref, 0.0)
     else:
-        d = tl.where(whole > largest_d, largest_d, tl.where(whole < -largest_d, -largest_d, whole))
+        d = clamp(difference, limits.difference)
         if ESTIMATOR == K1 or ESTIMATOR == K1_PLUS:
             value = d
             slope = d * 0 + 1.0
@@ -96,15 +118,14 @@ def kl_term(logprob, ref, largest_d, largest_value, ESTIMATOR: tl.constexpr, TER
         else:
             value = expm1_minus(-d, True, TERMS)
             slope = -expm1_minus(-d, False, TERMS)
-        slope = tl.where((tl.abs(whole) <= largest_d) & (tl.abs(value) <= largest_value), slope, 0.0)
+        not_clamped = tl.abs(difference) <= limits.difference
+        inside = not_clamped & (tl.abs(value) <= limits.value)
+        slope = tl.where(inside, slope, 0.0)
         if ESTIMATOR == K1_PLUS or ESTIMATOR == K3_PLUS:
-            slope = whole  # straight through: the gradient of k2
-        on_logprob = slope
-        on_ref = -slope
-    value = tl.where(
-        value > largest_value, largest_value, tl.where(value < -largest_value, -largest_value, value)
-    )
-    return value, on_logprob, on_ref
+            slope = difference  # straight through: the gradient of k2
+        by_logprob = slope
+        by_ref = -slope
+    return Estimate(clamp(value, limits.value), by_logprob, by_ref)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -112,34 +133,33 @@ def token_kl_kernel(
     grad, logprob, ref_logprob, mask, behavior, rewards, out, out_ref, count,
     d_high, d_low, value_high, value_low, scale_high, scale_low,
     ESTIMATOR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BEHAVIOR: tl.constexpr, HAS_REWARDS: tl.constexpr,
-    LIVE: tl.constexpr, BACKWARD: tl.constexpr, TO_LOGPROB: tl.constexpr, TO_REF: tl.constexpr,
+    RATIO_GRAD: tl.constexpr, BACKWARD: tl.constexpr, TO_LOGPROB: tl.constexpr, TO_REF: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Program n: the tokens [n BLOCK, (n + 1) BLOCK)."""
     ACC: tl.constexpr = logprob.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < count
     if HAS_MASK:
         valid = valid & (tl.load(mask + at, mask=valid, other=0) != 0)
-    # An infinite limit has no low part.
-    largest_d = tl.full([], d_high, ACC) + tl.full([], d_low, ACC)
-    largest_value = tl.full([], value_high, ACC) + tl.full([], value_low, ACC)
-    scale = tl.full([], scale_high, ACC) + tl.full([], scale_low, ACC)
+    limits = Limits(unpair(d_high, d_low, ACC), unpair(value_high, value_low, ACC))
+    scale = unpair(scale_high, scale_low, ACC)
     lp = tl.load(logprob + at, mask=valid, other=-1.0)
     ref = tl.load(ref_logprob + at, mask=valid, other=-1.0)
-    value, on_logprob, on_ref = kl_term(lp, ref, largest_d, largest_value, ESTIMATOR, TERMS)
+    value, by_logprob, by_ref = estimate_kl(lp, ref, limits, ESTIMATOR, TERMS)
     if HAS_BEHAVIOR:
         ratio = tl.exp(lp - tl.load(behavior + at, mask=valid, other=-1.0))
-        if LIVE:
-            on_logprob += value
+        if RATIO_GRAD:
+            by_logprob += value
         value *= ratio
-        on_logprob *= ratio
-        on_ref *= ratio
+        by_logprob *= ratio
+        by_ref *= ratio
     if BACKWARD:
         up = tl.load(grad + at, mask=valid, other=0.0) * scale
         if TO_LOGPROB:
-            tl.store(out + at, tl.where(valid, up * on_logprob, 0.0), mask=at < count)
+            tl.store(out + at, tl.where(valid, up * by_logprob, 0.0), mask=at < count)
         if TO_REF:
-            tl.store(out_ref + at, tl.where(valid, up * on_ref, 0.0), mask=at < count)
+            tl.store(out_ref + at, tl.where(valid, up * by_ref, 0.0), mask=at < count)
     else:
         value *= scale
         if HAS_REWARDS:
@@ -150,7 +170,7 @@ def token_kl_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _run(
+def _launch(
     grad: Tensor | None,
     logprob: Tensor,
     ref_logprob: Tensor,
@@ -174,8 +194,8 @@ def _run(
             pointer(behavior, logprob), pointer(rewards, logprob), out, out_ref, count,
             *(part for value in scalars for part in pair(value)),
             ESTIMATOR=ESTIMATORS.index(estimator), HAS_MASK=mask is not None, HAS_BEHAVIOR=behavior is not None,
-            HAS_REWARDS=rewards is not None, LIVE=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
-            TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK,
+            HAS_REWARDS=rewards is not None, RATIO_GRAD=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
+            TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK, **BITS,
         )  # fmt: skip
     return out, out_ref
 
@@ -193,7 +213,9 @@ def token_kl(
     live: bool,
 ) -> Tensor:
     scalars = (largest_d, largest_value, scale)
-    return _run(None, logprob, ref_logprob, mask, behavior, rewards, estimator, scalars, live, True, False)[0]
+    return _launch(
+        None, logprob, ref_logprob, mask, behavior, rewards, estimator, scalars, live, True, False
+    )[0]
 
 
 def token_kl_backward(
@@ -211,6 +233,6 @@ def token_kl_backward(
     to_ref: bool,
 ) -> tuple[Tensor, Tensor]:
     scalars = (largest_d, largest_value, scale)
-    return _run(
+    return _launch(
         grad, logprob, ref_logprob, mask, behavior, None, estimator, scalars, live, to_logprob, to_ref
     )

@@ -1,4 +1,4 @@
-"""Launch policy: how many programs a device wants, and scalars that keep their digits on the way."""
+"""Launch policy: how many programs fill a device, compiler options, and scalars passed without loss of digits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Where kernels are interpreted, small blocks keep small inputs fast, and give them several blocks.
@@ -33,7 +35,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def splits(tensor: Tensor, programs: int, blocks: int, per_multiprocessor: int = 4) -> int:
-    """Into how many parts of its blocks each of ``programs`` rows is cut, to fill the device."""
+    """The number of parts into which each of ``programs`` rows of blocks is cut to fill the device."""
     wanted = cdiv(per_multiprocessor * multiprocessors(tensor), max(programs, 1))
     return max(1, min(blocks, wanted))
 
@@ -44,6 +46,12 @@ def pair(value: float) -> tuple[float, float]:
     return high, 0.0 if math.isinf(high) else float(np.float32(value - high))
 
 
+@triton.jit
+def unpair(high, low, DTYPE: tl.constexpr):
+    """The scalar of which ``pair`` returned the parts; an infinity has no low part."""
+    return tl.full([], high, DTYPE) + tl.full([], low, DTYPE)
+
+
 def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Something to point at where an argument is not given (the kernel does not read it then)."""
+    """The tensor, or another to point at in its place: kernels do not read an argument that is None."""
     return other if tensor is None else tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewardops.core import chunked
+from ..core import chunked
 
 from . import logits
 

@@ -1,28 +1,39 @@
 """Prefix trees on the GPU.
 
-A row finds its place among its group's rows by comparing itself with each up to their first difference; what it
-shares with its neighbours is all that the tree needs. Moved for that: the tokens that pairs share, from the cache
-mostly. Then one write of each token, or one read on the way back; sums are by node, over its rows in order.
+A row finds its place among its group's rows by comparing itself with each up to their first difference; the tokens
+that it shares with its neighbours determine the tree. Moved for that: the tokens that pairs share, from the cache
+mostly. Sums over subtrees are by node, over its rows in order.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.core.rows import move, move_back, places_without_holes
+from ..core.rows import move, places_without_holes
+from ..reference.prefix_tree import by_group, members_of
+from .launch import BITS, INTERPRETED, pointer, unpair
+from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
+from .tree_records import PLACES, TreeNodes, TreeRows, log2_pair, power
+from .tree_tokens import nodes_to_tokens, nodes_to_tokens_backward
 
-from ..reference.prefix_tree import AT, OnTokens, by_group, members_of
-from .launch import INTERPRETED, cdiv, pair, pointer, splits
-from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+__all__ = [
+    "nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree", "subtree_sums",
+    "subtree_sums_backward",
+]  # fmt: skip
 
 BLOCK = 128 if INTERPRETED else 512  # tokens at once
-PLACES = 64 if INTERPRETED else 256  # positions read at once
+
+
+class Enclosing(NamedTuple):
+    """The deepest node that encloses some positions."""
+
+    node: Any  # -1 where there is none
+    depth: Any
 
 
 # ---- the tree ----------------------------------------------------------------------------------------------
@@ -50,6 +61,28 @@ def spans_kernel(
     tl.store(length_out + b, tl.maximum(end - begin, 0))
 
 
+@triton.jit
+def first_valid(tokens, cu, first, b, width, total, stride, PACKED: tl.constexpr):
+    """Pointer to row b's first valid token."""
+    base, _ = row_bounds(cu, b, width, total, PACKED)
+    return tokens + base + b.to(tl.int64) * stride + tl.load(first + b)
+
+
+@triton.jit
+def common_prefix(x, y, length, BLOCK: tl.constexpr):
+    """The number of equal tokens at the front of two rows, of which the shorter has ``length``."""
+    same = length
+    start = length * 0
+    while start < same:
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        x_tokens = tl.load(x + at, mask=inside, other=0)
+        y_tokens = tl.load(y + at, mask=inside, other=0)
+        same = tl.minimum(same, tl.min(tl.where(inside & (x_tokens != y_tokens), at, length), 0))
+        start += BLOCK
+    return same
+
+
 @triton.jit(do_not_specialize=["width", "total", "tokens_stride"])
 def places_kernel(
     tokens, members, group_begin, group_end, cu, first, lengths, order, shared, width, total, tokens_stride,
@@ -60,8 +93,7 @@ def places_kernel(
     Of the rows before it in lexicographic order, the last one is the one that shares most.
     """
     b = tl.program_id(0)
-    base, _ = row_bounds(cu, b, width, total, PACKED)
-    mine = tokens + base + b.to(tl.int64) * tokens_stride + tl.load(first + b)
+    x = first_valid(tokens, cu, first, b, width, total, tokens_stride, PACKED)
     length = tl.load(lengths + b)
     begin = tl.load(group_begin + b)
     place = begin
@@ -69,29 +101,21 @@ def places_kernel(
     for k in range(begin, tl.load(group_end + b)):
         j = tl.load(members + k)
         other = tl.load(lengths + j)
-        shorter = tl.minimum(length, other)
-        same = shorter
-        ahead = (other > 0) | (j < b)  # of an empty row: what is not empty, and empty rows by number
+        # Is row j before row b? Before an empty row: rows that are not empty, and empty ones by number.
+        before = (other > 0) | (j < b)
         if length > 0:
-            ahead = (other > 0) & (j < b)
+            before = (other > 0) & (j < b)
+            shorter = tl.minimum(length, other)
             if shorter > 0:
-                base_j, _ = row_bounds(cu, j, width, total, PACKED)
-                theirs = tokens + base_j + j.to(tl.int64) * tokens_stride + tl.load(first + j)
-                start = shorter * 0
-                while start < same:
-                    at = start + tl.arange(0, BLOCK)
-                    inside = at < shorter
-                    x = tl.load(mine + at, mask=inside, other=0)
-                    y = tl.load(theirs + at, mask=inside, other=0)
-                    same = tl.minimum(same, tl.min(tl.where(inside & (x != y), at, shorter), 0))
-                    start += BLOCK
-                both = same < shorter
-                x = tl.load(mine + same, mask=both, other=0)
-                y = tl.load(theirs + same, mask=both, other=0)
-                ended = (other < length) | ((other == length) & (j < b))
-                ahead = (both & (y < x)) | ((same == shorter) & ended)
-                most = tl.where(ahead, tl.maximum(most, same), most)
-        place += (ahead & (j != b)).to(tl.int64)
+                y = first_valid(tokens, cu, first, j, width, total, tokens_stride, PACKED)
+                same = common_prefix(x, y, shorter, BLOCK)
+                differ = same < shorter
+                x_token = tl.load(x + same, mask=differ, other=0)
+                y_token = tl.load(y + same, mask=differ, other=0)
+                ends_first = (other < length) | ((other == length) & (j < b))
+                before = (differ & (y_token < x_token)) | ((same == shorter) & ends_first)
+                most = tl.where(before, tl.maximum(most, same), most)
+        place += (before & (j != b)).to(tl.int64)
     tl.store(order + place, b.to(tl.int64))
     tl.store(shared + place, most)
 
@@ -100,40 +124,48 @@ def places_kernel(
 def last_below(shared, upto, depth, BLOCK: tl.constexpr):
     """The last position up to ``upto`` that shares less than ``depth``; -1 where there is none."""
     start = upto // BLOCK * BLOCK
-    found = upto * 0 - 1
-    while (start >= 0) & (found < 0):
+    position = upto * 0 - 1
+    while (start >= 0) & (position < 0):
         at = start + tl.arange(0, BLOCK)
         inside = at <= upto
         x = tl.load(shared + at, mask=inside, other=0)
-        found = tl.max(tl.where(inside & (x < depth), at, -1), 0)
+        position = tl.max(tl.where(inside & (x < depth), at, -1), 0)
         start -= BLOCK
-    return found
+    return position
 
 
 @triton.jit
 def first_up_to(shared, begin, batch, depth, BELOW: tl.constexpr, BLOCK: tl.constexpr):
     """The first position from ``begin`` that shares less than ``depth`` (BELOW) or just that; else ``batch``."""
     start = begin // BLOCK * BLOCK
-    found = begin * 0 + batch
-    while (start < batch) & (found == batch):
+    position = begin * 0 + batch
+    while (start < batch) & (position == batch):
         at = start + tl.arange(0, BLOCK)
         inside = (at >= begin) & (at < batch)
         x = tl.load(shared + at, mask=inside, other=0)
         hit = inside & ((x < depth) if BELOW else (x == depth))
-        found = tl.min(tl.where(hit, at, batch), 0)
+        position = tl.min(tl.where(hit, at, batch), 0)
         start += BLOCK
-    return found
+    return position
 
 
 @triton.jit
 def enclosing(shared, begin, end, batch, BLOCK: tl.constexpr):
-    """Node and depth of what the rows at ``[begin, end)`` share with a neighbour; -1 where nothing."""
+    """The prefix that the rows at ``[begin, end)`` share with a neighbour; -1 where there is none."""
     depth = tl.maximum(tl.load(shared + begin), tl.load(shared + end, mask=end < batch, other=-1))
     node = begin * 0 - 1
     if depth >= 0:
         start = last_below(shared, begin, depth, BLOCK)
         node = first_up_to(shared, start + 1, batch, depth, False, BLOCK)
-    return node, depth
+    return Enclosing(node, depth)
+
+
+@triton.jit
+def store_node(nodes, n, node, exists):
+    tl.store(nodes.begin + n, tl.where(exists, node.begin, 0))
+    tl.store(nodes.end + n, tl.where(exists, node.end, 0))
+    tl.store(nodes.depth + n, tl.where(exists, node.depth, -1))
+    tl.store(nodes.parent + n, tl.where(exists, node.parent, -1))
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -142,31 +174,28 @@ def nodes_kernel(
 ):
     """Program p: the nodes p and batch + p."""
     p = tl.program_id(0).to(tl.int64)
+    nodes = TreeNodes(begin_out, end_out, depth_out, parent_out)
+    # The prefix at which the rows at p - 1 and p part, unless an earlier position has the same.
     depth = tl.load(shared + p)
     begin = p * 0
     end = p * 0
-    up = p * 0 - 1
-    parts = depth >= 0
-    if parts:
+    parent = p * 0 - 1
+    is_first = depth >= 0
+    if is_first:
         begin = last_below(shared, p - 1, depth, BLOCK)
-        parts = first_up_to(shared, begin + 1, batch, depth, False, BLOCK) == p
+        is_first = first_up_to(shared, begin + 1, batch, depth, False, BLOCK) == p
         end = first_up_to(shared, p + 1, batch, depth, True, BLOCK)
-        up, _ = enclosing(shared, begin, end, batch, BLOCK)
-    tl.store(begin_out + p, tl.where(parts, begin, 0))
-    tl.store(end_out + p, tl.where(parts, end, 0))
-    tl.store(depth_out + p, tl.where(parts, depth, -1))
-    tl.store(parent_out + p, tl.where(parts, up, -1))
+        parent, _ = enclosing(shared, begin, end, batch, BLOCK)
+    store_node(nodes, p, TreeNodes(begin, end, depth, parent), is_first)
 
+    # What the row at p shares with no other.
     row = tl.load(order + p)
     length = tl.load(lengths + row)
-    up, depth = enclosing(shared, p, p + 1, batch, BLOCK)
-    own = length > tl.maximum(depth, 0)
+    parent, depth = enclosing(shared, p, p + 1, batch, BLOCK)
+    is_alone = length > tl.maximum(depth, 0)
     node = batch + p
-    tl.store(begin_out + node, tl.where(own, p, 0))
-    tl.store(end_out + node, tl.where(own, p + 1, 0))
-    tl.store(depth_out + node, tl.where(own, length, -1))
-    tl.store(parent_out + node, tl.where(own, up, -1))
-    tl.store(leaf + row, tl.where(own, node, tl.where(length > 0, up, -1)))
+    store_node(nodes, node, TreeNodes(p, p + 1, length, parent), is_alone)
+    tl.store(leaf + row, tl.where(is_alone, node, tl.where(length > 0, parent, -1)))
 
 
 def prefix_tree(
@@ -177,20 +206,21 @@ def prefix_tree(
         tokens, mask = move(tokens, mask, places), move(mask, mask, places)
     groups, mask, tokens = groups.contiguous(), as_bytes(mask), dense(tokens)
     r = Rows.of(tokens.shape, cu_seqlens, groups)
-    rows, nodes = groups.new_empty(5, r.batch), groups.new_empty(4, 2 * r.batch)
+    rows = groups.new_empty(len(TreeRows._fields), r.batch)
+    nodes = groups.new_empty(len(TreeNodes._fields), 2 * r.batch)
     if r.batch == 0:
         return rows, nodes
-    order, leaf, first, lengths, shared = rows
+    out = TreeRows(*rows)
     grid = (r.batch,)
     spans_kernel[grid](
-        pointer(mask, groups), r.cu, first, lengths, r.width, r.total, stride(mask),
-        PACKED=r.packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
+        pointer(mask, groups), r.cu, out.first, out.length, r.width, r.total, stride(mask),
+        PACKED=r.packed, HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
     )  # fmt: skip
     places_kernel[grid](
-        tokens, *by_group(groups), r.cu, first, lengths, order, shared, r.width, r.total, stride(tokens),
-        PACKED=r.packed, BLOCK=BLOCK,
+        tokens, *by_group(groups), r.cu, out.first, out.length, out.order, out.shared, r.width, r.total,
+        stride(tokens), PACKED=r.packed, BLOCK=BLOCK, **BITS,
     )  # fmt: skip
-    nodes_kernel[grid](order, leaf, lengths, shared, *nodes, r.batch, BLOCK=PLACES)
+    nodes_kernel[grid](out.order, out.leaf, out.length, out.shared, *nodes, r.batch, BLOCK=PLACES, **BITS)
     return rows, nodes
 
 
@@ -200,9 +230,9 @@ def prefix_lcp_kernel(order, lengths, shared, rank, lcp, batch, most):
     p = tl.program_id(0).to(tl.int64)
     row = tl.load(order + p)
     target = lcp + row * most
-    own = tl.load(rank + row)
+    place = tl.load(rank + row)
     length = tl.load(lengths + row)
-    tl.store(target + own, tl.where(length > 0, length, -1).to(tl.int32), mask=own < most)
+    tl.store(target + place, tl.where(length > 0, length, -1).to(tl.int32), mask=place < most)
     least = length
     q = p
     common = tl.load(shared + q)
@@ -225,27 +255,16 @@ def prefix_lcp_kernel(order, lengths, shared, rank, lcp, batch, most):
 
 def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
     members, rank = members_of(groups, most)
-    order, _, _, lengths, shared = rows.contiguous()
+    tree = TreeRows(*rows.contiguous())
     lcp = groups.new_full((len(groups), most), -1, dtype=torch.int32)
     if len(groups):
-        prefix_lcp_kernel[(len(groups),)](order, lengths, shared, rank, lcp, len(groups), most)
+        prefix_lcp_kernel[(len(groups),)](
+            tree.order, tree.length, tree.shared, rank, lcp, len(groups), most, **BITS
+        )
     return members.to(torch.int32), lcp
 
 
 # ---- sums over subtrees ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def discount(left, log_high, log_low):
-    """``gamma ** left``, 1 for what is below 0."""
-    log2 = tl.full([], log_high, tl.float64) + tl.full([], log_low, tl.float64)
-    left = tl.maximum(left, 0)
-    return tl.where(left == 0, 1.0, tl.exp2(left.to(tl.float64) * log2))
-
-
-def _log2(gamma: float) -> tuple[float, float]:
-    # Of 0 a number whose every multiple is the logarithm of 0 as well, and no infinity.
-    return pair(math.log2(gamma) if gamma > 0 else -1e5)
 
 
 @triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
@@ -258,6 +277,7 @@ def subtree_sums_kernel(
     c = tl.program_id(1)
     begin = tl.load(begin_in + n)
     end = tl.load(end_in + n)
+    log2_gamma = unpair(log_high, log_low, tl.float64)
     lanes = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -268,8 +288,8 @@ def subtree_sums_kernel(
             term -= tl.load(centre + n * channels + c)
             term *= term
         if DECAY:
-            left = tl.load(lengths + row, mask=inside, other=0) - tl.load(depth_in + n)
-            term *= discount(left, log_high, log_low)
+            tokens_left = tl.load(lengths + row, mask=inside, other=0) - tl.load(depth_in + n)
+            term *= power(log2_gamma, tokens_left)
         if HAS_WEIGHTS:
             term *= tl.load(weights + row, mask=inside, other=0.0)
         lanes += tl.where(inside, term, 0.0)
@@ -281,11 +301,12 @@ def subtree_sums_backward_kernel(
     grad, x, weights, centre, leaf, lengths, depth_in, parent, grad_x, grad_weights, channels, log_high, log_low,
     HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Program b: what the nodes on row b's path send to it."""
+    """Program b: the gradient of row b, summed over the nodes on its path."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHANNELS)
-    given = c < channels
-    value = tl.load(x + b * channels + c, mask=given, other=0.0)
+    inside = c < channels
+    log2_gamma = unpair(log_high, log_low, tl.float64)
+    value = tl.load(x + b * channels + c, mask=inside, other=0.0)
     node = tl.load(leaf + b)
     weight = tl.full([], 1.0, tl.float64)
     if HAS_WEIGHTS:
@@ -294,20 +315,20 @@ def subtree_sums_backward_kernel(
     by_weight = tl.zeros([CHANNELS], tl.float64)
     length = tl.load(lengths + b)
     while node >= 0:
-        up = tl.load(grad + node * channels + c, mask=given, other=0.0)
+        up = tl.load(grad + node * channels + c, mask=inside, other=0.0)
         if DECAY:
-            up *= discount(length - tl.load(depth_in + node), log_high, log_low)
+            up *= power(log2_gamma, length - tl.load(depth_in + node))
         if CENTRED:
-            off = value - tl.load(centre + node * channels + c, mask=given, other=0.0)
-            by_x += 2.0 * off * up
-            by_weight += off * off * up
+            difference = value - tl.load(centre + node * channels + c, mask=inside, other=0.0)
+            by_x += 2.0 * difference * up
+            by_weight += difference * difference * up
         else:
             by_x += up
             by_weight += value * up
         node = tl.load(parent + node)
-    tl.store(grad_x + b * channels + c, weight * by_x, mask=given)
+    tl.store(grad_x + b * channels + c, weight * by_x, mask=inside)
     if HAS_WEIGHTS:
-        tl.store(grad_weights + b, tl.sum(tl.where(given, by_weight, 0.0), 0))
+        tl.store(grad_weights + b, tl.sum(tl.where(inside, by_weight, 0.0), 0))
 
 
 def subtree_sums(
@@ -316,12 +337,11 @@ def subtree_sums(
     out = x.new_empty(nodes.shape[1], x.shape[1])
     if out.numel():
         x = x.contiguous()
-        order, _, _, lengths, _ = rows.contiguous()
-        begin, end, depth, _ = nodes.contiguous()
+        row, node = TreeRows(*rows.contiguous()), TreeNodes(*nodes.contiguous())
         subtree_sums_kernel[(nodes.shape[1], x.shape[1])](
-            x, *(x if t is None else t.contiguous() for t in (weights, centre)), order, lengths, begin, end,
-            depth, out, x.shape[1], *_log2(gamma), HAS_WEIGHTS=weights is not None,
-            CENTRED=centre is not None, DECAY=gamma != 1.0 and centre is None, BLOCK=PLACES,
+            x, *(x if t is None else t.contiguous() for t in (weights, centre)), row.order, row.length,
+            node.begin, node.end, node.depth, out, x.shape[1], *log2_pair(gamma), HAS_WEIGHTS=weights is not None,
+            CENTRED=centre is not None, DECAY=gamma != 1.0 and centre is None, BLOCK=PLACES, **BITS,
         )  # fmt: skip
     return out
 
@@ -339,253 +359,11 @@ def subtree_sums_backward(
     by_weight = x.new_zeros(0 if weights is None else weights.shape)
     if by_x.numel():
         x = x.contiguous()
-        _, leaf, _, lengths, _ = rows.contiguous()
-        _, _, depth, parent = nodes.contiguous()
+        row, node = TreeRows(*rows.contiguous()), TreeNodes(*nodes.contiguous())
         subtree_sums_backward_kernel[(x.shape[0],)](
-            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (weights, centre)), leaf,
-            lengths, depth, parent, by_x, by_weight, x.shape[1], *_log2(gamma),
-            HAS_WEIGHTS=weights is not None, CENTRED=centre is not None,
-            DECAY=gamma != 1.0 and centre is None, CHANNELS=triton.next_power_of_2(x.shape[1]),
+            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (weights, centre)),
+            row.leaf, row.length, node.depth, node.parent, by_x, by_weight, x.shape[1], *log2_pair(gamma),
+            HAS_WEIGHTS=weights is not None, CENTRED=centre is not None, DECAY=gamma != 1.0 and centre is None,
+            CHANNELS=triton.next_power_of_2(x.shape[1]), **BITS,
         )  # fmt: skip
     return by_x, by_weight
-
-
-# ---- nodes and tokens --------------------------------------------------------------------------------------
-
-# In the order of AT.
-AFTER = tl.constexpr(0)
-BEFORE = tl.constexpr(1)
-STEP = tl.constexpr(2)
-
-
-@triton.jit
-def values_of(
-    values, along, factor, span, depth_in, parent, leaf, at, lowest, channels, c, log_high, log_low,
-    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The values of a block of a row's tokens, counted from its first; ``lowest`` is the block's first.
-
-    ``factor`` is the row's; 1 for the derivative by it (without values then).
-    """
-    result = tl.zeros([BLOCK], tl.float64)
-    state = at + (0 if AT == BEFORE else 1)
-    node = leaf
-    while node >= 0:
-        depth = tl.load(depth_in + node)
-        up = tl.load(parent + node)
-        above = tl.load(depth_in + up, mask=up >= 0, other=-1)
-        value = tl.zeros([], tl.float64)
-        before = tl.zeros([], tl.float64)
-        if HAS_VALUES:
-            value += tl.load(values + node * channels + c)
-            if AT == STEP:
-                before += tl.load(values + up * channels + c, mask=up >= 0, other=0.0)
-        if ALONG:
-            x = factor * tl.load(along + node * channels + c)
-            if DECAY:
-                x *= discount(span - depth, log_high, log_low)
-            value += x
-            if AT == STEP:
-                before += factor * tl.load(along + up * channels + c, mask=up >= 0, other=0.0)
-        if AT == STEP:
-            result = tl.where(at == above, value - before, result)
-        else:
-            here = (state > above) & ((state <= depth) | (node == leaf))
-            if DECAY:
-                value = value * discount(depth - state, log_high, log_low)
-            result = tl.where(here, value, result)
-        # What lies above holds no state of this block.
-        node = tl.where(above >= lowest, up, -1)
-    return result
-
-
-@triton.jit(do_not_specialize=[
-    "width", "total", "mask_stride", "out_stride", "plane", "channels", "splits", "log_high", "log_low",
-])  # fmt: skip
-def nodes_to_tokens_kernel(
-    values, along, base_in, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
-    width, total, mask_stride, out_stride, plane, channels, splits, log_high, log_low,
-    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, HAS_BASE: tl.constexpr, DECAY: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (b, k, c): the blocks k, k + splits, ... of channel c of row b."""
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(2).to(tl.int64)
-    begin, length = row_bounds(cu, b, width, total, PACKED)
-    start_of_row = tl.load(first + b)
-    span = tl.load(lengths + b)
-    node = tl.load(leaf + b)
-    factor = tl.zeros([], tl.float64)
-    if ALONG:
-        factor = tl.load(factor_in + b * channels + c)
-    for start in range(tl.program_id(1) * BLOCK, length, splits * BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < length
-        at = column - start_of_row
-        valid = load_valid(mask, begin + b * mask_stride + column, inside, HAS_MASK)
-        valid = valid & (at >= 0) & (at < span)
-        x = values_of(
-            values, along, factor, span, depth_in, parent, node, at, start - start_of_row, channels, c,
-            log_high, log_low, AT, HAS_VALUES, ALONG, DECAY, BLOCK,
-        )  # fmt: skip
-        if HAS_BASE:
-            x += tl.load(base_in + b * channels + c)
-        x = tl.where(valid, x, 0.0).to(out.dtype.element_ty)
-        tl.store(out + c * plane + begin + b * out_stride + column, x, mask=inside)
-
-
-@triton.jit(do_not_specialize=[
-    "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
-])  # fmt: skip
-def nodes_backward_kernel(
-    grad, factor_in, order, leaf, first, lengths, begin_in, end_in, depth_in, parent, mask, cu, by_value, by_along,
-    width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
-    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, DECAY: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (n, c): what the tokens whose state lies in node n send to it, row by row."""
-    SHIFT: tl.constexpr = 0 if AT == BEFORE else 1
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64)
-    depth = tl.load(depth_in + n)
-    up = tl.load(parent + n)
-    above = tl.load(depth_in + up, mask=up >= 0, other=-1)
-    lanes = tl.zeros([BLOCK], tl.float64)
-    weighed = tl.zeros([BLOCK], tl.float64)
-    for p in range(tl.load(begin_in + n), tl.load(end_in + n)):
-        row = tl.load(order + p)
-        path = tl.load(leaf + row)
-        span = tl.load(lengths + row)
-        reached = tl.load(depth_in + path) >= depth
-        begin, _ = row_bounds(cu, row, width, total, PACKED)
-        begin += tl.load(first + row)
-        source = grad + c * plane + begin + row * grad_stride
-        place = begin + row * mask_stride
-        factor = tl.zeros([], tl.float64)
-        if ALONG:
-            factor = tl.load(factor_in + row * channels + c)
-            if DECAY:
-                factor *= discount(span - depth, log_high, log_low)
-        if AT == STEP:
-            lane = tl.arange(0, BLOCK)
-            # The token that enters the node, and the one that leaves it.
-            at = tl.where(lane == 0, above, depth)
-            last = tl.where(path != n, 1, 0)
-            valid = (lane >= tl.where(above >= 0, 0, 1)) & (lane <= tl.where(reached, last, -1))
-            valid = load_valid(mask, place + at, valid, HAS_MASK)
-            x = tl.load(source + at, mask=valid, other=0.0).to(tl.float64)
-            x = tl.where(lane == 0, x, -x)
-            lanes += x
-            weighed += factor * x
-        else:
-            from_token = tl.maximum(above + 1 - SHIFT, 0)
-            to_token = tl.minimum(tl.where(path == n, span, depth) + 1 - SHIFT, span)
-            to_token = tl.where(reached, to_token, from_token)
-            for start in range(from_token, to_token, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                valid = load_valid(mask, place + at, at < to_token, HAS_MASK)
-                x = tl.load(source + at, mask=valid, other=0.0).to(tl.float64)
-                if DECAY:
-                    x *= discount(depth - at - SHIFT, log_high, log_low)
-                lanes += x
-                weighed += factor * x
-    if HAS_VALUES:
-        tl.store(by_value + n * channels + c, tl.sum(lanes, 0))
-    if ALONG:
-        tl.store(by_along + n * channels + c, tl.sum(weighed, 0))
-
-
-@triton.jit(do_not_specialize=[
-    "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
-])  # fmt: skip
-def rows_backward_kernel(
-    grad, along, leaf, first, lengths, depth_in, parent, mask, cu, by_base, by_factor,
-    width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
-    AT: tl.constexpr, ALONG: tl.constexpr, HAS_BASE: tl.constexpr, DECAY: tl.constexpr,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (b, c): what row b's tokens send to its base and factor."""
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64)
-    begin, _ = row_bounds(cu, b, width, total, PACKED)
-    begin += tl.load(first + b)
-    span = tl.load(lengths + b)
-    node = tl.load(leaf + b)
-    plain = tl.zeros([BLOCK], tl.float64)
-    scaled = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, span, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        valid = load_valid(mask, begin + b * mask_stride + at, at < span, HAS_MASK)
-        x = tl.load(grad + c * plane + begin + b * grad_stride + at, mask=valid, other=0.0).to(tl.float64)
-        plain += x
-        if ALONG:
-            value = values_of(
-                along, along, 1.0, span, depth_in, parent, node, at, start, channels, c, log_high, log_low,
-                AT, False, True, DECAY, BLOCK,
-            )  # fmt: skip
-            scaled += tl.where(valid, x * value, 0.0)
-    if HAS_BASE:
-        tl.store(by_base + b * channels + c, tl.sum(plain, 0))
-    if ALONG:
-        tl.store(by_factor + b * channels + c, tl.sum(scaled, 0))
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Between the rows and between the channels of a dense per-token array."""
-    return (shape[1], shape[0] * shape[1]) if len(shape) == 2 else (0, shape[0])
-
-
-def nodes_to_tokens(*arguments: Any) -> Tensor:
-    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
-    if a.skip and a.mask is not None:
-        front = nodes_to_tokens(*a.at_front(), dtype)
-        return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
-    packed, channels, batch = a.cu_seqlens is not None, a.channels, a.rows.shape[1]
-    out = output(a.rows, (channels, *a.shape), packed, dtype)
-    if out.numel() == 0 or batch == 0:
-        return out
-    mask = as_bytes(a.mask)
-    r = Rows.of(a.shape, a.cu_seqlens, a.rows)
-    _, leaf, first, lengths, _ = a.rows.contiguous()
-    _, _, depth, parent = a.nodes.contiguous()
-    out_stride, plane = _strides(a.shape)
-    parts = splits(a.rows, batch * channels, max(1, cdiv(r.width, BLOCK)))
-    nodes_to_tokens_kernel[(batch, parts, channels)](
-        *(a.rows if t is None else t.contiguous() for t in a[:4]), leaf, first, lengths, depth, parent,
-        pointer(mask, a.rows), r.cu, out, r.width, r.total, stride(mask), out_stride, plane, channels, parts,
-        *_log2(a.gamma), AT=AT.index(a.at), HAS_VALUES=a.values is not None, ALONG=a.along is not None,
-        HAS_BASE=a.base is not None, DECAY=a.gamma != 1.0, PACKED=packed, HAS_MASK=mask is not None, BLOCK=BLOCK,
-    )  # fmt: skip
-    return out
-
-
-def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    a = OnTokens(*arguments)
-    if a.skip and a.mask is not None:
-        moved = move(grad, a.mask, places_without_holes(a.mask, a.cu_seqlens))
-        return nodes_to_tokens_backward(moved, *a.at_front())
-    packed, channels, batch = a.cu_seqlens is not None, a.channels, a.rows.shape[1]
-    by_value, by_along, by_base, by_factor = a.gradients(grad)
-    if grad.numel() == 0 or batch == 0:
-        return by_value, by_along, by_base, by_factor
-    grad, mask = grad.contiguous(), as_bytes(a.mask)
-    r = Rows.of(a.shape, a.cu_seqlens, a.rows)
-    order, leaf, first, lengths, _ = a.rows.contiguous()
-    begin, end, depth, parent = a.nodes.contiguous()
-    grad_stride, plane = _strides(a.shape)
-    sizes = (r.width, r.total, stride(mask), grad_stride, plane, channels, *_log2(a.gamma))
-    options = {
-        "AT": AT.index(a.at), "ALONG": a.along is not None, "DECAY": a.gamma != 1.0, "PACKED": packed,
-        "HAS_MASK": mask is not None, "BLOCK": BLOCK,
-    }  # fmt: skip
-    nodes_backward_kernel[(a.nodes.shape[1], channels)](
-        grad, grad if a.factor is None else a.factor.contiguous(), order, leaf, first, lengths, begin, end,
-        depth, parent, pointer(mask, a.rows), r.cu, by_value, by_along, *sizes,
-        HAS_VALUES=a.values is not None, **options,
-    )  # fmt: skip
-    if a.base is not None or a.factor is not None:
-        rows_backward_kernel[(batch, channels)](
-            grad, grad if a.along is None else a.along.contiguous(), leaf, first, lengths, depth, parent,
-            pointer(mask, a.rows), r.cu, by_base, by_factor, *sizes, HAS_BASE=a.base is not None, **options,
-        )  # fmt: skip
-    return by_value, by_along, by_base, by_factor

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.core.rows import batch_of
+from ..core.rows import batch_of
 
 from ..reference.segments import REDUCTIONS, segment_broadcast
 from .launch import BITS, INTERPRETED, cdiv, pointer

@@ -1,4 +1,4 @@
-"""Values of given trees on the GPU: a launch per level, a program per node."""
+"""Values of trees given by their parents on the GPU: a launch per level, a program per node."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from rewardops.tree import REDUCES
 
 from ..reference.tree import at_nodes, at_nodes_backward, depths, path_ends, tree_values_backward
-from .launch import pair, pointer
+from .launch import BITS, pair, pointer, unpair
 
 __all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
 
-CHILDREN = 16
+CHILDREN = 16  # read at once
 
+# Reductions by their index in REDUCES.
 MEAN = tl.constexpr(0)
 MAX = tl.constexpr(1)
 MIN = tl.constexpr(2)
@@ -27,12 +28,12 @@ def tree_values_kernel(
     depth, children, starts, visits, values, slope, level, temperature_high, temperature_low,
     REDUCE: tl.constexpr, HAS_VISITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program n: the value of node n from its children's, if it is of this level, and their slopes."""
+    """Program n: the value of node n of this level from its children's, and its derivatives by them."""
     n = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts + n)
     end = tl.load(starts + n + 1)
     if (tl.load(depth + n) == level) & (begin < end):
-        temperature = tl.full([], temperature_high, tl.float64) + tl.full([], temperature_low, tl.float64)
+        temperature = unpair(temperature_high, temperature_low, tl.float64)
         sign: tl.constexpr = -1.0 if REDUCE == MIN else 1.0
         lane = tl.arange(0, BLOCK)
         largest = tl.full([], float("-inf"), tl.float64)
@@ -63,8 +64,8 @@ def tree_values_kernel(
             if (REDUCE == MAX) | (REDUCE == MIN):
                 # Children are in ascending order: of equal ones the first.
                 hit = tl.where(counts & (sign * v == largest), start + lane, end)
-                found = tl.min(hit, 0)
-                chosen = tl.where((chosen < 0) & (found < end), found, chosen)
+                first = tl.min(hit, 0)
+                chosen = tl.where((chosen < 0) & (first < end), first, chosen)
             total += tl.sum(w * v, 0)
             weight += tl.sum(w, 0)
         if (REDUCE == MAX) | (REDUCE == MIN):
@@ -112,6 +113,6 @@ def tree_values(
     for level in range(max_depth - 1, -1, -1):
         tree_values_kernel[(nodes,)](
             depth, children, starts, pointer(visits, rewards), values, slope, level, *pair(temperature),
-            REDUCE=REDUCES.index(reduce), HAS_VISITS=visits is not None, BLOCK=CHILDREN,
+            REDUCE=REDUCES.index(reduce), HAS_VISITS=visits is not None, BLOCK=CHILDREN, **BITS,
         )  # fmt: skip
     return values, slope

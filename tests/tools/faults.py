@@ -66,8 +66,8 @@ FAULTS = [
     ),
     Fault(
         "the gradient passes through the clamp of the difference", "wrong comparison", "triton_kernels/kl.py",
-        "slope = tl.where((tl.abs(whole) <= largest_d)",
-        "slope = tl.where((tl.abs(d) <= largest_d)",
+        "not_clamped = tl.abs(difference) <=",
+        "not_clamped = tl.abs(d) <=",
         "tests/ops/test_kl.py", "every_option and triton and k3",
     ),
     Fault(
@@ -91,14 +91,14 @@ FAULTS = [
     Fault(
         "the aggregate of a chunk ends the step that goes on behind it", "missing carry",
         "triton_kernels/returns.py",
-        "if KIND == 2 and STAGE > 0:",
-        "if KIND == 2 and STAGE > 1:",
+        "if KIND == IDS and STAGE != WHOLE:",
+        "if KIND == IDS and STAGE == RESUMED:",
         "tests/ops/test_returns.py", "blocks_and_chunks and triton",
     ),
     Fault(
-        "a block looks ahead to a masked token's value", "dropped mask", "triton_kernels/td.py",
-        "ahead = tl.where(mine != 0, last_of(v, BLOCK), ahead)",
-        "ahead = last_of(v, BLOCK)",
+        "a block looks ahead to a masked token's value", "dropped mask", "triton_kernels/td_forward.py",
+        "carry = tl.where(last_valid != 0, carry, last_of(ahead, BLOCK))",
+        "carry = last_of(v, BLOCK)",
         "tests/ops/test_td.py", "few_long_rows and triton",
     ),
     Fault(
@@ -115,14 +115,14 @@ FAULTS = [
     ),
     Fault(
         "a row that ends where others part has a node of its own", "off by one", "triton_kernels/prefix_tree.py",
-        "own = length > tl.maximum(depth, 0)",
-        "own = length >= tl.maximum(depth, 0)",
+        "is_alone = length > tl.maximum(depth, 0)",
+        "is_alone = length >= tl.maximum(depth, 0)",
         "tests/ops/test_prefix_tree.py", "every_backend_builds and triton-cpu-0",
     ),
     Fault(
         "of equal children behind the first block the last is chosen", "tie", "triton_kernels/tree.py",
-        "(chosen < 0) & (found < end)",
-        "found < end",
+        "(chosen < 0) & (first < end)",
+        "first < end",
         "tests/ops/test_tree.py", "equal_children and triton",
     ),
     # ---- C++ that is compiled once
