@@ -1,16 +1,19 @@
-// What Python hands over, as the kernels take it: addresses and sizes in tuples. Arguments were checked, and outputs
-// allocated, by the callers in rewardops/cpp.
+// From the arguments of a Python call, tuples of addresses and sizes, to the argument records of the kernels. The callers
+// in rewardops/cpp have checked the arguments and allocated the outputs.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "rewardops/advantages.h"
 #include "rewardops/logits.h"
 #include "rewardops/prefix_tree.h"
 #include "rewardops/returns.h"
 #include "rewardops/rows.h"
+#include "rewardops/td.h"
 
 namespace rewardops {
 
@@ -23,41 +26,98 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A per-token array comes as (address, row stride); address 0 for one that is not given.
+// A Python tuple, read from its first element to its last: numbers, enums and addresses as they are, the tuples within it
+// by the functions of the same name below.
+class Reader {
+ public:
+  explicit Reader(const py::handle& tuple) : tuple_(tuple.cast<py::tuple>()) {}
+
+  template <typename V>
+  V next() {
+    if constexpr (std::is_enum_v<V>) return static_cast<V>(next<int>());
+    else return next().cast<V>();
+  }
+  // 0 is null.
+  template <typename T>
+  T* pointer() { return at<T>(next<Address>()); }
+  template <typename T, size_t N>
+  void pointers(T* (&out)[N]) {
+    for (T*& p : out) p = pointer<T>();
+  }
+  template <typename T>
+  Tokens<T> tokens();
+  LogitsRows logits_rows();
+
+ private:
+  py::object next() { return tuple_[index_++]; }
+
+  py::tuple tuple_;
+  size_t index_ = 0;
+};
+
+// (address, row stride)
 template <typename T>
-Tokens<T> tokens(const py::handle& pair) {
-  const auto strided = pair.cast<py::tuple>();
-  return {at<T>(strided[0].cast<Address>()), strided[1].cast<int64_t>()};
+Tokens<T> tokens(const py::handle& tuple) {
+  Reader r(tuple);
+  Tokens<T> out{};
+  out.data = r.pointer<T>();
+  out.stride = r.next<int64_t>();
+  return out;
 }
 
-// (batch, width, address of cu_seqlens or 0, number of packed tokens, whether the offsets are int64)
-inline Rows rows(const py::tuple& r) {
-  return {r[0].cast<int64_t>(), r[1].cast<int64_t>(), at<const void>(r[2].cast<Address>()), r[3].cast<int64_t>(),
-          r[4].cast<bool>()};
+// (batch, width, address of cu_seqlens, number of packed tokens, whether the offsets are int64)
+inline Rows rows(const py::handle& tuple) {
+  Reader r(tuple);
+  Rows out{};
+  out.batch = r.next<int64_t>();
+  out.width = r.next<int64_t>();
+  out.cu = r.pointer<const void>();
+  out.total = r.next<int64_t>();
+  out.wide = r.next<bool>();
+  return out;
 }
 
-// (address, dtype, inner, outer stride, inner stride); address 0 for rows that are not given.
-inline LogitsRows logits_rows(const py::handle& r) {
-  const auto t = r.cast<py::tuple>();
-  return {at<const void>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), t[4].cast<int64_t>()};
+// (address, dtype, inner, outer stride, inner stride)
+inline LogitsRows logits_rows(const py::handle& tuple) {
+  Reader r(tuple);
+  LogitsRows out{};
+  out.data = r.pointer<const void>();
+  out.dtype = r.next<DType>();
+  out.inner = r.next<int64_t>();
+  out.stride_outer = r.next<int64_t>();
+  out.stride_inner = r.next<int64_t>();
+  return out;
 }
 
-// As rewardops.cpp.logits._problem makes it; the number of rows, which comes first, aside.
-inline LogitsArgs logits_args(const py::tuple& p) {
-  return {logits_rows(p[1]),
-          logits_rows(p[2]),
-          p[3].cast<int64_t>(),
-          p[4].cast<int64_t>(),
-          at<const int64_t>(p[5].cast<Address>()),
-          at<const uint8_t>(p[6].cast<Address>()),
-          p[7].cast<double>(),
-          at<const double>(p[8].cast<Address>()),
-          p[9].cast<double>(),
-          p[10].cast<double>()};
+template <typename T>
+Tokens<T> Reader::tokens() { return rewardops::tokens<T>(next()); }
+inline LogitsRows Reader::logits_rows() { return rewardops::logits_rows(next()); }
+
+// ---- logits -------------------------------------------------------------------------------------------------
+
+// problem: (number of rows, the fields of LogitsArgs in order)
+inline int64_t logits_count(const py::tuple& problem) { return Reader(problem).next<int64_t>(); }
+
+inline LogitsArgs logits_args(const py::tuple& problem) {
+  Reader r(problem);
+  r.next<int64_t>();  // the number of rows
+  LogitsArgs a{};
+  a.logits = r.logits_rows();
+  a.ref = r.logits_rows();
+  a.vocab = r.next<int64_t>();
+  a.first = r.next<int64_t>();
+  a.tokens = r.pointer<const int64_t>();
+  a.mask = r.pointer<const uint8_t>();
+  a.temperature = r.next<double>();
+  a.temperatures = r.pointer<const double>();
+  a.softcap = r.next<double>();
+  a.beta = r.next<double>();
+  return a;
 }
 
-// What a row's advantage is relative to: (groups, given, lengths, baseline, quantile, scale, eps, ddof, raw).
+// ---- advantages ---------------------------------------------------------------------------------------------
+
+// relative: (groups, given, lengths, baseline, quantile, scale, eps, ddof, raw_singletons)
 template <typename T>
 AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                                   const py::tuple& relative) {
@@ -66,19 +126,20 @@ AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, con
   a.tokens_given = tokens_given;
   a.mask = tokens<const uint8_t>(mask);
   a.rewards = at<const T>(rewards);
-  a.groups = at<const int64_t>(relative[0].cast<Address>());
-  a.given = at<const T>(relative[1].cast<Address>());
-  a.lengths = at<const T>(relative[2].cast<Address>());
-  a.baseline = static_cast<Baseline>(relative[3].cast<int>());
-  a.quantile = relative[4].cast<double>();
-  a.scale = static_cast<Scale>(relative[5].cast<int>());
-  a.eps = relative[6].cast<double>();
-  a.ddof = relative[7].cast<int>();
-  a.raw_singletons = relative[8].cast<bool>();
+  Reader r(relative);
+  a.groups = r.pointer<const int64_t>();
+  a.given = r.pointer<const T>();
+  a.lengths = r.pointer<const T>();
+  a.baseline = r.next<Baseline>();
+  a.quantile = r.next<double>();
+  a.scale = r.next<Scale>();
+  a.eps = r.next<double>();
+  a.ddof = r.next<int>();
+  a.raw_singletons = r.next<bool>();
   return a;
 }
 
-// What the forward pass adds: outputs per row, and per token where the rewards belong to rows of tokens.
+// Adds the outputs of the forward pass.
 template <typename T>
 void advantages_outputs(AdvantagesArgs<T>& a, Address advantages, Address inv_scale, Address numerators,
                         const py::tuple& out) {
@@ -88,34 +149,39 @@ void advantages_outputs(AdvantagesArgs<T>& a, Address advantages, Address inv_sc
   a.out = tokens<T>(out);
 }
 
-// And the backward pass; kept: (1 / scale, numerators) of the forward one; sums: (address, parts of a row).
+// Adds the arguments of the backward pass. saved: (inv_scale, numerators) of the forward pass; sums: (address, parts)
 template <typename T>
-void advantages_gradients(AdvantagesArgs<T>& a, const py::tuple& grad, Address grad_inv_scale, const py::tuple& kept,
-                          const py::tuple& sums, Address out, Address grad_given) {
+void advantages_gradients(AdvantagesArgs<T>& a, const py::tuple& grad, Address grad_inv_scale, const py::tuple& saved,
+                          const py::tuple& sums, Address grad_rewards, Address grad_given) {
   a.grad = tokens<const T>(grad);
   a.grad_inv_scale = at<const T>(grad_inv_scale);
-  a.inv_scale = at<T>(kept[0].cast<Address>());
-  a.numerators = at<T>(kept[1].cast<Address>());
-  a.sums = at<double>(sums[0].cast<Address>());
-  a.parts = sums[1].cast<int64_t>();
-  a.grad_rewards = at<T>(out);
+  Reader s(saved);
+  a.inv_scale = s.pointer<T>();
+  a.numerators = s.pointer<T>();
+  Reader r(sums);
+  a.sums = r.pointer<double>();
+  a.parts = r.next<int64_t>();
+  a.grad_rewards = at<T>(grad_rewards);
   a.grad_given = at<T>(grad_given);
 }
 
-// steps: (kind, (address, stride)); `flag` is the mean of soft-min returns, or the weights' gradient of its rewards.
+// ---- returns ------------------------------------------------------------------------------------------------
+
+// steps: (kind, flags or ids); flag: `mean` of the soft-min returns, `through_weights` of the soft-min rewards
 template <typename T>
 ReturnsArgs<T> returns_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& rewards,
-                            const py::tuple& steps, const py::tuple& grad, const py::tuple& found, bool largest,
+                            const py::tuple& steps, const py::tuple& grad, const py::tuple& returns, bool largest,
                             double temperature, bool flag, const py::tuple& log_sums, const py::tuple& out) {
   ReturnsArgs<T> a{};
   a.rows = rows(shape);
   a.mask = tokens<const uint8_t>(mask);
   a.rewards = tokens<const T>(rewards);
-  a.kind = static_cast<Steps>(steps[0].cast<int>());
-  if (a.kind == Steps::flags) a.flags = tokens<const uint8_t>(steps[1]);
-  if (a.kind == Steps::ids) a.ids = tokens<const int64_t>(steps[1]);
+  Reader s(steps);
+  a.kind = s.next<Steps>();
+  if (a.kind == Steps::flags) a.flags = s.tokens<const uint8_t>();
+  if (a.kind == Steps::ids) a.ids = s.tokens<const int64_t>();
   a.grad = tokens<const T>(grad);
-  a.returns = tokens<const T>(found);
+  a.returns = tokens<const T>(returns);
   a.largest = largest;
   a.temperature = temperature;
   a.through_weights = a.mean = flag;
@@ -124,8 +190,10 @@ ReturnsArgs<T> returns_args(const py::tuple& shape, const py::tuple& mask, const
   return a;
 }
 
-// inputs: rewards, values, rho, trace, gammas, lambdas per token; per_row: gammas, lambdas, bootstrap.
-// outputs: forward out, returns; backward grad, grad_returns, grad_rewards, grad_values.
+// ---- td -----------------------------------------------------------------------------------------------------
+
+// inputs: (rewards, values, rho, trace, gammas, lambdas); per_row: (gammas, lambdas, bootstrap)
+// outputs: forward (out, returns), backward (grad, grad_returns, grad_rewards, grad_values)
 template <typename T>
 TdArgs<T> td_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& inputs, const py::tuple& per_row,
                   double gamma, double lambda, bool decay, bool backward, const py::tuple& outputs,
@@ -133,33 +201,38 @@ TdArgs<T> td_args(const py::tuple& shape, const py::tuple& mask, const py::tuple
   TdArgs<T> a{};
   a.rows = rows(shape);
   a.mask = tokens<const uint8_t>(mask);
-  a.rewards = tokens<const T>(inputs[0]);
-  a.values = tokens<const T>(inputs[1]);
-  a.rho = tokens<const T>(inputs[2]);
-  a.trace = tokens<const T>(inputs[3]);
-  a.gammas = tokens<const double>(inputs[4]);
-  a.lambdas = tokens<const double>(inputs[5]);
-  a.row_gammas = at<const double>(per_row[0].cast<Address>());
-  a.row_lambdas = at<const double>(per_row[1].cast<Address>());
-  a.bootstrap = at<const T>(per_row[2].cast<Address>());
+  Reader i(inputs);
+  a.rewards = i.tokens<const T>();
+  a.values = i.tokens<const T>();
+  a.rho = i.tokens<const T>();
+  a.trace = i.tokens<const T>();
+  a.gammas = i.tokens<const double>();
+  a.lambdas = i.tokens<const double>();
+  Reader r(per_row);
+  a.row_gammas = r.pointer<const double>();
+  a.row_lambdas = r.pointer<const double>();
+  a.bootstrap = r.pointer<const T>();
   a.gamma = gamma;
   a.lambda = lambda;
   a.decay = decay;
   a.backward = backward;
+  Reader o(outputs);
   if (backward) {
-    a.grad = tokens<const T>(outputs[0]);
-    a.grad_returns = tokens<const T>(outputs[1]);
-    a.grad_rewards = tokens<T>(outputs[2]);
-    a.grad_values = tokens<T>(outputs[3]);
+    a.grad = o.tokens<const T>();
+    a.grad_returns = o.tokens<const T>();
+    a.grad_rewards = o.tokens<T>();
+    a.grad_values = o.tokens<T>();
     a.grad_bootstrap = at<T>(grad_bootstrap);
   } else {
-    a.out = tokens<T>(outputs[0]);
-    a.returns = tokens<T>(outputs[1]);
+    a.out = o.tokens<T>();
+    a.returns = o.tokens<T>();
   }
   return a;
 }
 
-// From the addresses of rewardops.prefix_tree's two arrays.
+// ---- prefix_tree --------------------------------------------------------------------------------------------
+
+// rows: [5, B], order, leaf, first, length, shared; nodes: [4, 2B], begin, end, depth, parent
 template <typename I>
 Tree<I> tree(int64_t batch, Address rows, Address nodes) {
   I* r = at<I>(rows);
@@ -182,22 +255,23 @@ inline PrefixLcpArgs prefix_lcp_args(int64_t batch, Address tree_rows, Address g
           at<int32_t>(lcp)};
 }
 
-// given: values, along, base, factor. on_tokens is the output, or, where there are gradients of these four, the
-// gradient.
+// node_values: (values, along, base, factor); gradients: of these four, or ()
+// on_tokens: the output, or with gradients the upstream gradient
 template <typename T>
 NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                              int64_t channels, int64_t plane, const py::tuple& given, int where, double gamma,
+                              int64_t channels, int64_t plane, const py::tuple& node_values, int where, double gamma,
                               bool skip, const py::tuple& on_tokens, const py::tuple& gradients) {
   NodeTokensArgs<T> a{};
   a.rows = rows(shape);
-  a.tree = tree<const int64_t>(a.rows.batch, tree_rows, nodes);
   a.mask = tokens<const uint8_t>(mask);
+  a.tree = tree<const int64_t>(a.rows.batch, tree_rows, nodes);
   a.channels = channels;
   a.plane = plane;
-  a.values = at<const double>(given[0].cast<Address>());
-  a.along = at<const double>(given[1].cast<Address>());
-  a.base = at<const double>(given[2].cast<Address>());
-  a.factor = at<const double>(given[3].cast<Address>());
+  Reader v(node_values);
+  a.values = v.pointer<const double>();
+  a.along = v.pointer<const double>();
+  a.base = v.pointer<const double>();
+  a.factor = v.pointer<const double>();
   a.at = static_cast<At>(where);
   a.gamma = gamma;
   a.skip = skip;
@@ -205,10 +279,11 @@ NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Add
     a.out = tokens<T>(on_tokens);
   } else {
     a.grad = tokens<const T>(on_tokens);
-    a.grad_values = at<double>(gradients[0].cast<Address>());
-    a.grad_along = at<double>(gradients[1].cast<Address>());
-    a.grad_base = at<double>(gradients[2].cast<Address>());
-    a.grad_factor = at<double>(gradients[3].cast<Address>());
+    Reader g(gradients);
+    a.grad_values = g.pointer<double>();
+    a.grad_along = g.pointer<double>();
+    a.grad_base = g.pointer<double>();
+    a.grad_factor = g.pointer<double>();
   }
   return a;
 }

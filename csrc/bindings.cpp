@@ -1,4 +1,5 @@
-// The Python module: addresses and sizes in, nothing out; the interpreter lock is released while a kernel runs.
+// The Python module. Its functions take addresses and sizes and return nothing; they release the interpreter lock while
+// a kernel runs.
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -22,7 +23,7 @@ using namespace rewardops::cpu;
 
 namespace {
 
-// Rows per range such that a range is worth a thread's waking.
+// Rows per range, so that a range is long enough for a thread to be woken for it.
 int64_t row_grain(int64_t row_bytes) {
   constexpr int64_t kWorth = 32768;
   return row_bytes >= kWorth ? 1 : kWorth / (row_bytes + 1) + 1;
@@ -33,12 +34,14 @@ int64_t token_rows_grain(const Rows& r) {
   return row_grain(n * 8);
 }
 
+// ---- logits -------------------------------------------------------------------------------------------------
+
 void token_stats(const py::tuple& problem, const py::tuple& outputs, Address saved, Address record, int terms,
                  int threads) {
   TokenStatsArgs a{};
   a.in = logits_args(problem);
-  a.count = problem[0].cast<int64_t>();
-  for (size_t o = 0; o < outputs.size(); ++o) a.outputs[o] = at<void>(outputs[o].cast<Address>());
+  a.count = logits_count(problem);
+  Reader(outputs).pointers(a.outputs);
   a.saved = at<double>(saved);
   a.record = at<double>(record);
   a.terms = terms;
@@ -52,8 +55,8 @@ void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Addr
                           int threads) {
   TokenStatsBackwardArgs a{};
   a.in = logits_args(problem);
-  a.count = problem[0].cast<int64_t>();
-  for (size_t o = 0; o < grads.size(); ++o) a.grads[o] = at<const void>(grads[o].cast<Address>());
+  a.count = logits_count(problem);
+  Reader(grads).pointers(a.grads);
   a.saved = at<const double>(saved);
   a.grad_record = at<const double>(grad_record);
   a.record = at<const double>(record);
@@ -65,23 +68,27 @@ void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Addr
                [&](int64_t begin, int64_t end) { kernels().token_stats_backward(a, begin, end); });
 }
 
-// inputs: grad, logprob, ref_logprob, behavior, rewards, mask; options: estimator, largest_d, largest_value, scale, live.
+// ---- kl -----------------------------------------------------------------------------------------------------
+
+// inputs: (grad, logprob, ref_logprob, behavior, rewards, mask)
+// options: (estimator, largest_d, largest_value, scale, live)
 template <typename T>
 void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Address out_ref, int64_t count,
               int threads) {
-  const auto input = [&](int k) { return inputs[k].cast<Address>(); };
   TokenKlArgs<T> a{};
-  a.grad = at<const T>(input(0));
-  a.logprob = at<const T>(input(1));
-  a.ref_logprob = at<const T>(input(2));
-  a.behavior = at<const T>(input(3));
-  a.rewards = at<const T>(input(4));
-  a.mask = at<const uint8_t>(input(5));
-  a.estimator = static_cast<KlEstimator>(options[0].cast<int>());
-  a.largest_d = static_cast<T>(options[1].cast<double>());
-  a.largest_value = static_cast<T>(options[2].cast<double>());
-  a.scale = static_cast<T>(options[3].cast<double>());
-  a.live = options[4].cast<bool>();
+  Reader i(inputs);
+  a.grad = i.pointer<const T>();
+  a.logprob = i.pointer<const T>();
+  a.ref_logprob = i.pointer<const T>();
+  a.behavior = i.pointer<const T>();
+  a.rewards = i.pointer<const T>();
+  a.mask = i.pointer<const uint8_t>();
+  Reader o(options);
+  a.estimator = o.next<KlEstimator>();
+  a.largest_d = static_cast<T>(o.next<double>());
+  a.largest_value = static_cast<T>(o.next<double>());
+  a.scale = static_cast<T>(o.next<double>());
+  a.live = o.next<bool>();
   a.stream = too_large_for_caches(count * static_cast<int64_t>(sizeof(T)));
   a.out = at<T>(out);
   a.out_ref = at<T>(out_ref);
@@ -90,29 +97,49 @@ void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Ad
   parallel_for(count, 8192, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
+// ---- advantages ---------------------------------------------------------------------------------------------
+
 template <typename T>
 void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                       const py::tuple& relative, Address advantages, Address inv_scale, Address numerators,
-                      const py::tuple& spread, int threads) {
+                      const py::tuple& out, int threads) {
   AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  advantages_outputs(a, advantages, inv_scale, numerators, spread);
-  const SpreadArgs<T> s{a.rows, a.mask, a.advantages, a.out};
+  advantages_outputs(a, advantages, inv_scale, numerators, out);
+  const RowsToTokensArgs<T> to_tokens{a.rows, a.mask, a.advantages, a.out};
   const py::gil_scoped_release release;
   rewardops::cpu::group_advantages(a, threads);
   if (tokens_given)
     parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
-                 [&](int64_t begin, int64_t end) { kernels().of<T>().spread(s, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels().of<T>().rows_to_tokens(to_tokens, begin, end); });
 }
 
 template <typename T>
 void group_advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                                const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale,
-                               const py::tuple& kept, const py::tuple& sums, Address out, Address grad_given,
-                               int threads) {
+                               const py::tuple& saved, const py::tuple& sums, Address grad_rewards,
+                               Address grad_given, int threads) {
   AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  advantages_gradients(a, grad, grad_inv_scale, kept, sums, out, grad_given);
+  advantages_gradients(a, grad, grad_inv_scale, saved, sums, grad_rewards, grad_given);
   const py::gil_scoped_release release;
   rewardops::cpu::group_advantages_backward(a, threads);
+}
+
+// ---- scans along rows: td and returns -----------------------------------------------------------------------
+
+// The number of chunks that rows are scanned in. It depends on their shape alone, so that results do not depend on the
+// number of threads.
+int64_t chunks_of(const Rows& r, int64_t longest) {
+  return r.batch <= 16 && longest >= 2 * kScanChunk ? (longest + kScanChunk - 1) / kScanChunk : 1;
+}
+
+// Decides how a scan of rows of up to `longest` tokens is run. Returns the memory that `a.state` points to.
+template <typename Args>
+std::vector<double> plan_scan(Args& a, int64_t longest) {
+  a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(*a.rewards.data)));
+  a.chunks = chunks_of(a.rows, longest);
+  std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
+  a.state = state.data();
+  return state;
 }
 
 template <typename Args>
@@ -127,48 +154,40 @@ void run_scan(const Scan<Args>& scan, const Args& a, int threads) {
   over(scan.joins, a.rows.batch, 1);
 }
 
-// How many chunks the rows are scanned in: by their shape alone, so that the threads do not show in the result.
-int64_t chunks_of(const Rows& r, int64_t longest) {
-  return r.batch <= 16 && longest >= 2 * kScanChunk ? (longest + kScanChunk - 1) / kScanChunk : 1;
+template <typename T>
+void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& inputs,
+             const py::tuple& per_row, double gamma, double lambda, bool decay, bool backward,
+             const py::tuple& outputs, Address grad_bootstrap, int threads) {
+  auto a = td_args<T>(shape, mask, inputs, per_row, gamma, lambda, decay, backward, outputs, grad_bootstrap);
+  const std::vector<double> state = plan_scan(a, longest);
+  const py::gil_scoped_release release;
+  run_scan(kernels().of<T>().td, a, threads);
 }
 
 template <typename T>
 void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& rewards,
-             const py::tuple& steps, const py::tuple& grad, const py::tuple& found, bool largest, double temperature,
-             bool flag, const py::tuple& log_sums, const py::tuple& out, const std::string& which, int threads) {
-  auto a = returns_args<T>(shape, mask, rewards, steps, grad, found, largest, temperature, flag, log_sums, out);
-  a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(T)));
-  a.chunks = chunks_of(a.rows, longest);
-  std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
-  a.state = state.data();
+             const py::tuple& steps, const py::tuple& grad, const py::tuple& returns, bool largest,
+             double temperature, bool flag, const py::tuple& log_sums, const py::tuple& out, const std::string& which,
+             int threads) {
+  auto a = returns_args<T>(shape, mask, rewards, steps, grad, returns, largest, temperature, flag, log_sums, out);
+  const std::vector<double> state = plan_scan(a, longest);
   const TypedKernels<T>& k = kernels().of<T>();
   const py::gil_scoped_release release;
   if (which == "extremes") {
-    // Exact, so that chunks do not show: only where rows alone leave threads idle.
+    // An extreme is exact in any number of chunks: there are several only where whole rows would leave threads idle.
     if (a.rows.batch >= threads) a.chunks = 1;
     return run_scan(k.extremes, a, threads);
   }
   if (which == "extremes_backward") return run_scan(k.extremes_backward, a, threads);
-  const auto kernel = which == "softmin"            ? k.softmin
-                      : which == "softmin_backward" ? k.softmin_backward
+  const auto kernel = which == "softmin"            ? k.softmin_rewards
+                      : which == "softmin_backward" ? k.softmin_rewards_backward
                       : which == "softmin_returns"  ? k.softmin_returns
                                                     : k.softmin_returns_backward;
   parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
-template <typename T>
-void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& inputs,
-             const py::tuple& per_row, double gamma, double lambda, bool decay, bool backward,
-             const py::tuple& outputs, Address grad_bootstrap, int threads) {
-  auto a = td_args<T>(shape, mask, inputs, per_row, gamma, lambda, decay, backward, outputs, grad_bootstrap);
-  a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(T)));
-  a.chunks = chunks_of(a.rows, longest);
-  std::vector<double> state(a.chunks > 1 ? 2 * a.rows.batch * a.chunks : 0);
-  a.state = state.data();
-  const py::gil_scoped_release release;
-  run_scan(kernels().of<T>().td, a, threads);
-}
+// ---- prefix_tree --------------------------------------------------------------------------------------------
 
 template <typename Token>
 void prefix_tree(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
@@ -185,7 +204,7 @@ void prefix_lcp(int64_t batch, Address tree_rows, Address groups, int64_t most, 
   rewardops::cpu::prefix_lcp(a, threads);
 }
 
-// Backward where grad is given.
+// Backward where grad is not null.
 void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t channels, Address x, Address weights,
                   Address centre, double gamma, Address out, Address grad, Address grad_x, Address grad_weights,
                   int threads) {
@@ -197,19 +216,21 @@ void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t chann
   else rewardops::cpu::subtree_sums(a, threads);
 }
 
-// Backward where gradients are wanted.
+// Backward where there are gradients.
 template <typename T>
 void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                     int64_t channels, int64_t plane, const py::tuple& given, int where, double gamma, bool skip,
-                     const py::tuple& on_tokens, const py::tuple& gradients, int threads) {
-  const auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, given, where, gamma, skip, on_tokens,
-                                gradients);
+                     int64_t channels, int64_t plane, const py::tuple& node_values, int where, double gamma,
+                     bool skip, const py::tuple& on_tokens, const py::tuple& gradients, int threads) {
+  const auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, node_values, where, gamma, skip,
+                                on_tokens, gradients);
   const bool backward = !gradients.empty();
   const py::gil_scoped_release release;
   if constexpr (std::is_floating_point_v<T>)
     if (backward) return rewardops::cpu::nodes_to_tokens_backward(a, threads);
   rewardops::cpu::nodes_to_tokens(a, threads);
 }
+
+// ---- tree ---------------------------------------------------------------------------------------------------
 
 void tree_values(int64_t nodes, Address parent, Address rewards, Address visits, int reduce, double temperature,
                  Address values, Address slope) {
@@ -230,7 +251,9 @@ bool path_ends(int64_t nodes, Address step, Address out) {
   return rewardops::cpu::path_ends(nodes, at<const int64_t>(step), at<int64_t>(out));
 }
 
-// Backward where grad is given.
+// ---- entropy ------------------------------------------------------------------------------------------------
+
+// Backward where grad is not null.
 template <typename T>
 void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
                   Address groups, double alpha1, double alpha2, double threshold, double floor,
@@ -251,6 +274,8 @@ void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards
   rewardops::cpu::launch_gtpo(a, labels, longest, threads);
 }
 
+// ---- segments -----------------------------------------------------------------------------------------------
+
 template <typename T>
 void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address out, int threads) {
   const RowSumsArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const T>(values), at<T>(out)};
@@ -259,7 +284,7 @@ void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& va
                [&](int64_t begin, int64_t end) { kernels().of<T>().row_sums(a, begin, end); });
 }
 
-// Backward where grad is given.
+// Backward where grad_values is not null.
 template <typename T>
 void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, const py::tuple& values,
                     int64_t segments, int op, Address out, Address kept, Address grad, const py::tuple& grad_values,
@@ -272,6 +297,8 @@ void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tup
   else rewardops::cpu::segment_reduce(a, threads);
 }
 
+// ---- selection ----------------------------------------------------------------------------------------------
+
 template <typename T>
 void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address scopes, Address wanted,
              const py::tuple& out, int threads) {
@@ -280,6 +307,8 @@ void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& val
   const py::gil_scoped_release release;
   rewardops::cpu::largest(a, threads);
 }
+
+// ---- the module ---------------------------------------------------------------------------------------------
 
 template <typename T>
 void define_typed(py::module_& m, const char* suffix) {

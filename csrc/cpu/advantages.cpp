@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kRowGrain = 16;
 
+// Rows that are members of their group: those with a valid token, or all rows without tokens.
 template <typename T>
 std::vector<uint8_t> live_rows(const AdvantagesArgs<T>& a, int threads) {
   std::vector<uint8_t> live(a.rows.batch, 1);
@@ -27,22 +28,22 @@ std::vector<uint8_t> live_rows(const AdvantagesArgs<T>& a, int threads) {
   return live;
 }
 
-// A reward of some rank, and the earliest row that has it.
+// An order statistic of the rewards, and the earliest row that has it.
 struct Pick {
   double value = 0;
   int64_t row = -1;
 };
 
-// Means are above the first reward (that by length above the lowest), so that rewards far from 0 keep the digits of
-// their differences.
+// Statistics of a group's rewards. Means are relative to the first reward, or by length to the lowest, so that rewards
+// far from 0 keep the digits of their differences.
 struct Statistics {
   int64_t count = 0;
   double first = 0, mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
   double centred(double r) const { return (r - first) - mean; }
-  bool broken() const { return std::isnan(mean_abs); }  // by a reward that is NaN: no order, no mean
-  bool differs = false;
-  Pick low, high, below, above;  // below and above: what the baseline lies between
-  double part = 0;
+  bool broken() const { return std::isnan(mean_abs); }  // a reward is NaN: there is no order and no mean
+  bool differs = false;          // the rewards are not all equal
+  Pick low, high, below, above;  // the extremes, and the two rewards between which an order statistic lies
+  double part = 0;               // its distance from `below`, as a part of the distance of the two
 };
 
 template <typename T, typename Members>
@@ -54,9 +55,9 @@ Pick find(const AdvantagesArgs<T>& a, const Members& members, double value) {
   return pick;
 }
 
-// Equal rewards are told by comparison: their computed std is of rounding size and not 0.
+// Count, mean, std and extremes. Equal rewards are detected by comparison: their computed std is rounding error, not 0.
 template <typename T, typename Members>
-void spread_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
+void moments_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
   double sum = 0, magnitude = 0;
   members([&](int64_t b) {
     const double r = a.rewards[b];
@@ -80,8 +81,9 @@ void spread_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s
   s.std = s.differs ? std::sqrt(square / (degrees > 1 ? degrees : 1)) : 0.0;
 }
 
+// What the baseline needs beyond the moments: an order statistic, or the mean by length.
 template <typename T, typename Members>
-void order_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
+void baseline_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
   if (a.baseline == Baseline::length_weighted) {
     double sum = 0;
     members([&](int64_t b) {
@@ -114,13 +116,14 @@ void order_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s)
   s.above = s.part > 0 ? find(a, members, values[rank + 1]) : s.below;
 }
 
+// The groups of a batch, and how advantages are relative to them.
 template <typename T>
-class Relative {
+class GroupStatistics {
  public:
-  Relative(const AdvantagesArgs<T>& a, int threads)
+  GroupStatistics(const AdvantagesArgs<T>& a, int threads)
       : a_(a), index_(a.groups, a.rows.batch), live_(live_rows(a, threads)) {
     if (a.scale == Scale::batch_std)
-      spread_of(a, [&](auto&& visit) { for (int64_t b = 0; b < a.rows.batch; ++b) if (live_[b]) visit(b); }, batch_);
+      moments_of(a, [&](auto&& visit) { for (int64_t b = 0; b < a.rows.batch; ++b) if (live_[b]) visit(b); }, batch_);
   }
 
   int64_t count() const { return index_.view().count; }
@@ -134,9 +137,9 @@ class Relative {
   Statistics statistics(int64_t group) const {
     Statistics s;
     const auto members = [&](auto&& visit) { rows(group, [&](int64_t b) { if (live_[b]) visit(b); }); };
-    spread_of(a_, members, s);
+    moments_of(a_, members, s);
     if (s.count == 0) return s;
-    order_of(a_, members, s);
+    baseline_of(a_, members, s);
     if (raw(s) || a_.scale == Scale::none) return s;
     const Statistics& of = a_.scale == Scale::batch_std ? batch_ : s;
     const double scale = a_.scale == Scale::mean_abs ? s.mean_abs
@@ -146,8 +149,10 @@ class Relative {
     return s;
   }
 
+  // A group of one whose advantage is the reward itself.
   bool raw(const Statistics& s) const { return a_.raw_singletons && s.count == 1; }
 
+  // The factor of row b's numerator: gain * (reward - baseline).
   double gain(const Statistics& s, int64_t b) const {
     if (raw(s)) return 1.0;
     if (a_.baseline == Baseline::leave_one_out) return s.count > 1 ? double(s.count) / double(s.count - 1) : 0.0;
@@ -170,7 +175,7 @@ class Relative {
     }
   }
 
-  // How the baseline of row i depends on the reward of row b, i's gain included.
+  // Derivative of row i's baseline in the reward of row b, times i's gain.
   double weight(const Statistics& s, int64_t i, int64_t b) const {
     if (raw(s)) return 0.0;
     switch (a_.baseline) {
@@ -183,7 +188,7 @@ class Relative {
     }
   }
 
-  // How the scale depends on the reward of row b.
+  // Derivative of the scale in the reward of row b.
   double d_scale(const Statistics& s, int64_t b) const {
     if (a_.scale == Scale::none || (raw(s) && a_.scale != Scale::batch_std)) return 0.0;
     const double r = a_.rewards[b];
@@ -205,7 +210,7 @@ class Relative {
 
 template <typename T>
 void group_advantages(const AdvantagesArgs<T>& a, int threads) {
-  const Relative<T> groups(a, threads);
+  const GroupStatistics<T> groups(a, threads);
   for (int64_t g = 0; g < groups.count(); ++g) {
     const Statistics s = groups.statistics(g);
     groups.rows(g, [&](int64_t b) {
@@ -220,7 +225,7 @@ void group_advantages(const AdvantagesArgs<T>& a, int threads) {
 
 template <typename T>
 void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
-  const Relative<T> groups(a, threads);
+  const GroupStatistics<T> groups(a, threads);
   double* up = a.sums;
   std::fill_n(up, a.rows.batch, 0.0);
   if (a.grad.data) {
@@ -251,7 +256,7 @@ void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
   for (int64_t g = 0; g < groups.count(); ++g) {
     const Statistics s = groups.statistics(g);
     const bool counts = s.inv_scale != 0;
-    double total = 0, through = 0;  // second_max: of the best row alone
+    double total = 0, through = 0;  // second_max: the best row's alone
     if (counts)
       groups.rows(g, [&](int64_t b) {
         if (!groups.live(b)) return;

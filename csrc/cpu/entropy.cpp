@@ -2,6 +2,7 @@
 
 #include "groups.h"
 #include "parallel.h"
+#include "rewardops/cpu/kernels.h"
 
 namespace rewardops::cpu {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "rewardops/cpu/kernels.h"
+#include "rewardops/rows.h"
 
 namespace rewardops::cpu {
 

@@ -1,4 +1,4 @@
-// Which instruction set's kernels this process runs.
+// The choice of the instruction set whose kernels this process runs.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

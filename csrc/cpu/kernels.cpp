@@ -1,7 +1,7 @@
-// One instruction set's table of kernels: this file is compiled once for each, with REWARDOPS_ISA its name.
+// The table of kernels of one instruction set: this file is compiled once for each, with REWARDOPS_ISA as its name.
 //
-// Everything in it has internal linkage, and no template of the standard library is instantiated here: the
-// linker keeps one copy of such code, and it could be the one that this machine cannot run.
+// All of it has internal linkage and instantiates no template of the standard library: the linker would keep one copy of
+// such code, possibly of an instruction set that this machine does not have.
 #include "rewardops/cpu/kernels.h"
 
 #include "rewardops/cpu/advantages.h"
@@ -11,6 +11,7 @@
 #include "rewardops/cpu/logits_backward.h"
 #include "rewardops/cpu/prefix_tree.h"
 #include "rewardops/cpu/returns.h"
+#include "rewardops/cpu/returns_softmin.h"
 #include "rewardops/cpu/segments.h"
 #include "rewardops/cpu/td.h"
 
@@ -24,18 +25,18 @@ namespace {
 template <typename T>
 constexpr TypedKernels<T> typed() {
   return {token_kl<T>,
-          spread<T>,
+          rows_to_tokens<T>,
           row_sums<T>,
           gtpo<T>,
           gtpo_backward<T>,
+          {td_rows<T>, td_aggregates<T>, td_carries<T>, td_chunks<T>, td_joins<T>},
           {extremes_rows<T>, extremes_aggregates<T>, extremes_carries<T>, extremes_chunks<T>, nullptr},
           {extremes_backward_rows<T>, extremes_backward_aggregates<T>, extremes_backward_carries<T>,
            extremes_backward_chunks<T>, nullptr},
-          {td_rows<T>, td_aggregates<T>, td_carries<T>, td_chunks<T>, td_joins<T>},
-          softmin<T>,
-          softmin_backward<T>,
           softmin_returns<T>,
-          softmin_returns_backward<T>};
+          softmin_returns_backward<T>,
+          softmin_rewards<T>,
+          softmin_rewards_backward<T>};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Loops run on the threads of torch's OpenMP runtime where that was found, and on a small pool of our own
-// elsewhere and in forked children, in which an OpenMP runtime that was used before the fork hangs. The module
-// does not link OpenMP: that would bring a second runtime into the process.
+// Loops run on the threads of torch's OpenMP runtime where there is one. Elsewhere they run on a small pool of this
+// module's, and so they do in forked children, in which an OpenMP runtime that was used before the fork hangs. The
+// module does not link OpenMP: that would bring a second runtime into the process.
 #include "parallel.h"
 
 #include <pthread.h>
@@ -40,7 +40,7 @@ struct Job {
 
 class Pool {
  public:
-  // One job at a time; a caller that finds the pool busy works alone.
+  // Runs one job at a time; returns false, without running it, if the pool is busy.
   bool run(Job& job, int helpers) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
@@ -87,8 +87,8 @@ class Pool {
 
 std::atomic<Team> openmp{nullptr};
 
-// Never destroyed: its threads sleep until the process ends. A forked child has none of the threads, so it
-// gets a pool of its own; from when the module is loaded, as torch may use its runtime before we do.
+// Never destroyed: its threads sleep until the process ends. A forked child has none of the threads and gets a new
+// pool. The handler is registered when the module is loaded, as torch may use its runtime before this module does.
 std::atomic<Pool*> pool{new Pool};
 
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {

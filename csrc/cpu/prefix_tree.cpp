@@ -1,3 +1,4 @@
+// The prefix tree of each group of rows, what pairs of rows share, and sums over subtrees.
 #include "prefix_tree.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 
 #include "groups.h"
 #include "parallel.h"
+#include "rewardops/cpu/kernels.h"
 
 namespace rewardops::cpu {
 namespace {
@@ -16,14 +18,14 @@ namespace {
 int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) { return kernels().common_prefix4(a, b, n); }
 int64_t common_prefix(const int64_t* a, const int64_t* b, int64_t n) { return kernels().common_prefix8(a, b, n); }
 
-// Top down: what all rows of a piece share, then the pieces by the next token. Every token that is shared is
-// read once for every row that shares it, and no other but the first behind it.
+// Builds the tree of a group top down: finds the prefix that all rows of a piece share, then divides the piece by the
+// next token. A row's shared tokens are read once, and of the others only the first.
 template <typename Token>
 class Builder {
  public:
   Builder(const PrefixTreeArgs<Token>& a) : a_(a), tree_(a.tree) {}
 
-  // The tree of some rows, in positions from `base` on.
+  // Builds the tree of one group's rows, at the positions from `base` on.
   void group(const int64_t* members, int64_t count, int64_t base) {
     rows_.clear();
     moved_.clear();
@@ -49,17 +51,19 @@ class Builder {
 
  private:
   struct Row {
-    Token next;  // behind what the rows of the piece share
-    bool goes_on;
+    Token next;    // the token after the prefix that the rows of the piece share
+    bool goes_on;  // there is such a token
     int64_t row;
     bool operator<(const Row& other) const {
       return goes_on != other.goes_on ? other.goes_on : goes_on && next < other.next;
     }
   };
+  // Rows [begin, end) of rows_, which share their first `shared` tokens, below the node `parent`.
   struct Piece {
     int64_t begin, end, shared, parent;
   };
 
+  // First token and length of a row.
   void span(int64_t b) {
     int64_t from = 0, to = a_.rows.size(b);
     if (const uint8_t* mask = a_.mask.row(a_.rows, b)) {
@@ -71,7 +75,7 @@ class Builder {
     if (a_.skip && to > from) without_holes(b, from, to);
   }
 
-  // Rows that do not begin at their first column or have holes are copied.
+  // Copies a row that has holes, or does not begin at its first column.
   void without_holes(int64_t b, int64_t from, int64_t to) {
     const uint8_t* mask = a_.mask.row(a_.rows, b);
     if (!mask || (from == 0 && !std::memchr(mask, 0, to))) return;
@@ -115,7 +119,7 @@ class Builder {
       if (rows_[k].goes_on) rows_[k].next = tokens(rows_[k].row)[depth];
     }
     std::stable_sort(rows_.begin() + piece.begin, rows_.begin() + piece.end);
-    int64_t from = piece.begin;  // rows that end here come first, each a piece without a node
+    int64_t from = piece.begin;  // rows that end here come first, and get no node of their own
     while (from < piece.end && !rows_[from].goes_on) ++from;
     int64_t second = from > piece.begin ? piece.begin + 1 : piece.end;
     for (int64_t k = from + 1; k < piece.end && second == piece.end; ++k)
@@ -139,7 +143,7 @@ class Builder {
   const MutableTree& tree_;
   std::vector<Row> rows_;
   std::vector<Piece> pieces_;
-  std::unordered_map<int64_t, std::vector<Token>> moved_;  // rows without their holes
+  std::unordered_map<int64_t, std::vector<Token>> moved_;  // the valid tokens of rows with holes
 };
 
 }  // namespace
@@ -191,7 +195,7 @@ void prefix_lcp(const PrefixLcpArgs& a, int threads) {
       };
       const int64_t length = tree.length[row];
       put(p, length > 0 ? length : -1);
-      // Two rows share the least of what the neighbours between them do.
+      // Two rows share the minimum of what the neighbouring rows between them share.
       int64_t least = length;
       for (int64_t q = p; tree.shared[q] >= 0; --q) put(q - 1, least = std::min(least, tree.shared[q]));
       least = length;
@@ -200,13 +204,7 @@ void prefix_lcp(const PrefixLcpArgs& a, int threads) {
   });
 }
 
-// ---- sums over subtrees ------------------------------------------------------------------------------------
-
-namespace {
-
-double power(double gamma, int64_t n) { return gamma == 1.0 ? 1.0 : std::pow(gamma, static_cast<double>(n)); }
-
-}  // namespace
+// ---- sums over subtrees -------------------------------------------------------------------------------------
 
 void subtree_sums(const SubtreeArgs& a, int threads) {
   const TreeView& tree = a.tree;
@@ -218,7 +216,7 @@ void subtree_sums(const SubtreeArgs& a, int threads) {
       for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) {
         const int64_t row = tree.order[p];
         const double weight = a.weights ? a.weights[row] : 1.0;
-        const double factor = a.centre ? weight : weight * power(a.gamma, tree.length[row] - tree.depth[n]);
+        const double factor = a.centre ? weight : weight * discount(a.gamma, tree.length[row] - tree.depth[n]);
         for (int64_t c = 0; c < channels; ++c) {
           const double x = a.x[row * channels + c];
           if (a.centre) {
@@ -243,7 +241,7 @@ void subtree_sums_backward(const SubtreeArgs& a, int threads) {
       double grad_weight = 0;
       const double weight = a.weights ? a.weights[row] : 1.0;
       for (int64_t n = tree.leaf[row]; n >= 0; n = tree.parent[n]) {
-        const double factor = a.centre ? 1.0 : power(a.gamma, tree.length[row] - tree.depth[n]);
+        const double factor = a.centre ? 1.0 : discount(a.gamma, tree.length[row] - tree.depth[n]);
         for (int64_t c = 0; c < channels; ++c) {
           const double x = a.x[row * channels + c], up = a.grad[n * channels + c] * factor;
           if (a.centre) {
@@ -261,179 +259,7 @@ void subtree_sums_backward(const SubtreeArgs& a, int threads) {
   });
 }
 
-// ---- nodes and tokens --------------------------------------------------------------------------------------
-
-namespace {
-
-struct Span {
-  int64_t from, to;  // tokens, counted from the row's first
-};
-
-// The tokens of a row whose state lies in a node: none where the row's leaf was moved above the node.
-Span span_of(const TreeView& tree, int64_t row, int64_t n, At at) {
-  const int64_t shift = at == At::before ? 0 : 1;  // state s is that of token s - shift
-  if (tree.depth[n] > tree.depth[tree.leaf[row]]) return {0, 0};
-  const int64_t low = tree.parent_depth(n) + 1;
-  const int64_t high = tree.leaf[row] == n ? tree.length[row] : tree.depth[n];
-  return {std::max<int64_t>(low - shift, 0), std::min(high + 1 - shift, tree.length[row])};
-}
-
-// What a row says at a node.
-template <typename T>
-double value_of(const NodeTokensArgs<T>& a, int64_t row, int64_t n, int64_t c) {
-  double value = a.values ? a.values[n * a.channels + c] : 0.0;
-  if (a.along)
-    value += a.factor[row * a.channels + c] * power(a.gamma, a.tree.length[row] - a.tree.depth[n]) *
-             a.along[n * a.channels + c];
-  return value;
-}
-
-// gamma^(depth - state) for the states of a span, from its last token to its first: visit(token, factor).
-template <typename Visit>
-void discounted(const TreeView& tree, int64_t n, const Span& span, At at, double gamma, Visit visit) {
-  const int64_t shift = at == At::before ? 0 : 1;
-  double factor = 1;
-  for (int64_t t = span.to - 1; t >= span.from; --t) {
-    const int64_t left = tree.depth[n] - t - shift;
-    if (left > 0) factor = t == span.to - 1 ? power(gamma, left) : factor * gamma;
-    visit(t, factor);
-  }
-}
-
-}  // namespace
-
-template <typename T>
-void nodes_to_tokens(const NodeTokensArgs<T>& a, int threads) {
-  const TreeView& tree = a.tree;
-  const int64_t channels = a.channels;
-  parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t width = a.rows.size(b), first = tree.first[b], length = tree.length[b];
-      const uint8_t* mask = a.mask.row(a.rows, b);
-      // Without its holes a row is written to its front first.
-      const bool moved = a.skip && mask && length > 0 && std::memchr(mask, 0, length);
-      const bool holes = !a.skip && mask && length > 0 && std::memchr(mask + first, 0, length);
-      for (int64_t c = 0; c < channels; ++c) {
-        T* const row = a.out.row(a.rows, b) + c * a.plane;
-        T* const out = row + first;
-        std::fill(row, out, T{0});
-        std::fill(out + length, row + width, T{0});
-        if (length == 0) continue;
-        const double base = a.base ? a.base[b * channels + c] : 0.0;
-        if (a.at == At::step) std::fill(out, out + length, static_cast<T>(base));
-        for (int64_t n = tree.leaf[b]; n >= 0; n = tree.parent[n]) {
-          const double value = value_of(a, b, n, c);
-          if (a.at == At::step) {
-            const int64_t up = tree.parent[n];
-            if (up >= 0) out[tree.depth[up]] = static_cast<T>(base + (value - value_of(a, b, up, c)));
-            continue;
-          }
-          const Span span = span_of(tree, b, n, a.at);
-          if (a.gamma == 1.0) {
-            std::fill(out + span.from, out + std::max(span.from, span.to), static_cast<T>(base + value));
-          } else {
-            discounted(tree, n, span, a.at, a.gamma,
-                       [&](int64_t t, double factor) { out[t] = static_cast<T>(base + factor * value); });
-          }
-        }
-        if (holes)
-          for (int64_t t = 0; t < length; ++t) out[t] = mask[first + t] ? out[t] : T{0};
-        if (moved)
-          for (int64_t t = width - 1, k = length; t >= 0; --t) row[t] = mask[t] ? row[--k] : T{0};
-      }
-    }
-  });
-}
-
-template <typename T>
-void nodes_to_tokens_backward(const NodeTokensArgs<T>& given, int threads) {
-  NodeTokensArgs<T> a = given;
-  std::vector<T> moved;
-  if (a.skip && a.mask.data) {
-    moved.resize(static_cast<size_t>(a.channels * a.plane));
-    Tokens<T> front{moved.data(), a.grad.stride};
-    parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t c = 0; c < a.channels; ++c) {
-          const uint8_t* mask = a.mask.row(a.rows, b);
-          const T* from = a.grad.row(a.rows, b) + c * a.plane;
-          T* to = front.row(a.rows, b) + c * a.plane;
-          for (int64_t t = 0; t < a.rows.size(b); ++t)
-            if (mask[t]) *to++ = from[t];
-        }
-    });
-    a.grad = {moved.data(), a.grad.stride};
-    a.mask = {};
-  }
-  const TreeView& tree = a.tree;
-  const int64_t channels = a.channels;
-  // What a row's tokens send to a node: the sum of their upstream gradients, discounted.
-  const auto sent = [&](int64_t row, int64_t n, int64_t c) {
-    const uint8_t* mask = a.mask.row(a.rows, row);
-    const T* grad = a.grad.row(a.rows, row) + c * a.plane + tree.first[row];
-    if (mask) mask += tree.first[row];
-    double sum = 0;
-    if (a.at == At::step) {
-      const int64_t enters = tree.parent_depth(n), leaves = tree.depth[n];
-      if (tree.depth[n] > tree.depth[tree.leaf[row]]) return 0.0;
-      if (enters >= 0 && (!mask || mask[enters])) sum += grad[enters];
-      if (tree.leaf[row] != n && (!mask || mask[leaves])) sum -= grad[leaves];
-      return sum;
-    }
-    const Span span = span_of(tree, row, n, a.at);
-    if (a.gamma == 1.0) {
-      for (int64_t t = span.from; t < span.to; ++t) sum += mask && !mask[t] ? T{0} : grad[t];
-    } else {
-      discounted(tree, n, span, a.at, a.gamma,
-                 [&](int64_t t, double factor) { sum += mask && !mask[t] ? 0.0 : factor * grad[t]; });
-    }
-    return sum;
-  };
-  parallel_for(tree.nodes(), 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t c = 0; c < channels; ++c) {
-        double values = 0, along = 0;
-        for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) {
-          const int64_t row = tree.order[p];
-          const double sum = sent(row, n, c);
-          values += sum;
-          if (a.along) along += a.factor[row * channels + c] * power(a.gamma, tree.length[row] - tree.depth[n]) * sum;
-        }
-        if (a.grad_values) a.grad_values[n * channels + c] = values;
-        if (a.grad_along) a.grad_along[n * channels + c] = along;
-      }
-    }
-  });
-  if (!a.grad_base && !a.grad_factor) return;
-  parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* mask = a.mask.row(a.rows, b);
-      const int64_t first = tree.first[b], length = tree.length[b];
-      for (int64_t c = 0; c < channels; ++c) {
-        if (a.grad_base) {
-          const T* grad = a.grad.row(a.rows, b) + c * a.plane;
-          double sum = 0;
-          for (int64_t t = first; t < first + length; ++t) sum += mask && !mask[t] ? T{0} : grad[t];
-          a.grad_base[b * channels + c] = sum;
-        }
-        if (a.grad_factor) {
-          double sum = 0;
-          for (int64_t n = tree.leaf[b]; n >= 0; n = tree.parent[n])
-            sum += power(a.gamma, length - tree.depth[n]) * a.along[n * channels + c] * sent(b, n, c);
-          a.grad_factor[b * channels + c] = sum;
-        }
-      }
-    }
-  });
-}
-
 template void prefix_tree<int32_t>(const PrefixTreeArgs<int32_t>&, int);
 template void prefix_tree<int64_t>(const PrefixTreeArgs<int64_t>&, int);
-template void nodes_to_tokens<int32_t>(const NodeTokensArgs<int32_t>&, int);
-#define REWARDOPS_INSTANTIATE(T)                                     \
-  template void nodes_to_tokens<T>(const NodeTokensArgs<T>&, int); \
-  template void nodes_to_tokens_backward<T>(const NodeTokensArgs<T>&, int);
-REWARDOPS_INSTANTIATE(float)
-REWARDOPS_INSTANTIATE(double)
 
 }  // namespace rewardops::cpu

@@ -7,10 +7,10 @@
 namespace rewardops::cpu {
 namespace {
 
-// Of one segment so far.
+// The reduction of one segment, of its tokens so far.
 struct Reduced {
   double value = 0;
-  double kept = -1;    // the position
+  double kept = -1;    // as SegmentArgs::kept
   int64_t count = 0, zeros = 0;
 
   void take(Reduce op, double x, int64_t t) {
@@ -18,7 +18,7 @@ struct Reduced {
     switch (op) {
       case Reduce::sum:
       case Reduce::mean: value += x; return;
-      // Of equals the earliest; a NaN, once met, stays.
+      // The earliest of equals; a NaN stays.
       case Reduce::min: if (fresh || (value == value && !(x >= value))) value = x, kept = static_cast<double>(t); return;
       case Reduce::max: if (fresh || (value == value && !(x <= value))) value = x, kept = static_cast<double>(t); return;
       case Reduce::first: if (fresh) value = x, kept = static_cast<double>(t); return;
@@ -45,20 +45,20 @@ struct Reduced {
 template <typename T>
 void segment_reduce(const SegmentArgs<T>& a, int threads) {
   parallel_for(a.rows.batch, 8, threads, [&](int64_t begin, int64_t end) {
-    std::vector<Reduced> found(a.segments);
+    std::vector<Reduced> reduced(a.segments);
     for (int64_t b = begin; b < end; ++b) {
-      found.assign(a.segments, Reduced{});
+      reduced.assign(a.segments, Reduced{});
       const uint8_t* mask = a.mask.row(a.rows, b);
       const int64_t* ids = a.ids.row(a.rows, b);
       const T* values = a.values.row(a.rows, b);
       const int64_t n = a.rows.size(b);
       for (int64_t t = 0; t < n; ++t)
         if ((!mask || mask[t]) && ids[t] >= 0 && ids[t] < a.segments)
-          found[ids[t]].take(a.op, static_cast<double>(values[t]), t);
+          reduced[ids[t]].take(a.op, static_cast<double>(values[t]), t);
       for (int64_t s = 0; s < a.segments; ++s) {
-        found[s].finish(a.op);
-        a.out[b * a.segments + s] = static_cast<T>(found[s].value);
-        a.kept[b * a.segments + s] = found[s].kept;
+        reduced[s].finish(a.op);
+        a.out[b * a.segments + s] = static_cast<T>(reduced[s].value);
+        a.kept[b * a.segments + s] = reduced[s].kept;
       }
     }
   });

@@ -10,7 +10,7 @@
 namespace rewardops::cpu {
 namespace {
 
-// Integers in the order of the numbers, NaN the largest; 0 and -0 are one number.
+// An integer in the order of the numbers: NaN is the largest; 0 and -0 are equal.
 inline uint32_t sort_key(float x) {
   x += 0.0f;
   uint32_t u;
@@ -30,13 +30,14 @@ constexpr int kDigit = 11;
 constexpr int64_t kBins = int64_t{1} << kDigit;
 constexpr int64_t kPiece = 1 << 15;
 
-// A stretch of one row.
+// Tokens [begin, end) of one row.
 struct Piece {
   int64_t row, begin, end;
 };
 
-// A radix select over the pieces of one scope: a histogram of the first digit of all keys, then of further digits of
-// those that have the digits found so far, then one pass that writes. Each share of the pieces keeps its own counts.
+// A radix select over the pieces of one scope: a histogram of the first digit of all keys, then of each further digit of
+// the keys that match the digits selected so far, then one pass that writes. Each share of the pieces has counts of its
+// own.
 template <typename T>
 class Scope {
   using Key = decltype(sort_key(T{}));
@@ -92,14 +93,14 @@ class Scope {
     }
   }
 
-  // Without branches, which would be mispredicted: what does not count goes where it does no harm.
+  // Without branches, which would be mispredicted: masked tokens are counted in a bin of their own, which is dropped.
   void count_first(int shift) {
     each_share([&](int64_t share) {
-      std::vector<int64_t> own(kBins + 1, 0);
+      std::vector<int64_t> counts(kBins + 1, 0);
       each_piece(share, [&](const T* x, const uint8_t* mask, uint8_t*, int64_t n) {
-        for (int64_t t = 0; t < n; ++t) ++own[!mask || mask[t] ? sort_key(x[t]) >> shift : Key{kBins}];
+        for (int64_t t = 0; t < n; ++t) ++counts[!mask || mask[t] ? sort_key(x[t]) >> shift : Key{kBins}];
       });
-      std::copy(own.begin(), own.end() - 1, counts_.begin() + share * kBins);
+      std::copy(counts.begin(), counts.end() - 1, counts_.begin() + share * kBins);
     });
   }
 
@@ -121,13 +122,14 @@ class Scope {
 
   void count_next(int shift, int digit) {
     each_share([&](int64_t share) {
-      int64_t* own = counts_.data() + share * kBins;
-      std::fill(own, own + kBins, 0);
-      for (const Key key : keys_[share]) ++own[key >> shift & ((Key{1} << digit) - 1)];
+      int64_t* counts = counts_.data() + share * kBins;
+      std::fill(counts, counts + kBins, 0);
+      for (const Key key : keys_[share]) ++counts[key >> shift & ((Key{1} << digit) - 1)];
     });
   }
 
-  // The largest digit with enough keys from it on; of those that have it, `wanted` are still to be found.
+  // The largest digit such that enough keys have it or a larger one; `wanted` becomes the number of keys to select
+  // among those that have it.
   Key take(int digit, int64_t* wanted) const {
     for (int64_t bin = (int64_t{1} << digit) - 1;; --bin) {
       int64_t count = 0;
@@ -137,7 +139,7 @@ class Scope {
     }
   }
 
-  // The keys that are left equal the least: of those the earliest `wanted`.
+  // The remaining keys are equal to the least: the earliest `wanted` of them are selected.
   void write(Key least, int64_t wanted) const {
     std::vector<int64_t> before(shares_ + 1, 0);
     for (int64_t s = 0; s < shares_; ++s) before[s + 1] = before[s] + static_cast<int64_t>(keys_[s].size());
@@ -172,7 +174,7 @@ class Scope {
   int64_t shares_;
   std::vector<Piece> pieces_;
   std::vector<int64_t> counts_;         // [shares, kBins]
-  std::vector<std::vector<Key>> keys_;  // of each share, those with the digits found so far
+  std::vector<std::vector<Key>> keys_;  // per share, the keys that match the digits selected so far
 };
 
 }  // namespace

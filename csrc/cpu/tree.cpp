@@ -7,11 +7,12 @@
 namespace rewardops::cpu {
 namespace {
 
-// Nodes with every child before its parent; what hangs on a cycle is left out.
+// The nodes, but for those on a cycle, with every child before its parent; `children` becomes the number of children of
+// each node.
 std::vector<int64_t> upwards(int64_t nodes, const int64_t* parent, std::vector<int64_t>& children) {
   const auto has_parent = [&](int64_t n) { return parent[n] >= 0 && parent[n] < nodes; };
   children.assign(nodes, 0);
-  bool falling = true;  // children behind their parents, as trees are mostly written
+  bool falling = true;  // every child comes after its parent, as in most trees
   for (int64_t n = 0; n < nodes; ++n)
     if (has_parent(n)) {
       ++children[parent[n]];
@@ -32,8 +33,8 @@ std::vector<int64_t> upwards(int64_t nodes, const int64_t* parent, std::vector<i
   return order;
 }
 
-// A node's children so far: for a mean the sums of weight * value and of weights, for a soft maximum those of
-// e * value and of e with e relative to the largest value, for an extreme the first child that attains it.
+// The children of a node so far. For a mean: the sums of weight * value and of weights. For a soft maximum: those of
+// e * value and of e, with e relative to the largest value. For an extreme: the first child that attains it.
 struct State {
   double sum = 0, weight = 0, largest = -std::numeric_limits<double>::infinity();
   int64_t chosen = -1;
@@ -50,11 +51,11 @@ void tree_values(const TreeValuesArgs& a) {
   const double sign = a.reduce == TreeReduce::min ? -1 : 1;
   for (int64_t n = 0; n < a.nodes; ++n) a.values[n] = std::numeric_limits<double>::quiet_NaN();
   for (const int64_t n : order) {
-    const State& own = states[n];
+    const State& from = states[n];
     if (children[n] == 0) a.values[n] = a.rewards[n];
-    else if (extreme) a.values[n] = own.chosen < 0 ? 0 : a.values[own.chosen];
-    else if (a.reduce == TreeReduce::sum) a.values[n] = own.sum;
-    else a.values[n] = own.weight == 0 ? 0 : own.sum / own.weight;
+    else if (extreme) a.values[n] = from.chosen < 0 ? 0 : a.values[from.chosen];
+    else if (a.reduce == TreeReduce::sum) a.values[n] = from.sum;
+    else a.values[n] = from.weight == 0 ? 0 : from.sum / from.weight;
     const int64_t up = a.parent[n];
     if (up < 0 || up >= a.nodes || weight(n) == 0) continue;
     State& s = states[up];
@@ -77,7 +78,7 @@ void tree_values(const TreeValuesArgs& a) {
         break;
       }
       default:
-        // Children do not come in order: of equal ones the first.
+        // Children come in any order; the first of equal ones is chosen.
         if (s.chosen < 0 || sign * v > sign * a.values[s.chosen] || (v == a.values[s.chosen] && n < s.chosen))
           s.chosen = n;
     }
@@ -113,7 +114,7 @@ bool path_ends(int64_t nodes, const int64_t* step, int64_t* out) {
   for (int64_t n = 0; n < nodes; ++n) {
     int64_t m = n;
     for (; out[m] == unknown && step[m] != m; m = step[m]) out[m] = passed;
-    if (out[m] == passed) return false;  // by this walk: all others have ended
+    if (out[m] == passed) return false;  // this walk has met itself: all others have ended
     const int64_t end = out[m] == unknown ? m : out[m];
     out[m] = end;
     for (int64_t k = n; k != m; k = step[k]) out[k] = end;

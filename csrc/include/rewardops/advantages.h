@@ -7,36 +7,49 @@
 
 namespace rewardops {
 
+// In the order of rewardops.reference.advantages.BASELINES.
 enum class Baseline : int {
   mean = 0, leave_one_out = 1, median = 2, quantile = 3, max = 4, second_max = 5, length_weighted = 6, given = 7, none = 8
 };
+// In the order of rewardops.reference.advantages.SCALES.
 enum class Scale : int { std = 0, batch_std = 1, mean_abs = 2, range = 3, none = 4 };
 
+// Group-relative advantages of B rows. Where rewards belong to rows of tokens, advantages are also written to the tokens;
+// [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct AdvantagesArgs {
-  Rows rows;                    // batch; the rest only where tokens_given
-  bool tokens_given;            // the rewards belong to rows of tokens: empty ones are not members
-  Tokens<const uint8_t> mask;
+  Rows rows;                    // all but the batch only where tokens_given
+  bool tokens_given;            // the rewards belong to rows of tokens: empty rows are no members of their group
+  Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
   const T* rewards;             // [B]
-  const int64_t* groups;        // [B]
-  const T* given;               // [B]; may be null
-  const T* lengths;             // [B]; may be null
+  const int64_t* groups;        // [B], labels
+  const T* given;               // [B], the baseline of Baseline::given; null otherwise
+  const T* lengths;             // [B], the weights of Baseline::length_weighted; null otherwise
   Baseline baseline;
-  double quantile;
+  double quantile;              // of Baseline::quantile
   Scale scale;
-  double eps;
-  int ddof;
-  bool raw_singletons;
+  double eps;                   // added to the scale
+  int ddof;                     // degrees of freedom that a std loses
+  bool raw_singletons;          // in a group of one the advantage is the reward
   T* advantages;                // forward: [B]
-  Tokens<T> out;                // forward: the same written to the tokens, where they are given
-  T* inv_scale;                 // [B]; forward out, backward in
+  T* inv_scale;                 // [B], 1 / (scale + eps), or 0; forward out, backward in
   T* numerators;                // [B], reward less baseline; forward out, backward in
-  Tokens<const T> grad;         // backward: tokens, or [B] where none are given; may be null
+  Tokens<T> out;                // forward: [tokens], the advantage of the row; null without tokens
+  Tokens<const T> grad;         // backward: [tokens], or [B] without tokens; may be null
   const T* grad_inv_scale;      // backward: [B]; may be null
   double* sums;                 // backward: [B, parts], memory for sums of the gradients of a row's tokens
   int64_t parts;
   T* grad_rewards;              // backward: [B]
   T* grad_given;                // backward: [B]; may be null
+};
+
+// A value of each row, written to its valid tokens; 0 elsewhere.
+template <typename T>
+struct RowsToTokensArgs {
+  Rows rows;
+  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
+  const T* values;             // [B]
+  Tokens<T> out;               // [tokens]
 };
 
 }  // namespace rewardops

@@ -11,35 +11,36 @@ constexpr int64_t kIgnored = -100;  // a token of this id counts as masked
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// Rows of logits: row n is (n / inner, n % inner), strides in elements.
+// Rows of logits: row n is (n / inner, n % inner), strides in elements; columns are adjacent.
 struct LogitsRows {
-  const void* data;  // null where not given
+  const void* data;  // null where absent
   DType dtype;
   int64_t inner, stride_outer, stride_inner;
 
   REWARDOPS_BOTH int64_t offset(int64_t n) const { return n / inner * stride_outer + n % inner * stride_inner; }
 };
 
+// N rows of logits and the tokens sampled from them.
 struct LogitsArgs {
-  LogitsRows logits, ref;
-  int64_t vocab;         // columns that exist; the tensor may have more
-  int64_t first;         // the id of column 0
-  const int64_t* tokens;
-  const uint8_t* mask;   // may be null
-  double temperature;
-  const double* temperatures;  // one per row, or null
-  double softcap;        // 0 for none
-  double beta;           // of the Jensen-Shannon divergence
+  LogitsRows logits, ref;      // [N, V]; the reference's may be null
+  int64_t vocab;               // columns that count; the rest of V is padding
+  int64_t first;               // the id of column 0, in a shard of the vocabulary
+  const int64_t* tokens;       // [N]
+  const uint8_t* mask;         // [N]; null: every token is valid
+  double temperature;          // of all rows, where temperatures is null
+  const double* temperatures;  // [N]; may be null
+  double softcap;              // 0 for none
+  double beta;                 // of the Jensen-Shannon divergence: the reference's weight in the mixture
 
   REWARDOPS_BOTH bool masked(int64_t n) const { return (mask && !mask[n]) || tokens[n] == kIgnored; }
   REWARDOPS_BOTH double temperature_of(int64_t n) const { return temperatures ? temperatures[n] : temperature; }
 };
 
-// What can be asked for, in the order of rewardops.logits.OUTPUTS; each array may be null.
+// Outputs of a row, in the order of rewardops.logits.OUTPUTS.
 enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kSumSqLogprob, kMeanLogit, kIsTop1, kRefLogprob,
                     kKl, kReverseKl, kJsd, kOutputs };
 
-// What the backward pass needs to know of a row, in the order of rewardops.reference.logits.SAVED.
+// Statistics of a row that the backward pass reads, in the order of rewardops.reference.logits.SAVED.
 enum Saved : int { kShift, kTotal, kSavedEntropy, kSavedSumSq, kSavedSumSqLogprob, kRefShift, kRefTotal,
                    kSavedKl, kSavedReverseKl, kMixedKl, kRefMixedKl, kSaved };
 
@@ -48,36 +49,36 @@ enum Field : int { kFieldShift, kFieldTotal, kFieldWeighted, kFieldSquares, kFie
                    kFieldFound, kFieldRefShift, kFieldRefTotal, kFieldRefToken, kFieldKl, kFieldReverse,
                    kFieldSquaresWeighted, kFields };
 
-// Outputs are float, or double for double logits; is_top1 is bytes; what is saved and records are double.
+// Outputs, or partial statistics where there is a record.
 struct TokenStatsArgs {
   LogitsArgs in;
-  int64_t count;
-  void* outputs[kOutputs];
-  double* saved;   // [kSaved, count], or its first five rows where there is no reference
-  double* record;  // [count, kFields]: partial statistics instead of outputs; null otherwise
-  int terms;       // partial statistics: which sums (bits of Term)
+  int64_t count;            // N
+  void* outputs[kOutputs];  // [N] each: float, double for double logits, bytes for is_top1; each may be null
+  double* saved;            // [kSaved, N], or its first five rows without a reference
+  double* record;           // partial statistics: [N, kFields]; null otherwise
+  int terms;                // partial statistics: the sums to take, bits of Term (cpu/logits_sums.h)
 };
 
 struct TokenStatsBackwardArgs {
   LogitsArgs in;
-  int64_t count;
-  const void* grads[kOutputs];  // each may be null
-  const double* saved;
-  const double *grad_record, *record;  // partial statistics: instead of grads and saved
-  int64_t width;                       // columns of the gradient; those beyond vocab are 0
-  LogitsRows grad_logits, grad_ref;    // either may be null, and be the logits themselves
+  int64_t count;                       // N
+  const void* grads[kOutputs];         // [N] each, in the type of the outputs; each may be null
+  const double* saved;                 // of the forward pass
+  const double *grad_record, *record;  // partial statistics: [N, kFields], instead of grads and saved
+  int64_t width;                       // columns of the gradients; those beyond vocab become 0
+  LogitsRows grad_logits, grad_ref;    // [N, width]; either may be null, or be the logits themselves
 };
 
-constexpr int kPolicyOutputs = kRefLogprob;  // those of one model come first
+constexpr int kPolicyOutputs = kRefLogprob;  // the outputs of one model come first
 
 // Statistics and the gradient of a loss that is linear in them, without a reference.
 struct TokenStatsAndGradArgs {
   LogitsArgs in;
-  int64_t count;
-  float* outputs[kPolicyOutputs];             // each may be null; is_top1 is 0 or 1
-  const float* coefficients[kPolicyOutputs];  // each may be null
-  int64_t width;                              // as above
-  LogitsRows grad;                            // may be the logits themselves
+  int64_t count;                              // N
+  float* outputs[kPolicyOutputs];             // [N] each; each may be null; is_top1 is 0 or 1
+  const float* coefficients[kPolicyOutputs];  // [N] each, of the loss; each may be null
+  int64_t width;                              // columns of the gradient; those beyond vocab become 0
+  LogitsRows grad;                            // [N, width]; may be the logits themselves
 };
 
 }  // namespace rewardops

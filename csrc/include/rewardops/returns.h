@@ -4,50 +4,33 @@
 #include <cstdint>
 
 #include "rewardops/rows.h"
+#include "rewardops/td.h"  // for the CUDA launchers, which have both families in one file
 
 namespace rewardops {
 
+// What ends a step of a row.
 enum class Steps : int { every_token = 0, flags = 1, ids = 2 };
 
+// [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct ReturnsArgs {
   Rows rows;
-  Tokens<const uint8_t> mask;
-  Tokens<const T> rewards;
+  Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
+  Tokens<const T> rewards;         // [tokens]
   Steps kind;
-  Tokens<const uint8_t> flags;
-  Tokens<const int64_t> ids;
-  Tokens<const T> grad;            // backward only
-  Tokens<const T> returns;         // extremes, backward only
-  bool largest;                    // extremes: the largest, and not the smallest
-  double temperature;              // soft-min
-  bool through_weights;            // soft-min rewards
-  bool mean;                       // soft-min returns: of the steps that are left, and not their sum
-  Tokens<double> log_sums;         // soft-min returns: of the steps that are left; forward out, backward in
-  Tokens<T> out;
-  bool stream;                     // the outputs are too large for the caches
-  int64_t chunks;                  // of a row; 1 for whole rows
-  double* state;                   // [rows, chunks, 2]
-};
-
-template <typename T>
-struct TdArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;
-  Tokens<const T> rewards, values, rho, trace;  // all but the first may be null
-  Tokens<const double> gammas, lambdas;         // per token; may be null
-  const double *row_gammas, *row_lambdas;       // [B]; may be null
-  double gamma, lambda;                         // where neither is given
-  const T* bootstrap;                           // [B], the value after a row; may be null
-  bool decay;                                   // masked tokens are steps of reward and value 0
-  bool backward;
-  Tokens<T> out, returns;                       // forward; the second may be null
-  Tokens<const T> grad, grad_returns;           // backward; either may be null
-  Tokens<T> grad_rewards, grad_values;          // backward; the second may be null
-  T* grad_bootstrap;                            // backward; may be null
-  bool stream;
-  int64_t chunks;
-  double* state;
+  Tokens<const uint8_t> flags;     // [tokens], of step ends; only with Steps::flags
+  Tokens<const int64_t> ids;       // [tokens], a step's id, below 0 outside steps; only with Steps::ids
+  Tokens<const T> grad;            // backward: [tokens]
+  Tokens<const T> returns;         // backward of the extremes: [tokens]
+  bool largest;                    // extremes: the largest, not the smallest
+  double temperature;              // soft minimum
+  bool through_weights;            // soft-min rewards: the weights have a gradient
+  bool mean;                       // soft-min returns: the mean over the remaining steps, not the sum
+  Tokens<double> log_sums;         // soft-min returns: [tokens], over the remaining steps; forward out, backward in
+  Tokens<T> out;                   // [tokens]: the returns or rewards, or the gradient in the rewards
+  bool stream;                     // CPU: the outputs are too large for the caches
+  int64_t chunks;                  // CPU: chunks of a row; 1 for whole rows
+  double* state;                   // CPU: [B, chunks, 2], memory to work in; null for whole rows
 };
 
 }  // namespace rewardops

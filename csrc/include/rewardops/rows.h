@@ -1,4 +1,4 @@
-// Rows of tokens: padded [B, T] with a row stride, or packed [N] with offsets.
+// Rows of tokens, padded [B, T] with a row stride or packed [N] with offsets; their arrays, and rows in groups.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Rows {
   int64_t width;      // padded: T
   const void* cu;     // packed: [batch + 1]; null for padded rows
   int64_t total;      // packed: N
-  bool wide;          // the offsets are int64, and not int32
+  bool wide;          // the offsets are int64, not int32
 
   REWARDOPS_BOTH int64_t offset(int64_t row) const {
     const int64_t at = wide ? static_cast<const int64_t*>(cu)[row] : static_cast<const int32_t*>(cu)[row];
@@ -33,7 +33,7 @@ struct Rows {
   REWARDOPS_BOTH int64_t start(int64_t row, int64_t stride) const { return cu ? offset(row) : row * stride; }
 };
 
-// A per-token array; a null pointer stands for "not given".
+// A per-token array; data is null for an optional array that is absent.
 template <typename T>
 struct Tokens {
   T* data;
@@ -41,6 +41,12 @@ struct Tokens {
   REWARDOPS_BOTH T* row(const Rows& rows, int64_t b) const {
     return data ? data + rows.start(b, stride) : nullptr;
   }
+};
+
+// Rows by group: members[offsets[g]:offsets[g + 1]] are the rows of group g, ascending.
+struct Groups {
+  int64_t count;
+  const int64_t *members, *offsets;
 };
 
 }  // namespace rewardops

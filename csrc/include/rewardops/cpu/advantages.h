@@ -1,4 +1,4 @@
-// Per-row values written to the tokens of the row.
+// A value of each row written to the row's tokens.
 #pragma once
 
 #include "rewardops/cpu/kernels.h"
@@ -8,7 +8,7 @@ namespace REWARDOPS_ISA {
 namespace {
 
 template <typename T>
-void spread(const SpreadArgs<T>& a, int64_t begin, int64_t end) {
+void rows_to_tokens(const RowsToTokensArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t n = a.rows.size(b);
     const uint8_t* mask = a.mask.row(a.rows, b);

@@ -1,10 +1,10 @@
 // Token statistics, backward: one read and one write of each row, whatever the upstream gradients.
 //
-// With p, q the probabilities of policy and reference and m their mixture, every output's gradient is made of the
-// same few terms; a row's upstream gradients are gathered into their coefficients first.
+// With p, q the probabilities of policy and reference and m their mixture, the gradient of every output is a sum of the
+// same few terms. The upstream gradients of a row are folded into the coefficients of these terms first.
 #pragma once
 
-#include "rewardops/cpu/logits.h"
+#include "rewardops/cpu/logits_mixture.h"
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
@@ -60,7 +60,7 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   ref.on_token = ref_logprob;
 }
 
-// The same from the gradient of a record, whose sums are relative to its own shifts and not normalised.
+// The same coefficients from the gradient of a record, whose sums are relative to its own shifts and not normalised.
 inline void gather_record(const double* grad, bool found, bool has_ref, Side& policy, Side& ref) {
   policy.on_p = grad[kFieldTotal] + grad[kFieldWeighted];
   policy.on_log = grad[kFieldWeighted];
@@ -78,25 +78,31 @@ inline void gather_record(const double* grad, bool found, bool has_ref, Side& po
   ref.on_token = found ? grad[kFieldRefToken] : 0;
 }
 
-// A side's coefficients in the accumulation type, of e^distance: the normalisers are folded into them in double, and
-// with them the constants of log p = distance - log total. Near the largest logit, where the mass is, distances are
-// small and carry no rounding of theirs, and so are gaps less their mean.
+// The largest logit of a row, and the sum of e^((x - shift) / temperature).
+struct Normaliser {
+  double shift = 0, total = 1;
+};
+
+// The coefficients of a side in the accumulation type, for terms in e^distance. The normalisers are folded into them in
+// double, and with them the constants of log p = distance - log total. Near the largest logit, where the mass is,
+// distances are small and nearly free of rounding, and so are the gaps less their mean.
 template <typename Acc>
 struct Gradient {
   using L = Lanes<Acc>;
   const L on_e, on_distance, on_gap, mean_gap, on_square, on_square_distance, on_other, on_one, shift, high, low, furthest;
 
-  Gradient(const Side& s, double shift, double total, double other_total, double temperature)
-      : on_e(lanes(folded(s, total, other_total) / total)), on_distance(lanes(s.on_log / total)),
-        on_gap(lanes(s.on_gap / total)), mean_gap(lanes(mean_of(s, total, other_total))),
-        on_square(lanes((s.on_square - (s.on_square_log == 0 ? 0 : s.on_square_log * std::log(total))) /
-                        (total * total))),
-        on_square_distance(lanes(s.on_square_log / (total * total))), on_other(lanes(s.on_q / other_total)),
-        on_one(lanes(s.on_one)), shift(lanes(shift)), high(L::splat(Inverse<Acc>(temperature).high)),
-        low(L::splat(Inverse<Acc>(temperature).low)), furthest(lanes(-1e30)) {}
+  Gradient(const Side& s, const Normaliser& own, double other_total, double temperature)
+      : on_e(lanes(folded(s, own.total, other_total) / own.total)), on_distance(lanes(s.on_log / own.total)),
+        on_gap(lanes(s.on_gap / own.total)), mean_gap(lanes(mean_of(s, own.total, other_total))),
+        on_square(lanes((s.on_square - (s.on_square_log == 0 ? 0 : s.on_square_log * std::log(own.total))) /
+                        (own.total * own.total))),
+        on_square_distance(lanes(s.on_square_log / (own.total * own.total))),
+        on_other(lanes(s.on_q / other_total)), on_one(lanes(s.on_one)), shift(lanes(own.shift)),
+        high(L::splat(Inverse<Acc>(temperature).high)), low(L::splat(Inverse<Acc>(temperature).low)),
+        furthest(lanes(-1e30)) {}
 
   static L lanes(double x) { return L::splat(static_cast<Acc>(x)); }
-  // Of distances: log p - log q = distance - other distance + log (other total / total).
+  // The mean gap of distances: log p - log q = distance - other distance + log (other total / total).
   static double mean_of(const Side& s, double total, double other_total) {
     return s.on_gap == 0 ? 0 : s.mean_gap - std::log(other_total / total);
   }
@@ -104,7 +110,7 @@ struct Gradient {
     const double mean = mean_of(s, total, other_total), rounding = mean - static_cast<double>(static_cast<Acc>(mean));
     return s.on_p - s.on_gap * rounding - (s.on_log == 0 ? 0 : s.on_log * std::log(total));
   }
-  // As Inverse::distance. -inf becomes a distance that is as good, and makes no inf - inf.
+  // As Inverse::distance. -inf becomes a distance that is as good, and causes no inf - inf.
   L distance(L x) const {
     const L y = larger(furthest, x - shift);
     return fma(y, high, y * low);
@@ -141,21 +147,6 @@ inline void block_gradients(const Gradient<Acc>& policy, const Gradient<Acc>& re
     const L e = exp(d), f = exp(r);
     policy.pair(d, e, r, f).store(g + k);
     if (h) ref.pair(r, f, d, e).store(h + k);
-  }
-}
-
-// What the Jensen-Shannon divergence adds to both.
-template <typename Acc>
-inline void add_mixture(const Side& policy, const Side& ref, const Inverse<Acc>& inverse, Acc shift, Acc log_sum,
-                        Acc ref_shift, Acc ref_log_sum, Acc beta, const Acc* z, const Acc* x, int64_t count, Acc* g,
-                        Acc* h) {
-  const Acc on_mixed = static_cast<Acc>(policy.on_mixed), ref_on_mixed = static_cast<Acc>(ref.on_mixed);
-#pragma omp simd
-  for (int64_t k = 0; k < count; ++k) {
-    const Acc logp = inverse.distance(z[k], shift) - log_sum, logq = inverse.distance(x[k], ref_shift) - ref_log_sum;
-    const Mixture<Acc> m(logp, logq, beta);
-    g[k] += on_mixed * exp_flushed(logp) * m.excess;
-    h[k] += ref_on_mixed * exp_flushed(logq) * m.ref_excess;
   }
 }
 
@@ -218,29 +209,23 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     return;
   }
   const double t = in.temperature_of(n);
-  const int64_t column = in.tokens[n] - in.first;
-  const bool found = column >= 0 && column < in.vocab;
+  const auto [column, found] = TokenColumn(in, n);
   Side policy, ref;
-  double shift, total = 1, ref_shift = 0, ref_total = 1;
+  Normaliser norm, ref_norm;
   if (a.record) {
     const double* r = a.record + n * kFields;
     gather_record(a.grad_record + n * kFields, found, in.ref.data, policy, ref);
     // Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
-    shift = std::isinf(r[kFieldShift]) ? 0 : r[kFieldShift] * t;
-    ref_shift = std::isinf(r[kFieldRefShift]) ? 0 : r[kFieldRefShift] * t;
+    norm.shift = std::isinf(r[kFieldShift]) ? 0 : r[kFieldShift] * t;
+    ref_norm.shift = std::isinf(r[kFieldRefShift]) ? 0 : r[kFieldRefShift] * t;
   } else {
     const double* saved = a.saved + n;
     gather<Acc>(a, n, found, policy, ref);
-    shift = saved[kShift * a.count];
-    total = saved[kTotal * a.count];
-    if (in.ref.data) {
-      ref_shift = saved[kRefShift * a.count];
-      ref_total = saved[kRefTotal * a.count];
-    }
+    norm = {saved[kShift * a.count], saved[kTotal * a.count]};
+    if (in.ref.data) ref_norm = {saved[kRefShift * a.count], saved[kRefTotal * a.count]};
   }
-  const Gradient<Acc> of_policy(policy, shift, total, ref_total, t);
-  const Gradient<Acc> of_ref(ref, ref_shift, ref_total, total, t);
-  const Inverse<Acc> inverse(t);
+  const Gradient<Acc> of_policy(policy, norm, ref_norm.total, t), of_ref(ref, ref_norm, norm.total, t);
+  const LogSoftmax<Acc> logp(t, norm.shift, std::log(norm.total)), logq(t, ref_norm.shift, std::log(ref_norm.total));
   const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
   const bool paired = write_ref || !policy.pair_free(), mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
 
@@ -249,8 +234,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   alignas(64) Acc g[kLogitsBlock];
   alignas(64) Acc h[kLogitsBlock];
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
-    const int64_t count = in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
-    const int64_t padded = (count + Lanes<Acc>::kWidth - 1) / Lanes<Acc>::kWidth * Lanes<Acc>::kWidth;
+    const int64_t count = columns_of_block(in, start), padded = padded_to_lanes<Acc>(count);
     const auto load = [&](const LogitsRows& rows, Acc* buffer) {
       const Acc* x = load_block(rows, n, start, count, in.softcap, buffer);
       if (padded == count || x == buffer) return x;
@@ -262,18 +246,16 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     if (!paired) block_gradient(of_policy, policy.plain(), z, padded, g);
     else block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
     if (mixed)
-      add_mixture(policy, ref, inverse, static_cast<Acc>(shift), static_cast<Acc>(std::log(total)),
-                  static_cast<Acc>(ref_shift), static_cast<Acc>(std::log(ref_total)), static_cast<Acc>(in.beta), z, x,
-                  count, g, h);
+      add_mixture(policy.on_mixed, ref.on_mixed, logp, logq, static_cast<Acc>(in.beta), z, x, count, g, h);
     if (found && column >= start && column < start + count) {
       g[column - start] += static_cast<Acc>(policy.on_token);
       if (write_ref) h[column - start] += static_cast<Acc>(ref.on_token);
     }
-    // Of both before either is stored, which may be over the logits. The buffers have done their service.
+    // Both slopes before either gradient is stored, which may be over the logits. The buffers are free by now.
     const Acc* slope = slopes_of(in.logits, n, start, count, in.softcap, z_buffer);
     const Acc* ref_slope = write_ref ? slopes_of(in.ref, n, start, count, in.softcap, x_buffer) : nullptr;
-    if (write_policy) store_block(a.grad_logits, n, start, g, slope, count, inverse.high);
-    if (write_ref) store_block(a.grad_ref, n, start, h, ref_slope, count, inverse.high);
+    if (write_policy) store_block(a.grad_logits, n, start, g, slope, count, logp.inverse.high);
+    if (write_ref) store_block(a.grad_ref, n, start, h, ref_slope, count, logp.inverse.high);
   }
   store_zeros(a.grad_logits, n, in.vocab, a.width);
   store_zeros(a.grad_ref, n, in.vocab, a.width);

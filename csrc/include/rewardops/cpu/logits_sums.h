@@ -1,0 +1,361 @@
+// Sums over the columns of one row of logits, and over two rows together where there is a reference.
+//
+// A row is summed in blocks. A block is summed quickly first, relative to the largest logit so far. If it turns out to
+// hold a logit as large (or -inf, or NaN), which happens a few times a row, it is summed again exactly. Sums are float
+// over the 64 terms of a lane and double beyond; exponents are powers of two until the end.
+#pragma once
+
+#include "rewardops/cpu/logits_load.h"
+
+namespace rewardops::cpu {
+namespace REWARDOPS_ISA {
+namespace {
+
+constexpr int64_t kAhead = 2 * kLogitsBlock;  // columns from a load to its prefetch
+
+// ---- the sums of a row --------------------------------------------------------------------------------------
+
+// Sums beside the total.
+enum Term : int { kTermEntropy = 1, kTermSquares = 2, kTermMean = 4, kTermKl = 8, kTermReverse = 16,
+                  kTermSquareLogs = 32 };  // kTermSquareLogs needs kTermSquares
+constexpr int kPolicyTerms = kTermEntropy | kTermSquares | kTermSquareLogs | kTermMean;
+constexpr int kAllTerms = kPolicyTerms | kTermKl | kTermReverse;
+
+// With y = z - shift, u = x - ref_shift (z the logits, x the reference's) and e^ relative to the temperature:
+struct Sums {
+  double shift = -infinity<double>(), ref_shift = -infinity<double>();  // the largest logits so far
+  double total = 0, ref_total = 0;  // of e^y, e^u
+  double weighted = 0;              // of e^y y, in powers of two
+  double squares = 0;               // of e^2y
+  double squares_weighted = 0;      // of e^2y y, in powers of two
+  double origin = 0, distance = 0;  // of z - origin, the row's first logit (0 where that is not finite)
+  double kl = 0, reverse = 0;       // of e^y (y - u), e^u (u - y)
+  bool kl_broken = false, reverse_broken = false;  // a column with mass on one side and none on the other
+
+  bool empty() const { return shift == -infinity<double>(); }  // no column has any mass
+  bool ref_empty() const { return ref_shift == -infinity<double>(); }
+
+  void move_shift(double to, double scale) {
+    if (shift > -infinity<double>()) {
+      const double gap = shift - to, factor = std::exp2(gap * scale);
+      weighted = factor * (weighted + total * gap * scale);
+      kl = factor * (kl + total * gap);
+      reverse -= ref_total * gap;
+      squares_weighted = factor * factor * (squares_weighted + squares * gap * scale);
+      squares *= factor * factor;
+      total *= factor;
+    }
+    shift = to;
+  }
+  void move_ref_shift(double to, double scale) {
+    if (ref_shift > -infinity<double>()) {
+      const double gap = ref_shift - to, factor = std::exp2(gap * scale);
+      reverse = factor * (reverse + ref_total * gap);
+      kl -= total * gap;
+      ref_total *= factor;
+    }
+    ref_shift = to;
+  }
+};
+
+// The largest entry, NaN aside; n is a multiple of the lanes.
+template <typename Acc>
+inline Acc largest_of(const Acc* x, int64_t n) {
+  Lanes<Acc> top = Lanes<Acc>::splat(-infinity<Acc>());
+  for (int64_t k = 0; k < n; k += Lanes<Acc>::kWidth) top = larger(Lanes<Acc>::load(x + k), top);
+  return top.largest();
+}
+
+// Exponents of two relative to a shift. Where a product and a sum are one instruction, with one rounding, the shift is
+// scaled beforehand and rounded down, by `off`: no logit as large as the shift has a negative exponent.
+template <typename Acc>
+struct Exponents {
+  using L = Lanes<Acc>;
+  L shift, scale;
+  double off = 0;
+  Exponents(double at, Acc by) : shift(L::splat(static_cast<Acc>(at))), scale(L::splat(by)) {
+    if (!L::kFused) return;
+    const double exact = at * static_cast<double>(by);
+    Acc down = static_cast<Acc>(exact);
+    down -= std::fabs(down) * 2 * std::numeric_limits<Acc>::epsilon();
+    off = static_cast<double>(down) - exact;
+    shift = L::splat(-down);
+  }
+  L of(L x) const { return L::kFused ? fma(x, scale, shift) : (x - shift) * scale; }
+};
+
+// The sums over a block, per lane, that are weighted by e = 2^exponent or its square.
+template <int kTerms, typename Acc>
+struct Moments {
+  using L = Lanes<Acc>;
+  L weighted = L::splat(0), squares = L::splat(0), squares_weighted = L::splat(0);
+
+  void add(L e, L exponent) {
+    if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+    if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    if (kTerms & kTermSquareLogs) squares_weighted = fma(e * e, exponent, squares_weighted);
+  }
+  // Of exact exponents.
+  void add_to(Sums& sums) const {
+    if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
+    if (kTerms & kTermSquares) sums.squares += squares.sum();
+    if (kTerms & kTermSquareLogs) sums.squares_weighted += squares_weighted.sum();
+  }
+  // Of exponents that are too small by `off`, so that each e is to be multiplied by `factor`; `total` is the sum of e.
+  void add_to(Sums& sums, double off, double factor, double total) const {
+    if (kTerms & kTermEntropy) sums.weighted += factor * (weighted.sum() + off * total);
+    if (kTerms & kTermSquares) {
+      const double s = squares.sum(), square = factor * factor;
+      sums.squares += square * s;
+      if (kTerms & kTermSquareLogs) sums.squares_weighted += square * (squares_weighted.sum() + off * s);
+    }
+  }
+};
+
+// The sum of e^y over a block, per lane. The terms of the largest logit are exactly 1. Summed apart from the tail they
+// do not swallow the digits of a peaked row's tail, which are all that its entropy is made of.
+template <typename Acc>
+struct Mass {
+  using L = Lanes<Acc>;
+  L tail = L::splat(0), ones = L::splat(0);
+
+  void add(L y, L e) {
+    const L zero = L::splat(0), one = L::splat(1);
+    tail = tail + if_zero(y, zero, e);
+    ones = ones + if_zero(y, one, zero);
+  }
+  void add_to(double& total) const {
+    total += ones.sum();
+    total += tail.sum();
+  }
+};
+
+// ---- one row ------------------------------------------------------------------------------------------------
+
+// The quick way: full lanes of one row. Where a logit reaches the shift, or is -inf or NaN, nothing is added and the
+// result is false.
+template <int kTerms, typename T, typename Acc>
+inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const Exponents<Acc> exponents(sums.shift, scale);
+  const L origin = L::splat(static_cast<Acc>(sums.origin));
+  Moments<kTerms, Acc> moments;
+  L total = L::splat(0), distance = L::splat(0), below = L::splat(Acc(-1));
+  for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
+    __builtin_prefetch(x + k + kAhead);
+    if (sizeof(T) >= 4) __builtin_prefetch(x + k + kAhead + L::kWidth);
+    L pair[2];
+    L::load_two(x + k, &pair[0], &pair[1]);
+    for (const L& v : pair) {
+      const L exponent = exponents.of(v), e = exp2(exponent);
+      below = both_negative(below, exponent);
+      total = total + e;
+      moments.add(e, exponent);
+      if (kTerms & kTermMean) distance = distance + (v - origin);
+    }
+  }
+  const double t = total.sum(), w = moments.weighted.sum(), factor = std::exp2(exponents.off);
+  if (!(below.all_negative() && t + w - (t + w) == 0)) return false;
+  sums.total += factor * t;
+  moments.add_to(sums, exponents.off, factor, t);
+  if (kTerms & kTermMean) sums.distance += distance.sum();
+  return true;
+}
+
+// The exact way: full lanes of one row, of any logits up to the shift.
+template <int kTerms, typename Acc>
+inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale), low = L::splat(Acc(-2000));
+  Mass<Acc> mass;
+  Moments<kTerms, Acc> moments;
+  for (int64_t k = 0; k < n; k += L::kWidth) {
+    const L y = L::load(x + k) - shift, exponent = larger(low, y * scales), e = exp2(exponent);
+    mass.add(y, e);
+    moments.add(e, exponent);
+  }
+  mass.add_to(sums.total);
+  moments.add_to(sums);
+}
+
+template <int kTerms, typename T>
+inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
+                      typename AccOf<T>::type* buffer) {
+  using Acc = typename AccOf<T>::type;
+  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums))
+    return;
+  const int64_t padded = padded_to_lanes<Acc>(n);
+  for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
+  for (int64_t k = n; k < padded; ++k) buffer[k] = -infinity<Acc>();
+  const double top = largest_of(buffer, padded);
+  if (top > sums.shift) sums.move_shift(top, scale);
+  if (kTerms & kTermMean)
+    for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(buffer[k]) - sums.origin;
+  if (sums.empty()) {
+    // All -inf so far, which has no mass; a NaN among them must still show.
+    for (int64_t k = 0; k < n; ++k) sums.total += buffer[k] == buffer[k] ? 0.0 : static_cast<double>(buffer[k]);
+    return;
+  }
+  add_exactly<kTerms>(buffer, padded, scale, sums);
+}
+
+template <typename Acc>
+inline double origin_of(const LogitsArgs& in, int64_t n) {
+  const double x = in.vocab > 0 ? static_cast<double>(logit_at<Acc>(in.logits, n, 0, in.softcap)) : 0;
+  return x - x == 0 ? x : 0;
+}
+
+template <int kTerms, typename T>
+inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
+  using Acc = typename AccOf<T>::type;
+  alignas(64) Acc buffer[kLogitsBlock];
+  alignas(64) Acc cap_buffer[kLogitsBlock];
+  const T* row = logits_row<T>(in.logits, n);
+  const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
+  Sums sums;
+  if (kTerms & kTermMean) sums.origin = origin_of<Acc>(in, n);
+  for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
+    const int64_t count = columns_of_block(in, start);
+    if (in.softcap > 0)
+      add_block<kTerms, Acc>(load_block(row + start, count, in.softcap, cap_buffer), count, scale, sums, buffer);
+    else
+      add_block<kTerms, T>(row + start, count, scale, sums, buffer);
+  }
+  return sums;
+}
+
+// ---- with a reference: both rows together -------------------------------------------------------------------
+
+template <int kTerms, typename T, typename Acc>
+inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const Exponents<Acc> exponents(sums.shift, scale), ref_exponents(sums.ref_shift, scale);
+  const L shift = L::splat(static_cast<Acc>(sums.shift)), ref_shift = L::splat(static_cast<Acc>(sums.ref_shift));
+  const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
+  Moments<kTerms, Acc> moments;
+  L total = zero, ref_total = zero, distance = zero, kl = zero, reverse = zero, below = L::splat(Acc(-1));
+  for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
+    __builtin_prefetch(z + k + kAhead);
+    __builtin_prefetch(x + k + kAhead);
+    if (sizeof(T) >= 4) __builtin_prefetch(z + k + kAhead + L::kWidth);
+    if (sizeof(T) >= 4) __builtin_prefetch(x + k + kAhead + L::kWidth);
+    L zs[2], xs[2];
+    L::load_two(z + k, &zs[0], &zs[1]);
+    L::load_two(x + k, &xs[0], &xs[1]);
+    for (int i = 0; i < 2; ++i) {
+      const L exponent = exponents.of(zs[i]), ref_exponent = ref_exponents.of(xs[i]);
+      // Before scaling, and each from its own shift: that is exact where it matters.
+      const L e = exp2(exponent), r = exp2(ref_exponent), gap = (zs[i] - shift) - (xs[i] - ref_shift);
+      below = both_negative(both_negative(below, exponent), ref_exponent);
+      total = total + e;
+      ref_total = ref_total + r;
+      kl = fma(e, gap, kl);
+      moments.add(e, exponent);
+      if (kTerms & kTermMean) distance = distance + (zs[i] - origin);
+      if (kTerms & kTermReverse) reverse = reverse - r * gap;
+    }
+  }
+  const double t = total.sum(), w = moments.weighted.sum(), r = ref_total.sum(), d = distance.sum();
+  const double g = kl.sum(), h = reverse.sum(), all = t + w + r + d + g + h;
+  if (!(below.all_negative() && all - all == 0)) return false;
+  const double factor = std::exp2(exponents.off), ref_factor = std::exp2(ref_exponents.off);
+  sums.total += factor * t;
+  sums.ref_total += ref_factor * r;
+  sums.kl += factor * g;
+  moments.add_to(sums, exponents.off, factor, t);
+  if (kTerms & kTermMean) sums.distance += d;
+  if (kTerms & kTermReverse) sums.reverse += ref_factor * h;
+  return true;
+}
+
+template <int kTerms, typename Acc>
+inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, Sums& sums) {
+  using L = Lanes<Acc>;
+  const auto shift_of = [](double s) { return L::splat(s == -infinity<double>() ? Acc(0) : static_cast<Acc>(s)); };
+  const L shift = shift_of(sums.shift), ref_shift = shift_of(sums.ref_shift), scales = L::splat(scale);
+  const L low = L::splat(Acc(-2000));
+  const L lowest = L::splat(std::numeric_limits<Acc>::lowest());  // in place of -inf, so that no inf - inf arises
+  Mass<Acc> mass, ref_mass;
+  Moments<kTerms, Acc> moments;
+  L kl = L::splat(0), reverse = L::splat(0);
+  for (int64_t k = 0; k < n; k += L::kWidth) {
+    const L y = larger(lowest, L::load(z + k)) - shift, u = larger(lowest, L::load(x + k)) - ref_shift;
+    const L exponent = larger(low, y * scales), ref_exponent = larger(low, u * scales);
+    const L e = exp2(exponent), r = exp2(ref_exponent), gap = y - u;
+    mass.add(y, e);
+    ref_mass.add(u, r);
+    kl = fma(e, gap, kl);
+    moments.add(e, exponent);
+    if (kTerms & kTermReverse) reverse = reverse - r * gap;
+  }
+  mass.add_to(sums.total);
+  ref_mass.add_to(sums.ref_total);
+  sums.kl += kl.sum();
+  moments.add_to(sums);
+  if (kTerms & kTermReverse) sums.reverse += reverse.sum();
+}
+
+// A block of both rows, from the buffers.
+template <int kTerms, typename Acc>
+inline void add_pair_block(Acc* z, Acc* x, int64_t n, Acc scale, Sums& sums) {
+  constexpr Acc kNone = -infinity<Acc>();
+  const int64_t padded = padded_to_lanes<Acc>(n);
+  for (int64_t k = n; k < padded; ++k) z[k] = x[k] = kNone;
+  const double top = largest_of(z, padded), ref_top = largest_of(x, padded);
+  if (top > sums.shift) sums.move_shift(top, scale);
+  if (ref_top > sums.ref_shift) sums.move_ref_shift(ref_top, scale);
+  for (int64_t k = 0; k < n; ++k) {
+    sums.kl_broken |= (x[k] == kNone) & (z[k] > kNone);
+    sums.reverse_broken |= (z[k] == kNone) & (x[k] > kNone);
+  }
+  add_pair_exactly<kTerms>(z, x, padded, scale, sums);
+  if (kTerms & kTermMean)
+    for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(z[k]) - sums.origin;
+}
+
+template <int kTerms, typename T>
+inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
+  using Acc = typename AccOf<T>::type;
+  alignas(64) Acc z[kLogitsBlock];
+  alignas(64) Acc x[kLogitsBlock];
+  const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
+  const bool direct = in.logits.dtype == in.ref.dtype && !(in.softcap > 0);
+  Sums sums;
+  for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
+    const int64_t count = columns_of_block(in, start);
+    const bool begun = sums.shift > -infinity<double>() && sums.ref_shift > -infinity<double>();
+    const bool quick = count == kLogitsBlock && begun;
+    bool added = false;
+    if (direct && quick)
+      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref, n) + start, count,
+                                       scale, sums);
+    if (!added) {
+      const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
+      const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
+      if (!direct && quick) added = add_pair_quickly<kTerms>(zs, xs, count, scale, sums);
+      if (!added) {
+        if (zs != z) std::memcpy(z, zs, count * sizeof(Acc));
+        if (xs != x) std::memcpy(x, xs, count * sizeof(Acc));
+        add_pair_block<kTerms>(z, x, count, scale, sums);
+      }
+    }
+  }
+  return sums;
+}
+
+// The sums of a row for some terms: each combination that is common has loops of its own, the others one for all.
+template <typename T>
+inline Sums sums_of(const LogitsArgs& in, int64_t n, int terms, double temperature) {
+  if (in.ref.data) {
+    if (!(terms & ~kTermKl)) return pair_sums<kTermKl, T>(in, n, temperature);
+    if (!(terms & ~(kTermKl | kTermEntropy))) return pair_sums<kTermKl | kTermEntropy, T>(in, n, temperature);
+    return pair_sums<kAllTerms, T>(in, n, temperature);
+  }
+  if (!terms) return row_sums<0, T>(in, n, temperature);
+  if (terms == kTermEntropy) return row_sums<kTermEntropy, T>(in, n, temperature);
+  return row_sums<kPolicyTerms, T>(in, n, temperature);
+}
+
+}  // namespace
+}  // namespace REWARDOPS_ISA
+}  // namespace rewardops::cpu

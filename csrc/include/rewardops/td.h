@@ -1,0 +1,31 @@
+// Arguments of the scans of discounted sums and temporal differences, on every device.
+#pragma once
+
+#include <cstdint>
+
+#include "rewardops/rows.h"
+
+namespace rewardops {
+
+// [tokens] stands for [B, T], or [N] for packed rows.
+template <typename T>
+struct TdArgs {
+  Rows rows;
+  Tokens<const uint8_t> mask;                   // [tokens]; null: every token is valid
+  Tokens<const T> rewards, values, rho, trace;  // [tokens]; null: no values; rho, trace of 1
+  Tokens<const double> gammas, lambdas;         // [tokens]; null: not per token
+  const double *row_gammas, *row_lambdas;       // [B]; null: not per row
+  const T* bootstrap;                           // [B], the value after a row; null for 0
+  double gamma, lambda;                         // where they are given neither per token nor per row
+  bool decay;                                   // masked tokens are steps of reward and value 0
+  bool backward;
+  Tokens<T> out, returns;                       // forward, [tokens]: y, and y + values; returns may be null
+  Tokens<const T> grad, grad_returns;           // backward, [tokens]; either may be null
+  Tokens<T> grad_rewards, grad_values;          // backward, [tokens]; grad_values may be null
+  T* grad_bootstrap;                            // backward, [B]; may be null
+  bool stream;                                  // CPU: the outputs are too large for the caches
+  int64_t chunks;                               // CPU: chunks of a row; 1 for whole rows
+  double* state;                                // CPU: [B, chunks, 2], memory to work in; null for whole rows
+};
+
+}  // namespace rewardops

@@ -1,0 +1,23 @@
+// Arguments of the values of trees that are given by their parents.
+#pragma once
+
+#include <cstdint>
+
+namespace rewardops {
+
+// In the order of REDUCES in Python.
+enum class TreeReduce : int { mean = 0, max = 1, min = 2, softmax = 3, sum = 4 };
+
+// Arrays of one number per node.
+struct TreeValuesArgs {
+  int64_t nodes;
+  const int64_t* parent;  // outside [0, nodes) for a root
+  const double* rewards;  // read at leaves
+  const double* visits;   // null for ones
+  TreeReduce reduce;
+  double temperature;     // of the soft maximum
+  double* values;         // out
+  double* slope;          // out: derivative of the parent's value in the node's
+};
+
+}  // namespace rewardops
