@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.advantages import BASELINES, SCALES
-
+from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs
 from .group_statistics import (
     BATCH_STD,
     BY_LENGTH,
-    GIVEN,
     LEAVE_ONE_OUT,
     MEAN,
     MEAN_ABS,
@@ -27,6 +24,7 @@ from .group_statistics import (
     QUANTILE,
     RANGE,
     SECOND,
+    VALUES,
     first_with_reward,
     group_statistics,
 )
@@ -47,7 +45,7 @@ def numerator(reward, baseline, s, best, BASELINE: tl.constexpr):
     """Reward minus baseline, by the group's statistics ``s``; ``best``: the group's first row of highest reward."""
     if BASELINE == NO_BASELINE:
         value = reward
-    elif BASELINE == GIVEN:
+    elif BASELINE == VALUES:
         value = reward - baseline
     elif BASELINE == MEAN or BASELINE == LEAVE_ONE_OUT or BASELINE == BY_LENGTH:
         value = tl.where(s.differ, s.gain * (reward - s.low - s.mean_above), 0.0)
@@ -75,10 +73,10 @@ def group_advantages_kernel(
     nonempty = with_valid_token(row, row < batch, group, TOKENS, PACKED, HAS_MASK)
     nonempty = tl.max(nonempty.to(tl.int32), 0) > 0
     reward = tl.load(rewards + b).to(ACC)
-    if SCALE == NO_SCALE and not RAW and (BASELINE == NO_BASELINE or BASELINE == GIVEN):
+    if SCALE == NO_SCALE and not RAW and (BASELINE == NO_BASELINE or BASELINE == VALUES):
         # The group is not needed.
         value = reward
-        if BASELINE == GIVEN:
+        if BASELINE == VALUES:
             value = reward - tl.load(baselines + b).to(ACC)
         inv_scale = tl.full([], 1.0, ACC)
     else:
@@ -89,7 +87,7 @@ def group_advantages_kernel(
             group, lengths, quantile, eps, ddof, BASELINE, SCALE, RAW, TOKENS, PACKED, HAS_MASK, JOIN
         )
         baseline = reward
-        if BASELINE == GIVEN:
+        if BASELINE == VALUES:
             baseline = tl.load(baselines + b).to(ACC)
         best = b < 0
         if BASELINE == SECOND:
@@ -177,7 +175,7 @@ def group_advantages_backward_kernel(
     elif BASELINE == BY_LENGTH:
         length = s.length
         weight = tl.where(length > 0, tl.load(lengths + b).to(ACC) / tl.where(length > 0, length, 1.0), 0.0)
-    elif BASELINE != NO_BASELINE and BASELINE != GIVEN:
+    elif BASELINE != NO_BASELINE and BASELINE != VALUES:
         at_below = first_with_reward(s.below, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
         weight = tl.where(b == at_below, 1.0 - s.fraction, 0.0)
         if BASELINE == QUANTILE:
@@ -198,58 +196,46 @@ def group_advantages_backward_kernel(
         slope = tl.where(s.scale > 0, centred / (freedom * tl.where(s.scale > 0, s.scale, 1.0)), 0.0)
     reward_grad -= slope * s.inv_scale * s.inv_scale * inv_scale_grad
     tl.store(reward_grads + b, tl.where(counts, tl.where(s.raw, grad, reward_grad), 0.0))
-    if BASELINE == GIVEN:
+    if BASELINE == VALUES:
         tl.store(baseline_grads + b, tl.where(counts & (s.raw == 0), -s.inv_scale * grad, 0.0))
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _options(mask: Tensor | None, unmasked: int, baseline: str, scale: str, raw: bool) -> dict[str, Any]:
+def _options(a: AdvantagesArgs, unmasked: int) -> dict[str, Any]:
     """Keywords of either launch; ``unmasked``: rows joined at once where no mask has to be read."""
     # Eight warps: a tile of masks held by four does not fit into registers.
-    join, warps = (unmasked, 4) if mask is None else (JOIN_MASKED, 8)
+    join, warps = (unmasked, 4) if a.mask is None else (JOIN_MASKED, 8)
     return {
-        "BASELINE": BASELINES.index(baseline), "SCALE": SCALES.index(scale), "RAW": raw,
-        "HAS_MASK": mask is not None, "JOIN": join, "num_warps": warps, **BITS,
+        "BASELINE": BASELINES.index(a.baseline), "SCALE": SCALES.index(a.scale), "RAW": a.raw,
+        "HAS_MASK": a.mask is not None, "JOIN": join, "num_warps": warps, **BITS,
     }  # fmt: skip
 
 
-def group_advantages(
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_tokens: int,
-    baseline: str,
-    quantile: float,
-    scale: str,
-    eps: float,
-    ddof: int,
-    raw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rewards, groups = rewards.contiguous(), groups.contiguous()
-    given, lengths = (None if t is None else t.contiguous() for t in (given, lengths))
+def _rows(a: AdvantagesArgs) -> Rows:
+    """The rows of tokens, or rows without a token where advantages are per row."""
+    if a.token_shape is None:
+        return Rows(a.rewards.shape[0], 0, 0, False, a.rewards)
+    return Rows.of(a.token_shape, a.cu_seqlens, a.rewards)
+
+
+def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
+    rewards, groups = a.rewards.contiguous(), a.groups.contiguous()
+    values, lengths = (None if t is None else t.contiguous() for t in (a.baseline_values, a.lengths))
     inv_scale, numerators = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    tokens = mask is not None or cu_seqlens is not None
-    rows = Rows(rewards.shape[0], 0, 0, False, rewards)
-    shape: torch.Size | tuple[int, ...] = rewards.shape
-    if tokens:
-        shape = (num_tokens,) if mask is None else mask.shape
-        rows = Rows.of(shape, cu_seqlens, rewards)
-    out = output(rewards, shape, rows.packed)
-    mask = as_bytes(mask)
+    rows, tokens = _rows(a), a.token_shape is not None
+    out = output(rewards, rewards.shape if a.token_shape is None else a.token_shape, rows.packed)
+    mask = as_bytes(a.mask)
     if rows.batch == 0:
         return out, inv_scale, numerators
     blocks = max(1, cdiv(rows.width, BLOCK))
     parts = splits(rewards, rows.batch, blocks) if tokens else 1
     group_advantages_kernel[(rows.batch, parts)](
-        rewards, groups, pointer(given, rewards), pointer(lengths, rewards), pointer(mask, rewards), rows.cu, out,
+        rewards, groups, pointer(values, rewards), pointer(lengths, rewards), pointer(mask, rewards), rows.cu, out,
         inv_scale, numerators, rows.batch, stride(mask), rows.width, rows.total, stride(out) if tokens else 0,
-        *pair(quantile), *pair(eps), ddof, parts, TOKENS=tokens, PACKED=rows.packed, BLOCK=BLOCK,
-        **_options(mask, JOIN, baseline, scale, raw),
+        *pair(a.quantile), *pair(a.eps), a.ddof, parts, TOKENS=tokens, PACKED=rows.packed, BLOCK=BLOCK,
+        **_options(a, JOIN),
     )  # fmt: skip
     return out, inv_scale, numerators
 
@@ -257,44 +243,27 @@ def group_advantages(
 def group_advantages_backward(
     grad: Tensor | None,
     grad_inv_scale: Tensor | None,
-    rewards: Tensor,
-    groups: Tensor,
-    given: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
     inv_scale: Tensor,
     numerator: Tensor,
-    baseline: str,
-    quantile: float,
-    scale: str,
-    eps: float,
-    ddof: int,
-    raw: bool,
+    a: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
-    rewards, groups = rewards.contiguous(), groups.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
+    rewards, groups = a.rewards.contiguous(), a.groups.contiguous()
+    lengths = None if a.lengths is None else a.lengths.contiguous()
     out = rewards.new_empty(rewards.shape)
-    baseline_grads = rewards.new_empty(0 if given is None else rewards.shape)
-    tokens = mask is not None or cu_seqlens is not None
-    rows = Rows(rewards.shape[0], 0, 0, False, rewards)
+    baseline_grads = rewards.new_empty(0 if a.baseline_values is None else rewards.shape)
+    rows, tokens = _rows(a), a.token_shape is not None
     if rows.batch == 0:
         return out, baseline_grads
-    if tokens:
-        like = mask if mask is not None else grad
-        # Without a mask and a token gradient the number of tokens is unknown, and not needed: no token is read.
-        shape = (torch.iinfo(torch.int64).max,) if like is None else like.shape
-        rows = Rows.of(shape, cu_seqlens, rewards)
-    mask = as_bytes(mask)
+    mask = as_bytes(a.mask)
     grads = grad
     if grad is not None:
-        grads = row_sums(grad, mask, cu_seqlens) if tokens else grad.contiguous()
+        grads = row_sums(grad, a.mask, a.cu_seqlens) if tokens else grad.contiguous()
     inv_scale_grads = None if grad_inv_scale is None else grad_inv_scale.contiguous()
     group_advantages_backward_kernel[(rows.batch,)](
         pointer(grads, rewards), pointer(inv_scale_grads, rewards), rewards, groups, pointer(lengths, rewards),
         inv_scale.contiguous(), numerator.contiguous(), pointer(mask, rewards), rows.cu, out, baseline_grads,
-        rows.batch, stride(mask), rows.width, rows.total, *pair(quantile), *pair(eps), ddof,
+        rows.batch, stride(mask), rows.width, rows.total, *pair(a.quantile), *pair(a.eps), a.ddof,
         TOKENS=tokens, PACKED=rows.packed, HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None,
-        **_options(mask, JOIN_BACKWARD, baseline, scale, raw),
+        **_options(a, JOIN_BACKWARD),
     )  # fmt: skip
     return out, baseline_grads

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.entropy import GtpoArgs
 from .groups import LABELS, next_member
 from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
@@ -108,61 +109,30 @@ def gtpo_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _run(
-    grad: Tensor | None,
-    rewards: Tensor,
-    entropy: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: tuple[float, float, float, float],
-) -> Tensor:
-    """Rewards of the tokens, or with ``grad`` the gradient of the entropies; ``options``: alpha1 to floor."""
-    rows = Rows.of(entropy.shape, cu_seqlens, rewards)
-    entropy, mask = dense(entropy), as_bytes(mask)
+def _launch(grad: Tensor | None, a: GtpoArgs) -> Tensor:
+    """Rewards of the tokens, or with ``grad`` the gradient of the entropies."""
+    rewards, groups = a.rewards.contiguous(), a.groups.contiguous()
+    rows = Rows.of(a.entropy.shape, a.cu_seqlens, rewards)
+    entropy, mask = dense(a.entropy), as_bytes(a.mask)
     out = output(entropy, entropy.shape, rows.packed)
     if out.numel() == 0 or rows.batch == 0:
         return out
     parts = splits(entropy, max(1, rows.batch // 8), max(1, cdiv(rows.width, BLOCK)))
-    scalars = [part for option in options for part in pair(option)]
     gtpo_kernel[(rows.batch, parts)](
         rewards, entropy, groups, pointer(mask, rewards), rows.cu, pointer(grad, entropy), out,
         rows.batch, rows.width, rows.total, stride(entropy), stride(mask), stride(grad), stride(out), parts,
-        *scalars, PACKED=rows.packed, HAS_MASK=mask is not None, BACKWARD=grad is not None, LABELS=LABELS,
+        *pair(a.alpha1), *pair(a.alpha2), *pair(a.threshold), *pair(a.floor),
+        PACKED=rows.packed, HAS_MASK=mask is not None, BACKWARD=grad is not None, LABELS=LABELS,
         BLOCK=BLOCK, num_warps=4, **BITS,
     )  # fmt: skip
     return out
 
 
-def gtpo_rewards(
-    rewards: Tensor,
-    entropy: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    alpha1: float,
-    alpha2: float,
-    threshold: float,
-    floor: float,
-) -> Tensor:
-    options = (alpha1, alpha2, threshold, floor)
-    return _run(None, rewards.contiguous(), entropy, groups.contiguous(), mask, cu_seqlens, options)
+def gtpo_rewards(a: GtpoArgs) -> Tensor:
+    return _launch(None, a)
 
 
-def gtpo_rewards_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    entropy: Tensor,
-    groups: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    alpha1: float,
-    alpha2: float,
-    threshold: float,
-    floor: float,
-) -> tuple[Tensor, Tensor]:
-    options = (alpha1, alpha2, threshold, floor)
-    grad, rewards = dense(grad), rewards.contiguous()
-    grad_entropy = _run(grad, rewards, entropy, groups.contiguous(), mask, cu_seqlens, options)
-    sums = row_sums(grad, mask, cu_seqlens)
-    return (sums * alpha1).masked_fill(~(rewards > threshold), 0.0), grad_entropy
+def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
+    grad = dense(grad)
+    sums = row_sums(grad, a.mask, a.cu_seqlens)
+    return (sums * a.alpha1).masked_fill(~(a.rewards > a.threshold), 0.0), _launch(grad, a)

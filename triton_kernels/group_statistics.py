@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from ..reference.advantages import BASELINES, SCALES
-
 from .groups import members
 
 # Indices of baselines and scales in the tables of the specification.
@@ -19,7 +18,7 @@ QUANTILE = tl.constexpr(BASELINES.index("quantile"))
 HIGHEST = tl.constexpr(BASELINES.index("max"))
 SECOND = tl.constexpr(BASELINES.index("second_max"))
 BY_LENGTH = tl.constexpr(BASELINES.index("length_weighted"))
-GIVEN = tl.constexpr(BASELINES.index("given"))
+VALUES = tl.constexpr(BASELINES.index("values"))
 NO_BASELINE = tl.constexpr(BASELINES.index("none"))
 STD = tl.constexpr(SCALES.index("std"))
 BATCH_STD = tl.constexpr(SCALES.index("batch_std"))

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.kl import ESTIMATORS
-
+from ..reference.kl import ESTIMATORS, TokenKlArgs
 from .arithmetic import log1p
 from .launch import BITS, cdiv, pair, pointer, unpair
 
@@ -130,9 +129,9 @@ def estimate_kl(logprob, ref, limits, ESTIMATOR: tl.constexpr, TERMS: tl.constex
 
 @triton.jit(do_not_specialize=["count"])
 def token_kl_kernel(
-    grad, logprob, ref_logprob, mask, behavior, rewards, out, out_ref, count,
+    grad, logprob, ref_logprob, mask, old_logprob, rewards, out, out_ref, count,
     d_high, d_low, value_high, value_low, scale_high, scale_low,
-    ESTIMATOR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BEHAVIOR: tl.constexpr, HAS_REWARDS: tl.constexpr,
+    ESTIMATOR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REWARDS: tl.constexpr,
     RATIO_GRAD: tl.constexpr, BACKWARD: tl.constexpr, TO_LOGPROB: tl.constexpr, TO_REF: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -147,8 +146,8 @@ def token_kl_kernel(
     lp = tl.load(logprob + at, mask=valid, other=-1.0)
     ref = tl.load(ref_logprob + at, mask=valid, other=-1.0)
     value, by_logprob, by_ref = estimate_kl(lp, ref, limits, ESTIMATOR, TERMS)
-    if HAS_BEHAVIOR:
-        ratio = tl.exp(lp - tl.load(behavior + at, mask=valid, other=-1.0))
+    if HAS_OLD:
+        ratio = tl.exp(lp - tl.load(old_logprob + at, mask=valid, other=-1.0))
         if RATIO_GRAD:
             by_logprob += value
         value *= ratio
@@ -170,69 +169,28 @@ def token_kl_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _launch(
-    grad: Tensor | None,
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    mask: Tensor | None,
-    behavior: Tensor | None,
-    rewards: Tensor | None,
-    estimator: str,
-    scalars: tuple[float, float, float],
-    live: bool,
-    to_logprob: bool,
-    to_ref: bool,
-) -> tuple[Tensor, Tensor]:
-    logprob, ref_logprob = logprob.contiguous(), ref_logprob.contiguous()
-    grad, behavior, rewards = (None if t is None else t.contiguous() for t in (grad, behavior, rewards))
+def _launch(grad: Tensor | None, a: TokenKlArgs, to_logprob: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
+    logprob, ref_logprob = a.logprob.contiguous(), a.ref_logprob.contiguous()
+    grad, old, rewards = (None if t is None else t.contiguous() for t in (grad, a.old_logprob, a.rewards))
     out, out_ref = (logprob.new_empty(logprob.shape if want else 0) for want in (to_logprob, to_ref))
     count = logprob.numel()
     if count:
         token_kl_kernel[(cdiv(count, BLOCK),)](
             pointer(grad, logprob), logprob, ref_logprob,
-            logprob if mask is None else mask.contiguous().view(torch.uint8),
-            pointer(behavior, logprob), pointer(rewards, logprob), out, out_ref, count,
-            *(part for value in scalars for part in pair(value)),
-            ESTIMATOR=ESTIMATORS.index(estimator), HAS_MASK=mask is not None, HAS_BEHAVIOR=behavior is not None,
-            HAS_REWARDS=rewards is not None, RATIO_GRAD=live, BACKWARD=grad is not None, TO_LOGPROB=to_logprob,
-            TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK, **BITS,
+            logprob if a.mask is None else a.mask.contiguous().view(torch.uint8),
+            pointer(old, logprob), pointer(rewards, logprob), out, out_ref, count,
+            *pair(a.largest_d), *pair(a.largest_value), *pair(a.scale),
+            ESTIMATOR=ESTIMATORS.index(a.estimator), HAS_MASK=a.mask is not None, HAS_OLD=old is not None,
+            HAS_REWARDS=rewards is not None, RATIO_GRAD=a.ratio_grad, BACKWARD=grad is not None,
+            TO_LOGPROB=to_logprob, TO_REF=to_ref, TERMS=18 if logprob.dtype is torch.float64 else 9, BLOCK=BLOCK,
+            **BITS,
         )  # fmt: skip
     return out, out_ref
 
 
-def token_kl(
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    mask: Tensor | None,
-    behavior: Tensor | None,
-    rewards: Tensor | None,
-    estimator: str,
-    largest_d: float,
-    largest_value: float,
-    scale: float,
-    live: bool,
-) -> Tensor:
-    scalars = (largest_d, largest_value, scale)
-    return _launch(
-        None, logprob, ref_logprob, mask, behavior, rewards, estimator, scalars, live, True, False
-    )[0]
+def token_kl(a: TokenKlArgs) -> Tensor:
+    return _launch(None, a, True, False)[0]
 
 
-def token_kl_backward(
-    grad: Tensor,
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    mask: Tensor | None,
-    behavior: Tensor | None,
-    estimator: str,
-    largest_d: float,
-    largest_value: float,
-    scale: float,
-    live: bool,
-    to_logprob: bool,
-    to_ref: bool,
-) -> tuple[Tensor, Tensor]:
-    scalars = (largest_d, largest_value, scale)
-    return _launch(
-        grad, logprob, ref_logprob, mask, behavior, None, estimator, scalars, live, to_logprob, to_ref
-    )
+def token_kl_backward(grad: Tensor, a: TokenKlArgs, to_logprob: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
+    return _launch(grad, a, to_logprob, to_ref)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..core import chunked
-
 from . import logits
 
 (

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.logits import RECORD, SAVED, accumulator, saved_rows, with_gradient
+from ..reference.logits import RECORD, SAVED, TokenStatsArgs, accumulator, saved_rows, with_gradient
 from .launch import BITS, INTERPRETED, cdiv, multiprocessors, pair, splits
 from .logits_backward import token_stats_backward_kernel
 from .logits_coefficients import Gradients
@@ -54,36 +54,24 @@ class TokenStatsLaunch:
     Where a tensor is missing, a kernel gets another one to point at, and does not read it.
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        ref_logits: Tensor | None,
-        mask: Tensor | None,
-        temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        vocab: int,
-        first: int = 0,
-        beta: float = 0.5,
-    ) -> None:
-        self.vocab, self.first, self.beta = vocab, first, pair(beta)
-        self.has_ref = ref_logits is not None
-        self.logits = _unit_stride(logits)
-        self.ref = self.logits if ref_logits is None else _unit_stride(ref_logits)
-        tokens = tokens.contiguous()
+    def __init__(self, a: TokenStatsArgs) -> None:
+        self.vocab, self.first, self.beta = a.vocab, a.first, pair(a.beta)
+        self.has_ref = a.ref_logits is not None
+        self.logits = _unit_stride(a.logits)
+        self.ref = self.logits if a.ref_logits is None else _unit_stride(a.ref_logits)
+        tokens = a.tokens.contiguous()
         self.rows = (
             tokens,
-            tokens if mask is None else mask.contiguous().view(torch.uint8),
-            tokens if temperatures is None else temperatures.contiguous(),
+            tokens if a.mask is None else a.mask.contiguous().view(torch.uint8),
+            tokens if a.temperatures is None else a.temperatures.contiguous(),
         )
         self.count = tokens.numel()
         self.strides = (*_strides(self.logits), *_strides(self.ref))
-        self.inverse_temperature, self.cap = pair(1.0 / temperature), pair(softcap or 1.0)
-        self.row_flags = {"HAS_MASK": mask is not None, "HAS_TEMPERATURES": temperatures is not None}
-        self.flags = {**self.row_flags, "CAPPED": softcap > 0}
-        self.block = _block(self.logits, self.has_ref or softcap > 0)
-        self.blocks = cdiv(vocab, self.block)
+        self.inverse_temperature, self.cap = pair(1.0 / a.temperature), pair(a.softcap or 1.0)
+        self.row_flags = {"HAS_MASK": a.mask is not None, "HAS_TEMPERATURES": a.temperatures is not None}
+        self.flags = {**self.row_flags, "CAPPED": a.softcap > 0}
+        self.block = _block(self.logits, self.has_ref or a.softcap > 0)
+        self.blocks = cdiv(a.vocab, self.block)
 
     def parts(self, per_multiprocessor: int) -> tuple[int, int]:
         """Blocks of a part, and parts of a row: several where rows alone do not fill the device."""
@@ -165,144 +153,73 @@ def _present(outputs: Sequence[str], grads: Sequence[Tensor | None]) -> dict[str
     return {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
 
 
-def _empty(logits: Tensor, ref_logits: Tensor | None, to_logits: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
+def _empty(a: TokenStatsArgs, to_logits: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
     """Memory for the gradients of both models' logits; of size 0 for those not needed."""
-    ref = logits if ref_logits is None else ref_logits
-    return logits.new_empty(logits.shape if to_logits else 0), ref.new_empty(ref.shape if to_ref else 0)
+    ref = a.logits if a.ref_logits is None else a.ref_logits
+    return a.logits.new_empty(a.logits.shape if to_logits else 0), ref.new_empty(ref.shape if to_ref else 0)
 
 
 # ---- the ops -------------------------------------------------------------------------------------------------
 
 
-def token_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    vocab: int,
-    beta: float,
-    outputs: Sequence[str],
-    inplace: bool,
-) -> list[Tensor]:
+def token_stats(a: TokenStatsArgs, inplace: bool) -> list[Tensor]:
     """Return what is saved, ``[saved_rows, ...]``, and the outputs."""
-    launch = TokenStatsLaunch(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta=beta
-    )
-    acc, shape = accumulator(logits), tokens.shape
+    launch = TokenStatsLaunch(a)
+    acc, shape = accumulator(a.logits), a.tokens.shape
     # Zeros: not every row of it is filled.
-    saved = logits.new_zeros((saved_rows(launch.has_ref), *shape), dtype=torch.float64)
+    saved = a.logits.new_zeros((saved_rows(launch.has_ref), *shape), dtype=torch.float64)
     results = {
-        name: logits.new_empty(shape, dtype=torch.uint8 if name == "is_top1" else acc)
-        for name in outputs
+        name: a.logits.new_empty(shape, dtype=torch.uint8 if name == "is_top1" else acc)
+        for name in a.outputs
         if name != "jsd"
     }
-    launch.forward(outputs, results, saved, None)
-    if "is_top1" in outputs:
+    launch.forward(a.outputs, results, saved, None)
+    if "is_top1" in a.outputs:
         results["is_top1"] = results["is_top1"].view(torch.bool)
-    if "jsd" in outputs:
+    if "jsd" in a.outputs:
         mixed, ref_mixed = launch.mixture(saved)
         saved[SAVED.index("mixed_kl")], saved[SAVED.index("ref_mixed_kl")] = mixed, ref_mixed
-        results["jsd"] = (beta * ref_mixed + (1 - beta) * mixed).to(acc)
-    return [saved, *(results[name] for name in outputs)]
+        results["jsd"] = (a.beta * ref_mixed + (1 - a.beta) * mixed).to(acc)
+    return [saved, *(results[name] for name in a.outputs)]
 
 
-def token_stats_partial(
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    first: int,
-    vocab: int,
-    outputs: Sequence[str],
-) -> Tensor:
+def token_stats_partial(a: TokenStatsArgs) -> Tensor:
     """Return records ``[..., len(RECORD)]``; sums that no output needs are NaN, masked rows are 0."""
-    record = logits.new_empty((*tokens.shape, len(RECORD)), dtype=torch.float64)
-    TokenStatsLaunch(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, first
-    ).forward(outputs, {}, record, record)
+    record = a.logits.new_empty((*a.tokens.shape, len(RECORD)), dtype=torch.float64)
+    TokenStatsLaunch(a).forward(a.outputs, {}, record, record)
     return record
 
 
 def token_stats_backward(
-    grads: Sequence[Tensor | None],
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    saved: Tensor,
-    temperature: float,
-    softcap: float,
-    vocab: int,
-    beta: float,
-    outputs: Sequence[str],
-    to_logits: bool,
-    to_ref: bool,
+    grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of both models' logits; empty for those not needed."""
-    out, ref_out = _empty(logits, ref_logits, to_logits, to_ref)
-    token_stats_backward_to(
-        grads, logits, tokens, ref_logits, mask, temperatures, saved, temperature, softcap, vocab, beta, outputs,
-        out if to_logits else None, ref_out if to_ref else None,
-    )  # fmt: skip
+    out, ref_out = _empty(a, to_logits, to_ref)
+    token_stats_backward_to(grads, saved, a, out if to_logits else None, ref_out if to_ref else None)
     return out, ref_out
 
 
 def token_stats_backward_(
-    grads: Sequence[Tensor | None],
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    saved: Tensor,
-    temperature: float,
-    softcap: float,
-    vocab: int,
-    beta: float,
-    outputs: Sequence[str],
-    to_logits: bool,
-    to_ref: bool,
+    grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
     """Write the gradient of the logits over them; return that of the reference's."""
-    launch = TokenStatsLaunch(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta=beta
-    )
+    launch = TokenStatsLaunch(a)
     ref_out = launch.ref.new_empty(launch.ref.shape if to_ref else 0)
     out = launch.logits
-    launch.backward(_present(outputs, grads), saved.contiguous(), out, ref_out if to_ref else None)
-    if out is not logits:
-        logits.copy_(out)  # the columns of these logits are more than an element apart
+    launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out if to_ref else None)
+    if out is not a.logits:
+        a.logits.copy_(out)  # the columns of these logits are more than an element apart
     return ref_out
 
 
 def token_stats_partial_backward(
-    grad_record: Tensor,
-    record: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    first: int,
-    vocab: int,
-    to_logits: bool,
-    to_ref: bool,
+    grad_record: Tensor, record: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of both models' logits from that of their records; empty for those not needed."""
-    out, ref_out = _empty(logits, ref_logits, to_logits, to_ref)
+    out, ref_out = _empty(a, to_logits, to_ref)
     token_stats_partial_backward_to(
-        grad_record, record, logits, tokens, ref_logits, mask, temperatures, temperature, softcap, first, vocab,
-        out if to_logits else None, ref_out if to_ref else None,
-    )  # fmt: skip
+        grad_record, record, a, out if to_logits else None, ref_out if to_ref else None
+    )
     return out, ref_out
 
 
@@ -316,42 +233,17 @@ token_stats_and_grad, token_stats_and_grad_ = with_gradient(
 
 def token_stats_backward_to(
     grads: Sequence[Tensor | None],
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
     saved: Tensor,
-    temperature: float,
-    softcap: float,
-    vocab: int,
-    beta: float,
-    outputs: Sequence[str],
+    a: TokenStatsArgs,
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
     """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
-    TokenStatsLaunch(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, beta=beta
-    ).backward(_present(outputs, grads), saved.contiguous(), out, ref_out)
+    TokenStatsLaunch(a).backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
 
 
 def token_stats_partial_backward_to(
-    grad_record: Tensor,
-    record: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    first: int,
-    vocab: int,
-    out: Tensor | None,
-    ref_out: Tensor | None,
+    grad_record: Tensor, record: Tensor, a: TokenStatsArgs, out: Tensor | None, ref_out: Tensor | None
 ) -> None:
     """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
-    TokenStatsLaunch(
-        logits, tokens, ref_logits, mask, temperatures, temperature, softcap, vocab, first
-    ).backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())
+    TokenStatsLaunch(a).backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())

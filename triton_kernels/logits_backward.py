@@ -93,7 +93,7 @@ def unscaled(grad, x, inv, cap, CAPPED: tl.constexpr):
     do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"]
 )
 def token_stats_backward_kernel(
-    logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, ref_logprob, kl, reverse_kl, jsd,
+    logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, ref_logprob, kl, reverse_kl, jsd,
     grad_record, saved, logits, ref_logits, tokens, mask, temperatures, out, ref_out,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     out_inner, out_stride_outer, out_stride_inner, ref_out_stride,
@@ -153,7 +153,7 @@ def token_stats_backward_kernel(
             if HAS_REF:
                 ref_softmax = softmax_of_saved(saved, SAVED_REF_SHIFT, SAVED_REF_TOTAL, n, count, ACC)
             grads = Gradients(
-                logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, ref_logprob, kl, reverse_kl, jsd
+                logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, ref_logprob, kl, reverse_kl, jsd
             )  # fmt: skip
             policy, ref = sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS)
         token = tl.where(found, token, -1)

@@ -51,8 +51,8 @@ class Gradients(NamedTuple):
     logprob: Any
     entropy: Any
     logsumexp: Any
-    sum_sq: Any
-    sum_sq_logprob: Any
+    sum_p2: Any
+    sum_p2_logp: Any
     mean_logit: Any
     ref_logprob: Any
     kl: Any
@@ -180,10 +180,10 @@ def sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS: tl.const
     if LOGPROB & GRADS:
         on_token = tl.where(found, on_token, float("nan"))
     entropy = upstream(grads.entropy, n, ENTROPY & GRADS)
-    sum_sq = upstream(grads.sum_sq, n, SUM_SQ & GRADS)
+    sum_p2 = upstream(grads.sum_p2, n, SUM_SQ & GRADS)
     on_log = -entropy
-    moment = upstream(grads.sum_sq_logprob, n, SUM_SQ_LOGPROB & GRADS)
-    on_square = 2.0 * sum_sq + moment
+    moment = upstream(grads.sum_p2_logp, n, SUM_SQ_LOGPROB & GRADS)
+    on_square = 2.0 * sum_p2 + moment
     on_square_log = 2.0 * moment
     on_p = upstream(grads.logsumexp, n, LOGSUMEXP & GRADS) - on_token
     if ENTROPY & GRADS:

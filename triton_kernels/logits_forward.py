@@ -171,7 +171,7 @@ def record_of(sums, origin, width, token, ref_token, found, inv):
 @triton.jit(do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "blocks", "parts"])
 def token_stats_kernel(
     logits, ref_logits, tokens, mask, temperatures,
-    logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, is_top1, ref_logprob, kl, reverse_kl,
+    logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, is_top1, ref_logprob, kl, reverse_kl,
     saved, record,
     count, inner, stride_outer, stride_inner, ref_inner, ref_stride_outer, ref_stride_inner,
     first, vocab, blocks, parts, inv_high, inv_low, cap_high, cap_low,
@@ -181,7 +181,7 @@ def token_stats_kernel(
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n, to a record or to the statistics."""
     ACC: tl.constexpr = logprob.dtype.element_ty
     out = Outputs(
-        logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, is_top1, ref_logprob, kl, reverse_kl
+        logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, is_top1, ref_logprob, kl, reverse_kl
     )
     n = tl.program_id(0)
     part = tl.program_id(1)

@@ -51,8 +51,8 @@ class Outputs(NamedTuple):
     logprob: Any
     entropy: Any
     logsumexp: Any
-    sum_sq: Any
-    sum_sq_logprob: Any
+    sum_p2: Any
+    sum_p2_logp: Any
     mean_logit: Any
     is_top1: Any  # of bytes
     ref_logprob: Any
@@ -147,7 +147,7 @@ def finish(n, count, out, saved, shift, ref_shift, r, WANT: tl.constexpr, HAS_RE
     log_sum = tl.where(empty, nan, tl.log(r.total))
     token = tl.where(r.found > 0, r.token, nan)
     entropy = log_sum - r.weighted / r.total
-    sum_sq = tl.where(empty, nan, r.squares / (r.total * r.total))
+    sum_p2 = tl.where(empty, nan, r.squares / (r.total * r.total))
     tl.store(saved_at(saved, SAVED_SHIFT, n, count), shift)
     tl.store(saved_at(saved, SAVED_TOTAL, n, count), tl.where(empty, nan, r.total))
     if LOGPROB & WANT:
@@ -158,12 +158,12 @@ def finish(n, count, out, saved, shift, ref_shift, r, WANT: tl.constexpr, HAS_RE
     if LOGSUMEXP & WANT:
         tl.store(out.logsumexp + n, (tl.where(empty, 0.0, r.shift) + log_sum).to(ACC))
     if SUM_SQ & WANT:
-        tl.store(out.sum_sq + n, sum_sq.to(ACC))
+        tl.store(out.sum_p2 + n, sum_p2.to(ACC))
     if MOMENTS & WANT:
-        tl.store(saved_at(saved, SAVED_SUM_SQ, n, count), sum_sq)
+        tl.store(saved_at(saved, SAVED_SUM_SQ, n, count), sum_p2)
     if SUM_SQ_LOGPROB & WANT:
-        value = r.squares_weighted / (r.total * r.total) - log_sum * sum_sq
-        tl.store(out.sum_sq_logprob + n, value.to(ACC))
+        value = r.squares_weighted / (r.total * r.total) - log_sum * sum_p2
+        tl.store(out.sum_p2_logp + n, value.to(ACC))
         tl.store(saved_at(saved, SAVED_SUM_SQ_LOGPROB, n, count), value)
     if MEAN_LOGIT & WANT:
         mean = tl.where(empty, float("-inf"), r.shift + r.distance / r.columns)
@@ -209,14 +209,14 @@ def sum_rescaled(factor, value):
 @triton.jit(do_not_specialize=["count", "parts"])
 def token_stats_combine(
     tokens, mask, temperatures, partial,
-    logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, is_top1, ref_logprob, kl, reverse_kl,
+    logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, is_top1, ref_logprob, kl, reverse_kl,
     saved, record, count, parts, inv_high, inv_low,
     WANT: tl.constexpr, HAS_REF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
     TO_RECORD: tl.constexpr, MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Program n: the records of the parts of row n, to one record or to the statistics."""
     out = Outputs(
-        logprob, entropy, logsumexp, sum_sq, sum_sq_logprob, mean_logit, is_top1, ref_logprob, kl, reverse_kl
+        logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, is_top1, ref_logprob, kl, reverse_kl
     )
     n = tl.program_id(0)
     if is_masked(n, tokens, mask, HAS_MASK):

@@ -33,7 +33,7 @@ def places(names: Sequence[str], *wanted: str) -> Iterator[tl.constexpr]:
 LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, SUM_SQ_LOGPROB, MEAN_LOGIT, IS_TOP1, REF_LOGPROB, KL, REVERSE_KL, JSD = (
     tl.constexpr(1 << place.value)
     for place in places(
-        OUTPUTS, "logprob", "entropy", "logsumexp", "sum_sq", "sum_sq_logprob", "mean_logit", "is_top1",
+        OUTPUTS, "logprob", "entropy", "logsumexp", "sum_p2", "sum_p2_logp", "mean_logit", "is_top1",
         "ref_logprob", "kl", "reverse_kl", "jsd",
     )
 )  # fmt: skip
@@ -41,7 +41,7 @@ MOMENTS = tl.constexpr(SUM_SQ.value | SUM_SQ_LOGPROB.value)
 
 # Each saved statistic's row.
 SAVED_SHIFT, SAVED_TOTAL, SAVED_ENTROPY, SAVED_SUM_SQ, SAVED_SUM_SQ_LOGPROB = places(
-    SAVED, "shift", "total", "entropy", "sum_sq", "sum_sq_logprob"
+    SAVED, "shift", "total", "entropy", "sum_p2", "sum_p2_logp"
 )
 SAVED_REF_SHIFT, SAVED_REF_TOTAL, SAVED_KL, SAVED_REVERSE_KL, SAVED_MIXED_KL, SAVED_REF_MIXED_KL = places(
     SAVED, "ref_shift", "ref_total", "kl", "reverse_kl", "mixed_kl", "ref_mixed_kl"

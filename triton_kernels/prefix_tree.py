@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.rows import move, places_without_holes
-from ..reference.prefix_tree import by_group, members_of
+from ..reference.prefix_tree import PrefixTreeArgs, SubtreeArgs, by_group, members_of
 from .launch import BITS, INTERPRETED, pointer, unpair
 from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
 from .tree_records import PLACES, TreeNodes, TreeRows, log2_pair, power
@@ -198,14 +198,13 @@ def nodes_kernel(
     tl.store(leaf + row, tl.where(is_alone, node, tl.where(length > 0, parent, -1)))
 
 
-def prefix_tree(
-    tokens: Tensor, groups: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, skip: bool
-) -> tuple[Tensor, Tensor]:
-    if skip and mask is not None:
-        places = places_without_holes(mask, cu_seqlens)
+def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
+    tokens, mask = a.tokens, a.mask
+    if a.skip and mask is not None:
+        places = places_without_holes(mask, a.cu_seqlens)
         tokens, mask = move(tokens, mask, places), move(mask, mask, places)
-    groups, mask, tokens = groups.contiguous(), as_bytes(mask), dense(tokens)
-    r = Rows.of(tokens.shape, cu_seqlens, groups)
+    groups, mask, tokens = a.groups.contiguous(), as_bytes(mask), dense(tokens)
+    r = Rows.of(tokens.shape, a.cu_seqlens, groups)
     rows = groups.new_empty(len(TreeRows._fields), r.batch)
     nodes = groups.new_empty(len(TreeNodes._fields), 2 * r.batch)
     if r.batch == 0:
@@ -331,39 +330,30 @@ def subtree_sums_backward_kernel(
         tl.store(grad_weights + b, tl.sum(tl.where(inside, by_weight, 0.0), 0))
 
 
-def subtree_sums(
-    x: Tensor, weights: Tensor | None, centre: Tensor | None, rows: Tensor, nodes: Tensor, gamma: float
-) -> Tensor:
-    out = x.new_empty(nodes.shape[1], x.shape[1])
+def subtree_sums(a: SubtreeArgs) -> Tensor:
+    x, number = a.x.contiguous(), a.nodes.shape[1]
+    out = x.new_empty(number, x.shape[1])
     if out.numel():
-        x = x.contiguous()
-        row, node = TreeRows(*rows.contiguous()), TreeNodes(*nodes.contiguous())
-        subtree_sums_kernel[(nodes.shape[1], x.shape[1])](
-            x, *(x if t is None else t.contiguous() for t in (weights, centre)), row.order, row.length,
-            node.begin, node.end, node.depth, out, x.shape[1], *log2_pair(gamma), HAS_WEIGHTS=weights is not None,
-            CENTRED=centre is not None, DECAY=gamma != 1.0 and centre is None, BLOCK=PLACES, **BITS,
+        row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
+        subtree_sums_kernel[(number, x.shape[1])](
+            x, *(x if t is None else t.contiguous() for t in (a.weights, a.centre)), row.order, row.length,
+            node.begin, node.end, node.depth, out, x.shape[1], *log2_pair(a.gamma),
+            HAS_WEIGHTS=a.weights is not None, CENTRED=a.centre is not None,
+            DECAY=a.gamma != 1.0 and a.centre is None, BLOCK=PLACES, **BITS,
         )  # fmt: skip
     return out
 
 
-def subtree_sums_backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor | None,
-    centre: Tensor | None,
-    rows: Tensor,
-    nodes: Tensor,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
+def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
+    x = a.x.contiguous()
     by_x = x.new_empty(x.shape)
-    by_weight = x.new_zeros(0 if weights is None else weights.shape)
+    by_weight = x.new_zeros(0 if a.weights is None else a.weights.shape)
     if by_x.numel():
-        x = x.contiguous()
-        row, node = TreeRows(*rows.contiguous()), TreeNodes(*nodes.contiguous())
+        row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
         subtree_sums_backward_kernel[(x.shape[0],)](
-            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (weights, centre)),
-            row.leaf, row.length, node.depth, node.parent, by_x, by_weight, x.shape[1], *log2_pair(gamma),
-            HAS_WEIGHTS=weights is not None, CENTRED=centre is not None, DECAY=gamma != 1.0 and centre is None,
-            CHANNELS=triton.next_power_of_2(x.shape[1]), **BITS,
+            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (a.weights, a.centre)),
+            row.leaf, row.length, node.depth, node.parent, by_x, by_weight, x.shape[1], *log2_pair(a.gamma),
+            HAS_WEIGHTS=a.weights is not None, CENTRED=a.centre is not None,
+            DECAY=a.gamma != 1.0 and a.centre is None, CHANNELS=triton.next_power_of_2(x.shape[1]), **BITS,
         )  # fmt: skip
     return by_x, by_weight

@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.rows import Layout, batch_of
-from ..reference.returns import differences, prefix_scan
-from rewardops.returns import step_ends as find_step_ends
-from rewardops.returns import sums_between
-
+from ..reference.returns import ReturnsArgs
+from ..reference.td import TdArgs, sums_between
+from ..reference.td import step_ends as step_ends_of
 from .launch import BITS, INTERPRETED, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, stride
 from .scans import (
@@ -33,11 +32,11 @@ from .scans import (
 )
 from .softmin import softmin_returns, softmin_rewards, softmin_rewards_backward
 from .steps import IDS, NO_STEP, as_pointer, kind_of, step_ends, step_id_after
-from .td import td_scan, td_scan_backward
+from .td import prefix_scan, td_scan
 
 __all__ = [
-    "differences", "extreme_returns", "extreme_returns_backward", "prefix_scan", "softmin_returns",
-    "softmin_returns_backward", "softmin_rewards", "softmin_rewards_backward", "td_scan", "td_scan_backward",
+    "extreme_returns", "extreme_returns_backward", "softmin_returns", "softmin_returns_backward", "softmin_rewards",
+    "softmin_rewards_backward",
 ]  # fmt: skip
 
 BLOCK = 64 if INTERPRETED else 512
@@ -129,12 +128,10 @@ def extremes_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def extreme_returns(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None, largest: bool
-) -> Tensor:
-    rows = Rows.of(rewards.shape, cu_seqlens, rewards)
-    rewards, mask = dense(rewards), as_bytes(mask)
-    kind, steps = kind_of(steps), as_pointer(steps)
+def extreme_returns(a: ReturnsArgs, largest: bool) -> Tensor:
+    rows = Rows.of(a.rewards.shape, a.cu_seqlens, a.rewards)
+    rewards, mask = dense(a.rewards), as_bytes(a.mask)
+    kind, steps = kind_of(a.steps), as_pointer(a.steps)
     out = output(rewards, rewards.shape, rows.packed)
     if not out.numel() or not rows.batch:
         return out
@@ -150,45 +147,30 @@ def extreme_returns(
     return out
 
 
-def _ends(
-    rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, steps: Tensor | None
-) -> tuple[Layout, Tensor]:
+def _ends(a: ReturnsArgs) -> tuple[Layout, Tensor]:
     """The layout, and which tokens end a step."""
-    rows = Layout(batch_of(rewards.shape, cu_seqlens), tuple(rewards.shape), mask, cu_seqlens)
-    return rows, rows.valid(rewards.device) if steps is None else find_step_ends(steps, rows)
+    rows = Layout(batch_of(a.rewards.shape, a.cu_seqlens), tuple(a.rewards.shape), a.mask, a.cu_seqlens)
+    if a.steps is None:
+        return rows, rows.valid(a.rewards.device)
+    return rows, step_ends_of(td_scan, a.steps, rows)
 
 
-def extreme_returns_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    steps: Tensor | None,
-    largest: bool,
-) -> Tensor:
+def extreme_returns_backward(grad: Tensor, returns: Tensor, a: ReturnsArgs, largest: bool) -> Tensor:
     """At a step end that attains the extreme, the sum of upstream gradients since the previous such end."""
-    rows, ends = _ends(rewards, mask, cu_seqlens, steps)
-    attains = ends & ((rewards == returns) | (rewards.isnan() & returns.isnan()))
-    return sums_between(grad, attains, rows)
+    rows, ends = _ends(a)
+    attains = ends & ((a.rewards == returns) | (a.rewards.isnan() & returns.isnan()))
+    return sums_between(prefix_scan, grad, attains, rows)
 
 
-def softmin_returns_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    log_sums: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    steps: Tensor | None,
-    temperature: float,
-) -> Tensor:
+def softmin_returns_backward(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, temperature: float) -> Tensor:
     """``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``, and at step ends ``exp(-r / T - log_sum) S``."""
-    rows, ends = _ends(rewards, mask, cu_seqlens, steps)
-    zeros = torch.zeros_like(log_sums)
-    options = (None, None, None, None, mask, cu_seqlens, 1.0, 0.0, False)
-    change, _ = td_scan(zeros, log_sums, log_sums.new_zeros(rows.batch), *options)
+    rows, ends = _ends(a)
+    zeros, beyond = torch.zeros_like(log_sums), log_sums.new_zeros(rows.batch)
+    change, _ = td_scan(
+        TdArgs(zeros, log_sums, beyond, None, None, None, None, a.mask, a.cu_seqlens, 1.0, 0.0, False)
+    )
     decay = torch.where(change.isnan(), 0, change.clamp(max=0).exp())
-    sums = prefix_scan(grad.double(), decay, mask, cu_seqlens)
-    weight = (-torch.where(ends, rewards, 0).double() / temperature - log_sums).exp()
+    sums = prefix_scan(grad.double(), decay, a.mask, a.cu_seqlens)
+    weight = (-torch.where(ends, a.rewards, 0).double() / temperature - log_sums).exp()
     finite_ends = ends & ~log_sums.isinf()
-    return torch.where(finite_ends, weight * torch.where(finite_ends, sums, 0), 0).to(rewards.dtype)
+    return torch.where(finite_ends, weight * torch.where(finite_ends, sums, 0), 0).to(a.rewards.dtype)

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.rows import batch_of
-
-from ..reference.segments import REDUCTIONS, segment_broadcast
+from ..reference.segments import REDUCTIONS, SegmentsArgs, segment_broadcast
 from .launch import BITS, INTERPRETED, cdiv, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
@@ -191,39 +190,28 @@ def segment_reduce_backward_kernel(
         tl.store(grads + base + row * grads_stride + at, grad, mask=at < length)
 
 
-def segment_reduce(
-    values: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, segments: int, op: str
-) -> tuple[Tensor, Tensor]:
-    rows = Rows.of(values.shape, cu_seqlens, values)
-    values, ids, mask = dense(values), dense(ids), as_bytes(mask)
-    out = values.new_empty((rows.batch, segments))
+def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
+    rows = Rows.of(a.values.shape, a.cu_seqlens, a.values)
+    values, ids, mask = dense(a.values), dense(a.ids), as_bytes(a.mask)
+    out = values.new_empty((rows.batch, a.num_steps))
     states = torch.empty_like(out, dtype=torch.float64)
     if out.numel():
-        segment_reduce_kernel[(rows.batch, cdiv(segments, SEGMENTS))](
-            values, ids, pointer(mask, values), rows.cu, out, states, rows.width, rows.total, segments,
-            stride(values), stride(ids), stride(mask), OP=REDUCTIONS.index(op), PACKED=rows.packed,
+        segment_reduce_kernel[(rows.batch, cdiv(a.num_steps, SEGMENTS))](
+            values, ids, pointer(mask, values), rows.cu, out, states, rows.width, rows.total, a.num_steps,
+            stride(values), stride(ids), stride(mask), OP=REDUCTIONS.index(a.op), PACKED=rows.packed,
             HAS_MASK=mask is not None, SEGMENTS=SEGMENTS, BLOCK=32, **BITS,
         )  # fmt: skip
     return out, states
 
 
-def segment_reduce_backward(
-    grad: Tensor,
-    values: Tensor,
-    ids: Tensor,
-    out: Tensor,
-    kept: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    op: str,
-) -> Tensor:
-    rows = Rows.of(values.shape, cu_seqlens, values)
-    values, ids, mask = dense(values), dense(ids), as_bytes(mask)
+def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
+    rows = Rows.of(a.values.shape, a.cu_seqlens, a.values)
+    values, ids, mask = dense(a.values), dense(a.ids), as_bytes(a.mask)
     grads = output(values, values.shape, rows.packed)
     if grads.numel() and rows.batch:
         segment_reduce_backward_kernel[(rows.batch,)](
             grad.contiguous(), values, ids, out.contiguous(), kept.contiguous(), pointer(mask, values), rows.cu,
             grads, rows.width, rows.total, grad.shape[1], stride(values), stride(ids), stride(mask), stride(grads),
-            OP=REDUCTIONS.index(op), PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
+            OP=REDUCTIONS.index(a.op), PACKED=rows.packed, HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
         )  # fmt: skip
     return grads

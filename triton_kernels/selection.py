@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.selection import LargestArgs
 from .launch import BITS, INTERPRETED, cdiv, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
 
@@ -95,16 +96,14 @@ def chosen_kernel(
         tl.store(before + b, ties)
 
 
-def largest(
-    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, scopes: Tensor, wanted: Tensor
-) -> Tensor:
-    rows = Rows.of(values.shape, cu_seqlens, values)
-    values, mask = dense(values), as_bytes(mask)
+def largest(a: LargestArgs) -> Tensor:
+    rows = Rows.of(a.values.shape, a.cu_seqlens, a.values)
+    values, mask = dense(a.values), as_bytes(a.mask)
     allocate = torch.zeros if rows.packed else torch.empty
     out = allocate(values.shape, dtype=torch.uint8, device=values.device)
     if not rows.batch or not values.numel():
         return out.view(torch.bool)
-    scopes = scopes.contiguous()
+    scopes, wanted = a.scopes.contiguous(), a.wanted
     # Per scope: the least chosen key's digits so far, and how many of the keys with these digits are to be chosen.
     room, prefix = wanted.clone(), torch.zeros_like(wanted)
     inputs = (values, pointer(mask, values), rows.cu, scopes, prefix)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.returns import ReturnsArgs
 from .launch import BITS, INTERPRETED, pair, pointer, unpair
 from .rows import Rows, as_bytes, dense, load_valid, output, stride
 from .scans import WHOLE, at_row, row_part
@@ -149,17 +150,10 @@ def softmin_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def softmin_returns(
-    rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    steps: Tensor | None,
-    temperature: float,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = Rows.of(rewards.shape, cu_seqlens, rewards)
-    rewards, mask = dense(rewards), as_bytes(mask)
-    kind, steps = kind_of(steps), as_pointer(steps)
+def softmin_returns(a: ReturnsArgs, temperature: float, mean: bool) -> tuple[Tensor, Tensor]:
+    rows = Rows.of(a.rewards.shape, a.cu_seqlens, a.rewards)
+    rewards, mask = dense(a.rewards), as_bytes(a.mask)
+    kind, steps = kind_of(a.steps), as_pointer(a.steps)
     out = output(rewards, rewards.shape, rows.packed)
     log_sums = output(rewards, rewards.shape, rows.packed, torch.float64)
     if out.numel() and rows.batch:
@@ -172,19 +166,11 @@ def softmin_returns(
     return out, log_sums
 
 
-def _softmin(
-    grad: Tensor | None,
-    rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    steps: Tensor | None,
-    temperature: float,
-    through_weights: bool,
-) -> Tensor:
-    rows = Rows.of(rewards.shape, cu_seqlens, rewards)
-    rewards, mask = dense(rewards), as_bytes(mask)
+def _softmin(grad: Tensor | None, a: ReturnsArgs, temperature: float, through_weights: bool) -> Tensor:
+    rows = Rows.of(a.rewards.shape, a.cu_seqlens, a.rewards)
+    rewards, mask = dense(a.rewards), as_bytes(a.mask)
     grad = None if grad is None else dense(grad)
-    kind, steps = kind_of(steps), as_pointer(steps)
+    kind, steps = kind_of(a.steps), as_pointer(a.steps)
     out = output(rewards, rewards.shape, rows.packed)
     if out.numel() and rows.batch:
         softmin_kernel[(rows.batch,)](
@@ -196,24 +182,11 @@ def _softmin(
     return out
 
 
-def softmin_rewards(
-    rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    steps: Tensor | None,
-    temperature: float,
-    through_weights: bool,
-) -> Tensor:
-    return _softmin(None, rewards, mask, cu_seqlens, steps, temperature, through_weights)
+def softmin_rewards(a: ReturnsArgs, temperature: float, through_weights: bool) -> Tensor:
+    return _softmin(None, a, temperature, through_weights)
 
 
 def softmin_rewards_backward(
-    grad: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    steps: Tensor | None,
-    temperature: float,
-    through_weights: bool,
+    grad: Tensor, a: ReturnsArgs, temperature: float, through_weights: bool
 ) -> Tensor:
-    return _softmin(grad, rewards, mask, cu_seqlens, steps, temperature, through_weights)
+    return _softmin(grad, a, temperature, through_weights)

@@ -7,9 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardops.tree import REDUCES
-
-from ..reference.tree import at_nodes, at_nodes_backward, depths, path_ends, tree_values_backward
+from ..reference.tree import (
+    REDUCES,
+    TreeArgs,
+    at_nodes,
+    at_nodes_backward,
+    depths,
+    path_ends,
+    tree_values_backward,
+)
 from .launch import BITS, pair, pointer, unpair
 
 __all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
@@ -92,14 +98,8 @@ def tree_values_kernel(
             tl.store(slope + child, tl.where(counts, w, 0.0), mask=inside)
 
 
-def tree_values(
-    parent: Tensor,
-    rewards: Tensor,
-    visits: Tensor | None,
-    reduce: str,
-    temperature: float,
-    max_depth: int,
-) -> tuple[Tensor, Tensor]:
+def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
+    parent, rewards, max_depth = a.parent, a.rewards, a.max_depth
     nodes = parent.shape[0]
     values, slope = rewards.clone(), torch.zeros_like(rewards)
     if nodes == 0:
@@ -109,10 +109,10 @@ def tree_values(
     starts = torch.searchsorted(up, torch.arange(nodes + 1, device=parent.device))
     if max_depth < 0:
         max_depth = int(depth.max())  # on the CPU
-    visits = None if visits is None else visits.contiguous()
+    visits = None if a.visits is None else a.visits.contiguous()
     for level in range(max_depth - 1, -1, -1):
         tree_values_kernel[(nodes,)](
-            depth, children, starts, pointer(visits, rewards), values, slope, level, *pair(temperature),
-            REDUCE=REDUCES.index(reduce), HAS_VISITS=visits is not None, BLOCK=CHILDREN, **BITS,
+            depth, children, starts, pointer(visits, rewards), values, slope, level, *pair(a.temperature),
+            REDUCE=REDUCES.index(a.reduce), HAS_VISITS=visits is not None, BLOCK=CHILDREN, **BITS,
         )  # fmt: skip
     return values, slope

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..core.rows import move, move_back, places_without_holes
-from ..reference.prefix_tree import AT, OnTokens
+from ..reference.prefix_tree import AT, NodeTokensArgs
 from .launch import BITS, INTERPRETED, cdiv, pointer, splits, unpair
 from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
 from .tree_records import TreeNodes, TreeRows, log2_pair, power
@@ -47,7 +48,7 @@ class Path(NamedTuple):
 @triton.jit
 def values_of(
     nodes, path, at, lowest,
-    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
+    AT: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The values of a block of a row's tokens, counted from its first; ``lowest`` is the block's first."""
     result = tl.zeros([BLOCK], tl.float64)
@@ -65,7 +66,7 @@ def values_of(
             value += tl.load(nodes.value + here)
             if AT == STEP:
                 before += tl.load(nodes.value + there, mask=up >= 0, other=0.0)
-        if ALONG:
+        if SCALED:
             x = path.factor * tl.load(nodes.along + here)
             if DECAY:
                 x *= power(nodes.log2_gamma, path.length - depth)
@@ -90,7 +91,7 @@ def values_of(
 def nodes_to_tokens_kernel(
     values, along, base_in, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
     width, total, mask_stride, out_stride, plane, channels, splits, log_high, log_low,
-    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, HAS_BASE: tl.constexpr, DECAY: tl.constexpr,
+    AT: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k, c): the blocks k, k + splits, ... of channel c of row b."""
@@ -100,7 +101,7 @@ def nodes_to_tokens_kernel(
     begin, columns = row_bounds(cu, b, width, total, PACKED)
     first_column = tl.load(first + b)
     factor = tl.zeros([], tl.float64)
-    if ALONG:
+    if SCALED:
         factor = tl.load(factor_in + b * channels + c)
     path = Path(tl.load(leaf + b), tl.load(lengths + b), factor)
     for start in range(tl.program_id(1) * BLOCK, columns, splits * BLOCK):
@@ -110,7 +111,7 @@ def nodes_to_tokens_kernel(
         valid = load_valid(mask, begin + b * mask_stride + column, inside, HAS_MASK)
         valid = valid & (at >= 0) & (at < path.length)
         x = values_of(nodes, path, at, start - first_column, AT, HAS_VALUES, ALONG, DECAY, BLOCK)
-        if HAS_BASE:
+        if HAS_BIAS:
             x += tl.load(base_in + b * channels + c)
         x = tl.where(valid, x, 0.0).to(out.dtype.element_ty)
         tl.store(out + c * plane + begin + b * out_stride + column, x, mask=inside)
@@ -120,9 +121,9 @@ def nodes_to_tokens_kernel(
     "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
 ])  # fmt: skip
 def nodes_backward_kernel(
-    grad, factor_in, order, leaf, first, lengths, begin_in, end_in, depth_in, parent, mask, cu, by_value, by_along,
+    grad, factor_in, order, leaf, first, lengths, begin_in, end_in, depth_in, parent, mask, cu, by_value, by_scaled,
     width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
-    AT: tl.constexpr, HAS_VALUES: tl.constexpr, ALONG: tl.constexpr, DECAY: tl.constexpr,
+    AT: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (n, c): the gradient of node n, summed over the tokens whose state lies in it, row by row."""
@@ -145,7 +146,7 @@ def nodes_backward_kernel(
         source = grad + c * plane + begin + row * grad_stride
         place = begin + row * mask_stride
         factor = tl.zeros([], tl.float64)
-        if ALONG:
+        if SCALED:
             factor = tl.load(factor_in + row * channels + c)
             if DECAY:
                 factor *= power(log2_gamma, length - depth)
@@ -174,17 +175,17 @@ def nodes_backward_kernel(
                 scaled += factor * x
     if HAS_VALUES:
         tl.store(by_value + n * channels + c, tl.sum(lanes, 0))
-    if ALONG:
-        tl.store(by_along + n * channels + c, tl.sum(scaled, 0))
+    if SCALED:
+        tl.store(by_scaled + n * channels + c, tl.sum(scaled, 0))
 
 
 @triton.jit(do_not_specialize=[
     "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
 ])  # fmt: skip
 def rows_backward_kernel(
-    grad, along, leaf, first, lengths, depth_in, parent, mask, cu, by_base, by_factor,
+    grad, along, leaf, first, lengths, depth_in, parent, mask, cu, by_bias, by_factor,
     width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
-    AT: tl.constexpr, ALONG: tl.constexpr, HAS_BASE: tl.constexpr, DECAY: tl.constexpr,
+    AT: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, c): the gradients of row b's base and factor, summed over its tokens."""
@@ -201,12 +202,12 @@ def rows_backward_kernel(
         valid = load_valid(mask, begin + b * mask_stride + at, at < path.length, HAS_MASK)
         x = tl.load(grad + c * plane + begin + b * grad_stride + at, mask=valid, other=0.0).to(tl.float64)
         plain += x
-        if ALONG:
+        if SCALED:
             value = values_of(nodes, path, at, start, AT, False, True, DECAY, BLOCK)
             scaled += tl.where(valid, x * value, 0.0)
-    if HAS_BASE:
-        tl.store(by_base + b * channels + c, tl.sum(plain, 0))
-    if ALONG:
+    if HAS_BIAS:
+        tl.store(by_bias + b * channels + c, tl.sum(plain, 0))
+    if SCALED:
         tl.store(by_factor + b * channels + c, tl.sum(scaled, 0))
 
 
@@ -218,10 +219,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[1], shape[0] * shape[1]) if len(shape) == 2 else (0, shape[0])
 
 
-def nodes_to_tokens(*arguments: Any) -> Tensor:
-    a, dtype = OnTokens(*arguments[:-1]), arguments[-1]
+def nodes_to_tokens(a: NodeTokensArgs, dtype: torch.dtype) -> Tensor:
     if a.skip and a.mask is not None:
-        front = nodes_to_tokens(*a.at_front(), dtype)
+        front = nodes_to_tokens(a.without_holes(), dtype)
         return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
     packed, channels, batch = a.cu_seqlens is not None, a.channels, a.rows.shape[1]
     out = output(a.rows, (channels, *a.shape), packed, dtype)
@@ -236,39 +236,38 @@ def nodes_to_tokens(*arguments: Any) -> Tensor:
         *(a.rows if t is None else t.contiguous() for t in a[:4]), row.leaf, row.first, row.length,
         node.depth, node.parent, pointer(mask, a.rows), r.cu, out, r.width, r.total, stride(mask), out_stride,
         plane, channels, parts, *log2_pair(a.gamma), AT=AT.index(a.at), HAS_VALUES=a.values is not None,
-        ALONG=a.along is not None, HAS_BASE=a.base is not None, DECAY=a.gamma != 1.0, PACKED=packed,
+        SCALED=a.scaled_values is not None, HAS_BIAS=a.row_bias is not None, DECAY=a.gamma != 1.0, PACKED=packed,
         HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
     )  # fmt: skip
     return out
 
 
-def nodes_to_tokens_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    a = OnTokens(*arguments)
+def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, ...]:
     if a.skip and a.mask is not None:
         moved = move(grad, a.mask, places_without_holes(a.mask, a.cu_seqlens))
-        return nodes_to_tokens_backward(moved, *a.at_front())
+        return nodes_to_tokens_backward(moved, a.without_holes())
     packed, channels, batch = a.cu_seqlens is not None, a.channels, a.rows.shape[1]
-    by_value, by_along, by_base, by_factor = a.gradients(grad)
+    by_value, by_scaled, by_bias, by_factor = a.zero_gradients(grad)
     if grad.numel() == 0 or batch == 0:
-        return by_value, by_along, by_base, by_factor
+        return by_value, by_scaled, by_bias, by_factor
     grad, mask = grad.contiguous(), as_bytes(a.mask)
     r = Rows.of(a.shape, a.cu_seqlens, a.rows)
     row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
     grad_stride, plane = _strides(a.shape)
     sizes = (r.width, r.total, stride(mask), grad_stride, plane, channels, *log2_pair(a.gamma))
     options = {
-        "AT": AT.index(a.at), "ALONG": a.along is not None, "DECAY": a.gamma != 1.0, "PACKED": packed,
+        "AT": AT.index(a.at), "SCALED": a.scaled_values is not None, "DECAY": a.gamma != 1.0, "PACKED": packed,
         "HAS_MASK": mask is not None, "BLOCK": BLOCK,
     }  # fmt: skip
     nodes_backward_kernel[(a.nodes.shape[1], channels)](
-        grad, grad if a.factor is None else a.factor.contiguous(), row.order, row.leaf, row.first, row.length,
-        *node, pointer(mask, a.rows), r.cu, by_value, by_along, *sizes, HAS_VALUES=a.values is not None,
+        grad, grad if a.row_factor is None else a.row_factor.contiguous(), row.order, row.leaf, row.first, row.length,
+        *node, pointer(mask, a.rows), r.cu, by_value, by_scaled, *sizes, HAS_VALUES=a.values is not None,
         **options, **BITS,
     )  # fmt: skip
-    if a.base is not None or a.factor is not None:
+    if a.row_bias is not None or a.row_factor is not None:
         rows_backward_kernel[(batch, channels)](
-            grad, grad if a.along is None else a.along.contiguous(), row.leaf, row.first, row.length, node.depth,
-            node.parent, pointer(mask, a.rows), r.cu, by_base, by_factor, *sizes, HAS_BASE=a.base is not None,
+            grad, grad if a.scaled_values is None else a.scaled_values.contiguous(), row.leaf, row.first, row.length, node.depth,
+            node.parent, pointer(mask, a.rows), r.cu, by_bias, by_factor, *sizes, HAS_BIAS=a.row_bias is not None,
             **options, **BITS,
         )  # fmt: skip
-    return by_value, by_along, by_base, by_factor
+    return by_value, by_scaled, by_bias, by_factor
