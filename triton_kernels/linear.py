@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..core import chunked
 from . import logits
 
-(
-    linear_token_stats,
-    linear_token_stats_backward,
-    linear_token_loss,
-    linear_token_stats_partial,
-    linear_token_stats_partial_backward,
-) = chunked.bound(logits)
+linear_token_stats = partial(chunked.linear_token_stats, logits)
+linear_token_stats_backward = partial(chunked.linear_token_stats_backward, logits)
+linear_token_loss = partial(chunked.linear_token_loss, logits)
+linear_token_stats_partial = partial(chunked.linear_token_stats_partial, logits)
+linear_token_stats_partial_backward = partial(chunked.linear_token_stats_partial_backward, logits)

@@ -29,7 +29,7 @@ class NodeValues(NamedTuple):
     """One channel of the nodes, and the way up: pointers and sizes."""
 
     value: Any  # [2 B, C], discounted to the node's depth
-    along: Any  # [2 B, C], times the row's factor, discounted to the row's end
+    scaled: Any  # [2 B, C], times the row's factor, discounted to the row's end
     depth: Any  # [2 B]
     parent: Any  # [2 B]
     channel: Any
@@ -42,7 +42,7 @@ class Path(NamedTuple):
 
     leaf: Any  # its deepest node, -1 for an empty row
     length: Any  # tokens of the row
-    factor: Any  # of ``along`` in this channel; 1 for the derivative by it
+    factor: Any  # of ``scaled`` in this channel; 1 for the derivative by it
 
 
 @triton.jit
@@ -67,12 +67,12 @@ def values_of(
             if AT == STEP:
                 before += tl.load(nodes.value + there, mask=up >= 0, other=0.0)
         if SCALED:
-            x = path.factor * tl.load(nodes.along + here)
+            x = path.factor * tl.load(nodes.scaled + here)
             if DECAY:
                 x *= power(nodes.log2_gamma, path.length - depth)
             value += x
             if AT == STEP:
-                before += path.factor * tl.load(nodes.along + there, mask=up >= 0, other=0.0)
+                before += path.factor * tl.load(nodes.scaled + there, mask=up >= 0, other=0.0)
         if AT == STEP:
             result = tl.where(at == above, value - before, result)
         else:
@@ -89,7 +89,7 @@ def values_of(
     "width", "total", "mask_stride", "out_stride", "plane", "channels", "splits", "log_high", "log_low",
 ])  # fmt: skip
 def nodes_to_tokens_kernel(
-    values, along, base_in, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
+    values, scaled, row_bias, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
     width, total, mask_stride, out_stride, plane, channels, splits, log_high, log_low,
     AT: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,7 +97,7 @@ def nodes_to_tokens_kernel(
     """Program (b, k, c): the blocks k, k + splits, ... of channel c of row b."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(2).to(tl.int64)
-    nodes = NodeValues(values, along, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
+    nodes = NodeValues(values, scaled, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
     begin, columns = row_bounds(cu, b, width, total, PACKED)
     first_column = tl.load(first + b)
     factor = tl.zeros([], tl.float64)
@@ -110,9 +110,9 @@ def nodes_to_tokens_kernel(
         at = column - first_column
         valid = load_valid(mask, begin + b * mask_stride + column, inside, HAS_MASK)
         valid = valid & (at >= 0) & (at < path.length)
-        x = values_of(nodes, path, at, start - first_column, AT, HAS_VALUES, ALONG, DECAY, BLOCK)
+        x = values_of(nodes, path, at, start - first_column, AT, HAS_VALUES, SCALED, DECAY, BLOCK)
         if HAS_BIAS:
-            x += tl.load(base_in + b * channels + c)
+            x += tl.load(row_bias + b * channels + c)
         x = tl.where(valid, x, 0.0).to(out.dtype.element_ty)
         tl.store(out + c * plane + begin + b * out_stride + column, x, mask=inside)
 
@@ -183,7 +183,7 @@ def nodes_backward_kernel(
     "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
 ])  # fmt: skip
 def rows_backward_kernel(
-    grad, along, leaf, first, lengths, depth_in, parent, mask, cu, by_bias, by_factor,
+    grad, scaled, leaf, first, lengths, depth_in, parent, mask, cu, by_bias, by_factor,
     width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
     AT: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,7 +193,7 @@ def rows_backward_kernel(
     c = tl.program_id(1).to(tl.int64)
     begin, _ = row_bounds(cu, b, width, total, PACKED)
     begin += tl.load(first + b)
-    nodes = NodeValues(along, along, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
+    nodes = NodeValues(scaled, scaled, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
     path = Path(tl.load(leaf + b), tl.load(lengths + b), 1.0)
     plain = tl.zeros([BLOCK], tl.float64)
     scaled = tl.zeros([BLOCK], tl.float64)
@@ -260,14 +260,14 @@ def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, .
         "HAS_MASK": mask is not None, "BLOCK": BLOCK,
     }  # fmt: skip
     nodes_backward_kernel[(a.nodes.shape[1], channels)](
-        grad, grad if a.row_factor is None else a.row_factor.contiguous(), row.order, row.leaf, row.first, row.length,
-        *node, pointer(mask, a.rows), r.cu, by_value, by_scaled, *sizes, HAS_VALUES=a.values is not None,
+        grad, grad if a.row_factor is None else a.row_factor.contiguous(), row.order, row.leaf, row.first,
+        row.length, *node, pointer(mask, a.rows), r.cu, by_value, by_scaled, *sizes, HAS_VALUES=a.values is not None,
         **options, **BITS,
     )  # fmt: skip
     if a.row_bias is not None or a.row_factor is not None:
         rows_backward_kernel[(batch, channels)](
-            grad, grad if a.scaled_values is None else a.scaled_values.contiguous(), row.leaf, row.first, row.length, node.depth,
-            node.parent, pointer(mask, a.rows), r.cu, by_bias, by_factor, *sizes, HAS_BIAS=a.row_bias is not None,
+            grad, grad if a.scaled_values is None else a.scaled_values.contiguous(), row.leaf, row.first, row.length,
+            node.depth, node.parent, pointer(mask, a.rows), r.cu, by_bias, by_factor, *sizes, HAS_BIAS=a.row_bias is not None,
             **options, **BITS,
         )  # fmt: skip
     return by_value, by_scaled, by_bias, by_factor

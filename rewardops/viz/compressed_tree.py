@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..core import checks
 from ..core.groups import GroupSize, Labels
 from ..ops.forest import TokenRows, checked_rewards, checked_weights
-from . import drawings
 
 
 class DedupStats(NamedTuple):
-    """What computing shared prefixes once would save (training on a packed tree, say)."""
+    """The savings of computing shared prefixes once, as in training on a packed tree."""
 
     rows: int
     """Rows with a token."""
@@ -32,7 +31,7 @@ class DedupStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PrefixTree:
+class CompressedTree:
     """The compressed prefix trees of a batch, on the host: at most ``2 B - 1`` nodes, a node per unbranched run.
 
     Nodes are numbered depth first, so that those below node n are ``n + 1 .. tout[n] - 1``. Depths count tokens
@@ -71,8 +70,9 @@ class PrefixTree:
     tokens: tuple[Tensor, ...]
     """Per row, from its first valid token to its last."""
 
-    @staticmethod
+    @classmethod
     def from_tokens(
+        cls,
         tokens: Tensor,
         groups: Labels = None,
         *,
@@ -82,7 +82,7 @@ class PrefixTree:
         rewards: Tensor | None = None,
         weights: Tensor | None = None,
         masked: str = "prefix",
-    ) -> PrefixTree:
+    ) -> Self:
         """Build it where the tokens are (in C++ on the host, by Triton on a device) and bring it to the host.
 
         Args:
@@ -120,7 +120,7 @@ class PrefixTree:
         parent, begin, end, depth = number[parent[nodes]], begin[nodes], end[nodes], depth[nodes]
         above = torch.where(parent >= 0, depth[parent], 0)
         row = order[begin]
-        return PrefixTree(
+        return cls(
             parent=parent,
             depth=depth,
             row=row,
@@ -191,28 +191,6 @@ class PrefixTree:
             graph.add_node(n, tokens=self.tokens_of(n), **self.attributes(n))
         graph.add_edges_from((int(p), n) for n, p in enumerate(self.parent) if p >= 0)
         return graph
-
-    def to_dot(self, decode: Callable[[Sequence[int]], str] | None = None) -> str:
-        """The tree in Graphviz's language: a box per node with its text, rows and value.
-
-        Args:
-            decode: from token ids to text; None writes the ids.
-        """
-        return drawings.tree_dot(self, decode)
-
-    def to_svg(self, decode: Callable[[Sequence[int]], str] | None = None, *, width: int = 1200) -> str:
-        """A drawing of the tree: rows as lanes, tokens from left to right, values in colour and at the branches.
-
-        Args:
-            decode: from token ids to text; None writes the ids. width: in pixels.
-        """
-        return drawings.tree_svg(self, decode, width)
-
-    def to_html(
-        self, decode: Callable[[Sequence[int]], str] | None = None, *, title: str = "Prefix tree"
-    ) -> str:
-        """A page with the drawing, what the rows share, and every row's text coloured by its prefixes' values."""
-        return drawings.tree_html(self, decode, title)
 
 
 def _tokens_by_row(token_rows: TokenRows, rows: Tensor) -> tuple[Tensor, ...]:

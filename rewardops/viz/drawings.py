@@ -7,10 +7,8 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .compressed_tree import PrefixTree
+from .compressed_tree import CompressedTree
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -40,7 +38,7 @@ def _number(value: float) -> str:
 class _Colours:
     """Colours of values between the least and the largest reward."""
 
-    def __init__(self, tree: PrefixTree) -> None:
+    def __init__(self, tree: CompressedTree) -> None:
         live = [] if tree.rewards is None else tree.rewards[tree.leaf >= 0].tolist()
         self.low: float = min(live, default=0.0)
         self.high: float = max(live, default=0.0)
@@ -53,11 +51,11 @@ class _Colours:
         part = 2 * place if place < 0.5 else 2 * place - 1
         return "#" + "".join(f"{round(x + (y - x) * part):02x}" for x, y in zip(a, b, strict=True))
 
-    def node(self, tree: PrefixTree, n: int) -> str:
+    def node(self, tree: CompressedTree, n: int) -> str:
         return _PLAIN if tree.mean is None else self.of(float(tree.mean[n]))
 
 
-def _facts(tree: PrefixTree, n: int) -> str:
+def _facts(tree: CompressedTree, n: int) -> str:
     """A node's numbers, in a line."""
     known = [f"{int(tree.count[n])} of {_group_size(tree, n)} rows"]
     if tree.mean is not None and tree.std is not None:
@@ -71,13 +69,13 @@ def _facts(tree: PrefixTree, n: int) -> str:
     return ", ".join(known)
 
 
-def _group_size(tree: PrefixTree, n: int) -> int:
+def _group_size(tree: CompressedTree, n: int) -> int:
     while int(tree.parent[n]) >= 0:
         n = int(tree.parent[n])
     return int(tree.count[n])
 
 
-def _children(tree: PrefixTree) -> list[list[int]]:
+def _children(tree: CompressedTree) -> list[list[int]]:
     children: list[list[int]] = [[] for _ in range(len(tree))]
     for n, up in enumerate(tree.parent.tolist()):
         if up >= 0:
@@ -88,7 +86,7 @@ def _children(tree: PrefixTree) -> list[list[int]]:
 # ---- Graphviz ----------------------------------------------------------------------------------------------
 
 
-def tree_dot(tree: PrefixTree, decode: Decode | None) -> str:
+def tree_dot(tree: CompressedTree, decode: Decode | None) -> str:
     say, colours = decode or _ids, _Colours(tree)
     lines = [
         "digraph prefix_tree {",
@@ -134,7 +132,7 @@ class _Axis:
 
 
 def _panel(
-    tree: PrefixTree,
+    tree: CompressedTree,
     top: int,
     children: list[list[int]],
     say: Decode,
@@ -242,7 +240,7 @@ def _scale(colours: _Colours, width: int, y: float) -> list[str]:
     return out
 
 
-def tree_svg(tree: PrefixTree, decode: Decode | None, width: int) -> str:
+def tree_svg(tree: CompressedTree, decode: Decode | None, width: int) -> str:
     say, colours, children = decode or _ids, _Colours(tree), _children(tree)
     body, y = _scale(colours, width, 6.0), 4.0
     for top in (tree.parent < 0).nonzero()[:, 0].tolist():
@@ -275,7 +273,7 @@ body { margin: 24px auto; max-width: 1240px; }
 """
 
 
-def tree_html(tree: PrefixTree, decode: Decode | None, title: str) -> str:
+def tree_html(tree: CompressedTree, decode: Decode | None, title: str) -> str:
     say, colours, s = decode or _ids, _Colours(tree), tree.dedup_stats()
     parts = [
         f"<h1>{html.escape(title)}</h1>",

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewardops
-from rewardops.core import chunked
+from rewardops.core import chunked, heads
 from rewardops.cpp import logits as kernels
 from rewardops.reference import token_records as spec
 from rewardops.reference.linear import LinearArgs
@@ -296,7 +296,10 @@ class Test_linear_token_stats:
         n, d, v = 512, 16, 65536
         hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator)
         tokens = torch.randint(0, v, (n,), generator=generator)
-        args = LinearArgs(hidden, weight, None, None, None, None, tokens, None, None, 1.0, 0.0, 0, v, 0.5, ["logprob"], 0, 0, -1)  # fmt: skip
+        args = LinearArgs(
+            hidden, weight, None, None, None, None, tokens, None, None,
+            1.0, 0.0, 0, v, 0.5, ["logprob"], 0, 0, -1,
+        )  # fmt: skip
         with Largest() as mode:
             saved, out = chunked.linear_token_stats(kernels, args)
             if backward:

@@ -10,18 +10,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Backends, and the products of hidden states in blocks that they share.
+BACKENDS = (
+    "rewardops.cpp", "rewardops.cuda", "rewardops.triton_kernels", "rewardops.core.chunked", "rewardops.core.heads",
+)  # fmt: skip
+
 # The floors of the package, from the ground up: a module imports from its own floor and from those below.
 FLOORS = (
     ("rewardops.core",),
     ("rewardops.reference",),
-    ("rewardops.cpp", "rewardops.cuda", "rewardops.triton_kernels", "rewardops.core.chunked"),
+    BACKENDS,
     ("rewardops.ops",),
     ("families",),
     ("rewardops.viz",),
     ("rewardops",),
     ("rewardops.testing", "rewardops.integrations", "rewardops.demo", "rewardops.__main__"),
 )
-BACKENDS = ("rewardops.cpp", "rewardops.cuda", "rewardops.triton_kernels", "rewardops.core.chunked")
 
 
 def modules() -> dict[str, Path]:
