@@ -94,8 +94,8 @@ def td_scan_backward(
     def launch(stage: int) -> None:
         td_backward_kernel[(rows.batch, chunks)](
             *pointers, rows.width, rows.total, chunks, *strides, *pair(a.gamma), *pair(a.lam),
-            GRAD=grad is not None, RHO=rho is not None, TRACE=trace is not None, LAMBDA=_kind(lambdas), PASS=passes, STAGE=stage,
-            CHUNK=CHUNK, **options, **BITS,
+            GRAD=grad is not None, RHO=rho is not None, TRACE=trace is not None, LAMBDA=_kind(lambdas),
+            PASS=passes, STAGE=stage, CHUNK=CHUNK, **options, **BITS,
         )  # fmt: skip
 
     scan_in_stages(launch, state, reverse=False)

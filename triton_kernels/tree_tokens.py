@@ -261,13 +261,13 @@ def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, .
     }  # fmt: skip
     nodes_backward_kernel[(a.nodes.shape[1], channels)](
         grad, grad if a.row_factor is None else a.row_factor.contiguous(), row.order, row.leaf, row.first,
-        row.length, *node, pointer(mask, a.rows), r.cu, by_value, by_scaled, *sizes, HAS_VALUES=a.values is not None,
-        **options, **BITS,
+        row.length, *node, pointer(mask, a.rows), r.cu, by_value, by_scaled, *sizes,
+        HAS_VALUES=a.values is not None, **options, **BITS,
     )  # fmt: skip
     if a.row_bias is not None or a.row_factor is not None:
         rows_backward_kernel[(batch, channels)](
-            grad, grad if a.scaled_values is None else a.scaled_values.contiguous(), row.leaf, row.first, row.length,
-            node.depth, node.parent, pointer(mask, a.rows), r.cu, by_bias, by_factor, *sizes, HAS_BIAS=a.row_bias is not None,
-            **options, **BITS,
+            grad, grad if a.scaled_values is None else a.scaled_values.contiguous(), row.leaf, row.first,
+            row.length, node.depth, node.parent, pointer(mask, a.rows), r.cu, by_bias, by_factor, *sizes,
+            HAS_BIAS=a.row_bias is not None, **options, **BITS,
         )  # fmt: skip
     return by_value, by_scaled, by_bias, by_factor
