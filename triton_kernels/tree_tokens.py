@@ -89,7 +89,7 @@ def values_of(
     "width", "total", "mask_stride", "out_stride", "plane", "channels", "splits", "log_high", "log_low",
 ])  # fmt: skip
 def nodes_to_tokens_kernel(
-    values, scaled, row_bias, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
+    values, scaled_values, row_bias, factor_in, leaf, first, lengths, depth_in, parent, mask, cu, out,
     width, total, mask_stride, out_stride, plane, channels, splits, log_high, log_low,
     AT: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,7 +97,7 @@ def nodes_to_tokens_kernel(
     """Program (b, k, c): the blocks k, k + splits, ... of channel c of row b."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(2).to(tl.int64)
-    nodes = NodeValues(values, scaled, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
+    nodes = NodeValues(values, scaled_values, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
     begin, columns = row_bounds(cu, b, width, total, PACKED)
     first_column = tl.load(first + b)
     factor = tl.zeros([], tl.float64)
@@ -183,7 +183,7 @@ def nodes_backward_kernel(
     "width", "total", "mask_stride", "grad_stride", "plane", "channels", "log_high", "log_low",
 ])  # fmt: skip
 def rows_backward_kernel(
-    grad, scaled, leaf, first, lengths, depth_in, parent, mask, cu, by_bias, by_factor,
+    grad, scaled_values, leaf, first, lengths, depth_in, parent, mask, cu, by_bias, by_factor,
     width, total, mask_stride, grad_stride, plane, channels, log_high, log_low,
     AT: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,7 +193,7 @@ def rows_backward_kernel(
     c = tl.program_id(1).to(tl.int64)
     begin, _ = row_bounds(cu, b, width, total, PACKED)
     begin += tl.load(first + b)
-    nodes = NodeValues(scaled, scaled, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
+    nodes = NodeValues(scaled_values, scaled_values, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
     path = Path(tl.load(leaf + b), tl.load(lengths + b), 1.0)
     plain = tl.zeros([BLOCK], tl.float64)
     scaled = tl.zeros([BLOCK], tl.float64)
