@@ -24,7 +24,7 @@ struct Slices {
   Slices(int64_t element, int64_t vocab, int64_t blocks) {
     const int64_t pack = logits::kPackBytes / element;
     packs = divided(divided(vocab, pack), blocks);
-    threads = std::min<int64_t>(divided(packs, logits::kInFlight * kWarp) * kWarp, logits::kMostThreads);
+    threads = std::min<int64_t>(divided(packs, logits::kInFlight * kWarp) * kWarp, int64_t{kThreads});
     shared = logits::shared_before_slice(blocks, threads / kWarp) + packs * logits::kPackBytes;
   }
 };
