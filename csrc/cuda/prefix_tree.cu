@@ -64,7 +64,7 @@ void prefix_lcp(const PrefixLcpArgs& a, const ByLabel& groups, void* stream) {
 template <typename T>
 void nodes_to_tokens(const NodeTokensArgs<T>& a, void* stream) {
   if (a.rows.batch == 0 || a.channels == 0) return;
-  // Parts of a row, where rows alone are too few for the device.
+  // Rows are cut into parts where rows alone are too few for the device.
   const int64_t wanted = int64_t{8} * attribute(cudaDevAttrMultiProcessorCount);
   const int64_t longest = a.rows.cu ? a.rows.total : a.rows.width;
   const int64_t most = std::max<int64_t>(1, std::min(longest / kTile, kMostY / a.channels));

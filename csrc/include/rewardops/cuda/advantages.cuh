@@ -23,7 +23,7 @@ namespace rewardops::cuda::advantages {
 
 // ---- tokens ------------------------------------------------------------------------------------------------
 
-// Writes the values of `rows` rows from `first` on to their valid tokens, 0 to the others: part blockIdx.y of them.
+// Writes part blockIdx.y of the tokens of `rows` rows from `first` on: a row's value to valid tokens, 0 to masked ones.
 template <typename T>
 __device__ void write_tokens(const AdvantagesArgs<T>& a, const T* values, int first, int rows) {
   const auto parts = static_cast<int>(gridDim.y), part = static_cast<int>(blockIdx.y);
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (a.tokens_given) write_tokens(a, shared.results[0], first, rows);
 }
 
-// Block i: the gradients of the rewards of the `each` rows from i * each on, and of their given baselines.
+// Block i: the gradients of the rewards, and of the baselines where they are arguments, of the `each` rows from i *
+// each on.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     group_advantages_backward_kernel(const __grid_constant__ AdvantagesArgs<T> a, int each) {

@@ -56,18 +56,18 @@ struct Add {
     return a + b;
   }
 };
-// Of integers.
+// The larger of two integers.
 struct Max {
   template <typename T>
   __device__ T operator()(T a, T b) const {
     return a < b ? b : a;
   }
 };
-// NaN is ignored.
+// The larger of two numbers; NaN is ignored.
 struct MaxNumber {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
-// NaN if there is one.
+// The smaller of two numbers; NaN if one of them is.
 struct MinOrNan {
   __device__ double operator()(double a, double b) const { return b < a || b != b ? b : a; }
 };
@@ -80,8 +80,8 @@ __device__ T reduce_lanes(T x, Op op) {
   return x;
 }
 
-// The order in which the results of warps are reduced, which decides the last bit of a sum. Both are deterministic; the
-// bits of an op's results are kept from version to version, so that advantages stay `pairwise` and trees `in_turn`.
+// The order in which the results of warps are reduced. Both are deterministic, but the last bits of a sum depend on it:
+// advantages are `pairwise`, trees and sums over a row's tokens `in_turn`, so that their results do not change.
 enum class WarpOrder { pairwise, in_turn };
 
 // The reduction of N values of each of kThreads threads; all threads get the same bits. `partial` is shared memory, and

@@ -1,4 +1,4 @@
-// The members of the groups of a block's rows, listed in shared memory; and passes over them.
+// The members of groups: lists in shared memory, and passes over them.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,7 @@ struct Shared {
   int rows[kListed];                       // the list; -1 for rows that are not members
   T rewards[kListed];
   double partial[kWarps][kReduced];
-  // Of the group and, for scales that depend on them, of all rows. Here for want of registers.
-  RewardSummary summaries[2];
+  RewardSummary summaries[2];              // of the group, of all rows; in shared memory to save registers
   double upstream[2][2];                   // sums over the members, see sum_upstream
   T results[3][kRows];                     // of the block's rows
 };
@@ -301,7 +300,7 @@ class Sets {
     fill_list<kBackward>(members.a, members.shared, size, from, -1);
   }
 
-  // Lists the members of as many groups as there is space for. A group with too many of its own is not listed.
+  // Lists the members of as many groups as there is space for. A group larger than the list is not listed.
   __device__ void list_groups() {
     Shared<T>& shared = members.shared;
     int size = 0;

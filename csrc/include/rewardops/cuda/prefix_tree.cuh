@@ -8,11 +8,11 @@
 // Tree, labels and orders stay in L2: by_label_kernel reads 8 MB there, nodes_kernel and prefix_lcp_kernel less than 1
 // MB; these take what a launch takes.
 //
-// Why not Triton: there a program compares its row with one member after the other, 512 tokens at a time, and reads
-// what all share once for each pair: 130 MB here. A warp can leave a loop alone, and votes can spread the rest of the
-// work over threads. Here a whole block first compares each row with one row of its group, the leader. That decides the
-// order of two rows and what they share, except for rows that leave the leader's path at the same token on the same
-// side.
+// Why not Triton: there a program compares its row with one member after the other, 512 tokens at a time, and reads the
+// common prefix of a group once for each pair: 130 MB here. A warp can leave a loop alone, and votes can spread the
+// rest of the work over threads. Here a whole block first compares each row with one row of its group, the leader. That
+// decides the order of two rows and their common prefix, except for rows that leave the leader's path at the same token
+// on the same side.
 #pragma once
 
 #include <climits>
@@ -24,7 +24,7 @@
 namespace rewardops::cuda::trees {
 
 constexpr int kBlocks = 4;                // of a multiprocessor
-constexpr int kFew = 4;                   // tokens that tell most rows apart
+constexpr int kFew = 4;                   // tokens that most rows differ in
 constexpr int kTile = kThreads * kItems;  // tokens of a block at once
 
 // ---- rows without their masked tokens ----------------------------------------------------------------------

@@ -7,7 +7,7 @@
 // 33 us; the soft minimum writes, and reads back, 8 bytes more: the logarithm of its sum.
 //
 // Why not Triton alone: a few long rows are one pass here and not two, and the backward passes are one kernel each,
-// where there they are made of a scan or two and a handful of tensor operations.
+// where Triton needs a scan or two and a handful of tensor operations.
 #pragma once
 
 #include "rewardops/cuda/scan.cuh"

@@ -55,8 +55,8 @@ struct RowTiles {
   }
   // Tile k.
   __device__ Tile tile(Index k) const { return items(tile_start(k) + static_cast<Index>(threadIdx.x) * kItems); }
-  // Tile k of a scan, which has the same tokens. But the threads of the first tile count from the row's first token, and
-  // read packs only if that is aligned: a token on another thread would change the bits of the sums.
+  // Tile k of a scan, which has the same tokens. But the threads of the first tile count from the row's first token,
+  // and read packs only if that is aligned: a token on another thread would change the bits of the sums.
   __device__ Tile scan_tile(Index k) const {
     const Index from = k ? tile_start(k) : low, end = tile_start(k + 1), to = end < high ? end : high;
     const Index own = static_cast<Index>(threadIdx.x) * kItems;

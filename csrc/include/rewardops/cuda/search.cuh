@@ -16,8 +16,8 @@ struct ByWarp {
   static constexpr int kSize = kWarp;
   __device__ static unsigned least(unsigned x, unsigned) { return __reduce_min_sync(kAll, x); }
 };
-// A block of kThreads. Most steps of a search find nothing, which the vote tells with a single barrier: not a reduction
-// of block.cuh.
+// A block of kThreads. Most steps of a search find nothing: a vote with a single barrier comes first, so this is not a
+// reduction of block.cuh.
 struct ByBlock {
   __device__ static int rank() { return static_cast<int>(threadIdx.x); }
   static constexpr int kSize = kThreads;

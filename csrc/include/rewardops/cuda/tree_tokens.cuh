@@ -14,7 +14,7 @@
 namespace rewardops::cuda::trees {
 
 constexpr int kNodes = 64;     // of a path at once
-constexpr int kInFlight = 64;  // bytes that a thread reads at once where sums take them
+constexpr int kInFlight = 64;  // bytes of gradients that a thread loads at once
 
 // ---- values along a path -----------------------------------------------------------------------------------
 
@@ -58,14 +58,14 @@ class Powers {
 // State s of a row is the prefix of its first s tokens; it belongs to token s - shift.
 __device__ inline int shift_of(At at) { return at == At::before ? 0 : 1; }
 
-// Consecutive nodes of a path, towards the root: those that the states (low, high] lie in.
+// Consecutive nodes of a path, towards the root: those of the states (low, high].
 struct PathWindow {
   double value[kNodes];
   int depth[kNodes];
   int64_t node[kNodes];
   int low, high;
-  int64_t next;  // the first node of the next window; -1 where this one reaches the top
-  int count;
+  int64_t next;  // the first node of the next window; -1 where this one reaches the root
+  int count;     // of nodes
 };
 
 // Values of the tokens of the block's row b, from the nodes of its path. Tokens are read from the right to the left.
@@ -97,7 +97,7 @@ class PathValues {
     for (int i = 0; i < kItems; ++i) x[i] = value_;
     while (true) {
       int n = -1;
-      // Not unrolled, for want of registers.
+      // Not unrolled, to save registers.
 #pragma unroll 1
       for (int i = kItems - 1; i >= 0 && !alike; --i) {
         double value = value_;
@@ -184,13 +184,13 @@ class PathValues {
   PathWindow& window_;
   const int64_t b_;
   const int channel_;
-  int depth_, above_;  // of the node that the thread has met last: its depth, and below which state it ends
+  int depth_, above_;  // of the node that the thread has met last: its last state, and the one in front of its first
   double value_;
 };
 
 // ---- values to tokens --------------------------------------------------------------------------------------
 
-// By the block.
+// The number of valid tokens, by the block.
 __device__ inline int count_valid(const uint8_t* mask, int size) {
   const auto row = RowTiles<int>::of(0, size, kTile, [&](int t) { return aligned<kItems>(mask + t); });
   int count = 0;
