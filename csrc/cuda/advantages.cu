@@ -16,9 +16,9 @@ using namespace advantages;
 template <typename T>
 int64_t resident(void (*kernel)(AdvantagesArgs<T>, int)) {
   static const int blocks = [&] {
-    int found = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0), "group_advantages");
-    return std::max(found, 1);
+    int count = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kThreads, 0), "group_advantages");
+    return std::max(count, 1);
   }();
   return int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
 }
@@ -28,7 +28,8 @@ int64_t checked_batch(const Rows& rows) {
   throw std::runtime_error("group_advantages: " + std::to_string(rows.batch) + " rows are too many");
 }
 
-// Rows of a block: where there are more than the device runs at once, neighbours share what a block finds out.
+// Rows of a block: more than one if there are more rows than the device runs blocks at once. Neighbours share the
+// search for members.
 int rows_of_block(int64_t batch, int64_t blocks) {
   return static_cast<int>(std::clamp<int64_t>(batch / blocks, 1, kRows));
 }
@@ -46,7 +47,7 @@ void group_advantages(const AdvantagesArgs<T>& a, void* stream) {
   int64_t parts = 1;
   if (a.tokens_given) {
     const int64_t longest = a.rows.cu ? a.rows.total : a.rows.width;
-    parts = std::clamp<int64_t>(quotient_up(longest, kChunk * kWarps), 1, quotient_up(wanted, batch));
+    parts = std::clamp<int64_t>(quotient_up(longest, RowChunks<T>::kTokens * kWarps), 1, quotient_up(wanted, batch));
   }
   const Grid grid{quotient_up(batch, each), static_cast<unsigned>(parts), kThreads};
   launch("group_advantages", group_advantages_kernel<T>, grid, stream, a, each);

@@ -1,4 +1,5 @@
-// From Python to the launchers, as csrc/bindings.cpp does for the CPU; the last argument is the stream.
+// Bindings of the launchers, like csrc/bindings.cpp for the CPU. The stream follows the arguments of the CPU's
+// function.
 #include "cuda/bindings.h"
 
 #include <string>
@@ -30,10 +31,10 @@ void td(const py::tuple& shape, int64_t, const py::tuple& mask, const py::tuple&
 
 template <typename T>
 void step_returns(const py::tuple& shape, int64_t, const py::tuple& mask, const py::tuple& rewards,
-                  const py::tuple& steps, const py::tuple& grad, const py::tuple& found, bool largest,
+                  const py::tuple& steps, const py::tuple& grad, const py::tuple& saved, bool largest,
                   double temperature, bool flag, const py::tuple& log_sums, const py::tuple& out,
                   const std::string& which, Address stream, int threads, int64_t chunks, Address state) {
-  const auto a = returns_args<T>(shape, mask, rewards, steps, grad, found, largest, temperature, flag, log_sums, out);
+  const auto a = returns_args<T>(shape, mask, rewards, steps, grad, saved, largest, temperature, flag, log_sums, out);
   const Returns kind = which == "extremes"            ? Returns::extremes
                        : which == "extremes_backward" ? Returns::extremes_backward
                        : which == "softmin_returns"   ? Returns::softmin_returns
@@ -45,9 +46,9 @@ void step_returns(const py::tuple& shape, int64_t, const py::tuple& mask, const 
 template <typename T>
 void advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                 const py::tuple& relative, Address out, Address inv_scale, Address numerators,
-                const py::tuple& spread, Address stream) {
+                const py::tuple& tokens, Address stream) {
   auto a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  advantages_outputs(a, out, inv_scale, numerators, spread);
+  advantages_outputs(a, out, inv_scale, numerators, tokens);
   const py::gil_scoped_release release;
   group_advantages(a, stream_of(stream));
 }
@@ -55,10 +56,10 @@ void advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask
 template <typename T>
 void advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                          const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale,
-                         const py::tuple& kept, const py::tuple& sums, Address out, Address grad_given,
+                         const py::tuple& saved, const py::tuple& sums, Address out, Address grad_given,
                          Address stream) {
   auto a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  advantages_gradients(a, grad, grad_inv_scale, kept, sums, out, grad_given);
+  advantages_gradients(a, grad, grad_inv_scale, saved, sums, out, grad_given);
   const py::gil_scoped_release release;
   group_advantages_backward(a, stream_of(stream));
 }
@@ -78,7 +79,7 @@ void stats_and_grad(const py::tuple& problem, const py::tuple& outputs, const py
   token_stats_and_grad(a, blocks, stream_of(stream));
 }
 
-// ---- prefix trees; the arguments before the stream are memory to work in ------------------------------------
+// ---- prefix trees; the arguments in front of the stream are work space --------------------------------------
 
 void by_label(Address groups, int64_t batch, Address out, Address stream) {
   const py::gil_scoped_release release;
@@ -105,7 +106,7 @@ void common_prefixes(int64_t batch, Address tree_rows, Address groups, int64_t m
   prefix_lcp(a, by_label_of(by_label, begin, end), stream_of(stream));
 }
 
-// Backward where gradients are wanted.
+// The backward op if `gradients` are given, else the forward op.
 template <typename T>
 void on_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes, int64_t channels,
                int64_t plane, const py::tuple& given, int where, double gamma, bool skip, const py::tuple& tokens,

@@ -1,4 +1,4 @@
-// Launches: every one checked, named in what it throws, on the stream it is given.
+// Kernel launches: on the caller's stream, checked, with the kernel's name in error messages.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -45,7 +45,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, v
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }
 
-// Of the current device, which the callers set.
+// An attribute of the current device, which the callers set.
 inline int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

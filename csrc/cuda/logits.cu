@@ -12,19 +12,19 @@ using logits::Terms;
 
 constexpr int64_t kMostBlocks = 8;  // of a cluster that every device with clusters can launch
 constexpr int64_t kMostRows = 8;    // that a cluster takes one after the other
-constexpr int64_t kWaves = 16;      // below so many of them a cluster takes fewer
-constexpr int kAllShared = 100;     // per cent of what caches and shared memory have between them, for two blocks
+constexpr int64_t kWaves = 16;      // with fewer waves of clusters, a cluster takes fewer rows
+constexpr int kAllShared = 100;     // per cent of a multiprocessor's memory to be shared, not cache: two blocks
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// What a row's slices make of a block.
+// The slices of a row in `blocks` blocks: for each block its packs, threads and bytes of shared memory.
 struct Slices {
   int64_t packs, threads, shared;
 
   Slices(int64_t element, int64_t vocab, int64_t blocks) {
     const int64_t pack = logits::kPackBytes / element;
     packs = divided(divided(vocab, pack), blocks);
-    threads = std::min<int64_t>(divided(packs, logits::kInFlight * kWarp) * kWarp, logits::kMostThreads);
+    threads = std::min<int64_t>(divided(packs, logits::kInFlight * kWarp) * kWarp, int64_t{kThreads});
     shared = logits::shared_before_slice(blocks, threads / kWarp) + packs * logits::kPackBytes;
   }
 };
@@ -42,7 +42,7 @@ void run(const TokenStatsAndGradArgs& a, int blocks, void* stream) {
   launch(name, kernel, grid, stream, a, static_cast<int>(slices.packs * logits::kPack<T>));
 }
 
-// Capped logits take registers, and time: one kernel for all statistics of them.
+// With a softcap, which takes registers and time, one kernel serves all statistics.
 template <typename T>
 void run(const TokenStatsAndGradArgs& a, int blocks, void* stream) {
   const auto wanted = [&](Output o) { return a.outputs[o] || a.coefficients[o]; };

@@ -5,8 +5,9 @@
 
 namespace rewardops::cuda {
 
-// How many blocks share a row of elements of so many bytes: as few as have it in `comfortable` bytes of shared memory
-// each or, where none do, in what the current device has; 0 where it does not fit.
+// The number of blocks that share a row of `vocab` elements of `element` bytes: the fewest that need at most
+// `comfortable` bytes of shared memory each. If even the most need more, that number; 0 where the device has
+// less shared memory than that.
 int blocks_of_a_row(int64_t element, int64_t vocab, int64_t comfortable);
 
 void token_stats_and_grad(const TokenStatsAndGradArgs& a, int blocks, void* stream);

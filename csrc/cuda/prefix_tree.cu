@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
-#include "rewardops/cuda/prefix_tree.cuh"
+#include "rewardops/cuda/tree_tokens.cuh"
 
 namespace rewardops::cuda {
 namespace {
@@ -18,7 +18,7 @@ int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Grid block_for_each(int64_t count, int64_t y = 1) { return {count, static_cast<unsigned>(y), kThreads}; }
 Grid warp_for_each(int64_t count) { return {quotient_up(count, kWarps), 1, kThreads}; }
 
-// An array without the holes of its rows, in `moved`.
+// The valid tokens of each row, moved to its front in the array `moved`.
 template <typename T>
 Tokens<T> move_to_front(const Rows& rows, const Tokens<const uint8_t>& mask, const Tokens<const T>& tokens, T* moved,
                         int64_t channels, int64_t plane, int64_t* first, int64_t* length, void* stream) {
@@ -43,9 +43,9 @@ void rows_by_label(const int64_t* groups, int64_t batch, int64_t* out, void* str
 }
 
 template <typename Token>
-void prefix_tree(const PrefixTreeArgs<Token>& given, const ByLabel& groups, int64_t* codes, Token* moved,
+void prefix_tree(const PrefixTreeArgs<Token>& args, const ByLabel& groups, int64_t* codes, Token* moved,
                  void* stream) {
-  PrefixTreeArgs<Token> a = given;
+  PrefixTreeArgs<Token> a = args;
   a.skip = a.skip && a.mask.data;
   if (a.skip) {
     const auto front =
@@ -64,7 +64,7 @@ void prefix_lcp(const PrefixLcpArgs& a, const ByLabel& groups, void* stream) {
 template <typename T>
 void nodes_to_tokens(const NodeTokensArgs<T>& a, void* stream) {
   if (a.rows.batch == 0 || a.channels == 0) return;
-  // Parts of a row, where rows alone are too few for the device.
+  // Rows are cut into parts where rows alone are too few for the device.
   const int64_t wanted = int64_t{8} * attribute(cudaDevAttrMultiProcessorCount);
   const int64_t longest = a.rows.cu ? a.rows.total : a.rows.width;
   const int64_t most = std::max<int64_t>(1, std::min(longest / kTile, kMostY / a.channels));
@@ -74,8 +74,8 @@ void nodes_to_tokens(const NodeTokensArgs<T>& a, void* stream) {
 }
 
 template <typename T>
-void nodes_to_tokens_backward(const NodeTokensArgs<T>& given, T* moved, void* stream) {
-  NodeTokensArgs<T> a = given;
+void nodes_to_tokens_backward(const NodeTokensArgs<T>& args, T* moved, void* stream) {
+  NodeTokensArgs<T> a = args;
   if (a.skip && a.mask.data) {
     const auto front = move_to_front(a.rows, a.mask, a.grad, moved, a.channels, a.plane, nullptr, nullptr, stream);
     a.grad = {front.data, front.stride};

@@ -5,10 +5,11 @@
 
 namespace rewardops::cuda {
 
-// Rows by label, each looking at all labels: for batches of some thousand. `out` is [3, B], the members of a ByLabel.
+// Sorts rows by label. Each row is compared with all others: for batches of some thousands. `out` is [3, B], the arrays
+// of a ByLabel.
 void rows_by_label(const int64_t* groups, int64_t batch, int64_t* out, void* stream);
 
-// codes: [B], to work in; moved: as many tokens as there are, for rows that skip masked ones.
+// Work space: codes [B]; moved, as many elements as `a.tokens` has, if rows skip masked tokens.
 template <typename Token>
 void prefix_tree(const PrefixTreeArgs<Token>& a, const ByLabel& groups, int64_t* codes, Token* moved, void* stream);
 
@@ -16,7 +17,7 @@ void prefix_lcp(const PrefixLcpArgs& a, const ByLabel& groups, void* stream);
 
 template <typename T>
 void nodes_to_tokens(const NodeTokensArgs<T>& a, void* stream);
-// moved: as much as the gradient, for rows that skip masked tokens.
+// Work space: moved, as many elements as the gradient has, if rows skip masked tokens.
 template <typename T>
 void nodes_to_tokens_backward(const NodeTokensArgs<T>& a, T* moved, void* stream);
 

@@ -5,18 +5,17 @@
 
 namespace rewardops::cuda {
 
-// How a scan is run: threads of a block, and tiles of the longest row that are blocks of their own, with memory for
-// them to look back to (zeros), or 0: a block walks its row.
+// The launch of a scan.
 struct ScanLaunch {
-  int threads;
-  int64_t chunks;
-  void* state;
+  int threads;     // of a block
+  int64_t chunks;  // tiles of the longest row, each a block that looks back; 0: a block walks its row
+  void* state;     // scan_state bytes of zeros, if there are chunks
   void* stream;
 };
 
-// Of the current device.
+// The multiprocessors of the current device.
 int multiprocessors();
-// Bytes of state for so many rows and chunks.
+// The bytes of ScanLaunch::state.
 int64_t scan_state(int64_t batch, int64_t chunks);
 // Tokens of a tile.
 int64_t scan_tile(int threads);

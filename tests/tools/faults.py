@@ -232,4 +232,40 @@ FAULTS = [
         "lanes[0] += line.data[t];",
         "tests/ops/test_advantages.py", "tokens_at_every_alignment",
     ),
+    Fault(
+        "a row with a token among its first is a member, valid or not", "dropped mask", f"{CUDA}group_members.cuh",
+        "any |= t < end - mask && mask[t];",
+        "any |= t < end - mask;",
+        "tests/test_advantages.py", "test_to_tokens and cuda and std-mean",
+    ),
+    Fault(
+        "the std of a group divides by its size", "off by one", f"{CUDA}group_statistics.cuh",
+        "max(s.n - ddof, 1.0)",
+        "max(s.n, 1.0)",
+        "tests/test_advantages.py", "matches_float64_and_the_loop and cuda and 1-std-mean",
+    ),
+    Fault(
+        "the tokens of a tile stay among those in front of it", "missing carry", f"{CUDA}tree_tokens.cuh",
+        "      before -= total.n;\n",
+        "",
+        "tests/test_prefix_tree.py", "tokens_of_nodes and cuda",
+    ),
+    Fault(
+        "the columns behind the packs are all the first of them", "off by one", f"{CUDA}logits_slice.cuh",
+        "slice[one] = row[one];",
+        "slice[one] = row[packs * kPack<T>];",
+        "tests/test_logits_and_grad.py", "matches_autograd and cuda and 5003 and float32",
+    ),
+    Fault(
+        "tokens that are read together are all valid", "dropped mask", f"{CUDA}rows.cuh",
+        "valid |= (four.at[i] != 0) << i;",
+        "valid |= 1u << i;",
+        "tests/test_td.py", "gae_matches_float64 and cuda and 150 and float32",
+    ),
+    Fault(
+        "a hit counts as the first element of its pack", "off by one", f"{CUDA}search.cuh",
+        "first = rank * kEach + __ffs(static_cast<int>(hits)) - 1;",
+        "first = rank * kEach;",
+        "tests/test_prefix_tree.py", "tokens_far_from_the_ends_of_a_row and cuda",
+    ),
 ]  # fmt: skip

@@ -7,15 +7,16 @@
 // 33 us; the soft minimum writes, and reads back, 8 bytes more: the logarithm of its sum.
 //
 // Why not Triton alone: a few long rows are one pass here and not two, and the backward passes are one kernel each,
-// where there they are made of a scan or two and a handful of tensor operations.
+// where Triton needs a scan or two and a handful of tensor operations.
 #pragma once
 
 #include "rewardops/cuda/scan.cuh"
+#include "rewardops/cuda/search.cuh"
 #include "rewardops/returns.h"
 
 namespace rewardops::cuda {
 
-// A row of step rewards, and which of a tile's tokens end a step.
+// A row of step rewards, and the tokens of the tile that end a step.
 template <typename T, bool kReversed>
 struct StepRow {
   static constexpr bool kReverse = kReversed;
@@ -26,7 +27,7 @@ struct StepRow {
   const T* rewards_row;
   int64_t size;
   unsigned valid, ends;  // bits of the thread's tokens
-  T rewards[kItems];     // of the ends
+  T rewards[kItems];     // of the step ends; 0 elsewhere
 
   __device__ StepRow(const ReturnsArgs<T>& a, int64_t b)
       : kind(a.kind), mask(a.mask.row(a.rows, b)), flags(a.flags.row(a.rows, b)), ids(a.ids.row(a.rows, b)),
@@ -46,18 +47,18 @@ struct StepRow {
   __device__ bool is_end(int i) const { return ends >> i & 1; }
 
  private:
-  // A step ends at the last valid token before another id; ids below 0 are of no step.
+  // A step ends at the last valid token in front of another id. Tokens with an id below 0 belong to no step.
   __device__ unsigned id_ends(const Tile& tile) {
-    __shared__ int64_t leftmost[kMostWarps];  // of a warp's valid tokens
-    __shared__ int any[kMostWarps];
-    int64_t own[kItems];
-    load_items(ids, tile, valid, int64_t{-1}, own);
+    __shared__ int64_t leftmost[kWarps];  // the id of a warp's leftmost valid token
+    __shared__ int any[kWarps];           // whether it has one
+    int64_t id[kItems];
+    load_items(ids, tile, valid, int64_t{-1}, id);
     const int64_t next = first_valid(mask, tile.high, size);
-    int64_t following = next < size ? ids[next] : -1;  // what lies to the right of the tile is of no thread
+    int64_t following = next < size ? ids[next] : -1;  // of the tokens to the right of the tile, which no thread has
     int64_t first = -1;
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i)
-      if (is_valid(i)) first = own[i];
+      if (is_valid(i)) first = id[i];
     // Lanes and warps to the right are those of lower numbers where tiles are walked from the right.
     const unsigned some = __ballot_sync(kAll, valid != 0);
     const int outer = kReversed ? 31 - __clz(static_cast<int>(some)) : __ffs(static_cast<int>(some)) - 1;
@@ -67,7 +68,7 @@ struct StepRow {
     const int nearest = kReversed ? 31 - __clz(static_cast<int>(right)) : __ffs(static_cast<int>(right)) - 1;
     const int64_t of_lane = __shfl_sync(kAll, first, nearest < 0 ? 0 : nearest);
     __syncthreads();
-    const int count = static_cast<int>(blockDim.x) / kWarp;
+    const int count = threads() / kWarp;
     if (kReversed) {
       for (int w = 0; w < warp(); ++w)
         if (any[w]) following = leftmost[w];
@@ -76,21 +77,21 @@ struct StepRow {
         if (any[w]) following = leftmost[w];
     }
     if (right) following = of_lane;
-    unsigned found = 0;
+    unsigned result = 0;
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i) {
       if (!is_valid(i)) continue;
-      found |= (own[i] >= 0 && own[i] != following) << i;
-      following = own[i];
+      result |= (id[i] >= 0 && id[i] != following) << i;
+      following = id[i];
     }
     __syncthreads();  // before the next tile writes what is read here
-    return found;
+    return result;
   }
 };
 
 // ---- extremes ----------------------------------------------------------------------------------------------
 
-// The smallest of the rewards met, if any; a NaN, once met, stays. The largest is the smallest of the negated ones.
+// The smallest reward so far, if there is any; NaN if one of them is. The largest is the smallest of the negated ones.
 template <typename T>
 struct Smallest {
   T value;
@@ -127,18 +128,18 @@ struct ExtremesForward : StepRow<T, true> {
     return all;
   }
   __device__ void store(const Tile& tile, State before) {
-    T found[kItems];
+    T result[kItems];
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i) {
       if (this->is_end(i)) before = Map::then(before, Map{sign * this->rewards[i], 1});
-      found[i] = before.any ? sign * before.value : T{0};
+      result[i] = before.any ? sign * before.value : T{0};
     }
-    store_items(out, tile, this->valid, found);
+    store_items(out, tile, this->valid, result);
   }
   __device__ void end(const State&) const {}
 };
 
-// The sum of what came since the last token that took it.
+// The sum of the gradients since the last token that took it.
 struct Pending {
   double sum;
   int taken, none;
@@ -150,8 +151,8 @@ struct Pending {
   }
 };
 
-// A step end whose reward is the return there takes the gradient of all tokens since the last such one: it is the
-// earliest of their equals.
+// The gradient at a step end that attains the minimum is the sum of the upstream gradients since the previous such end;
+// ties go to the earliest.
 template <typename T>
 struct ExtremesBackward : StepRow<T, false> {
   using Map = Pending;
@@ -191,20 +192,20 @@ struct ExtremesBackward : StepRow<T, false> {
     return takes >> i & 1 ? Map{0, 1, 0} : Map{static_cast<double>(grad[i]), 0, 0};
   }
   __device__ void store(const Tile& tile, State before) {
-    T found[kItems];
+    T result[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      found[i] = static_cast<T>(before.sum + static_cast<double>(grad[i]));
+      result[i] = static_cast<T>(before.sum + static_cast<double>(grad[i]));
       before = Map::then(before, map(i));
     }
-    store_items(out, tile, takes, found);
+    store_items(out, tile, takes, result);
   }
   __device__ void end(const State&) const {}
 };
 
 // ---- soft minima -------------------------------------------------------------------------------------------
 
-// A sum of exponentials, mass e^top, and how many there are.
+// A sum of exponentials, mass * e^top, and their number.
 struct LogSum {
   double top, mass, count;
 
@@ -252,22 +253,22 @@ struct SoftminForward : StepRow<T, true> {
     return all;
   }
   __device__ void store(const Tile& tile, State before) {
-    T found[kItems];
+    T result[kItems];
     double logs[kItems];
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i) {
       if (this->is_end(i)) before = Map::then(before, map(i));
       const bool some = before.count > 0;
       logs[i] = some ? before.log() : 0;
-      found[i] = some ? static_cast<T>(-temperature * (logs[i] - (mean ? ::log(before.count) : 0.0))) : T{0};
+      result[i] = some ? static_cast<T>(-temperature * (logs[i] - (mean ? ::log(before.count) : 0.0))) : T{0};
     }
-    store_items(out, tile, this->valid, found);
+    store_items(out, tile, this->valid, result);
     store_items(log_sums, tile, this->valid, logs);
   }
   __device__ void end(const State&) const {}
 };
 
-// A sum relative to e^log, which falls from token to token; what fell to nothing is gone.
+// A sum relative to e^log, which falls from token to token. A part of it that has underflowed to 0 stays 0.
 struct Falling {
   double sum, log;
   int any, none;
@@ -278,9 +279,9 @@ struct Falling {
     if (!second.any) return first;
     if (!first.any) return second;
     const double apart = second.log - first.log;
-    double kept = first.sum;
-    if (second.log != first.log) kept = apart < 0 ? times(::exp(apart), first.sum) : apart == apart ? first.sum : 0;
-    return {second.sum + kept, second.log, 1, 0};
+    double earlier = first.sum;
+    if (second.log != first.log) earlier = apart < 0 ? times(::exp(apart), first.sum) : apart == apart ? first.sum : 0;
+    return {second.sum + earlier, second.log, 1, 0};
   }
 };
 
@@ -318,14 +319,14 @@ struct SoftminBackward : StepRow<T, false> {
     return all;
   }
   __device__ void store(const Tile& tile, State before) {
-    T found[kItems];
+    T result[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       before = Map::then(before, map(i));
       const double u = -static_cast<double>(this->rewards[i]) / temperature;
-      found[i] = ::isinf(logs[i]) ? T{0} : static_cast<T>(before.sum * ::exp(u - logs[i]));
+      result[i] = ::isinf(logs[i]) ? T{0} : static_cast<T>(before.sum * ::exp(u - logs[i]));
     }
-    store_items(out, tile, this->ends, found);
+    store_items(out, tile, this->ends, result);
   }
   __device__ void end(const State&) const {}
 };

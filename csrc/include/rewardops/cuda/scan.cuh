@@ -1,123 +1,37 @@
-// Scans along rows: a row is walked tile by tile in one direction of time, from a carry, or its tiles are blocks of
-// their own that look back for it. What is carried, the family says: a Map takes what came before to what comes after.
+// Scans along rows. A block walks a row tile by tile, in one direction of time, with a carried state; or each tile is a
+// block of its own, and looks back for the state in front of it. A family defines state and map: the map of some
+// neighbouring tokens takes the state in front of them to the state behind them.
 //
-// A problem P of one row says:
-//   P::Map                     the map of a stretch of tokens, POD; Map::identity(), Map::then(first, second)
-//   P::State                   what is carried, POD; Map::apply(state, map)
-//   P::kReverse                whether time is walked from the right
-//   p.size                     its tokens
-//   p.aligned_at(h)            whether every array of it can be read by fours from its token h on
-//   p.load(tile)               reads the thread's tokens, and keeps them; returns their map
-//   p.store(tile, before)      writes them, `before` being the state in front of the thread's tokens
-//   p.start()                  the state in front of the row's first token; p.end(state): behind its last
+// A problem P is one row:
+//   P::Map                     a map, POD; Map::identity(), Map::then(first, second)
+//   P::State                   a state, POD; Map::apply(state, map)
+//   P::kReverse                whether the walk goes from the right to the left
+//   p.size                     the number of tokens
+//   p.aligned_at(t)            whether every array of it can be read by packs of kItems from token t on
+//   p.load(tile)               reads the thread's tokens into p; returns their map
+//   p.store(tile, before)      writes their results; `before` is the state in front of them
+//   p.start()                  the state in front of the row's first token
+//   p.end(state)               called with the state behind its last
 #pragma once
 
 #include <cuda/atomic>
 
-#include "rewardops/cuda/block.cuh"
+#include "rewardops/cuda/rows.cuh"
 
 namespace rewardops::cuda {
 
-constexpr int kItems = 4;          // tokens of a thread and tile: 16 bytes of float
-constexpr int kMostWarps = 8;      // of a block
-constexpr int64_t kSlotBytes = 128;  // of a tile that others look back to
+constexpr int64_t kSlotBytes = 128;  // of a tile that later ones look back to
 
 // How a scan is spread over the device.
 struct ScanGrid {
   int64_t batch;
   int64_t chunks;   // tiles of the longest row, each a block; 0: a block walks its row
-  void* state;      // [1 + batch * chunks] slots of zeros where there are chunks
+  void* state;      // [1 + batch * chunks] slots, zeros at first; slot 0 counts tickets. Null without chunks
 };
-
-// ---- tokens of a tile --------------------------------------------------------------------------------------
-
-// The tokens [low, high) of a row; a thread has [first, first + kItems) of them, those outside are not there.
-struct Tile {
-  int64_t low, high, first;
-  bool packs;  // the thread's tokens are all there, and lie where they can be read at once
-
-  __device__ bool inside(int i) const { return first + i >= low && first + i < high; }
-};
-
-// How a row is cut: all tiles but the first and the last are whole and start where packs do.
-struct Cut {
-  int64_t size, head, full;
-  bool packs, reverse;
-
-  template <typename P>
-  __device__ static Cut of(const P& p) {
-    Cut cut{p.size, 0, static_cast<int64_t>(blockDim.x) * kItems, false, P::kReverse};
-    int64_t at = 0;
-    while (at < kItems && !p.aligned_at(at)) ++at;
-    cut.packs = at < kItems;
-    if (cut.packs) {
-      const int64_t off = P::kReverse ? (p.size - at + kItems) % kItems : at;
-      cut.head = off ? cut.full - kItems + off : cut.full;
-    } else {
-      cut.head = cut.full;
-    }
-    return cut;
-  }
-  __device__ int64_t tiles() const { return size <= head ? size > 0 : 1 + (size - head + full - 1) / full; }
-  __device__ Tile tile(int64_t k) const {
-    const int64_t from = k ? head + (k - 1) * full : 0, to = head + k * full < size ? head + k * full : size;
-    const int64_t own = static_cast<int64_t>(threadIdx.x) * kItems;
-    Tile t;
-    t.low = reverse ? size - to : from;
-    t.high = reverse ? size - from : to;
-    t.first = reverse ? t.high - own - kItems : t.low + own;
-    // The first tile starts where the row does, which packs need not.
-    t.packs = packs && (k > 0 || head == full) && t.first >= t.low && t.first + kItems <= t.high;
-    return t;
-  }
-};
-
-// Bits of the thread's tokens that count.
-__device__ inline unsigned load_valid(const uint8_t* mask, const Tile& tile) {
-  unsigned valid = 0;
-  if (tile.packs && !mask) return (1u << kItems) - 1;
-  if (tile.packs) {
-    const auto four = *reinterpret_cast<const Pack<uint8_t, kItems>*>(mask + tile.first);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) valid |= (four.at[i] != 0) << i;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) valid |= (tile.inside(i) && (!mask || mask[tile.first + i])) << i;
-  }
-  return valid;
-}
-
-// The thread's tokens of an array, `other` where they are not wanted.
-template <typename V, typename T>
-__device__ void load_items(const T* row, const Tile& tile, unsigned wanted, V other, V (&out)[kItems]) {
-  if (tile.packs) {
-    const auto four = *reinterpret_cast<const Pack<T, kItems>*>(row + tile.first);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) out[i] = wanted >> i & 1 ? static_cast<V>(four.at[i]) : other;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) out[i] = wanted >> i & 1 ? static_cast<V>(row[tile.first + i]) : other;
-  }
-}
-
-// Writes the thread's tokens, 0 where they are not valid.
-template <typename T, typename V>
-__device__ void store_items(T* row, const Tile& tile, unsigned valid, const V (&values)[kItems]) {
-  if (tile.packs) {
-    Pack<T, kItems> four;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) four.at[i] = valid >> i & 1 ? static_cast<T>(values[i]) : T{0};
-    *reinterpret_cast<Pack<T, kItems>*>(row + tile.first) = four;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      if (tile.inside(i)) row[tile.first + i] = valid >> i & 1 ? static_cast<T>(values[i]) : T{0};
-  }
-}
 
 // ---- maps over threads -------------------------------------------------------------------------------------
 
-// A map that another lane holds, by four bytes at a time.
+// Another lane's map or state: shuffle(word) fetches four bytes of it.
 template <typename Map, typename Shuffle>
 __device__ Map shuffled(const Map& map, Shuffle shuffle) {
   static_assert(sizeof(Map) % 4 == 0, "");
@@ -128,13 +42,13 @@ __device__ Map shuffled(const Map& map, Shuffle shuffle) {
   memcpy(&words, &map, sizeof(Map));
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words.at[w] = shuffle(words.at[w]);
-  Map found;
-  memcpy(&found, &words, sizeof(Map));
-  return found;
+  Map result;
+  memcpy(&result, &words, sizeof(Map));
+  return result;
 }
 
-// The map of what the threads before this one hold; `total` becomes that of the whole block. One barrier; `warps` must
-// not be in use by an earlier call that a thread may still be in.
+// The map of the tokens of all threads before this one; `total` becomes that of the whole block. Has one barrier only:
+// the next call needs other `warps`, or a barrier in between.
 template <typename Map>
 __device__ Map scan_block(const Map& mine, Map* warps, Map& total) {
   Map sum = mine;
@@ -147,7 +61,7 @@ __device__ Map scan_block(const Map& mine, Map* warps, Map& total) {
   Map before = shuffled(sum, [&](int word) { return __shfl_up_sync(kAll, word, 1); });
   if (lane() == 0) before = Map::identity();
   __syncthreads();
-  const int count = static_cast<int>(blockDim.x) / kWarp;
+  const int count = threads() / kWarp;
   total = Map::identity();
   for (int w = 0; w < count; ++w) {
     if (w == warp()) before = Map::then(total, before);
@@ -158,51 +72,58 @@ __device__ Map scan_block(const Map& mine, Map* warps, Map& total) {
 
 // ---- tiles that look back ----------------------------------------------------------------------------------
 
-// A tile's map, and the state behind it, as far as `ready` says: 1, the first; 2, both.
+// What a tile publishes for those behind it.
 template <typename Map, typename State>
 struct Slot {
-  int ready;
-  Map own;
-  State behind;
+  int ready;     // 0: nothing yet; 1: map; 2: map and behind
+  Map map;       // of the tile's tokens
+  State behind;  // the state behind the tile
 };
 
 using Flag = ::cuda::atomic_ref<int, ::cuda::thread_scope_device>;
 
-// Called by the first warp: the state in front of tile k of a row, whose slots are given. From the nearest tile that
-// knows its own, the maps of those between are applied one after the other, as those tiles themselves do it: so the
-// bits are the same whichever it is.
+// The state in front of tile k of a row, whose slots these are; called by the first warp. The state behind the nearest
+// tile that has published one, with the maps of the tiles in between applied to it one after the other. Those tiles
+// apply them in the same order, so the bits do not depend on which tile it is.
 template <typename Map, typename State>
 __device__ State look_back(Slot<Map, State>* slots, int64_t k) {
   const int64_t other = k - 1 - lane();
   while (true) {
     const int ready = other >= 0 ? Flag(slots[other].ready).load(::cuda::std::memory_order_acquire) : 0;
-    const unsigned known = __ballot_sync(kAll, ready == 2), made = __ballot_sync(kAll, ready > 0);
+    const unsigned known = __ballot_sync(kAll, ready == 2), mapped = __ballot_sync(kAll, ready > 0);
     const int nearest = __ffs(static_cast<int>(known)) - 1;
     const unsigned between = nearest < 0 ? kAll : (1u << nearest) - 1;
-    if (nearest < 0 || (made & between) != between) continue;
-    Map own = Map::identity();
+    if (nearest < 0 || (mapped & between) != between) continue;
+    Map map = Map::identity();
     State state{};
-    if (lane() < nearest) own = slots[other].own;
+    if (lane() < nearest) map = slots[other].map;
     if (lane() == nearest) state = slots[other].behind;
     state = shuffled(state, [&](int word) { return __shfl_sync(kAll, word, nearest); });
     for (int from = nearest - 1; from >= 0; --from)
-      state = Map::apply(state, shuffled(own, [&](int word) { return __shfl_sync(kAll, word, from); }));
+      state = Map::apply(state, shuffled(map, [&](int word) { return __shfl_sync(kAll, word, from); }));
     return state;
   }
 }
 
 // ---- the walk ----------------------------------------------------------------------------------------------
 
-// One row, by the block that walks it.
+// The tiles of a problem's row.
+template <typename P>
+__device__ RowTiles<int64_t, P::kReverse> tiles_of(const P& p) {
+  return RowTiles<int64_t, P::kReverse>::of(0, p.size, static_cast<int64_t>(threads()) * kItems,
+                                            [&](int64_t t) { return p.aligned_at(t); });
+}
+
+// Scans a whole row by one block.
 template <typename P>
 __device__ void walk(P& p) {
   using Map = typename P::Map;
-  __shared__ Map warps[2][kMostWarps];  // of two tiles, so that one barrier a tile is enough
-  const Cut cut = Cut::of(p);
-  const int64_t tiles = cut.tiles();
+  __shared__ Map warps[2][kWarps];  // of two tiles, so that one barrier a tile is enough
+  const auto row = tiles_of(p);
+  const int64_t tiles = row.tiles();
   typename P::State carry = p.start();
   for (int64_t k = 0; k < tiles; ++k) {
-    const Tile tile = cut.tile(k);
+    const Tile tile = row.scan_tile(k);
     Map total;
     const Map before = scan_block(p.load(tile), warps[k % 2], total);
     p.store(tile, Map::apply(carry, before));
@@ -211,34 +132,34 @@ __device__ void walk(P& p) {
   p.end(carry);
 }
 
-// One tile of a row, by a block of its own.
+// Scans tile k of row b by a block of its own.
 template <typename P>
 __device__ void look(P& p, int64_t k, const ScanGrid& grid, int64_t b) {
   using Map = typename P::Map;
   using State = typename P::State;
   using Slots = Slot<Map, State>;
   static_assert(sizeof(Slots) <= kSlotBytes, "");
-  __shared__ Map warps[kMostWarps];
+  __shared__ Map warps[kWarps];
   __shared__ State earlier;
-  const Cut cut = Cut::of(p);
-  const int64_t tiles = cut.tiles();
+  const auto row = tiles_of(p);
+  const int64_t tiles = row.tiles();
   if (tiles == 0 && k == 0) p.end(p.start());
   if (k >= tiles) return;
   auto* slots = reinterpret_cast<Slots*>(static_cast<unsigned char*>(grid.state) + kSlotBytes) + b * grid.chunks;
-  const Tile tile = cut.tile(k);
+  const Tile tile = row.scan_tile(k);
   Map total;
   const Map before = scan_block(p.load(tile), warps, total);
   Flag ready(slots[k].ready);
   if (k > 0 && threadIdx.x == 0) {
-    slots[k].own = total;
+    slots[k].map = total;
     ready.store(1, ::cuda::std::memory_order_release);
   }
   if (threadIdx.x < kWarp) {
-    const State found = k > 0 ? look_back(slots, k) : p.start();
+    const State state = k > 0 ? look_back(slots, k) : p.start();
     if (threadIdx.x == 0) {
-      slots[k].behind = Map::apply(found, total);
+      slots[k].behind = Map::apply(state, total);
       ready.store(2, ::cuda::std::memory_order_release);
-      earlier = found;
+      earlier = state;
     }
   }
   __syncthreads();
@@ -246,62 +167,23 @@ __device__ void look(P& p, int64_t k, const ScanGrid& grid, int64_t b) {
   if (k == tiles - 1) p.end(Map::apply(earlier, total));
 }
 
-// Blocks take tiles by drawing tickets, those of all rows' first tiles first: whom a tile looks back to has started.
-// Two blocks a multiprocessor at least where maps are small: without a number ptxas spills to make room for a third.
+// A block draws a ticket for its tile, in order: the first tiles of all rows, then the second ones. So every tile that
+// it looks back to has been started, and waiting for it cannot deadlock.
+// At least two blocks a multiprocessor where maps are small: without a number ptxas spills to make room for a third.
 template <typename P, typename Args>
-__global__ void __launch_bounds__(kWarp* kMostWarps, sizeof(typename P::Map) > 16 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(typename P::Map) > 16 ? 1 : 2)
     scan_kernel(const __grid_constant__ Args args, const __grid_constant__ ScanGrid grid) {
   if (!grid.chunks) {
     P p(args, blockIdx.x);
     walk(p);
     return;
   }
-  __shared__ unsigned long long drawn;
-  if (threadIdx.x == 0) drawn = atomicAdd(static_cast<unsigned long long*>(grid.state), 1ull);
+  __shared__ unsigned long long next;
+  if (threadIdx.x == 0) next = atomicAdd(static_cast<unsigned long long*>(grid.state), 1ull);
   __syncthreads();
-  const auto ticket = static_cast<int64_t>(drawn);
+  const auto ticket = static_cast<int64_t>(next);
   P p(args, ticket % grid.batch);
   look(p, ticket / grid.batch, grid, ticket % grid.batch);
-}
-
-// ---- searches, whose result all threads have ---------------------------------------------------------------
-
-// The first of the tokens [low, high) with a valid token at it, or high.
-__device__ inline int64_t first_valid(const uint8_t* mask, int64_t low, int64_t high) {
-  if (!mask) return low < high ? low : high;
-  __shared__ unsigned found[kMostWarps];
-  const int count = static_cast<int>(blockDim.x) / kWarp;
-  for (int64_t at = low; at < high; at += blockDim.x) {
-    const int64_t t = at + threadIdx.x;
-    const unsigned vote = __ballot_sync(kAll, t < high && mask[t]);
-    if (lane() == 0) found[warp()] = vote;
-    __syncthreads();
-    int64_t hit = -1;
-    for (int w = count - 1; w >= 0; --w)
-      if (found[w]) hit = at + w * kWarp + __ffs(static_cast<int>(found[w])) - 1;
-    __syncthreads();
-    if (hit >= 0) return hit;
-  }
-  return high;
-}
-
-// One past the last of the tokens [0, size) that is valid, or 0.
-__device__ inline int64_t live_tokens(const uint8_t* mask, int64_t size) {
-  if (!mask) return size;
-  __shared__ unsigned found[kMostWarps];
-  const int count = static_cast<int>(blockDim.x) / kWarp;
-  for (int64_t end = size; end > 0; end -= blockDim.x) {
-    const int64_t t = end - 1 - threadIdx.x;
-    const unsigned vote = __ballot_sync(kAll, t >= 0 && mask[t]);
-    if (lane() == 0) found[warp()] = vote;
-    __syncthreads();
-    int64_t hit = -1;
-    for (int w = count - 1; w >= 0; --w)
-      if (found[w]) hit = end - (w * kWarp + __ffs(static_cast<int>(found[w])) - 1);
-    __syncthreads();
-    if (hit >= 0) return hit;
-  }
-  return 0;
 }
 
 }  // namespace rewardops::cuda

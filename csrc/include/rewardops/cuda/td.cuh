@@ -12,11 +12,12 @@
 #pragma once
 
 #include "rewardops/cuda/scan.cuh"
+#include "rewardops/cuda/search.cuh"
 #include "rewardops/returns.h"
 
 namespace rewardops::cuda {
 
-// y -> x + a y, of a sum y that is carried.
+// y -> x + a y, where y is the carried sum.
 struct Linear {
   using State = double;
   double a, x;
@@ -28,7 +29,8 @@ struct Linear {
   __device__ static State apply(State y, const Linear& m) { return m.x + times(m.a, y); }
 };
 
-// (y, v) -> (x + a y + c v, w), of the sum y and the value v of the next token; v stays where no token was `seen`.
+// (y, v) -> (x + a y + c v, w), where y is the carried sum and v the value of the next token; v stays where no token
+// was `seen`.
 struct Differences {
   struct State {
     double y, v;
@@ -47,7 +49,8 @@ struct Differences {
   }
 };
 
-// (s, p) -> (x + a s, q + b s), of what a token hands on to the sum and to the value after it; p stays as v does.
+// (s, p) -> (x + a s, q + b s), where s is the carried gradient of the sum and p that of the value after it; p stays
+// where no token was `seen`.
 struct Adjoints {
   struct State {
     double s, p;
@@ -66,15 +69,15 @@ struct Adjoints {
   }
 };
 
-// A row and the factors of its tokens; those of a tile are kept by the thread that has read them. kSimple: one gamma
-// and lambda for the row, and no importance weights.
+// A row, and the factors of the thread's tokens of a tile. kSimple: one gamma and lambda for the row, and no importance
+// weights.
 template <typename T, bool kSimple>
 struct TdRow {
   const uint8_t* mask;
   const T *rho_row, *trace_row;
   const double *gammas, *lambdas;  // per token, or null
   double gamma, lambda;            // of the row
-  int64_t size, live;              // live: one past the last valid token, where masked ones before it are steps
+  int64_t size, valid_end;         // valid_end: one past the last valid token, if masked ones before it are steps
   bool decay;
   unsigned valid, steps;  // bits of the thread's tokens
   T rho[kItems], trace[kItems];
@@ -83,8 +86,8 @@ struct TdRow {
       : mask(a.mask.row(a.rows, b)), rho_row(a.rho.row(a.rows, b)), trace_row(a.trace.row(a.rows, b)),
         gammas(a.gammas.row(a.rows, b)), lambdas(a.lambdas.row(a.rows, b)),
         gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lambda),
-        size(a.rows.size(b)), live(0), decay(a.decay && mask) {
-    if (decay) live = live_tokens(mask, size);
+        size(a.rows.size(b)), valid_end(0), decay(a.decay && mask) {
+    if (decay) valid_end = end_of_valid(mask, size);
   }
 
   __device__ bool aligned_at(int64_t h) const {
@@ -96,7 +99,7 @@ struct TdRow {
     if (decay) {
       steps = 0;
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) steps |= (tile.inside(i) && tile.first + i < live) << i;
+      for (int i = 0; i < kItems; ++i) steps |= (tile.inside(i) && tile.first + i < valid_end) << i;
     }
     if constexpr (!kSimple) {
       if (rho_row) load_items(rho_row, tile, valid, T{1}, rho);
@@ -110,7 +113,7 @@ struct TdRow {
     return !kSimple && gammas && is_valid(i) ? gammas[tile.first + i] : gamma;
   }
   __device__ double rho_at(int i) const { return !kSimple && rho_row ? static_cast<double>(rho[i]) : 1; }
-  // How much of the sum that is carried to a token is in its own.
+  // The factor of the carried sum in a token's own sum.
   __device__ double factor_at(const Tile& tile, int i) const {
     if constexpr (kSimple) return gamma * lambda;
     const double own = gamma_at(tile, i) * (lambdas && is_valid(i) ? lambdas[tile.first + i] : lambda);
@@ -181,8 +184,8 @@ struct TdForward : TdRow<T, kSimple> {
   __device__ void end(const State&) const {}
 };
 
-// With g all that comes from above, u = g + s: a token's reward gets rho u, its value what the one before it hands on
-// less that, and the return's own gradient.
+// With g the sum of the upstream gradients of a token and u = g + s: its reward gets rho u; its value gets p - rho u,
+// and the gradient of the return besides.
 template <typename T, bool kSimple>
 struct TdBackward : TdRow<T, kSimple> {
   static constexpr bool kReverse = false;
