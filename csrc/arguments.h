@@ -103,21 +103,21 @@ inline LogitsArgs logits_args(const py::tuple& problem) {
   r.next<int64_t>();  // the number of rows
   LogitsArgs a{};
   a.logits = r.logits_rows();
-  a.ref = r.logits_rows();
-  a.vocab = r.next<int64_t>();
-  a.first = r.next<int64_t>();
   a.tokens = r.pointer<const int64_t>();
+  a.ref_logits = r.logits_rows();
   a.mask = r.pointer<const uint8_t>();
-  a.temperature = r.next<double>();
   a.temperatures = r.pointer<const double>();
+  a.temperature = r.next<double>();
   a.softcap = r.next<double>();
+  a.first = r.next<int64_t>();
+  a.vocab = r.next<int64_t>();
   a.beta = r.next<double>();
   return a;
 }
 
 // ---- advantages ---------------------------------------------------------------------------------------------
 
-// relative: (groups, given, lengths, baseline, quantile, scale, eps, ddof, raw_singletons)
+// relative: (groups, baseline_values, lengths, baseline, quantile, scale, eps, ddof, raw)
 template <typename T>
 AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                                   const py::tuple& relative) {
@@ -128,14 +128,14 @@ AdvantagesArgs<T> advantages_args(const py::tuple& shape, bool tokens_given, con
   a.rewards = at<const T>(rewards);
   Reader r(relative);
   a.groups = r.pointer<const int64_t>();
-  a.given = r.pointer<const T>();
+  a.baseline_values = r.pointer<const T>();
   a.lengths = r.pointer<const T>();
   a.baseline = r.next<Baseline>();
   a.quantile = r.next<double>();
   a.scale = r.next<Scale>();
   a.eps = r.next<double>();
   a.ddof = r.next<int>();
-  a.raw_singletons = r.next<bool>();
+  a.raw = r.next<bool>();
   return a;
 }
 
@@ -152,7 +152,7 @@ void advantages_outputs(AdvantagesArgs<T>& a, Address advantages, Address inv_sc
 // Adds the arguments of the backward pass. saved: (inv_scale, numerators) of the forward pass; sums: (address, parts)
 template <typename T>
 void advantages_gradients(AdvantagesArgs<T>& a, const py::tuple& grad, Address grad_inv_scale, const py::tuple& saved,
-                          const py::tuple& sums, Address grad_rewards, Address grad_given) {
+                          const py::tuple& sums, Address grad_rewards, Address grad_baseline) {
   a.grad = tokens<const T>(grad);
   a.grad_inv_scale = at<const T>(grad_inv_scale);
   Reader s(saved);
@@ -162,7 +162,7 @@ void advantages_gradients(AdvantagesArgs<T>& a, const py::tuple& grad, Address g
   a.sums = r.pointer<double>();
   a.parts = r.next<int64_t>();
   a.grad_rewards = at<T>(grad_rewards);
-  a.grad_given = at<T>(grad_given);
+  a.grad_baseline = at<T>(grad_baseline);
 }
 
 // ---- returns ------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ ReturnsArgs<T> returns_args(const py::tuple& shape, const py::tuple& mask, const
 // outputs: forward (out, returns), backward (grad, grad_returns, grad_rewards, grad_values)
 template <typename T>
 TdArgs<T> td_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& inputs, const py::tuple& per_row,
-                  double gamma, double lambda, bool decay, bool backward, const py::tuple& outputs,
+                  double gamma, double lam, bool decay, bool backward, const py::tuple& outputs,
                   Address grad_bootstrap) {
   TdArgs<T> a{};
   a.rows = rows(shape);
@@ -213,7 +213,7 @@ TdArgs<T> td_args(const py::tuple& shape, const py::tuple& mask, const py::tuple
   a.row_lambdas = r.pointer<const double>();
   a.bootstrap = r.pointer<const T>();
   a.gamma = gamma;
-  a.lambda = lambda;
+  a.lam = lam;
   a.decay = decay;
   a.backward = backward;
   Reader o(outputs);
@@ -245,8 +245,8 @@ template <typename Token>
 PrefixTreeArgs<Token> prefix_tree_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids,
                                        Address groups, Address tree_rows, Address nodes, bool skip) {
   const Rows r = rows(shape);
-  return {r, tokens<const uint8_t>(mask), tokens<const Token>(ids), at<const int64_t>(groups),
-          tree<int64_t>(r.batch, tree_rows, nodes), skip};
+  return {tokens<const Token>(ids), at<const int64_t>(groups), tokens<const uint8_t>(mask), r, skip,
+          tree<int64_t>(r.batch, tree_rows, nodes)};
 }
 
 inline PrefixLcpArgs prefix_lcp_args(int64_t batch, Address tree_rows, Address groups, int64_t most, Address members,
@@ -255,7 +255,7 @@ inline PrefixLcpArgs prefix_lcp_args(int64_t batch, Address tree_rows, Address g
           at<int32_t>(lcp)};
 }
 
-// node_values: (values, along, base, factor); gradients: of these four, or ()
+// node_values: (values, scaled_values, row_bias, row_factor); gradients: of these four, or ()
 // on_tokens: the output, or with gradients the upstream gradient
 template <typename T>
 NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
@@ -269,9 +269,9 @@ NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Add
   a.plane = plane;
   Reader v(node_values);
   a.values = v.pointer<const double>();
-  a.along = v.pointer<const double>();
-  a.base = v.pointer<const double>();
-  a.factor = v.pointer<const double>();
+  a.scaled_values = v.pointer<const double>();
+  a.row_bias = v.pointer<const double>();
+  a.row_factor = v.pointer<const double>();
   a.at = static_cast<At>(where);
   a.gamma = gamma;
   a.skip = skip;
@@ -281,8 +281,8 @@ NodeTokensArgs<T> node_tokens(const py::tuple& shape, const py::tuple& mask, Add
     a.grad = tokens<const T>(on_tokens);
     Reader g(gradients);
     a.grad_values = g.pointer<double>();
-    a.grad_along = g.pointer<double>();
-    a.grad_base = g.pointer<double>();
+    a.grad_scaled = g.pointer<double>();
+    a.grad_bias = g.pointer<double>();
     a.grad_factor = g.pointer<double>();
   }
   return a;

@@ -70,25 +70,25 @@ void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Addr
 
 // ---- kl -----------------------------------------------------------------------------------------------------
 
-// inputs: (grad, logprob, ref_logprob, behavior, rewards, mask)
-// options: (estimator, largest_d, largest_value, scale, live)
+// inputs: (logprob, ref_logprob, mask, old_logprob, rewards, grad)
+// options: (estimator, largest_d, largest_value, scale, ratio_grad)
 template <typename T>
 void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Address out_ref, int64_t count,
               int threads) {
   TokenKlArgs<T> a{};
   Reader i(inputs);
-  a.grad = i.pointer<const T>();
   a.logprob = i.pointer<const T>();
   a.ref_logprob = i.pointer<const T>();
-  a.behavior = i.pointer<const T>();
-  a.rewards = i.pointer<const T>();
   a.mask = i.pointer<const uint8_t>();
+  a.old_logprob = i.pointer<const T>();
+  a.rewards = i.pointer<const T>();
+  a.grad = i.pointer<const T>();
   Reader o(options);
   a.estimator = o.next<KlEstimator>();
   a.largest_d = static_cast<T>(o.next<double>());
   a.largest_value = static_cast<T>(o.next<double>());
   a.scale = static_cast<T>(o.next<double>());
-  a.live = o.next<bool>();
+  a.ratio_grad = o.next<bool>();
   a.stream = too_large_for_caches(count * static_cast<int64_t>(sizeof(T)));
   a.out = at<T>(out);
   a.out_ref = at<T>(out_ref);
@@ -105,7 +105,7 @@ void group_advantages(const py::tuple& shape, bool tokens_given, const py::tuple
                       const py::tuple& out, int threads) {
   AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
   advantages_outputs(a, advantages, inv_scale, numerators, out);
-  const RowsToTokensArgs<T> to_tokens{a.rows, a.mask, a.advantages, a.out};
+  const RowsToTokensArgs<T> to_tokens{a.advantages, a.mask, a.rows, a.out};
   const py::gil_scoped_release release;
   rewardops::cpu::group_advantages(a, threads);
   if (tokens_given)
@@ -117,9 +117,9 @@ template <typename T>
 void group_advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                                const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale,
                                const py::tuple& saved, const py::tuple& sums, Address grad_rewards,
-                               Address grad_given, int threads) {
+                               Address grad_baseline, int threads) {
   AdvantagesArgs<T> a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  advantages_gradients(a, grad, grad_inv_scale, saved, sums, grad_rewards, grad_given);
+  advantages_gradients(a, grad, grad_inv_scale, saved, sums, grad_rewards, grad_baseline);
   const py::gil_scoped_release release;
   rewardops::cpu::group_advantages_backward(a, threads);
 }
@@ -208,8 +208,8 @@ void prefix_lcp(int64_t batch, Address tree_rows, Address groups, int64_t most, 
 void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t channels, Address x, Address weights,
                   Address centre, double gamma, Address out, Address grad, Address grad_x, Address grad_weights,
                   int threads) {
-  const SubtreeArgs a{tree<const int64_t>(batch, tree_rows, nodes), channels, at<const double>(x),
-                      at<const double>(weights), at<const double>(centre), gamma, at<double>(out),
+  const SubtreeArgs a{at<const double>(x), at<const double>(weights), at<const double>(centre),
+                      tree<const int64_t>(batch, tree_rows, nodes), gamma, channels, at<double>(out),
                       at<const double>(grad), at<double>(grad_x), at<double>(grad_weights)};
   const py::gil_scoped_release release;
   if (a.grad) rewardops::cpu::subtree_sums_backward(a, threads);
@@ -234,8 +234,8 @@ void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree
 
 void tree_values(int64_t nodes, Address parent, Address rewards, Address visits, int reduce, double temperature,
                  Address values, Address slope) {
-  const TreeValuesArgs a{nodes, at<const int64_t>(parent), at<const double>(rewards), at<const double>(visits),
-                         static_cast<TreeReduce>(reduce), temperature, at<double>(values), at<double>(slope)};
+  const TreeArgs a{at<const int64_t>(parent), at<const double>(rewards), at<const double>(visits),
+                   static_cast<TreeReduce>(reduce), temperature, nodes, at<double>(values), at<double>(slope)};
   const py::gil_scoped_release release;
   rewardops::cpu::tree_values(a);
 }
@@ -259,10 +259,10 @@ void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards
                   Address groups, double alpha1, double alpha2, double threshold, double floor,
                   const py::tuple& grad, const py::tuple& out, int64_t longest, int threads) {
   GtpoArgs<T> a{};
-  a.rows = rows(shape);
-  a.mask = tokens<const uint8_t>(mask);
   a.rewards = at<const T>(rewards);
   a.entropy = tokens<const T>(entropy);
+  a.mask = tokens<const uint8_t>(mask);
+  a.rows = rows(shape);
   a.alpha1 = alpha1;
   a.alpha2 = alpha2;
   a.threshold = threshold;
@@ -278,7 +278,7 @@ void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards
 
 template <typename T>
 void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address out, int threads) {
-  const RowSumsArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const T>(values), at<T>(out)};
+  const RowSumsArgs<T> a{tokens<const T>(values), tokens<const uint8_t>(mask), rows(shape), at<T>(out)};
   const py::gil_scoped_release release;
   parallel_for(a.rows.batch, token_rows_grain(a.rows), threads,
                [&](int64_t begin, int64_t end) { kernels().of<T>().row_sums(a, begin, end); });
@@ -287,11 +287,11 @@ void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& va
 // Backward where grad_values is not null.
 template <typename T>
 void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, const py::tuple& values,
-                    int64_t segments, int op, Address out, Address kept, Address grad, const py::tuple& grad_values,
+                    int64_t num_steps, int op, Address out, Address kept, Address grad, const py::tuple& grad_values,
                     int threads) {
-  const SegmentArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const int64_t>(ids),
-                         tokens<const T>(values), segments, static_cast<Reduce>(op), at<T>(out), at<double>(kept),
-                         at<const T>(grad), tokens<T>(grad_values)};
+  const SegmentsArgs<T> a{tokens<const T>(values), tokens<const int64_t>(ids), tokens<const uint8_t>(mask),
+                          rows(shape), num_steps, static_cast<Reduce>(op), at<T>(out), at<double>(kept),
+                          at<const T>(grad), tokens<T>(grad_values)};
   const py::gil_scoped_release release;
   if (a.grad_values.data) rewardops::cpu::segment_reduce_backward(a, threads);
   else rewardops::cpu::segment_reduce(a, threads);
@@ -302,7 +302,7 @@ void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tup
 template <typename T>
 void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address scopes, Address wanted,
              const py::tuple& out, int threads) {
-  const LargestArgs<T> a{rows(shape), tokens<const uint8_t>(mask), tokens<const T>(values),
+  const LargestArgs<T> a{tokens<const T>(values), tokens<const uint8_t>(mask), rows(shape),
                          at<const int64_t>(scopes), at<const int64_t>(wanted), tokens<uint8_t>(out)};
   const py::gil_scoped_release release;
   rewardops::cpu::largest(a, threads);

@@ -150,7 +150,7 @@ class GroupStatistics {
   }
 
   // A group of one whose advantage is the reward itself.
-  bool raw(const Statistics& s) const { return a_.raw_singletons && s.count == 1; }
+  bool raw(const Statistics& s) const { return a_.raw && s.count == 1; }
 
   // The factor of row b's numerator: gain * (reward - baseline).
   double gain(const Statistics& s, int64_t b) const {
@@ -163,7 +163,7 @@ class GroupStatistics {
   double numerator(const Statistics& s, int64_t b) const {
     const double r = a_.rewards[b];
     if (a_.baseline == Baseline::none || raw(s)) return r;
-    if (a_.baseline == Baseline::given) return r - a_.given[b];
+    if (a_.baseline == Baseline::values) return r - a_.baseline_values[b];
     if (!s.differs) return 0.0;
     if (s.broken()) return s.mean_abs;
     switch (a_.baseline) {
@@ -180,7 +180,7 @@ class GroupStatistics {
     if (raw(s)) return 0.0;
     switch (a_.baseline) {
       case Baseline::none:
-      case Baseline::given: return 0.0;
+      case Baseline::values: return 0.0;
       case Baseline::mean:
       case Baseline::leave_one_out: return gain(s, i) / s.count;
       case Baseline::length_weighted: return s.total_length > 0 ? a_.lengths[b] / s.total_length : 0.0;
@@ -271,7 +271,7 @@ void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
         grad = s.inv_scale * (groups.gain(s, b) * up[b] - groups.weight(s, any < 0 ? b : any, b) * total);
       if (groups.live(b)) grad -= groups.d_scale(s, b) * through;
       a.grad_rewards[b] = static_cast<T>(grad);
-      if (a.grad_given) a.grad_given[b] = static_cast<T>(groups.live(b) && counts && !groups.raw(s) ? -s.inv_scale * up[b] : 0.0);
+      if (a.grad_baseline) a.grad_baseline[b] = static_cast<T>(groups.live(b) && counts && !groups.raw(s) ? -s.inv_scale * up[b] : 0.0);
     });
   }
 }

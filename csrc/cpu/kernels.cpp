@@ -24,19 +24,15 @@ namespace {
 
 template <typename T>
 constexpr TypedKernels<T> typed() {
-  return {token_kl<T>,
-          rows_to_tokens<T>,
-          row_sums<T>,
+#define REWARDOPS_KERNEL(name, Args) name<T>,
+  return {REWARDOPS_TYPED_KERNELS(REWARDOPS_KERNEL)
           gtpo<T>,
           gtpo_backward<T>,
           {td_rows<T>, td_aggregates<T>, td_carries<T>, td_chunks<T>, td_joins<T>},
           {extremes_rows<T>, extremes_aggregates<T>, extremes_carries<T>, extremes_chunks<T>, nullptr},
           {extremes_backward_rows<T>, extremes_backward_aggregates<T>, extremes_backward_carries<T>,
-           extremes_backward_chunks<T>, nullptr},
-          softmin_returns<T>,
-          softmin_returns_backward<T>,
-          softmin_rewards<T>,
-          softmin_rewards_backward<T>};
+           extremes_backward_chunks<T>, nullptr}};
+#undef REWARDOPS_KERNEL
 }
 
 }  // namespace

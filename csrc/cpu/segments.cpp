@@ -10,7 +10,7 @@ namespace {
 // The reduction of one segment, of its tokens so far.
 struct Reduced {
   double value = 0;
-  double kept = -1;    // as SegmentArgs::kept
+  double kept = -1;    // as SegmentsArgs::kept
   int64_t count = 0, zeros = 0;
 
   void take(Reduce op, double x, int64_t t) {
@@ -43,29 +43,29 @@ struct Reduced {
 }  // namespace
 
 template <typename T>
-void segment_reduce(const SegmentArgs<T>& a, int threads) {
+void segment_reduce(const SegmentsArgs<T>& a, int threads) {
   parallel_for(a.rows.batch, 8, threads, [&](int64_t begin, int64_t end) {
-    std::vector<Reduced> reduced(a.segments);
+    std::vector<Reduced> reduced(a.num_steps);
     for (int64_t b = begin; b < end; ++b) {
-      reduced.assign(a.segments, Reduced{});
+      reduced.assign(a.num_steps, Reduced{});
       const uint8_t* mask = a.mask.row(a.rows, b);
       const int64_t* ids = a.ids.row(a.rows, b);
       const T* values = a.values.row(a.rows, b);
       const int64_t n = a.rows.size(b);
       for (int64_t t = 0; t < n; ++t)
-        if ((!mask || mask[t]) && ids[t] >= 0 && ids[t] < a.segments)
+        if ((!mask || mask[t]) && ids[t] >= 0 && ids[t] < a.num_steps)
           reduced[ids[t]].take(a.op, static_cast<double>(values[t]), t);
-      for (int64_t s = 0; s < a.segments; ++s) {
+      for (int64_t s = 0; s < a.num_steps; ++s) {
         reduced[s].finish(a.op);
-        a.out[b * a.segments + s] = static_cast<T>(reduced[s].value);
-        a.kept[b * a.segments + s] = reduced[s].kept;
+        a.out[b * a.num_steps + s] = static_cast<T>(reduced[s].value);
+        a.kept[b * a.num_steps + s] = reduced[s].kept;
       }
     }
   });
 }
 
 template <typename T>
-void segment_reduce_backward(const SegmentArgs<T>& a, int threads) {
+void segment_reduce_backward(const SegmentsArgs<T>& a, int threads) {
   parallel_for(a.rows.batch, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* mask = a.mask.row(a.rows, b);
@@ -75,8 +75,8 @@ void segment_reduce_backward(const SegmentArgs<T>& a, int threads) {
       const int64_t n = a.rows.size(b);
       for (int64_t t = 0; t < n; ++t) {
         out[t] = 0;
-        if ((mask && !mask[t]) || ids[t] < 0 || ids[t] >= a.segments) continue;
-        const int64_t s = b * a.segments + ids[t];
+        if ((mask && !mask[t]) || ids[t] < 0 || ids[t] >= a.num_steps) continue;
+        const int64_t s = b * a.num_steps + ids[t];
         const double grad = a.grad[s], kept = a.kept[s];
         double value = 0;
         switch (a.op) {
@@ -95,9 +95,9 @@ void segment_reduce_backward(const SegmentArgs<T>& a, int threads) {
   });
 }
 
-template void segment_reduce<float>(const SegmentArgs<float>&, int);
-template void segment_reduce<double>(const SegmentArgs<double>&, int);
-template void segment_reduce_backward<float>(const SegmentArgs<float>&, int);
-template void segment_reduce_backward<double>(const SegmentArgs<double>&, int);
+template void segment_reduce<float>(const SegmentsArgs<float>&, int);
+template void segment_reduce<double>(const SegmentsArgs<double>&, int);
+template void segment_reduce_backward<float>(const SegmentsArgs<float>&, int);
+template void segment_reduce_backward<double>(const SegmentsArgs<double>&, int);
 
 }  // namespace rewardops::cpu

@@ -6,8 +6,8 @@
 namespace rewardops::cpu {
 
 template <typename T>
-void segment_reduce(const SegmentArgs<T>& a, int threads);
+void segment_reduce(const SegmentsArgs<T>& a, int threads);
 template <typename T>
-void segment_reduce_backward(const SegmentArgs<T>& a, int threads);
+void segment_reduce_backward(const SegmentsArgs<T>& a, int threads);
 
 }  // namespace rewardops::cpu

@@ -42,7 +42,7 @@ struct State {
 
 }  // namespace
 
-void tree_values(const TreeValuesArgs& a) {
+void tree_values(const TreeArgs& a) {
   std::vector<int64_t> children;
   const std::vector<int64_t> order = upwards(a.nodes, a.parent, children);
   std::vector<State> states(a.nodes);

@@ -5,7 +5,7 @@
 
 namespace rewardops::cpu {
 
-void tree_values(const TreeValuesArgs& a);
+void tree_values(const TreeArgs& a);
 
 // From the gradient of the values to that of the leaves' rewards, `out`.
 void tree_values_backward(int64_t nodes, const int64_t* parent, const double* slope, const double* grad, double* out);

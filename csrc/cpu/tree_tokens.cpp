@@ -26,9 +26,9 @@ Span span_of(const TreeView& tree, int64_t row, int64_t n, At at) {
 template <typename T>
 double value_of(const NodeTokensArgs<T>& a, int64_t row, int64_t n, int64_t c) {
   double value = a.values ? a.values[n * a.channels + c] : 0.0;
-  if (a.along)
-    value += a.factor[row * a.channels + c] * discount(a.gamma, a.tree.length[row] - a.tree.depth[n]) *
-             a.along[n * a.channels + c];
+  if (a.scaled_values)
+    value += a.row_factor[row * a.channels + c] * discount(a.gamma, a.tree.length[row] - a.tree.depth[n]) *
+             a.scaled_values[n * a.channels + c];
   return value;
 }
 
@@ -63,7 +63,7 @@ void nodes_to_tokens(const NodeTokensArgs<T>& a, int threads) {
         std::fill(row, out, T{0});
         std::fill(out + length, row + width, T{0});
         if (length == 0) continue;
-        const double base = a.base ? a.base[b * channels + c] : 0.0;
+        const double base = a.row_bias ? a.row_bias[b * channels + c] : 0.0;
         if (a.at == At::step) std::fill(out, out + length, static_cast<T>(base));
         for (int64_t n = tree.leaf[b]; n >= 0; n = tree.parent[n]) {
           const double value = value_of(a, b, n, c);
@@ -141,29 +141,29 @@ void nodes_to_tokens_backward(const NodeTokensArgs<T>& args, int threads) {
           const int64_t row = tree.order[p];
           const double sum = from_row(row, n, c);
           values += sum;
-          if (a.along) along += a.factor[row * channels + c] * discount(a.gamma, tree.length[row] - tree.depth[n]) * sum;
+          if (a.scaled_values) along += a.row_factor[row * channels + c] * discount(a.gamma, tree.length[row] - tree.depth[n]) * sum;
         }
         if (a.grad_values) a.grad_values[n * channels + c] = values;
-        if (a.grad_along) a.grad_along[n * channels + c] = along;
+        if (a.grad_scaled) a.grad_scaled[n * channels + c] = along;
       }
     }
   });
-  if (!a.grad_base && !a.grad_factor) return;
+  if (!a.grad_bias && !a.grad_factor) return;
   parallel_for(a.rows.batch, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* mask = a.mask.row(a.rows, b);
       const int64_t first = tree.first[b], length = tree.length[b];
       for (int64_t c = 0; c < channels; ++c) {
-        if (a.grad_base) {
+        if (a.grad_bias) {
           const T* grad = a.grad.row(a.rows, b) + c * a.plane;
           double sum = 0;
           for (int64_t t = first; t < first + length; ++t) sum += mask && !mask[t] ? T{0} : grad[t];
-          a.grad_base[b * channels + c] = sum;
+          a.grad_bias[b * channels + c] = sum;
         }
         if (a.grad_factor) {
           double sum = 0;
           for (int64_t n = tree.leaf[b]; n >= 0; n = tree.parent[n])
-            sum += discount(a.gamma, length - tree.depth[n]) * a.along[n * channels + c] * from_row(b, n, c);
+            sum += discount(a.gamma, length - tree.depth[n]) * a.scaled_values[n * channels + c] * from_row(b, n, c);
           a.grad_factor[b * channels + c] = sum;
         }
       }

@@ -56,10 +56,10 @@ void advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask
 template <typename T>
 void advantages_backward(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
                          const py::tuple& relative, const py::tuple& grad, Address grad_inv_scale,
-                         const py::tuple& saved, const py::tuple& sums, Address out, Address grad_given,
+                         const py::tuple& saved, const py::tuple& sums, Address out, Address grad_baseline,
                          Address stream) {
   auto a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
-  advantages_gradients(a, grad, grad_inv_scale, saved, sums, out, grad_given);
+  advantages_gradients(a, grad, grad_inv_scale, saved, sums, out, grad_baseline);
   const py::gil_scoped_release release;
   group_advantages_backward(a, stream_of(stream));
 }

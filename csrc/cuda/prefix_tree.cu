@@ -83,7 +83,7 @@ void nodes_to_tokens_backward(const NodeTokensArgs<T>& args, T* moved, void* str
   }
   launch("nodes_to_tokens_backward nodes", nodes_backward_kernel<T>, block_for_each(a.tree.nodes(), a.channels), stream,
          a);
-  if (a.grad_base || a.grad_factor)
+  if (a.grad_bias || a.grad_factor)
     launch("nodes_to_tokens_backward rows", rows_backward_kernel<T>, block_for_each(a.rows.batch, a.channels), stream,
            a);
 }

@@ -11,7 +11,7 @@ from .memory import address, dense, function, threads
 
 def _launch(grad: Tensor | None, a: TokenKlArgs, wanted: list[bool]) -> list[Tensor]:
     """Outputs that are wanted, and empty tensors for the others."""
-    inputs = [dense(t) for t in (grad, a.logprob, a.ref_logprob, a.old_logprob, a.rewards, a.mask)]
+    inputs = [dense(t) for t in (*a[:5], grad)]  # the tensors
     like = a.logprob
     outs = [fresh(like.shape, like.dtype) if want else like.new_empty(0) for want in wanted]
     addresses = [address(out) if want else 0 for out, want in zip(outs, wanted, strict=True)]

@@ -48,8 +48,8 @@ class TokenStatsLaunch:
         self.per_row = a.tokens.contiguous(), dense(a.mask), dense(a.temperatures)
         ids, valid, temperatures = (address(t) for t in self.per_row)
         self.tuple = (
-            a.tokens.numel(), rows(self.logits), rows(self.ref), a.vocab, a.first, ids, valid,
-            a.temperature, temperatures, a.softcap, a.beta,
+            a.tokens.numel(), rows(self.logits), ids, rows(self.ref), valid, temperatures,
+            a.temperature, a.softcap, a.first, a.vocab, a.beta,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ namespace rewardops {
 
 // In the order of rewardops.reference.advantages.BASELINES.
 enum class Baseline : int {
-  mean = 0, leave_one_out = 1, median = 2, quantile = 3, max = 4, second_max = 5, length_weighted = 6, given = 7, none = 8
+  mean = 0, leave_one_out = 1, median = 2, quantile = 3, max = 4, second_max = 5, length_weighted = 6, values = 7, none = 8
 };
 // In the order of rewardops.reference.advantages.SCALES.
 enum class Scale : int { std = 0, batch_std = 1, mean_abs = 2, range = 3, none = 4 };
@@ -18,19 +18,19 @@ enum class Scale : int { std = 0, batch_std = 1, mean_abs = 2, range = 3, none =
 // [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct AdvantagesArgs {
-  Rows rows;                    // all but the batch only where tokens_given
-  bool tokens_given;            // the rewards belong to rows of tokens: empty rows are no members of their group
-  Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
   const T* rewards;             // [B]
   const int64_t* groups;        // [B], labels
-  const T* given;               // [B], the baseline of Baseline::given; null otherwise
+  const T* baseline_values;     // [B], the baseline of Baseline::values; null otherwise
   const T* lengths;             // [B], the weights of Baseline::length_weighted; null otherwise
+  Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
+  Rows rows;                    // all but the batch only where tokens_given
+  bool tokens_given;            // the rewards belong to rows of tokens: empty rows are no members of their group
   Baseline baseline;
   double quantile;              // of Baseline::quantile
   Scale scale;
   double eps;                   // added to the scale
   int ddof;                     // degrees of freedom that a std loses
-  bool raw_singletons;          // in a group of one the advantage is the reward
+  bool raw;                     // in a group of one the advantage is the reward
   T* advantages;                // forward: [B]
   T* inv_scale;                 // [B], 1 / (scale + eps), or 0; forward out, backward in
   T* numerators;                // [B], reward less baseline; forward out, backward in
@@ -40,15 +40,15 @@ struct AdvantagesArgs {
   double* sums;                 // backward: [B, parts], memory for sums of the gradients of a row's tokens
   int64_t parts;
   T* grad_rewards;              // backward: [B]
-  T* grad_given;                // backward: [B]; may be null
+  T* grad_baseline;             // backward: [B]; may be null
 };
 
 // A value of each row, written to its valid tokens; 0 elsewhere.
 template <typename T>
 struct RowsToTokensArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   const T* values;             // [B]
+  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
+  Rows rows;
   Tokens<T> out;               // [tokens]
 };
 

@@ -8,11 +8,11 @@ namespace rewardops {
 // [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct GtpoArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   const T* rewards;            // [B]
   Tokens<const T> entropy;     // [tokens]
   Groups groups;
+  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
+  Rows rows;
   double alpha1, alpha2;       // weights of the reward, and of the entropy's share
   double threshold;            // rows of a reward above it are right
   double floor;                // the smallest entropy that counts

@@ -22,14 +22,15 @@ struct LogitsRows {
 
 // N rows of logits and the tokens sampled from them.
 struct LogitsArgs {
-  LogitsRows logits, ref;      // [N, V]; the reference's may be null
-  int64_t vocab;               // columns that count; the rest of V is padding
-  int64_t first;               // the id of column 0, in a shard of the vocabulary
+  LogitsRows logits;           // [N, V]
   const int64_t* tokens;       // [N]
+  LogitsRows ref_logits;       // [N, V]; may be null
   const uint8_t* mask;         // [N]; null: every token is valid
-  double temperature;          // of all rows, where temperatures is null
   const double* temperatures;  // [N]; may be null
+  double temperature;          // of all rows, where temperatures is null
   double softcap;              // 0 for none
+  int64_t first;               // the id of column 0, in a shard of the vocabulary
+  int64_t vocab;               // columns that count; the rest of V is padding
   double beta;                 // of the Jensen-Shannon divergence: the reference's weight in the mixture
 
   REWARDOPS_BOTH bool masked(int64_t n) const { return (mask && !mask[n]) || tokens[n] == kIgnored; }

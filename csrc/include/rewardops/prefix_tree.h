@@ -27,12 +27,12 @@ using TreeView = Tree<const int64_t>;
 
 template <typename Token>
 struct PrefixTreeArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
   Tokens<const Token> tokens;   // [tokens]
   const int64_t* groups;        // [B], labels
-  MutableTree tree;             // out
+  Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
+  Rows rows;
   bool skip;                    // a row is its valid tokens only, not all from its first to its last valid one
+  MutableTree tree;             // out
 };
 
 // Rows by label, ascending within a group: the group of row b is rows[begin[b]], ..., rows[end[b] - 1]. An argument on
@@ -52,12 +52,12 @@ struct PrefixLcpArgs {
 
 // Over a node's rows: the sum of weight * gamma^(length - depth) * x, or of weight * (x - centre)^2.
 struct SubtreeArgs {
-  TreeView tree;
-  int64_t channels;
   const double* x;        // [B, C]
   const double* weights;  // [B]; null for ones
   const double* centre;   // [2B, C]; null for the first of the two sums
+  TreeView tree;
   double gamma;
+  int64_t channels;       // C
   double* out;            // forward: [2B, C]
   const double* grad;     // backward: [2B, C]; null in the forward pass
   double* grad_x;         // backward: [B, C]
@@ -68,25 +68,25 @@ struct SubtreeArgs {
 // values of the two.
 enum class At : int { after = 0, before = 1, step = 2 };
 
-// Per token: base + gamma^(depth - state) * (values + factor * gamma^(length - depth) * along), of the row and of the
-// node of the token's state. A node's value is discounted from the node's depth, a row's from the row's end. Beyond the
+// Per token: row_bias + gamma^(depth - state) * (values + row_factor * gamma^(length - depth) * scaled_values), of the
+// row and of the node of the token's state. A node's value is discounted from the node's depth, a row's from the row's end. Beyond the
 // depth of the row's leaf, which the caller may have moved towards the root, the value stays the same.
 template <typename T>
 struct NodeTokensArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
+  const double *values, *scaled_values;  // [2B, C]; values may be null, scaled_values and row_factor together
+  const double *row_bias, *row_factor;   // [B, C]; row_bias may be null
   TreeView tree;
-  int64_t channels;                // C
-  int64_t plane;                   // elements between the channels of a per-token array
-  const double *values, *along;    // [2B, C]; values may be null, and so may along and factor together
-  const double *base, *factor;     // [B, C]; base may be null
+  Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
+  Rows rows;
+  bool skip;                       // as in PrefixTreeArgs
   At at;
   double gamma;
-  bool skip;                       // as in PrefixTreeArgs
+  int64_t channels;                // C
+  int64_t plane;                   // elements between the channels of a per-token array
   Tokens<T> out;                   // forward: [C, tokens]
   Tokens<const T> grad;            // backward: [C, tokens]
-  double *grad_values, *grad_along;  // backward: [2B, C]; either may be null
-  double *grad_base, *grad_factor;   // backward: [B, C]; either may be null
+  double *grad_values, *grad_scaled;  // backward: [2B, C]; either may be null
+  double *grad_bias, *grad_factor;   // backward: [B, C]; either may be null
 };
 
 }  // namespace rewardops

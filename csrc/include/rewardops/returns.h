@@ -14,9 +14,9 @@ enum class Steps : int { every_token = 0, flags = 1, ids = 2 };
 // [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct ReturnsArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
   Tokens<const T> rewards;         // [tokens]
+  Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
+  Rows rows;
   Steps kind;
   Tokens<const uint8_t> flags;     // [tokens], of step ends; only with Steps::flags
   Tokens<const int64_t> ids;       // [tokens], a step's id, below 0 outside steps; only with Steps::ids

@@ -8,9 +8,9 @@ namespace rewardops {
 // [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct LargestArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Tokens<const T> values;      // [tokens]
+  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
+  Rows rows;
   const int64_t* scopes;       // [B], the scope of each row, from 0
   const int64_t* wanted;       // [scopes], how many tokens of each scope to select
   Tokens<uint8_t> out;         // [tokens], 1 where selected

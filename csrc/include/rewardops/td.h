@@ -10,13 +10,14 @@ namespace rewardops {
 // [tokens] stands for [B, T], or [N] for packed rows.
 template <typename T>
 struct TdArgs {
-  Rows rows;
-  Tokens<const uint8_t> mask;                   // [tokens]; null: every token is valid
-  Tokens<const T> rewards, values, rho, trace;  // [tokens]; null: no values; rho, trace of 1
+  Tokens<const T> rewards, values;              // [tokens]; values may be null
+  const T* bootstrap;                           // [B], the value after a row; null for 0
+  Tokens<const T> rho, trace;                   // [tokens]; null for 1
   Tokens<const double> gammas, lambdas;         // [tokens]; null: not per token
   const double *row_gammas, *row_lambdas;       // [B]; null: not per row
-  const T* bootstrap;                           // [B], the value after a row; null for 0
-  double gamma, lambda;                         // where they are given neither per token nor per row
+  Tokens<const uint8_t> mask;                   // [tokens]; null: every token is valid
+  Rows rows;
+  double gamma, lam;                            // where they are given neither per token nor per row
   bool decay;                                   // masked tokens are steps of reward and value 0
   bool backward;
   Tokens<T> out, returns;                       // forward, [tokens]: y, and y + values; returns may be null

@@ -9,13 +9,13 @@ namespace rewardops {
 enum class TreeReduce : int { mean = 0, max = 1, min = 2, softmax = 3, sum = 4 };
 
 // Arrays of one number per node.
-struct TreeValuesArgs {
-  int64_t nodes;
+struct TreeArgs {
   const int64_t* parent;  // outside [0, nodes) for a root
   const double* rewards;  // read at leaves
   const double* visits;   // null for ones
   TreeReduce reduce;
   double temperature;     // of the soft maximum
+  int64_t nodes;
   double* values;         // out
   double* slope;          // out: derivative of the parent's value in the node's
 };

@@ -33,26 +33,28 @@ struct Scan {
   void (*joins)(const Args&, int64_t begin, int64_t end);       // items: rows; may be null
 };
 
-// The kernels of one precision, by family.
+// The kernels that loop over items and exist for float and double: X(name, arguments). A new one is named here alone, and
+// its header is included in kernels.cpp.
+#define REWARDOPS_TYPED_KERNELS(X)             \
+  X(token_kl, TokenKlArgs)                     /* items: tokens */ \
+  X(rows_to_tokens, RowsToTokensArgs)          /* items: rows, as of all that follow */ \
+  X(row_sums, RowSumsArgs)                     \
+  X(softmin_returns, ReturnsArgs)              \
+  X(softmin_returns_backward, ReturnsArgs)     \
+  X(softmin_rewards, ReturnsArgs)              \
+  X(softmin_rewards_backward, ReturnsArgs)
+
+// The kernels of one precision.
 template <typename T>
 struct TypedKernels {
-  // kl; items: tokens
-  void (*token_kl)(const TokenKlArgs<T>&, int64_t begin, int64_t end);
-  // advantages; items: rows
-  void (*rows_to_tokens)(const RowsToTokensArgs<T>&, int64_t begin, int64_t end);
-  // segments; items: rows
-  void (*row_sums)(const RowSumsArgs<T>&, int64_t begin, int64_t end);
-  // entropy; items: groups x blocks of kGtpoBlock positions
+#define REWARDOPS_DECLARE(name, Args) void (*name)(const Args<T>&, int64_t begin, int64_t end);
+  REWARDOPS_TYPED_KERNELS(REWARDOPS_DECLARE)
+#undef REWARDOPS_DECLARE
+  // items: groups x blocks of kGtpoBlock positions
   void (*gtpo)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
   void (*gtpo_backward)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
-  // td
   Scan<TdArgs<T>> td;
-  // returns; items of the soft minima: rows
   Scan<ReturnsArgs<T>> extremes, extremes_backward;
-  void (*softmin_returns)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
-  void (*softmin_returns_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
-  void (*softmin_rewards)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
-  void (*softmin_rewards_backward)(const ReturnsArgs<T>&, int64_t begin, int64_t end);
 };
 
 // The kernels of one instruction set.

@@ -132,7 +132,7 @@ inline void kl_forward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
       T v = kl_term<kind>(logprob[k], ref[k], a.largest_d, a.largest_value).value;
-      if constexpr (kWeighted) v *= exp_any(logprob[k] - a.behavior[start + k]);
+      if constexpr (kWeighted) v *= exp_any(logprob[k] - a.old_logprob[start + k]);
       buffer[k] = a.scale * v;
     }
     if (a.rewards)
@@ -149,7 +149,7 @@ template <KlEstimator kind, bool kWeighted, bool kRef, typename T>
 inline void kl_backward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
   alignas(64) T buffer[kKlBlock];
   T* out = kRef ? a.out_ref : a.out;
-  const T ratio_slope = a.live && !kRef ? T{1} : T{0};
+  const T ratio_slope = a.ratio_grad && !kRef ? T{1} : T{0};
   for (int64_t start = begin; start < end; start += kKlBlock) {
     const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
     const T *logprob = a.logprob + start, *ref = a.ref_logprob + start, *grad = a.grad + start;
@@ -157,7 +157,7 @@ inline void kl_backward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < n; ++k) {
       const KlTerm<T> t = kl_term<kind>(logprob[k], ref[k], a.largest_d, a.largest_value);
       T g = kRef ? t.on_ref : t.on_logprob;
-      if constexpr (kWeighted) g = exp_any(logprob[k] - a.behavior[start + k]) * (g + ratio_slope * t.value);
+      if constexpr (kWeighted) g = exp_any(logprob[k] - a.old_logprob[start + k]) * (g + ratio_slope * t.value);
       buffer[k] = grad[k] * a.scale * g;
     }
     if (a.mask)
@@ -169,11 +169,11 @@ inline void kl_backward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
 
 template <KlEstimator kind, typename T>
 inline void kl_of(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
-  if (!a.grad) return a.behavior ? kl_forward<kind, true>(a, begin, end) : kl_forward<kind, false>(a, begin, end);
+  if (!a.grad) return a.old_logprob ? kl_forward<kind, true>(a, begin, end) : kl_forward<kind, false>(a, begin, end);
   if (a.out)
-    a.behavior ? kl_backward<kind, true, false>(a, begin, end) : kl_backward<kind, false, false>(a, begin, end);
+    a.old_logprob ? kl_backward<kind, true, false>(a, begin, end) : kl_backward<kind, false, false>(a, begin, end);
   if (a.out_ref)
-    a.behavior ? kl_backward<kind, true, true>(a, begin, end) : kl_backward<kind, false, true>(a, begin, end);
+    a.old_logprob ? kl_backward<kind, true, true>(a, begin, end) : kl_backward<kind, false, true>(a, begin, end);
 }
 
 // Forward, or backward where there is a gradient.

@@ -43,11 +43,11 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   r[kFieldColumns] = static_cast<double>(a.in.vocab);
   r[kFieldFound] = found;
   if (found) r[kFieldToken] = static_cast<double>(logit_at<Acc>(a.in.logits, n, column, a.in.softcap)) / t;
-  if (!a.in.ref.data) return;
+  if (!a.in.ref_logits.data) return;
   const double broken = infinity<double>();
   r[kFieldRefShift] = s.ref_shift / t;
   r[kFieldRefTotal] = s.ref_total;
-  if (found) r[kFieldRefToken] = static_cast<double>(logit_at<Acc>(a.in.ref, n, column, a.in.softcap)) / t;
+  if (found) r[kFieldRefToken] = static_cast<double>(logit_at<Acc>(a.in.ref_logits, n, column, a.in.softcap)) / t;
   r[kFieldKl] = !(a.terms & kTermKl) ? none : s.kl_broken ? broken : s.kl / t;
   r[kFieldReverse] = !(a.terms & kTermReverse) ? none : s.reverse_broken ? broken : s.reverse / t;
 }
@@ -88,11 +88,11 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   if (a.outputs[kEntropy]) save(kSavedEntropy, entropy);
   if (a.outputs[kSumSq] || a.outputs[kSumSqLogprob]) save(kSavedSumSq, sum_sq);
   if (a.outputs[kSumSqLogprob]) save(kSavedSumSqLogprob, sum_sq_logprob);
-  if (!a.in.ref.data) return;
+  if (!a.in.ref_logits.data) return;
 
   const bool ref_empty = s.ref_empty();
   const double ref_log_sum = ref_empty ? none : std::log(s.ref_total);
-  const double ref_token = found ? static_cast<double>(logit_at<Acc>(a.in.ref, n, column, a.in.softcap)) : none;
+  const double ref_token = found ? static_cast<double>(logit_at<Acc>(a.in.ref_logits, n, column, a.in.softcap)) : none;
   const double normalisers = ref_log_sum - log_sum;
   const double kl = s.kl_broken && normalisers == normalisers ? infinity<double>() : s.kl / t / s.total + normalisers;
   const double reverse = s.reverse_broken && normalisers == normalisers ? infinity<double>()

@@ -45,7 +45,7 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   policy.on_square_log = 2 * moment;
   policy.on_one = up(kMeanLogit) / static_cast<double>(a.in.vocab);
   policy.on_token = logprob;
-  if (!a.in.ref.data) return;
+  if (!a.in.ref_logits.data) return;
   const double kl = divergence(kKl, kSavedKl, &policy.mean_gap), jsd = up(kJsd), beta = a.in.beta;
   const double reverse = divergence(kReverseKl, kSavedReverseKl, &ref.mean_gap);
   const double ref_logprob = a.grads[kRefLogprob] && !found ? none : up(kRefLogprob);
@@ -214,7 +214,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   Normaliser norm, ref_norm;
   if (a.record) {
     const double* r = a.record + n * kFields;
-    gather_record(a.grad_record + n * kFields, found, in.ref.data, policy, ref);
+    gather_record(a.grad_record + n * kFields, found, in.ref_logits.data, policy, ref);
     // Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
     norm.shift = std::isinf(r[kFieldShift]) ? 0 : r[kFieldShift] * t;
     ref_norm.shift = std::isinf(r[kFieldRefShift]) ? 0 : r[kFieldRefShift] * t;
@@ -222,7 +222,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     const double* saved = a.saved + n;
     gather<Acc>(a, n, found, policy, ref);
     norm = {saved[kShift * a.count], saved[kTotal * a.count]};
-    if (in.ref.data) ref_norm = {saved[kRefShift * a.count], saved[kRefTotal * a.count]};
+    if (in.ref_logits.data) ref_norm = {saved[kRefShift * a.count], saved[kRefTotal * a.count]};
   }
   const Gradient<Acc> of_policy(policy, norm, ref_norm.total, t), of_ref(ref, ref_norm, norm.total, t);
   const LogSoftmax<Acc> logp(t, norm.shift, std::log(norm.total)), logq(t, ref_norm.shift, std::log(ref_norm.total));
@@ -242,7 +242,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
       return static_cast<const Acc*>(buffer);
     };
     const Acc* z = load(in.logits, z_buffer);
-    const Acc* x = paired ? load(in.ref, x_buffer) : z;
+    const Acc* x = paired ? load(in.ref_logits, x_buffer) : z;
     if (!paired) block_gradient(of_policy, policy.plain(), z, padded, g);
     else block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
     if (mixed)
@@ -253,7 +253,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     }
     // Both slopes before either gradient is stored, which may be over the logits. The buffers are free by now.
     const Acc* slope = slopes_of(in.logits, n, start, count, in.softcap, z_buffer);
-    const Acc* ref_slope = write_ref ? slopes_of(in.ref, n, start, count, in.softcap, x_buffer) : nullptr;
+    const Acc* ref_slope = write_ref ? slopes_of(in.ref_logits, n, start, count, in.softcap, x_buffer) : nullptr;
     if (write_policy) store_block(a.grad_logits, n, start, g, slope, count, logp.inverse.high);
     if (write_ref) store_block(a.grad_ref, n, start, h, ref_slope, count, logp.inverse.high);
   }

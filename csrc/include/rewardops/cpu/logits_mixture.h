@@ -64,7 +64,7 @@ inline MixedDivergences mixed_divergences(const LogitsArgs& in, int64_t n, LogSo
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = columns_of_block(in, start);
     const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
-    const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
+    const Acc* xs = load_block(in.ref_logits, n, start, count, in.softcap, x);
     Acc sum = 0, ref_sum = 0;
 #pragma omp simd reduction(+ : sum, ref_sum)
     for (int64_t k = 0; k < count; ++k) {

@@ -319,7 +319,7 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
   alignas(64) Acc z[kLogitsBlock];
   alignas(64) Acc x[kLogitsBlock];
   const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
-  const bool direct = in.logits.dtype == in.ref.dtype && !(in.softcap > 0);
+  const bool direct = in.logits.dtype == in.ref_logits.dtype && !(in.softcap > 0);
   Sums sums;
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = columns_of_block(in, start);
@@ -327,11 +327,11 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
     const bool quick = count == kLogitsBlock && begun;
     bool added = false;
     if (direct && quick)
-      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref, n) + start, count,
+      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref_logits, n) + start, count,
                                        scale, sums);
     if (!added) {
       const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
-      const Acc* xs = load_block(in.ref, n, start, count, in.softcap, x);
+      const Acc* xs = load_block(in.ref_logits, n, start, count, in.softcap, x);
       if (!direct && quick) added = add_pair_quickly<kTerms>(zs, xs, count, scale, sums);
       if (!added) {
         if (zs != z) std::memcpy(z, zs, count * sizeof(Acc));
@@ -346,7 +346,7 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
 // The sums of a row for some terms: each combination that is common has loops of its own, the others one for all.
 template <typename T>
 inline Sums sums_of(const LogitsArgs& in, int64_t n, int terms, double temperature) {
-  if (in.ref.data) {
+  if (in.ref_logits.data) {
     if (!(terms & ~kTermKl)) return pair_sums<kTermKl, T>(in, n, temperature);
     if (!(terms & ~(kTermKl | kTermEntropy))) return pair_sums<kTermKl | kTermEntropy, T>(in, n, temperature);
     return pair_sums<kAllTerms, T>(in, n, temperature);

@@ -27,7 +27,7 @@ struct TdRow {
       : a(args), b(row), mask(a.mask.row(a.rows, b)), rewards(a.rewards.row(a.rows, b)),
         values(a.values.row(a.rows, b)), rho(a.rho.row(a.rows, b)), trace(a.trace.row(a.rows, b)),
         gammas(a.gammas.row(a.rows, b)), lambdas(a.lambdas.row(a.rows, b)),
-        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lambda),
+        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lam),
         decay(gamma * lambda) {}
 
   bool simple() const { return !rho && !trace && !gammas && !lambdas; }

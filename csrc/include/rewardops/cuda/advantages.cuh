@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
   if (const int k = threadIdx.x; k < rows) {
     a.grad_rewards[first + k] = shared.results[0][k];
-    if (a.grad_given) a.grad_given[first + k] = shared.results[1][k];
+    if (a.grad_baseline) a.grad_baseline[first + k] = shared.results[1][k];
   }
 }
 

@@ -251,7 +251,7 @@ __device__ void count_members(const AdvantagesArgs<T>& a, Shared<T>& shared, int
 // Whether an advantage depends on the rewards of other rows.
 template <typename T>
 __device__ bool is_relative(const AdvantagesArgs<T>& a) {
-  return a.scale != Scale::none || a.raw_singletons || (a.baseline != Baseline::none && a.baseline != Baseline::given);
+  return a.scale != Scale::none || a.raw || (a.baseline != Baseline::none && a.baseline != Baseline::values);
 }
 
 // Iterates over sets of rows: all rows first, if the scale depends on them; then the group of each label of the block's

@@ -184,7 +184,7 @@ __device__ GroupStatistics statistics_of(const AdvantagesArgs<T>& a, const Membe
   }
   if (kBackward ? is_ranked(a) || a.scale == Scale::range : a.baseline == Baseline::second_max)
     find_earliest<kBackward ? 4 : 1>(members, {group.high, group.low, below, above}, s.earliest);
-  s.alone = a.raw_singletons && group.n == 1;
+  s.alone = a.raw && group.n == 1;
   s.flat = !group.differs || (group.n < 2 && group.low == group.low);
   if (a.scale != Scale::none && !s.alone) {
     const double size = a.scale == Scale::mean_abs ? group.mean_abs
@@ -201,7 +201,7 @@ __device__ GroupStatistics statistics_of(const AdvantagesArgs<T>& a, const Membe
 template <typename T>
 __device__ double numerator(const AdvantagesArgs<T>& a, const GroupStatistics& s, const Member<T>& m) {
   if (s.alone || a.baseline == Baseline::none) return m.reward;
-  if (a.baseline == Baseline::given) return static_cast<double>(m.reward) - a.given[m.row];
+  if (a.baseline == Baseline::values) return static_cast<double>(m.reward) - a.baseline_values[m.row];
   const bool best_only = a.baseline == Baseline::second_max && s.low == s.low;
   if (s.flat || (best_only && m.row != s.earliest[kHighest])) return 0;
   return s.gain * (m.reward - s.low - s.baseline);
@@ -210,7 +210,7 @@ __device__ double numerator(const AdvantagesArgs<T>& a, const GroupStatistics& s
 // d baseline / d reward of the row.
 template <typename T>
 __device__ double baseline_slope(const AdvantagesArgs<T>& a, const GroupStatistics& s, int row) {
-  if (a.baseline == Baseline::none || a.baseline == Baseline::given) return 0;
+  if (a.baseline == Baseline::none || a.baseline == Baseline::values) return 0;
   if (a.baseline == Baseline::length_weighted) return s.share * a.lengths[row];
   if (!is_ranked(a)) return s.share;
   return (row == s.earliest[kBelow] ? 1 - s.part : 0) + (row == s.earliest[kAbove] ? s.part : 0);

@@ -85,7 +85,7 @@ struct TdRow {
   __device__ TdRow(const TdArgs<T>& a, int64_t b)
       : mask(a.mask.row(a.rows, b)), rho_row(a.rho.row(a.rows, b)), trace_row(a.trace.row(a.rows, b)),
         gammas(a.gammas.row(a.rows, b)), lambdas(a.lambdas.row(a.rows, b)),
-        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lambda),
+        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lam),
         size(a.rows.size(b)), valid_end(0), decay(a.decay && mask) {
     if (decay) valid_end = end_of_valid(mask, size);
   }

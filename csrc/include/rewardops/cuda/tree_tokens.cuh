@@ -139,9 +139,9 @@ class PathValues {
       const int64_t node = window_.node[n], at = node * a_.channels + channel_;
       const auto depth = static_cast<int>(tree.depth[node]);
       double value = kFactor || !a_.values ? 0 : a_.values[at];
-      if (a_.along) {
-        const double factor = kFactor ? 1 : a_.factor[b_ * a_.channels + channel_];
-        value += factor * power_(static_cast<int>(tree.length[b_]) - depth) * a_.along[at];
+      if (a_.scaled_values) {
+        const double factor = kFactor ? 1 : a_.row_factor[b_ * a_.channels + channel_];
+        value += factor * power_(static_cast<int>(tree.length[b_]) - depth) * a_.scaled_values[at];
       }
       window_.depth[n] = depth;
       window_.value[n] = value;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (number + i < 0 || number + i >= length) valid &= ~(1u << i);
       alike = values.read(number, valid, lowest > 0 ? lowest : 0, x);
     }
-    const double base = a.base ? a.base[b * channels + c] : 0;
+    const double base = a.row_bias ? a.row_bias[b * channels + c] : 0;
     T results[kItems];
     results[0] = static_cast<T>(x[0] + base);
 #pragma unroll
@@ -332,13 +332,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
       if (leaf != n && (!mask || mask[depth])) of_row -= static_cast<double>(grad[depth]);
     }
     sum += of_row;
-    if (a.along) weighted += a.factor[row * a.channels + c] * power(span - depth) * of_row;
+    if (a.scaled_values) weighted += a.row_factor[row * a.channels + c] * power(span - depth) * of_row;
   }
   sum = reduce_block(sum, Add());
-  if (a.along) weighted = reduce_block(weighted, Add());
+  if (a.scaled_values) weighted = reduce_block(weighted, Add());
   if (threadIdx.x != 0) return;
   if (a.grad_values) a.grad_values[n * a.channels + c] = sum;
-  if (a.grad_along) a.grad_along[n * a.channels + c] = weighted;
+  if (a.grad_scaled) a.grad_scaled[n * a.channels + c] = weighted;
 }
 
 // Block (b, c): gradients of the base and the factor of row b, channel c: sums over the row's tokens.
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) rows_backward_kernel(const 
   plain = reduce_block(plain, Add());
   if (a.grad_factor) scaled = reduce_block(scaled, Add());
   if (threadIdx.x != 0) return;
-  if (a.grad_base) a.grad_base[b * a.channels + c] = plain;
+  if (a.grad_bias) a.grad_bias[b * a.channels + c] = plain;
   if (a.grad_factor) a.grad_factor[b * a.channels + c] = scaled;
 }
 
