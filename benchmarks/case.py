@@ -111,7 +111,7 @@ class Case:
     """The first so many inputs get a gradient; 0 for forward only."""
     peers: dict[str, Function | Missing] = field(default_factory=dict)
     floor: tuple[str, Callable[[], Any]] | None = None
-    """What nobody can leave out; timed, not compared."""
+    """A name and a call that does the least work possible; timed, not compared."""
     compiled: bool = True
     """Whether ``plain`` is one that a compiler finishes with."""
     exact: Function | None = None

@@ -1,4 +1,4 @@
-"""What cases are made of: random logits, rows of tokens in either layout, groups, rows that share prefixes."""
+"""The data of cases: random logits, rows of tokens in either layout, groups, rows that share prefixes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Groups:
 
 
 class Data:
-    """The data of one case, made as it is asked for, and the case made of it."""
+    """The data of one case, drawn on first use, and the case built from it."""
 
     def __init__(
         self, name: str, op: str, variant: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
@@ -59,7 +59,7 @@ class Data:
         self.name, self.op, self.backward = name, op, variant == "backward"
         self.variant, self.sizes, self.device, self.dtype = variant, sizes, device, dtype
         self.random = torch.Generator(device).manual_seed(0)
-        self.known: dict[str, Tensor] = {}  # what the op is told besides its inputs
+        self.known: dict[str, Tensor] = {}  # the arguments of the op besides its inputs
 
     # ---- numbers ---------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What is made of a report: Markdown tables."""
+"""Markdown tables of a report."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _memory(row: Row) -> list[str]:
 
 
 def _backends(rows: list[Row]) -> list[str]:
-    """Ours on other backends than the default one, where that was asked for."""
+    """Ours on the further backends of the settings."""
     asked = list(
         dict.fromkeys(v for row in rows for v in [*row["variants"], *row["missing"]] if "ours/" in v)
     )

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class Refused(ValueError):
-    """What was asked for cannot be done, and why."""
+    """A request that cannot be fulfilled; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def title(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """What is said of a row while it runs."""
+    """The line of a row that is printed during a run."""
     ours = row["variants"].get("ours")
     if ours is None:
         return f"{title(row)}: {row['missing']['ours']}"

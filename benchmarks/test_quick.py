@@ -24,7 +24,7 @@ def _case(name: str, dtype: torch.dtype) -> case.Case:
 
 
 def _variants() -> list[Any]:
-    """Peers are asked for on tiny data: collecting must not make the rest."""
+    """The variants of every case, from tiny data: collecting must not allocate the quick sizes."""
     found = []
     for name, dtype in CASES:
         tiny = cases.make(name, case.TINY, DEVICE, dtype)

@@ -60,7 +60,7 @@ if not HAS_GPU and importlib.util.find_spec("triton"):
     import triton_interpreter
 
     triton_interpreter.hasten()
-# For ops that have kernels in CUDA C++; what else a function is made of is the specification's.
+# The kernels in CUDA C++; the other ops that a function calls are served by the specification.
 from cuda_on_host import build as cuda_on_host  # noqa: E402
 
 NO_CUDA = "no C++ compiler" if cuda_on_host.COMPILER is None else None

@@ -1,4 +1,4 @@
-"""KL on log-probabilities, and what is made of log-ratios."""
+"""KL on log-probabilities, and quantities derived from log-ratios."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class Test_gtpo_rewards:
         torch.testing.assert_close(again, out[order], rtol=1e-12, atol=1e-12)
 
 
-# ---- what is made of entropies -------------------------------------------------------------------------------
+# ---- ops on given entropies ----------------------------------------------------------------------------------
 
 
 class Test_grpo_s_rewards:

@@ -38,7 +38,7 @@ def softmin(mask=None, cu_seqlens=None, steps=None, **options):
 
 
 def markers(kind, batch, width, generator):
-    """Step ends of random steps, told in one of the three ways."""
+    """Ends of random steps, in one of the three encodings."""
     if kind == "every_token":
         return None
     flags = torch.rand(batch, width, generator=generator) > 0.6

@@ -39,7 +39,7 @@ def test_the_page_is_of_this_list():
     rows = [line.strip("| ").split(" | ") for line in page.removeprefix(mutations.HEAD).splitlines()[2:]]
     assert [row[:3] for row in rows] == [[f.name, f.kind, f"`{f.file}`"] for f in FAULTS]
     for fault, (*_, by) in zip(FAULTS, rows, strict=True):
-        name = re.match(r"`(test_\w+)", by)
+        name = re.match(r"`(?:Test_\w+::)?(test_\w+)", by)
         assert name, f"{fault.name} is caught by {by}"
         assert f"def {name[1]}(" in (ROOT / fault.tests).read_text(), fault.name
 

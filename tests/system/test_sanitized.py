@@ -28,7 +28,7 @@ def test_no_report(module):
     assert "Sanitizer" not in done.stderr
 
 
-# What row_sums is told of its rows is wrong by so many tokens, or bytes.
+# row_sums gets a number of tokens, or an address, that is off by so much.
 WRONG = """
 import sanitized
 sanitized.load()
