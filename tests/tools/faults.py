@@ -165,13 +165,13 @@ FAULTS = [
     ),
     # ---- C++ that is compiled for every instruction set
     Fault(
-        "the sum behind the KL stays relative to the old maximum", "lost rescale", f"{CPU}logits.h",
+        "the sum behind the KL stays relative to the old maximum", "lost rescale", f"{CPU}logits_sums.h",
         "kl = factor * (kl + total * gap);",
         "kl *= factor;",
         "tests/ops/test_logits.py", "test_pairs_match_float64 and cpp and 5003 and float32",
     ),
     Fault(
-        "the quick way takes a logit of -inf", "wrong comparison", f"{CPU}logits.h",
+        "the quick way takes a logit of -inf", "wrong comparison", f"{CPU}logits_sums.h",
         "if (!(below.all_negative() && t + w - (t + w) == 0)) return false;",
         "if (!below.all_negative()) return false;",
         "tests/ops/test_logits.py", "test_minus_infinity and cpp",
@@ -189,7 +189,7 @@ FAULTS = [
         "tests/ops/test_entropy.py", "test_matches_float64 and cpp",
     ),
     Fault(
-        "the id behind a block is that of a masked token", "dropped mask", f"{CPU}returns.h",
+        "the id behind a block is that of a masked token", "dropped mask", f"{CPU}returns_steps.h",
         "    while (end < size && !valid(end)) ++end;\n",
         "",
         "tests/ops/test_returns.py", "blocks_and_chunks and cpp",

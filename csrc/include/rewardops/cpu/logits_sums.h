@@ -225,6 +225,9 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
 }
 
 // ---- with a reference: both rows together -------------------------------------------------------------------
+//
+// These loops hold their sums one by one: as members of Moments and Mass, lanes of double would be contracted to other
+// fused operations on AVX2, and give other bits.
 
 template <int kTerms, typename T, typename Acc>
 inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
@@ -232,8 +235,8 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
   const Exponents<Acc> exponents(sums.shift, scale), ref_exponents(sums.ref_shift, scale);
   const L shift = L::splat(static_cast<Acc>(sums.shift)), ref_shift = L::splat(static_cast<Acc>(sums.ref_shift));
   const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
-  Moments<kTerms, Acc> moments;
-  L total = zero, ref_total = zero, distance = zero, kl = zero, reverse = zero, below = L::splat(Acc(-1));
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, distance = zero, kl = zero;
+  L ref_total = zero, reverse = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
     __builtin_prefetch(z + k + kAhead);
     __builtin_prefetch(x + k + kAhead);
@@ -250,19 +253,26 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
       total = total + e;
       ref_total = ref_total + r;
       kl = fma(e, gap, kl);
-      moments.add(e, exponent);
+      if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+      if (kTerms & kTermSquares) squares = fma(e, e, squares);
+      if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
       if (kTerms & kTermMean) distance = distance + (zs[i] - origin);
       if (kTerms & kTermReverse) reverse = reverse - r * gap;
     }
   }
-  const double t = total.sum(), w = moments.weighted.sum(), r = ref_total.sum(), d = distance.sum();
+  const double t = total.sum(), w = weighted.sum(), r = ref_total.sum(), d = distance.sum();
   const double g = kl.sum(), h = reverse.sum(), all = t + w + r + d + g + h;
   if (!(below.all_negative() && all - all == 0)) return false;
   const double factor = std::exp2(exponents.off), ref_factor = std::exp2(ref_exponents.off);
   sums.total += factor * t;
   sums.ref_total += ref_factor * r;
   sums.kl += factor * g;
-  moments.add_to(sums, exponents.off, factor, t);
+  if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
+  if (kTerms & kTermSquares) {
+    const double s = squares.sum(), square = factor * factor;
+    sums.squares += square * s;
+    if (kTerms & kTermSquareLogs) sums.squares_weighted += square * (square_logs.sum() + exponents.off * s);
+  }
   if (kTerms & kTermMean) sums.distance += d;
   if (kTerms & kTermReverse) sums.reverse += ref_factor * h;
   return true;
@@ -273,25 +283,32 @@ inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, S
   using L = Lanes<Acc>;
   const auto shift_of = [](double s) { return L::splat(s == -infinity<double>() ? Acc(0) : static_cast<Acc>(s)); };
   const L shift = shift_of(sums.shift), ref_shift = shift_of(sums.ref_shift), scales = L::splat(scale);
-  const L low = L::splat(Acc(-2000));
+  const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
   const L lowest = L::splat(std::numeric_limits<Acc>::lowest());  // in place of -inf, so that no inf - inf arises
-  Mass<Acc> mass, ref_mass;
-  Moments<kTerms, Acc> moments;
-  L kl = L::splat(0), reverse = L::splat(0);
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, ones = zero, kl = zero;
+  L ref_total = zero, ref_ones = zero, reverse = zero;
   for (int64_t k = 0; k < n; k += L::kWidth) {
     const L y = larger(lowest, L::load(z + k)) - shift, u = larger(lowest, L::load(x + k)) - ref_shift;
     const L exponent = larger(low, y * scales), ref_exponent = larger(low, u * scales);
     const L e = exp2(exponent), r = exp2(ref_exponent), gap = y - u;
-    mass.add(y, e);
-    ref_mass.add(u, r);
+    total = total + if_zero(y, zero, e);
+    ones = ones + if_zero(y, one, zero);
+    ref_total = ref_total + if_zero(u, zero, r);
+    ref_ones = ref_ones + if_zero(u, one, zero);
     kl = fma(e, gap, kl);
-    moments.add(e, exponent);
+    if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+    if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
     if (kTerms & kTermReverse) reverse = reverse - r * gap;
   }
-  mass.add_to(sums.total);
-  ref_mass.add_to(sums.ref_total);
+  sums.total += ones.sum();
+  sums.total += total.sum();
+  sums.ref_total += ref_ones.sum();
+  sums.ref_total += ref_total.sum();
   sums.kl += kl.sum();
-  moments.add_to(sums);
+  if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
+  if (kTerms & kTermSquares) sums.squares += squares.sum();
+  if (kTerms & kTermSquareLogs) sums.squares_weighted += square_logs.sum();
   if (kTerms & kTermReverse) sums.reverse += reverse.sum();
 }
 
