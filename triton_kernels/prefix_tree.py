@@ -100,19 +100,19 @@ def places_kernel(
     most = tl.full([], -1, tl.int64)
     for k in range(begin, tl.load(group_end + b)):
         j = tl.load(members + k)
-        other = tl.load(lengths + j)
+        other_length = tl.load(lengths + j)
         # Is row j before row b? Before an empty row: rows that are not empty, and empty ones by number.
-        before = (other > 0) | (j < b)
+        before = (other_length > 0) | (j < b)
         if length > 0:
-            before = (other > 0) & (j < b)
-            shorter = tl.minimum(length, other)
+            before = (other_length > 0) & (j < b)
+            shorter = tl.minimum(length, other_length)
             if shorter > 0:
                 y = first_valid(tokens, cu, first, j, width, total, tokens_stride, PACKED)
                 same = common_prefix(x, y, shorter, BLOCK)
                 differ = same < shorter
                 x_token = tl.load(x + same, mask=differ, other=0)
                 y_token = tl.load(y + same, mask=differ, other=0)
-                ends_first = (other < length) | ((other == length) & (j < b))
+                ends_first = (other_length < length) | ((other_length == length) & (j < b))
                 before = (differ & (y_token < x_token)) | ((same == shorter) & ends_first)
                 most = tl.where(before, tl.maximum(most, same), most)
         place += (before & (j != b)).to(tl.int64)
