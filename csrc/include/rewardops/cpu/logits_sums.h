@@ -84,53 +84,10 @@ struct Exponents {
   L of(L x) const { return L::kFused ? fma(x, scale, shift) : (x - shift) * scale; }
 };
 
-// The sums over a block, per lane, that are weighted by e = 2^exponent or its square.
-template <int kTerms, typename Acc>
-struct Moments {
-  using L = Lanes<Acc>;
-  L weighted = L::splat(0), squares = L::splat(0), squares_weighted = L::splat(0);
-
-  void add(L e, L exponent) {
-    if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
-    if (kTerms & kTermSquares) squares = fma(e, e, squares);
-    if (kTerms & kTermSquareLogs) squares_weighted = fma(e * e, exponent, squares_weighted);
-  }
-  // Of exact exponents.
-  void add_to(Sums& sums) const {
-    if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
-    if (kTerms & kTermSquares) sums.squares += squares.sum();
-    if (kTerms & kTermSquareLogs) sums.squares_weighted += squares_weighted.sum();
-  }
-  // Of exponents that are too small by `off`, so that each e is to be multiplied by `factor`; `total` is the sum of e.
-  void add_to(Sums& sums, double off, double factor, double total) const {
-    if (kTerms & kTermEntropy) sums.weighted += factor * (weighted.sum() + off * total);
-    if (kTerms & kTermSquares) {
-      const double s = squares.sum(), square = factor * factor;
-      sums.squares += square * s;
-      if (kTerms & kTermSquareLogs) sums.squares_weighted += square * (squares_weighted.sum() + off * s);
-    }
-  }
-};
-
-// The sum of e^y over a block, per lane. The terms of the largest logit are exactly 1. Summed apart from the tail they
-// do not swallow the digits of a peaked row's tail, which are all that its entropy is made of.
-template <typename Acc>
-struct Mass {
-  using L = Lanes<Acc>;
-  L tail = L::splat(0), ones = L::splat(0);
-
-  void add(L y, L e) {
-    const L zero = L::splat(0), one = L::splat(1);
-    tail = tail + if_zero(y, zero, e);
-    ones = ones + if_zero(y, one, zero);
-  }
-  void add_to(double& total) const {
-    total += ones.sum();
-    total += tail.sum();
-  }
-};
-
 // ---- one row ------------------------------------------------------------------------------------------------
+//
+// The loops below hold their sums one by one. As members of a struct, lanes of double are contracted to other fused
+// operations, which gives other bits.
 
 // The quick way: full lanes of one row. Where a logit reaches the shift, or is -inf or NaN, nothing is added and the
 // result is false.
@@ -138,9 +95,8 @@ template <int kTerms, typename T, typename Acc>
 inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const Exponents<Acc> exponents(sums.shift, scale);
-  const L origin = L::splat(static_cast<Acc>(sums.origin));
-  Moments<kTerms, Acc> moments;
-  L total = L::splat(0), distance = L::splat(0), below = L::splat(Acc(-1));
+  const L zero = L::splat(0), origin = L::splat(static_cast<Acc>(sums.origin));
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, distance = zero, below = L::splat(Acc(-1));
   for (int64_t k = 0; k < n; k += 2 * L::kWidth) {
     __builtin_prefetch(x + k + kAhead);
     if (sizeof(T) >= 4) __builtin_prefetch(x + k + kAhead + L::kWidth);
@@ -150,14 +106,21 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
       const L exponent = exponents.of(v), e = exp2(exponent);
       below = both_negative(below, exponent);
       total = total + e;
-      moments.add(e, exponent);
+      if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+      if (kTerms & kTermSquares) squares = fma(e, e, squares);
+      if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
       if (kTerms & kTermMean) distance = distance + (v - origin);
     }
   }
-  const double t = total.sum(), w = moments.weighted.sum(), factor = std::exp2(exponents.off);
+  const double t = total.sum(), w = weighted.sum(), factor = std::exp2(exponents.off);
   if (!(below.all_negative() && t + w - (t + w) == 0)) return false;
   sums.total += factor * t;
-  moments.add_to(sums, exponents.off, factor, t);
+  if (kTerms & kTermEntropy) sums.weighted += factor * (w + exponents.off * t);
+  if (kTerms & kTermSquares) {
+    const double s = squares.sum(), square = factor * factor;
+    sums.squares += square * s;
+    if (kTerms & kTermSquareLogs) sums.squares_weighted += square * (square_logs.sum() + exponents.off * s);
+  }
   if (kTerms & kTermMean) sums.distance += distance.sum();
   return true;
 }
@@ -166,16 +129,24 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
 template <int kTerms, typename Acc>
 inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
-  const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale), low = L::splat(Acc(-2000));
-  Mass<Acc> mass;
-  Moments<kTerms, Acc> moments;
+  const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale);
+  const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
+  L total = zero, weighted = zero, squares = zero, square_logs = zero, ones = zero;
   for (int64_t k = 0; k < n; k += L::kWidth) {
     const L y = L::load(x + k) - shift, exponent = larger(low, y * scales), e = exp2(exponent);
-    mass.add(y, e);
-    moments.add(e, exponent);
+    // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the digits of a
+    // peaked row's tail, which are all that its entropy is made of.
+    total = total + if_zero(y, zero, e);
+    ones = ones + if_zero(y, one, zero);
+    if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
+    if (kTerms & kTermSquares) squares = fma(e, e, squares);
+    if (kTerms & kTermSquareLogs) square_logs = fma(e * e, exponent, square_logs);
   }
-  mass.add_to(sums.total);
-  moments.add_to(sums);
+  sums.total += ones.sum();
+  sums.total += total.sum();
+  if (kTerms & kTermEntropy) sums.weighted += weighted.sum();
+  if (kTerms & kTermSquares) sums.squares += squares.sum();
+  if (kTerms & kTermSquareLogs) sums.squares_weighted += square_logs.sum();
 }
 
 template <int kTerms, typename T>
@@ -225,9 +196,6 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
 }
 
 // ---- with a reference: both rows together -------------------------------------------------------------------
-//
-// These loops hold their sums one by one: as members of Moments and Mass, lanes of double would be contracted to other
-// fused operations on AVX2, and give other bits.
 
 template <int kTerms, typename T, typename Acc>
 inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
