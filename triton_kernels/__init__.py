@@ -1,1 +1,1 @@
-"""The Triton backend, one file per family; imported as ``rewardops.triton_kernels``."""
+"""The Triton backend: a file per family, and files by theme; imported as ``rewardops.triton_kernels``."""
