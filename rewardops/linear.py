@@ -138,10 +138,9 @@ def linear_token_stats_partial(
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
     """
     args = _arguments(
-        hidden, weight, tokens, outputs, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
-        temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size, mask=mask,
-        chunk_tokens=chunk_tokens, chunk_vocab=chunk_vocab, num_tokens=num_tokens, vocab_start=vocab_start,
-        partial=True,
+        hidden, weight, tokens, outputs, vocab_start, True, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight,
+        ref_bias=ref_bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size,
+        mask=mask, chunk_tokens=chunk_tokens, chunk_vocab=chunk_vocab, num_tokens=num_tokens,
     )  # fmt: skip
     record: Tensor = ops.linear_token_stats_partial(*args)
     return record
@@ -259,6 +258,9 @@ def _arguments(
     weight: Tensor,
     tokens: Tensor,
     outputs: Sequence[str],
+    vocab_start: int = 0,
+    partial: bool = False,
+    /,
     *,
     bias: Tensor | None = None,
     ref_hidden: Tensor | None = None,
@@ -273,10 +275,8 @@ def _arguments(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
-    vocab_start: int = 0,
-    partial: bool = False,
 ) -> LinearArgs:
-    """Checked, as the ops take them; ``partial``: of a part of the vocabulary, from ``vocab_start`` on."""
+    """Validate the arguments of a call; ``partial``: the head is a part of the vocabulary, from ``vocab_start`` on."""
     _check_side("", hidden, weight, bias)
     _check_tokens(tokens, hidden)
     if (ref_hidden is None) != (ref_weight is None):
