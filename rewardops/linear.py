@@ -276,7 +276,7 @@ def _arguments(
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
 ) -> LinearArgs:
-    """Validate the arguments of a call; ``partial``: the head is a part of the vocabulary, from ``vocab_start`` on."""
+    """Validate the arguments of a call; ``partial``: the head is a part of it, from ``vocab_start`` on."""
     _check_side("", hidden, weight, bias)
     _check_tokens(tokens, hidden)
     if (ref_hidden is None) != (ref_weight is None):

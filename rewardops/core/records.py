@@ -36,9 +36,11 @@ def packer(names: Sequence[str], record: type[NamedTuple] | None) -> Callable[[S
     end = first + len(record._fields)
     if tuple(names[first:end]) != record._fields:
         raise ValueError(f"schema: got {names[first:end]}, want the fields of {record.__name__}")
-    make: Callable[[Sequence[Any]], Any] = record._make
+    make = functools.partial(tuple.__new__, record)  # ``_make`` without its check of the length
     if first == 0 and end == len(names):
         return lambda args: (make(args),)
+    if first == 0:
+        return lambda args: (make(args[:end]), *args[end:])
     return lambda args: (*args[:first], make(args[first:end]), *args[end:])
 
 
