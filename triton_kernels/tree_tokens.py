@@ -97,7 +97,9 @@ def nodes_to_tokens_kernel(
     """Program (b, k, c): the blocks k, k + splits, ... of channel c of row b."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(2).to(tl.int64)
-    nodes = NodeValues(values, scaled_values, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
+    nodes = NodeValues(
+        values, scaled_values, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64)
+    )
     begin, columns = row_bounds(cu, b, width, total, PACKED)
     first_column = tl.load(first + b)
     factor = tl.zeros([], tl.float64)
@@ -193,7 +195,9 @@ def rows_backward_kernel(
     c = tl.program_id(1).to(tl.int64)
     begin, _ = row_bounds(cu, b, width, total, PACKED)
     begin += tl.load(first + b)
-    nodes = NodeValues(scaled_values, scaled_values, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64))
+    nodes = NodeValues(
+        scaled_values, scaled_values, depth_in, parent, c, channels, unpair(log_high, log_low, tl.float64)
+    )
     path = Path(tl.load(leaf + b), tl.load(lengths + b), 1.0)
     plain = tl.zeros([BLOCK], tl.float64)
     scaled = tl.zeros([BLOCK], tl.float64)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
-from rewardops.advantages import BASELINES, SCALES
+from rewardops.reference.advantages import BASELINES, SCALES
 from rewardops.testing import check_backend, evaluate, pack, random_groups, random_mask
 
 CUDA = True  # the target of kernels in CUDA C++ too
@@ -387,7 +387,7 @@ class Test_group_advantages:
         def fn(rewards):
             there = (x.to(rewards.device) for x in (groups, cu))
             options = ("mean", 0.0, "std", 1e-6, 1, False)
-            return rewardops.advantages.forward(
+            return rewardops.ops.advantages.group_advantages(
                 rewards, next(there), None, None, None, next(there), 12, *options
             )[1]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import rewardops
-from rewardops import segments
 from rewardops.core import dispatch
 from rewardops.core.rows import Layout
+from rewardops.ops import segments as ops
 from rewardops.reference.segments import REDUCTIONS
 from rewardops.testing import check_backend, pack, random_mask
 
@@ -17,7 +17,7 @@ def sums(mask=None, cu=None):
     def fn(x):
         to = [None if t is None else t.to(x.device) for t in (mask, cu)]
         batch = x.shape[0] if cu is None else cu.shape[0] - 1
-        return segments.row_sums(x, Layout(batch, tuple(x.shape), *to))
+        return ops.row_sums(x, Layout(batch, tuple(x.shape), *to))
 
     return fn
 
@@ -58,11 +58,11 @@ class Test_row_counts:
         mask[1] = False
         rows = Layout(5, (5, 333), mask.to(target.device), None)
         with dispatch.use_backend(target.backend):
-            assert torch.equal(segments.row_counts(rows, target.device).cpu(), mask.sum(1).double())
+            assert torch.equal(ops.row_counts(rows, target.device).cpu(), mask.sum(1).double())
             cu = torch.tensor([0, 100, 100, 333], device=target.device)
             rows = Layout(3, (333,), mask[0].to(target.device), cu)
             want = [float(mask[0, a:b].sum()) for a, b in ((0, 100), (100, 100), (100, 333))]
-            assert segments.row_counts(rows, target.device).tolist() == want
+            assert ops.row_counts(rows, target.device).tolist() == want
 
 
 # ---- steps -------------------------------------------------------------------------------------------------
@@ -207,10 +207,10 @@ class Test_segment_reduce_segment_broadcast:
             (
                 lambda: rewardops.segment_reduce(x, ids[:2]),
                 ValueError,
-                r"segments: got shape \[2, 4\], want \[3, 4\]",
+                r"steps: got shape \[2, 4\], want \[3, 4\]",
             ),
             (lambda: rewardops.segment_reduce(x, ids, num_steps=-1), ValueError, "num_steps: got -1"),
-            (lambda: rewardops.segment_reduce(x, None), TypeError, "segments: got None"),
+            (lambda: rewardops.segment_reduce(x, None), TypeError, "steps: got None"),
             (
                 lambda: rewardops.segment_broadcast(x[:2], ids),
                 ValueError,

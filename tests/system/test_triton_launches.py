@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).resolve().parents[1] / "triton_kernels").glob("*.py"))
+FILES = sorted((Path(__file__).resolve().parents[2] / "triton_kernels").glob("*.py"))
 
 
 def jitted(tree: ast.Module) -> set[str]:
