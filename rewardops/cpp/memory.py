@@ -92,7 +92,7 @@ class Launcher:
         return (torch.get_num_threads(),)
 
     def scan(self, like: Tensor, rows: RowShape) -> tuple[tuple[int, ...], Tensor | None]:
-        """The last arguments of a scan along rows, and its scratch memory, which must live until the call returns."""
+        """The last arguments of a scan along rows, and its scratch memory, alive until the call returns."""
         return self.execution(like), None
 
 

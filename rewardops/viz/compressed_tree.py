@@ -35,8 +35,8 @@ class CompressedTree:
     """The compressed prefix trees of a batch, on the host: at most ``2 B - 1`` nodes, a node per unbranched run.
 
     Nodes are numbered depth first, so that those below node n are ``n + 1 .. tout[n] - 1``. Depths count tokens
-    from a row's first valid one; a node's own tokens are the last ``length[n]`` of the first ``depth[n]``
-    tokens of row ``row[n]``. A node has no token only at the top of a group whose rows diverge at their first token.
+    from a row's first valid one; a node's own tokens are the last ``length[n]`` of the first ``depth[n]`` tokens of
+    row ``row[n]``. A node has no token only at the top of a group whose rows diverge at their first token.
     """
 
     parent: Tensor
