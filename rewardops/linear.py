@@ -277,7 +277,7 @@ def _arguments(
     vocab_start: int = 0,
     partial: bool = False,
 ) -> LinearArgs:
-    """Validated arguments of the ops; ``partial``: for a part of the vocabulary, from ``vocab_start`` on."""
+    """Checked, as the ops take them; ``partial``: of a part of the vocabulary, from ``vocab_start`` on."""
     _check_side("", hidden, weight, bias)
     _check_tokens(tokens, hidden)
     if (ref_hidden is None) != (ref_weight is None):
