@@ -1,4 +1,4 @@
-"""``python -m rewardops``: ``verify`` checks every op on this machine, ``config`` says what serves them."""
+"""``python -m rewardops``: ``verify`` checks every op on this machine, ``config`` lists their backends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .core.dispatch import show_config
 def main() -> int:
     parser = argparse.ArgumentParser(prog="rewardops", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("verify", help="hold every op on every backend to float64", add_help=False)
-    commands.add_parser("config", help="what is installed, and what serves each device")
+    commands.add_parser("verify", help="compare every op on every backend with float64", add_help=False)
+    commands.add_parser("config", help="list the installed backends, and those that serve each device")
     args, rest = parser.parse_known_args()
     if args.command == "config":
         if rest:

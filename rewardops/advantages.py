@@ -35,14 +35,14 @@ if TYPE_CHECKING:
         singleton: str
 
     class GroupOptions(RowOptions, total=False):
-        """Options of :func:`group_advantages` that say what a reward is relative to."""
+        """Options of :func:`group_advantages` for the baseline and the scale."""
 
         baseline: str | float | Tensor
         scale: str
         lengths: Tensor | None
 
     class PlaceOptions(TypedDict, total=False):
-        """Options of :func:`group_advantages` that say where the rows are and where advantages go."""
+        """Options of :func:`group_advantages` for weights, the layout of the tokens, and ranks."""
 
         weights: Sequence[float] | Tensor | None
         mask: Tensor | None
@@ -129,38 +129,39 @@ def group_advantages(
     Exact on the hard inputs: equal rewards give 0 whatever their value (not the quotient of two rounding
     errors), rewards near 1000 keep their differences, a group of one has advantage 0 under any baseline but
     ``"none"`` and a tensor, and 0 under any scale but ``"none"`` and ``"batch_std"``. A NaN reward makes every
-    advantage of its group NaN (of the batch under ``"batch_std"``): without it none of them has one. Where there is
-    neither a scale nor a baseline of the group, it is its row's alone.
+    advantage of its group NaN (of the batch under ``"batch_std"``), as none of them is defined without it. With
+    neither a scale nor a baseline of the group, only the advantage of its own row is NaN.
 
     Args:
-        rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. Or ``[B, R]``, R rewards to be
-            normalised each for itself and then summed with ``weights`` (GDPO, MO-GRPO).
+        rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. Or ``[B, R]``, R rewards,
+            normalised separately and then summed with ``weights`` (GDPO, MO-GRPO).
         groups: ``[B]``: integer labels of any value in any order, groups may be ragged; or a numpy array or a
-            sequence of strings or other objects, such as prompt ids (told apart on the host).
+            sequence of strings or other objects, such as prompt ids (compared on the host).
         group_size: instead of ``groups``: contiguous groups of this many rows, or of these sizes, a
             list or an integer tensor ``[G]``.
         eps: added to the scale.
         ddof: 1 for the unbiased std, 0 for the population's.
-        singleton: of a group of one: ``"zero"``, or ``"raw"`` for its reward as it is, as verl's GRPO does
+        singleton: the advantage of a group of one: ``"zero"``, or ``"raw"`` for its reward, as in verl's GRPO
             (not with ``scale="batch_std"``).
         lengths: ``[B]``, for ``"length_weighted"``; by default the number of valid tokens.
         weights: ``[R]``, for rewards ``[B, R]``; 1 each by default.
         mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``): the advantage is written to every valid token
             and 0 to the others. A row without a valid token does not count in its group.
         cu_seqlens: ``[B + 1]``, int32 or int64: the advantage is written to packed tokens ``[N]``.
-        num_tokens: ``N``, where ``cu_seqlens`` lies on a device (or a graph is traced) and there is no mask
-            to tell it.
-        process_group: groups, and the batch of ``"batch_std"``, are of the rows of all its ranks, each of which
-            gets its own rows' advantages. Labels mean the same on every rank (those that are no tensors: str, bytes
-            or int), ``group_size`` counts on from rank to rank. One collective, of a few numbers per row.
-        max_per_rank: with a process group, a number of rows that no rank exceeds. Without it the ranks tell each
-            other how many they have first, and the host reads it.
+        num_tokens: ``N``; needed where ``cu_seqlens`` lies on a device (or a graph is traced) and there is no
+            mask.
+        process_group: groups, and the batch of ``"batch_std"``, span the rows of all its ranks; each rank gets
+            the advantages of its own rows. A label denotes the same group on every rank (labels outside tensors
+            are str, bytes or int); ``group_size`` counts on from rank to rank. One collective, of a few numbers
+            per row.
+        max_per_rank: with a process group, an upper bound of the rows per rank. Without it the ranks exchange their
+            numbers of rows first, and the host reads them.
 
     Returns:
-        ``[B]``, or ``[B, T]`` or ``[N]`` where a mask or cu_seqlens is given; float32 (float64 for float64
-        rewards). Differentiable in ``rewards``, through baseline and scale; what picks a reward (median,
-        quantile, largest, range) has its gradient at the earliest row with that reward; a group of equal rewards
-        under a scale, where a std has no gradient, has gradient 0.
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64
+        rewards). Differentiable in ``rewards``, through baseline and scale; a statistic that selects a
+        reward (median, quantile, largest, range) has its gradient at the earliest row with that reward; a group of
+        equal rewards under a scale, where a std has no gradient, has gradient 0.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
@@ -224,7 +225,7 @@ def whiten(
     Args:
         values: any shape, padded or packed; float32, bfloat16, float16 or float64.
         mask: the same shape.
-        process_group: mean and variance are of the elements of all its ranks, however many each has. One
+        process_group: mean and variance are over the elements of all its ranks, any number on each. One
             collective, of four numbers.
 
     Returns:
@@ -242,7 +243,7 @@ def whiten(
         return x
     x = torch.where(valid, x, 0)
     count = valid.sum()
-    # Less some element first: large values keep their differences, and equal ones are exactly 0.
+    # Subtract some element first: large values keep their differences, and equal values give exactly 0.
     first = torch.where(valid, x, torch.inf).detach().amin() if x.numel() else x.new_zeros(())
     first = torch.where(first.isfinite(), first, 0)
     above = torch.where(valid, x - first, 0)
@@ -258,7 +259,7 @@ def whiten(
     out = centred * torch.where(varies, torch.where(varies, var + eps, 1).rsqrt(), 0)
     if not shift_mean:
         out = out + mean + first
-    # Last, so that what comes back to a masked token is dropped first.
+    # Masked last, so that the backward pass drops the gradients of masked tokens first.
     return torch.where(valid, out, 0).to(x.dtype)
 
 
@@ -266,7 +267,7 @@ def whiten(
 
 
 def grpo(rewards: Tensor, groups: Labels = None, **options: Unpack[AllOptions]) -> Tensor:
-    """GRPO (2402.03300): ``(r - mean) / (std + eps)``. Options as of :func:`group_advantages`."""
+    """GRPO (2402.03300): ``(r - mean) / (std + eps)``. Options as in :func:`group_advantages`."""
     return group_advantages(rewards, groups, **options)
 
 
@@ -407,7 +408,7 @@ def grpo_s(
     eps: float = 1e-8,
     **options: Unpack[GrpoSOptions],
 ) -> Tensor:
-    """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`; ``[B, T]`` or packed, a row's on each of its tokens."""
+    """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`, written to all tokens of a row; ``[B, T]`` or packed."""
     checks.check_non_negative("eps", eps)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = entropy_family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
@@ -433,7 +434,7 @@ def pure(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """PURE (2504.15275): soft-min process rewards, leave-one-out baselines and the outcome, summed from a token on.
+    """PURE (2504.15275): soft-min process rewards, leave-one-out baselines and the outcome, as discounted returns.
 
     The order of the authors' main branch: :func:`softmin_rewards` at step ends; less the baseline; the outcome,
     less its mean over the other rows, on the last token; discounted sums; and 0 on the tokens that end a step.
@@ -444,7 +445,8 @@ def pure(
     Args:
         process_rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; read at step ends.
         steps: step-end flags or step ids, as in :func:`min_returns`.
-        outcome: ``[B]``, the verifier's (the authors': 0 for right and -1 for wrong). outcome_weight: its factor.
+        outcome: ``[B]``, the reward of a verifier (0 for right and -1 for wrong in the authors' code).
+        outcome_weight: factor of the outcome.
         separators: keep the advantages on tokens that end a step.
 
     Returns:
@@ -537,7 +539,7 @@ def reinforce_plus_plus_baseline(
     ddof: int = 1,
     eps: float = 1e-8,
     process_group: ProcessGroup | None = None,
-    **options: Any,  # of dr_grpo, except those above
+    **options: Any,  # options of dr_grpo, except those above
 ) -> Tensor:
     """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens."""
     tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
@@ -551,7 +553,7 @@ def reinforce_plus_plus_baseline(
 
 
 def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of ``x`` over the other live rows of the group, and how many they are."""
+    """The sum of ``x`` over the other live rows of the group, and the number of these rows."""
     place = scope_ids("group", ids, ids.shape[0], ids.device)
     count = scope_counts(live, place)[place]
     above = group_advantages(x, ids, baseline="mean", scale="none", mask=live[:, None])[:, 0]
@@ -563,7 +565,7 @@ def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _baseline(baseline: str | float | Tensor, rewards: Tensor) -> tuple[str, float, Tensor | None]:
-    """The name of a baseline, its quantile, and its values."""
+    """Validate a baseline: its name, quantile and values."""
     if isinstance(baseline, Tensor):
         checks.check_float("baseline", _per_row("baseline", baseline, rewards))
         return "values", 0.0, baseline
@@ -626,7 +628,7 @@ class GroupSpec:
         num_tokens: int | None = None,
         name: str = "rewards",
     ) -> GroupSpec:
-        """The arguments of a call with ``rewards`` ``[B]``, the argument that errors call ``name``."""
+        """Validate the arguments of a call with ``rewards`` ``[B]``, which errors name ``name``."""
         checks.check_rewards(rewards, name)
         ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
         kind, quantile, values = _baseline(baseline, rewards)
@@ -658,12 +660,12 @@ class GroupSpec:
         return live_rows(self.ids, *where)
 
     def by_row(self) -> GroupSpec:
-        """The same over rows of one token, ``[B, 1]``, masked where the row has no token."""
+        """These arguments for rows of one token, ``[B, 1]``, masked where the row has no token."""
         live = self.live()[:, None]
         return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.weights())
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """``[B]``, or written to the tokens."""
+        """Advantages ``[B]``, or written to the tokens."""
         values = () if self.baseline_values is None else (self.baseline_values,)
         rewards, *values_wide = checks.promote(rewards, *values)
         weights, rows = self.weights(), self.rows
@@ -686,10 +688,10 @@ class GroupSpec:
         return out
 
     def to_tokens(self, values: Tensor) -> Tensor:
-        """Values of rows as they are, ``[B]``, or written to their tokens."""
+        """Per-row values ``[B]`` unchanged, or written to the tokens of their rows."""
         if self.rows is None:
             return values
-        # Every row is its own group: the kernel writes tokens in the pass that it makes anyway.
+        # Every row is a group of its own: the kernel writes the tokens in its only pass.
         alone = torch.arange(len(values), device=values.device)
         return replace(
             self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None
@@ -706,7 +708,7 @@ def _by_row(
     weights: Sequence[float] | Tensor | None,
     **options: Any,
 ) -> tuple[GroupSpec, Tensor]:
-    """Advantages per row ``[B]``, not yet on tokens: of rewards ``[B]``, ``[B, R]``, or on several ranks."""
+    """Advantages per row ``[B]``, not yet on tokens; for rewards ``[B]`` or ``[B, R]``, on one rank or several."""
     if ranks is not None:
         return _over_ranks(ranks, rewards, groups, weights, **options)
     if rewards.dim() == 2:
@@ -754,7 +756,7 @@ def _over_ranks(
 def _summed(
     rewards: Tensor, groups: Labels, weights: Sequence[float] | Tensor | None, **options: Any
 ) -> tuple[GroupSpec, Tensor]:
-    """Per row the weighted sum of each reward's advantages, of rewards ``[B, R]``."""
+    """Per row the weighted sum of the advantages of each column of rewards ``[B, R]``."""
     columns = rewards.unbind(1)
     spec = GroupSpec.of(columns[0] if columns else rewards.sum(1), groups, **options)
     count = len(columns)
@@ -778,8 +780,8 @@ def _merged_moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge the moments of all ranks.
 
-    Each rank brings the count of its elements, one element, the mean relative to that element, and the sum of
-    squares about that mean. Returned are an element that all ranks subtract, and count, mean and squares of all.
+    Each rank contributes the count of its elements, one element, the mean relative to that element, and the sum of
+    squares about that mean. The result is an element that all ranks subtract, and count, mean and squares of all.
     """
     record = torch.stack([x.double() for x in (count, first, mean, squares)])
     (records,) = distributed.gather([record[None]], process_group, 1).tensors

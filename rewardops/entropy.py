@@ -1,4 +1,4 @@
-"""Entropy: from a token's entropy to its share of the credit."""
+"""Entropy: rewards, advantages and weights of tokens from their entropy."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gtpo_rewards(
         entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: the entropy of the behaviour policy at each
             token, in nats, as :func:`rewardops.token_stats` returns it.
         groups: ``[B]``, integer labels in any order; or ``group_size`` for contiguous groups.
-        mask: the shape of ``entropy``; bool, integer or float 0/1; may have holes.
+        mask: the shape of ``entropy``; bool, integer or float 0/1; masked tokens may lie between valid ones.
         cu_seqlens: ``[B + 1]`` for packed rows.
         alpha1: weight of the outcome. alpha2: weight of the entropy's share.
         positive: rows with a reward above this are right, the others wrong; None for 0.
@@ -64,7 +64,7 @@ def gtpo_rewards(
 
     Returns:
         The layout of ``entropy``; float32 (float64 where an input is), 0 where masked. Differentiable in
-        ``rewards`` (right rows), and in ``entropy`` where asked.
+        ``rewards`` (right rows), and in ``entropy`` with ``entropy_grad``.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
@@ -122,10 +122,10 @@ def grpo_s_rewards(
     - wrong row j: ``-beta1 - beta2 * |N| * (1 / H[j]) / sum over N of (1 / H[k])``
 
     with P and N the right and wrong rows of the group. Arguments as in :func:`gtpo_rewards`; a row without a valid
-    token is in neither, and 0.
+    token is in neither, and has 0.
 
     Returns:
-        ``[B]``; :func:`rewardops.group_advantages` makes advantages of them.
+        ``[B]``, rewards for :func:`rewardops.group_advantages`.
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=True)
@@ -173,8 +173,9 @@ def signed_group_normalize(
     the sign of the outcome.
 
     Args:
-        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as of :func:`gtpo_rewards`. rewards: ``[B]``, which tell
-            right rows (above ``positive``, 0 by default) from wrong ones. groups, group_size: as there.
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as from :func:`gtpo_rewards`.
+        rewards: ``[B]``; rows with a reward above ``positive`` (0 by default) are right, the others wrong.
+        groups, group_size: as in :func:`gtpo_rewards`.
 
     Returns:
         The layout of ``values``, 0 where masked. Differentiable in ``values``.
@@ -191,13 +192,13 @@ def signed_group_normalize(
     live = counts > 0
     wide = x.double()
     out = torch.zeros_like(wide)
-    # Of the values, and of their mean in float64.
+    # Relative rounding errors of the values, and of their mean in float64.
     noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(torch.float64).eps
     for members in (live,) if joint else (live & right, live & ~right):
         mean = _group_means(tokens.means(wide, counts), counts, ids, members)
         centred = torch.where(valid & rows.expand(members), wide - rows.expand(mean), 0)
         var = _group_means(tokens.means(centred.square(), counts), counts, ids, members)
-        # Equal values have a variance of rounding size, or none, where the root has no gradient.
+        # The variance of equal values is of rounding size, or 0, where the square root has no gradient.
         some = var > (noise * mean).square()
         scale = torch.where(some, (torch.where(some, var, 1) + eps).rsqrt(), 0)
         out = out + centred * rows.expand(scale)
@@ -209,7 +210,7 @@ def advantage_logprob_cov(
 ) -> Tensor:
     """``(A - mean A) * (logprob - mean logprob)`` with means over all valid tokens; 0 where masked, no gradient.
 
-    Its mean is the covariance that drives the entropy's fall (2505.22617).
+    Its mean is the covariance that drives the decrease of the entropy (2505.22617).
     """
     tokens = TokenValues.of("advantages", advantages, mask, cu_seqlens)
     checks.check_like("logprob", logprob, advantages, "advantages")
@@ -258,8 +259,8 @@ def unlikeliness_rewards(
 ) -> Tensor:
     """``r * (1 - beta * (n - rank) / n)``, rank 1 the likeliest row of its group (2506.02355).
 
-    Right rows that the policy found likely are paid less; rewards of 0 stay 0. Of equal log-probabilities the
-    earlier row counts as the likelier.
+    Right rows that are likely under the policy are paid less; rewards of 0 stay 0. Among equal log-probabilities
+    the earlier row counts as the likelier.
 
     Args:
         rewards, sequence_logprob: ``[B]``; the authors rank by the mean log-probability of a row's tokens.
@@ -313,15 +314,15 @@ def entropy_weights(
     """A weight for each token by its entropy, with mean 1 over the valid tokens, so that a loss keeps its scale.
 
     ``"linear"``: the entropy (inverse: one over it, floored first); ``"softmax"``: ``exp(H / temperature)``
-    (inverse: ``exp(-H / temperature)``); ``"rank"``: the rank, 1 the lowest entropy (inverse: 1 the highest), of
-    equal ones in order of position; ``"quantile"``: only the ``fraction`` of highest (inverse: lowest) entropy.
+    (inverse: ``exp(-H / temperature)``); ``"rank"``: the rank, 1 the lowest entropy (inverse: 1 the highest),
+    equal entropies by position; ``"quantile"``: only the ``fraction`` of highest (inverse: lowest) entropy.
     Where all raw weights are 0 the weights are 1.
 
     Args:
         entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
-        normalize: over what the mean is 1: ``"batch"``, ``"row"`` or ``"group"`` (with ``groups`` or
+        normalize: the scope over which the mean is 1: ``"batch"``, ``"row"`` or ``"group"`` (with ``groups`` or
             ``group_size``).
-        inverse: for wrong rows: more where the policy was sure.
+        inverse: for wrong rows: more weight where the policy was sure.
         entropy_grad: let the gradient flow into the entropy (linear and softmax); off by default, as it is a hidden
             entropy term in a loss.
 
@@ -343,7 +344,7 @@ def entropy_weights(
     elif mode == "softmax":
         sign = -1.0 if inverse else 1.0
         score = torch.where(valid, sign * h / temperature, -torch.inf)
-        # Relative to the scope's largest, so that nothing overflows, nor vanishes against another scope's.
+        # Relative to the scope's largest, so that nothing overflows, or vanishes beside a larger scope.
         top = score.new_full((rows.batch,), -torch.inf)
         top = top.scatter_reduce(0, rows.expand(ids).flatten(), score.detach().flatten(), "amax")
         raw = (score - rows.expand(torch.where(top.isfinite(), top, 0)[ids])).exp()
@@ -366,11 +367,11 @@ def entropy_weights(
 
 
 def _ranks(x: Tensor, scopes: Tensor, descending: bool = False) -> Tensor:
-    """1 for the least (or largest) value of its scope; of equal ones the earliest first. By two stable sorts."""
+    """Ranks within the scopes, 1 for the smallest (or largest) value; ties by position. By two stable sorts."""
     order = x.flatten().argsort(descending=descending, stable=True)
     place = scopes.flatten()
     order = order[place[order].argsort(stable=True)]
-    # Where the scope of each starts in that order.
+    # The start of each element's scope in that order.
     position = torch.arange(order.shape[0], device=order.device)
     sorted_place = place[order]
     start = torch.searchsorted(sorted_place, sorted_place)
@@ -388,11 +389,11 @@ def entropy_change(
     sum_p2_logp: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """How a token's own policy-gradient step changes the entropy of its distribution, to first order, exactly.
+    """First-order change of the entropy of a token's distribution by its own policy-gradient step, exact.
 
     ``A * (sum p^2 (log p + H) - p_a (log p_a + H))`` per unit of step: the step on the logits is
-    ``A * (onehot(a) - p)``, and ``dH / dz = -p (log p + H)``. What the covariance of 2505.22617 is the mean of over
-    the policy's own samples; :func:`steer_metric` leaves out the sum. No gradient.
+    ``A * (onehot(a) - p)``, and ``dH / dz = -p (log p + H)``. Its mean over the policy's own samples is the
+    covariance of 2505.22617; :func:`steer_metric` leaves out the sum. No gradient.
 
     Args:
         advantages, logprob, entropy, sum_p2, sum_p2_logp: one shape, padded or packed; all but the first as
@@ -423,9 +424,9 @@ def steer_metric(
 ) -> Tensor:
     """STEER's estimate of how much a token's update changes the entropy, as published in its code.
 
-    ``|(A / pi_old) * p * (1 - p) * (log p + H)|`` with p the token's probability (``pi_old`` is p where no
-    ``old_logprob`` is given). It is not the first-order change: that has a term of the whole distribution which
-    this leaves out. No gradient.
+    ``|(A / pi_old) * p * (1 - p) * (log p + H)|`` with p the token's probability (``pi_old`` is p without
+    ``old_logprob``). It is not the first-order change: that has a term of the whole distribution, which this
+    estimate leaves out. No gradient.
 
     Args:
         advantages, logprob, entropy, old_logprob: one shape, padded or packed.
@@ -455,7 +456,7 @@ def steer_weights(
     ``"exp"``: ``exp(-k * metric)`` with ``k = -ln(low) / max(largest metric, 0.02)``, no less than ``low``.
 
     Args:
-        metric: any shape, as of :func:`steer_metric`. low, high: 0 to high.
+        metric: any shape, as from :func:`steer_metric`. low, high: ``0 < low <= high``.
 
     Returns:
         That shape, 0 where masked.

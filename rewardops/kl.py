@@ -47,13 +47,13 @@ def token_kl(
     ==============  ====================================  ====================================================
 
     k3 keeps full relative accuracy near 0, where ``exp(-d) - 1`` does not (Schulman, "Approximating KL divergence",
-    2020; the straight-through forms are verl's ``k1+`` and ``k3+``). What one differentiates matters more than the
-    value: as a term of the reward, without gradient, k1 and k3 are right; as a term of the loss, k2, the
-    straight-through forms, or k3 with ``old_logprob`` and the ratio's gradient.
+    2020; the straight-through forms are verl's ``k1+`` and ``k3+``). The gradient matters more than the value: in
+    the reward, without gradient, k1 and k3 are right; in the loss, k2, the straight-through forms, or k3 with
+    ``old_logprob`` and the ratio's gradient.
 
     These are estimates from one token of each distribution. Where the logits are at hand,
     ``token_stats(..., ref_logits=, outputs=("kl",))`` has the exact value from the same memory pass.
-    ``docs/kl.md`` has the measured spread of each against it.
+    ``docs/kl.md`` has the measured mean and standard deviation of each.
 
     Args:
         logprob: any shape, so ``[B, T]`` as well as packed ``[N]``; float32, bfloat16, float16 or float64,
@@ -63,11 +63,11 @@ def token_kl(
         mask: the same shape; bool, integer or float 0/1. Masked tokens are exactly 0, and so is their
             gradient.
         clamp: the largest ``|d|``, or that and the largest ``|value|``; beyond them the gradient is 0. With a
-            clamp value and gradient are finite for any ``d``: ``(20, 10)`` is verl's for k3. (Binary forms have no
-            use for the first.)
+            clamp value and gradient are finite for any ``d``: ``(20, 10)`` is verl's for k3. (Binary forms do not
+            use the first.)
         old_logprob: log-probabilities of the policy that sampled, the same shape, constant: the estimate is
             weighted by the ratio ``exp(logprob - old_logprob)``, which makes it unbiased off-policy.
-        ratio_grad: whether that ratio has a gradient. With it, k3's expected gradient is KL(policy ||
+        ratio_grad: True if that ratio has a gradient. With it, k3's expected gradient is KL(policy ||
             reference)'s.
         beta: a factor of the estimate; 1 by default.
         rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass.
@@ -117,7 +117,7 @@ def implicit_rewards(
     Args:
         logprob, ref_logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
         steps: step ids (integer, non-decreasing along a row, negative for none) or flags at step ends (bool),
-            the same shape: rewards are summed per step and stand at its last valid token, 0 elsewhere.
+            the same shape: the sum of a step's rewards is at its last valid token, 0 elsewhere.
         clamp: the largest ``|logprob - ref_logprob|`` of a token.
 
     Returns:
@@ -156,7 +156,7 @@ def tdpo_terms(
     (w.log_ratio - l.log_ratio) - alpha * beta * (l.sequential_kl - w.sequential_kl.detach()))``.
 
     Args:
-        logprob, ref_logprob: of the tokens, ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        logprob, ref_logprob: per token, ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
         reverse_kl: exact KL(reference || policy) at every token, ``reverse_kl`` of :func:`rewardops.token_stats`.
     """
     _check_pair(logprob, ref_logprob)

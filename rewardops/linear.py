@@ -53,23 +53,24 @@ def linear_token_stats(
     half precision give float32, so that no logit is rounded; on CPUs they give the dtype of the inputs, as
     ``torch.mm`` does. Sums over blocks are in float32 (float64 for float64).
 
-    Masked tokens are left out before the first product, and cost nothing; their hidden states are not read.
+    Masked tokens are left out before the first product and cost nothing; their hidden states are not read.
 
     Args:
         hidden: ``[N, D]`` or ``[B, T, D]``, float32, bfloat16, float16 or float64.
         weight: ``[V, D]``, the head; may have another dtype (products are in the wider of the two), and may be
-            tied to the embedding. Under autocast both are cast as a linear layer's are.
+            tied to the embedding. Under autocast both are cast as in a linear layer.
         tokens: ``[N]`` or ``[B, T]``; -100 counts as masked.
-        bias: ``[V]``. ref_hidden, ref_weight, ref_bias: the reference model's, for the outputs that compare;
-            its hidden size may differ. logit_scale: above 0; before the softcap (as of Cohere and Granite).
+        bias: ``[V]``. ref_hidden, ref_weight, ref_bias: those of the reference model, for the outputs that
+            compare the two; its hidden size may differ.
+        logit_scale: above 0; applied before the softcap (as in Cohere and Granite).
         temperature, softcap, vocab_size, mask, outputs, beta: as in :func:`rewardops.token_stats`.
         chunk_tokens, chunk_vocab: tokens and vocabulary entries of a block. By default 4096 tokens by as much
             vocabulary as the workspace holds: 256 MiB or 1 % of the logits in float32, the larger; 32 MiB on a
             CPU, near its caches. For ``jsd``, which needs whole rows, as many tokens as it holds, at least 512,
             and ``chunk_vocab`` has no effect.
-        num_tokens: how many tokens count, or more. Without it the number is read from the device, the one
-            synchronisation of this op, forward and backward.
-        process_group: of tensor parallelism, as in :func:`rewardops.token_stats`: weight and bias are this rank's
+        num_tokens: an upper bound of the number of valid tokens. Without it the number is read from the device, the
+            one synchronisation of this op, forward and backward.
+        process_group: for tensor parallelism, as in :func:`rewardops.token_stats`: weight and bias are this rank's
             shards, hidden states are the same on all ranks. One collective forward, and one backward that sums the
             hidden states' gradient over the ranks (in float32, or float64), which is then the same on each.
 
@@ -132,7 +133,7 @@ def linear_token_stats_partial(
 
     Returns:
         ``[*tokens.shape, 14]``, float64, for :func:`rewardops.merge_token_stats`. Differentiable once in hidden,
-        weight and bias of both sides; a gradient of the hidden states is this part's, to be summed over parts.
+        weight and bias of both sides; the gradient of the hidden states is that of this part, to sum over parts.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
@@ -147,7 +148,7 @@ def linear_token_stats_partial(
 
 
 class LinearOptions(TypedDict, total=False):
-    """Options of :func:`linear_token_stats` that :func:`linear_token_loss` has as well."""
+    """Options that :func:`linear_token_loss` shares with :func:`linear_token_stats`."""
 
     bias: Tensor | None
     ref_hidden: Tensor | None
@@ -177,23 +178,23 @@ def linear_token_loss(
 
     ``loss = sum over tokens and names of coefficients[name] * stats.name``, exact with its gradient. A policy
     gradient is of this form: ``coefficients = {"logprob": -advantages / count}``, and ``{"entropy": -c / count}``
-    for a bonus. So is any loss on its first, on-policy step, where it is stood in for by its first derivatives
-    (a clipped ratio is 1 with derivative 1 there). From the second step on the same samples on, the derivative of
-    a ratio depends on the log-probabilities of the step: use :func:`linear_token_stats`.
+    for a bonus. So is any loss on its first, on-policy step, where its first derivatives can replace it (a clipped
+    ratio is 1 with derivative 1 there). From the second step with the same samples, the derivative of a ratio
+    depends on the log-probabilities of that step: use :func:`linear_token_stats`.
 
-    It saves one product, and costs the weight's gradient summed over blocks in float32. Measured on two CPU
+    It saves one product, and costs a float32 sum of the weight's gradient over blocks. Measured on two CPU
     cores (1024 tokens, D = 1024, V = 151936), it wins in float32 (7.0 against 8.1 s) and loses in bfloat16 (2.0
     against 1.7 s), where products are five times faster and that sum is not.
 
     Args:
         hidden, weight, tokens and all options: as in :func:`linear_token_stats`; blocks are of whole rows.
         coefficients: names of outputs (not ``is_top1``), each with a float tensor of the shape of ``tokens``;
-            constants, no gradient flows into them. At masked tokens they do not matter.
+            constants, no gradient flows into them. Their values at masked tokens have no effect.
         outputs: statistics to return beside the terms of the loss.
 
     Returns:
         The loss (a scalar, float32; float64 for float64), differentiable once in hidden, weight and bias: a second
-        backward pass raises. The gradient is scaled by what reaches the loss, so loss scaling works; the
+        backward pass raises. The gradient is scaled by the upstream one, so loss scaling works; the
         reference's side is constant. And :class:`TokenStats`, detached. The weight's gradient is summed over
         blocks in a float32 tensor of its size.
     """
@@ -235,7 +236,7 @@ def _check_tokens(tokens: Tensor, hidden: Tensor) -> None:
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast as a linear layer under autocast does: float32 and half precision inputs to its dtype."""
+    """Cast as a linear layer does under autocast: float32 and half precision inputs to autocast's dtype."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -306,7 +307,7 @@ def _arguments(
             raise ValueError(
                 f"num_tokens: got {hint}, want at least {int(valid.sum())} (the tokens that count)"
             )
-    # softcap * tanh(s x / softcap) / t is the same of x with softcap / s and t / s.
+    # softcap * tanh(s x / softcap) / t equals the formula for x with softcap / s and t / s.
     options = options._replace(
         temperatures=None if options.temperatures is None else options.temperatures / logit_scale,
         temperature=options.temperature / logit_scale,

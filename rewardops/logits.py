@@ -25,7 +25,7 @@ PARTIAL_OUTPUTS = OUTPUTS[:-1]
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token's distribution, in nats; None for what was not asked for.
+    """Statistics of each token's distribution, in nats; None for outputs that were not requested.
 
     All have the shape of ``tokens`` and are float32 (float64 for float64 logits); ``is_top1`` is bool.
     """
@@ -57,7 +57,7 @@ def token_stats(
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """Whatever a training step wants to know about each token's distribution, from one read of the logits.
+    """The statistics of each token's distribution that a training step needs, from one read of the logits.
 
     With ``z = softcap * tanh(logits / softcap) / temperature`` (without a softcap ``logits / temperature``),
     ``L = log sum exp z``, ``p = exp(z - L)``, and ``q`` the same of ``ref_logits``:
@@ -98,26 +98,27 @@ def token_stats(
             ``[0, vocab_size)`` gives NaN at that token, and is never read (under :func:`rewardops.debug` it
             raises).
         temperature: a number, or a tensor with one per row (``[B]``) or per token; no gradient flows into it.
-        softcap: as of Gemma 2; None for none.
+        softcap: as in Gemma 2; None for no softcap.
         vocab_size: columns from here on are padding and do not exist; their gradient is 0.
-        ref_logits: the reference model's, the shape of ``logits``, in any of the dtypes; temperature, softcap
-            and vocab_size apply to it as well.
+        ref_logits: logits of the reference model, the shape of ``logits``, in any of the dtypes; temperature,
+            softcap and vocab_size apply to them as well.
         mask: the shape of ``tokens``; bool, integer or float 0/1. Masked rows are not read: their outputs
             and their gradient are exactly 0, whatever the logits hold.
-        outputs: names of what to return; only that is computed.
-        beta: of ``jsd``, above 0 and below 1 (at both ends it is 0: ask for ``kl`` or ``reverse_kl``).
+        outputs: names of the statistics to return; only these are computed.
+        beta: for ``jsd``, above 0 and below 1 (at both ends jsd is 0: use ``kl`` or ``reverse_kl``).
         inplace_backward: write the gradient of the logits over them, which saves the memory of a second
-            ``[N, V]``. The logits are gone after the backward pass; a second backward pass raises. Without
-            effect under ``torch.compile``, which plans memory itself, in ``torch.func``, and where what is saved
-            goes through hooks, as in activation checkpointing: autograd could not tell that they are gone.
-        process_group: of tensor parallelism: its ranks hold shards ``[N, V_part]`` of the vocabulary of one width,
-            in their order, and get the statistics of the whole rows, the same bits on each. One collective, of 5 to
-            14 numbers per token, and none in the backward pass: every rank has the same loss, and gets its shard of
-            that loss's gradient (Megatron's convention). ``vocab_size`` is that of the whole. Not with ``jsd`` or
-            ``inplace_backward``. For shards of other widths there is :func:`token_stats_partial`.
+            ``[N, V]``. The logits are lost in the backward pass; a second backward pass raises. Without effect
+            under ``torch.compile``, which plans memory itself, in ``torch.func``, and under saved-tensor hooks, as
+            in activation checkpointing: autograd could not detect the overwritten logits.
+        process_group: for tensor parallelism: its ranks hold shards ``[N, V_part]`` of the vocabulary, of equal
+            width and in rank order, and get the statistics of the whole rows, the same bits on each. One
+            collective, of 5 to 14 numbers per token, and none in the backward pass: every rank has the same loss,
+            and gets its shard of that loss's gradient (Megatron's convention). ``vocab_size`` is that of the
+            whole vocabulary. Not with ``jsd`` or ``inplace_backward``. For shards of unequal width use
+            :func:`token_stats_partial`.
 
     Returns:
-        :class:`TokenStats`, with the outputs asked for. Differentiable once, in ``logits`` and ``ref_logits``:
+        :class:`TokenStats`, with the requested outputs. Differentiable once, in ``logits`` and ``ref_logits``:
         all upstream gradients are folded into one read and one write, in the dtype of the logits.
 
     Raises:
@@ -174,10 +175,10 @@ def token_stats_and_grad(
     Args:
         logits, tokens, temperature, softcap, vocab_size, ref_logits, mask, beta: as in :func:`token_stats`.
         coefficients: names of outputs (not ``is_top1``), each with a float tensor of the shape of ``tokens``;
-            constants, no gradient flows into them. At masked tokens they do not matter.
+            constants, no gradient flows into them. Their values at masked tokens have no effect.
         outputs: statistics to return beside the terms of the loss.
         inplace: write the gradient over the logits, which saves the memory of a second ``[N, V]``. The logits are
-            gone then; autograd raises where another op has saved them for its backward pass.
+            lost then; autograd raises where another op has saved them for its backward pass.
 
     Returns:
         :class:`TokenStats`, and the gradient, in the shape and dtype of the logits: zeros where masked and from
@@ -201,7 +202,7 @@ def token_stats_and_grad(
         grad, stacked = target, ops.token_stats_and_grad_(factors, terms, *args)
     else:
         stacked, grad = ops.token_stats_and_grad(factors, terms, *args)
-        # Computed in the reference's float64, where its dtype is not the logits'.
+        # The gradient is float64 where the reference logits are; the logits may be narrower.
         grad = target.copy_(grad) if inplace else grad.to(logits.dtype)
     if inplace and not (torch.compiler.is_compiling() or logits.is_inference()):
         torch.autograd.graph.increment_version(logits)
@@ -225,17 +226,17 @@ def token_stats_partial(
 
     For vocabulary shards (tensor parallelism) and chunks: column ``k`` of ``logits`` is token
     ``vocab_start + k``. Differentiable in ``logits`` and ``ref_logits``, through the records: gather the
-    other ranks' records without gradient, put one's own among them, merge, and each rank's loss gives its own
-    shard's exact gradient.
+    other ranks' records without gradient, insert this rank's record among them, and merge; each rank's loss then
+    gives the exact gradient of its own shard.
 
     Args:
         logits: ``[N, V_part]`` or ``[B, T, V_part]``, as in :func:`token_stats`.
         tokens: ``[N]`` or ``[B, T]``, ids in the whole vocabulary; -100 counts as masked.
         vocab_start: the id of the first column.
-        vocab_size: of the whole vocabulary: columns with ids from here on are padding.
+        vocab_size: size of the whole vocabulary: columns with ids from here on are padding.
         temperature, softcap, ref_logits, mask: as in :func:`token_stats`, the same for every part.
-        outputs: what the records are to be merged into: of the outputs of :func:`token_stats` all but
-            ``jsd``, whose terms need the whole row's normalisers.
+        outputs: statistics to merge the records into: any output of :func:`token_stats` but ``jsd``, whose
+            terms need the whole row's normalisers.
 
     Returns:
         ``[*tokens.shape, 14]``, float64: for each token sums relative to the part's largest logit
@@ -260,12 +261,12 @@ def merge_token_stats(
 ) -> TokenStats:
     """Token statistics of whole rows from the records of their parts, in any order.
 
-    A few operations per token, in float64 and plain PyTorch on every device, which ``torch.compile`` fuses.
+    A few operations per token, in float64 and plain PyTorch on every device; ``torch.compile`` fuses them.
 
     Args:
-        records: ``[parts, *tokens.shape, 14]``, or a sequence of what :func:`token_stats_partial` returned.
-        outputs: as given to :func:`token_stats_partial`; those that were not among them there are NaN.
-        dtype: of the statistics.
+        records: ``[parts, *tokens.shape, 14]``, or a sequence of results of :func:`token_stats_partial`.
+        outputs: as in :func:`token_stats_partial`; outputs that were not requested there are NaN.
+        dtype: dtype of the statistics.
 
     Returns:
         :class:`TokenStats`; a token that no part holds has logprob NaN. Differentiable in the records.
@@ -278,7 +279,7 @@ def merge_token_stats(
         parts = records
     elif not isinstance(records, Sequence) or not all(isinstance(part, Tensor) for part in records):
         raise TypeError(f"records: got {type(records).__name__}, want a tensor or a sequence of tensors")
-    # Compared, not hashed: a hash makes constants of sizes in a compiled graph.
+    # Compared, not hashed: a hash would make sizes constants in a compiled graph.
     elif not records or any(
         (part.shape, part.dtype, part.device) != (records[0].shape, records[0].dtype, records[0].device)
         for part in records
@@ -316,7 +317,7 @@ def _check_logits(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None) -> 
 
 
 def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Half and single precision mix; float64 on one side makes both float64."""
+    """Logits of both models: half and single precision may mix; float64 on one side makes both float64."""
     if ref_logits is None or torch.float64 not in (logits.dtype, ref_logits.dtype):
         return logits, ref_logits
     return logits.to(torch.float64), ref_logits.to(torch.float64)
@@ -336,7 +337,7 @@ def _arguments(
     vocab_start: int = 0,
     partial: bool = False,
 ) -> TokenStatsArgs:
-    """Checked, as the ops take them; ``partial``: of a part of the vocabulary, from ``vocab_start`` on."""
+    """Validated arguments of the ops; ``partial``: for a part of the vocabulary, from ``vocab_start`` on."""
     _check_logits(logits, tokens, ref_logits)
     names = check_outputs(outputs, PARTIAL_OUTPUTS if partial else OUTPUTS, ref_logits is not None)
     options = token_arguments(
@@ -358,7 +359,7 @@ def shard_start(shape: torch.Size, process_group: ProcessGroup) -> int:
 def merge_over_ranks(
     record: Tensor, outputs: Sequence[str], process_group: ProcessGroup, dtype: torch.dtype
 ) -> TokenStats:
-    """The statistics of whole rows from the records of all ranks' shards; the gradient reaches this rank's own."""
+    """Statistics of whole rows from the records of all ranks' shards; the gradient reaches this rank's record."""
     fields = fields_of(outputs)
     at, ranks = distributed.rank(process_group), distributed.size(process_group)
     others = record.detach().new_zeros((ranks, *record.shape))

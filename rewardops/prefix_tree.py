@@ -1,9 +1,9 @@
-"""Prefix trees: values, advantages and weights of tokens from what the responses of a group share.
+"""Prefix trees: values, advantages and weights of tokens from the prefixes that the responses of a group share.
 
-The responses of a group are a tree of prefixes, found in the tokens alone. Its arrays are of fixed size, whatever
-the tokens (see ``rewardops/reference/prefix_tree.py``), so that nothing is read back to build it; node values are
-broadcast to tokens in one pass. A token's *state* is a prefix: the one without the token is before it, the one
-with it after it. :class:`rewardops.PrefixTree` has the tree itself, on the host.
+The responses of a group are a tree of prefixes, which follows from the tokens alone. The size of its arrays does
+not depend on the tokens (see ``rewardops/reference/prefix_tree.py``), so that nothing is read back to build it;
+node values are broadcast to tokens in one pass. A *state* is a prefix: the state before a token is the prefix
+without it, the state after it the prefix with it. :class:`rewardops.PrefixTree` is the tree itself, on the host.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def prefix_values(
     ``V(i, t) = sum_j w_j gamma^(length_j - t) rewards[j] / sum_j w_j`` over the j with ``lcp(i, j) >= t``;
     ``before`` is ``V(i, t)`` with t the number of tokens before this one, ``after`` is ``V(i, t + 1)``. V is
     P2T's of TEMPO (arXiv 2509.18314) and the token target of TVM (2407.12863); a mean over ``count`` outcomes
-    in {0, 1} has variance ``V (1 - V) / count``, which is why a caller may ask for a ``min_count``.
+    in {0, 1} has variance ``V (1 - V) / count``, hence the option ``min_count``.
 
-    A row starts at its first valid token and ends with its last one. What is masked in between (the output
-    of a tool, say) is part of the prefix, and gets no value itself; include the end token in the mask, or a
+    A row starts at its first valid token and ends with its last one. Masked tokens in between (the output of a
+    tool, say) are part of the prefix, and get no value themselves; include the end token in the mask, or a
     finished row and a truncated one are the same prefix. A row without a valid token does not count.
 
     Args:
@@ -88,20 +88,20 @@ def prefix_values(
         group_size: instead of ``groups``: contiguous groups of this many rows, or their sizes.
         mask: the shape of ``tokens``; bool, integer or float 0/1.
         cu_seqlens: ``[B + 1]`` for packed rows.
-        weights: ``[B]``, of the rows (importance weights, say), none negative; None for 1. Prefixes whose rows
-            weigh nothing have value 0.
-        min_count: prefixes that fewer rows share take the value of the last one on the row's path that this
-            many do (that the whole group does, where it has fewer).
+        weights: ``[B]``, non-negative, of the rows (importance weights, say); None for 1. Prefixes whose
+            weights sum to 0 have value 0.
+        min_count: a prefix that fewer rows share takes the value of the last prefix on the row's path that this
+            many rows share (or the whole group, if it has fewer).
         gamma: discount from a row's end to the prefix, from 0 to 1.
         leave_one_out: the mean of the *other* rows, as a baseline that does not depend on the row's own
             reward; ``min_count`` counts the others. A row whose group has no other has value 0.
-        masked: what masked tokens between valid ones are: ``"prefix"``, part of what rows share, or ``"skip"``,
-            as if they were not there.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they are
+            left out.
 
     Returns:
         :class:`PrefixValues`; float32 (float64 for float64 rewards), 0 where masked; ``before`` and ``after``
-        with a last dimension R for channels. Rows that share a prefix have bitwise equal values on it (those of
-        ``leave_one_out`` are a row's own). Differentiable in ``rewards`` and ``weights``.
+        with a last dimension R for channels. Rows that share a prefix have bitwise equal values on it (with
+        ``leave_one_out`` values are per row). Differentiable in ``rewards`` and ``weights``.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an option
@@ -178,8 +178,8 @@ def tvm_targets(
     """Targets of a token-level value model: the value of the prefix up to and including each token.
 
     For outcomes in {0, 1} the empirical probability of a right answer given the prefix (TVM, arXiv 2407.12863),
-    for a squared or cross-entropy loss at every token. ``after`` of :func:`prefix_values`, whose arguments,
-    layouts, gradients and errors it shares, without what else that returns.
+    for a squared or cross-entropy loss at every token. It is ``after`` of :func:`prefix_values`, with the same
+    arguments, layouts, gradients and errors, without the other outputs.
     """
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
@@ -202,9 +202,9 @@ def shared_prefix_weights(
 ) -> Tensor:
     """``1 / n`` per token, n the rows of the group that share the prefix up to and including it.
 
-    What lambda-GRPO (coli-saar/grpo-prm, "GRPO is secretly a process reward model") multiplies a token's loss
-    by, so that a step counts once however many rows run through it. Their sum over a group is the number of
-    tokens that its tree has.
+    lambda-GRPO (coli-saar/grpo-prm, "GRPO is secretly a process reward model") multiplies a token's loss by this
+    weight, so that a step counts once however many rows run through it. The weights of a group sum to the number of
+    tokens in its tree.
 
     Args:
         As in :func:`prefix_values`.
@@ -245,8 +245,8 @@ def tempo_advantages(
     Args:
         tokens, rewards, groups, group_size, mask, cu_seqlens, masked: as in :func:`prefix_values`; one channel.
         scale, eps, ddof: as in :func:`rewardops.group_advantages`.
-        td_scale: ``"group"`` divides the temporal difference as the rest is divided (the paper's formula);
-            ``"none"`` adds it as it is, ``(rewards[i] - mean) / (std + eps) + V(i, t + 1) - V(i, t)``.
+        td_scale: ``"group"`` divides the temporal difference by the scale as well (the paper's formula);
+            ``"none"`` adds it undivided, ``(rewards[i] - mean) / (std + eps) + V(i, t + 1) - V(i, t)``.
 
     Returns:
         The layout of ``tokens``; float32 (float64 for float64 rewards), 0 where masked. Differentiable in
@@ -267,7 +267,7 @@ def tempo_advantages(
         groups=rows.labels,
         baseline_values=None,
         lengths=None,
-        mask=forest.live[:, None],  # a token a row
+        mask=forest.live[:, None],  # one token per row
         cu_seqlens=None,
         num_tokens=-1,
         baseline="mean",
@@ -299,12 +299,12 @@ def tree_rl_advantages(
     """TreeRL's process rewards over the prefix tree of the group, on every token of a node.
 
     ``(V(n) - V(root) + V(n) - V(parent)) / sqrt(rows of n)``, V the mean reward (arXiv 2506.11902): the global
-    and the local advantage of a step; what all rows share has 0.
+    and the local advantage of a step; tokens that all rows share have 0.
 
     Args:
         tokens, rewards, groups, group_size, mask, cu_seqlens, masked: as in :func:`prefix_values`.
-        form: ``"paper"``, or ``"released"`` for what THUDM/TreeRL computes (before it normalises over all
-            steps of a prompt): V of rewards less the mean of the other rows', and every V divided by the square
+        form: ``"paper"``, or ``"released"`` as in the code THUDM/TreeRL (before it normalises over all steps
+            of a prompt): V of rewards less the mean of the other rows', and every V divided by the square
             root of its own rows, ``2 V(n) / sqrt(rows of n) - V(parent) / sqrt(rows of parent)``.
 
     Returns:
@@ -337,12 +337,12 @@ def sibling_advantages(
     ddof: int = 1,
     masked: str = "prefix",
 ) -> Tensor:
-    """Advantages relative to the siblings: at every branch, the children are a group, and their values rewards.
+    """Advantages relative to the siblings: the children of a branch are a group, and their values its rewards.
 
     ``(V(n) - mean V) / (std V + eps)`` over the children of n's parent, each counted once, on every token of n
     up to where it branches in turn (TreeRPO, arXiv 2506.05183, and the edge advantages of SPO-tree,
-    2505.23564, do so in trees of fixed width). What all rows share has 0. A row that ends at a branch has no
-    token there and is no sibling: include the end token in the mask.
+    2505.23564, do so in trees of fixed width). Tokens that all rows share have 0. A row that ends at a branch
+    has no token there and is no sibling: include the end token in the mask.
 
     Args:
         tokens, rewards, groups, group_size, mask, cu_seqlens, weights, masked: as in :func:`prefix_values`.
@@ -369,10 +369,10 @@ def sibling_advantages(
 
 
 class PrefixLcp(NamedTuple):
-    """Common prefixes by row: ``lcp[b, k]`` is what row b shares with row ``members[b, k]`` of its group."""
+    """Common prefixes by row: ``lcp[b, k]`` is that of row b and row ``members[b, k]`` of its group."""
 
     members: Tensor
-    """``[B, K]`` int32: the rows of b's group in ascending order, b itself among them; -1 behind the last."""
+    """``[B, K]`` int32: the rows of b's group in ascending order, b itself included; padded with -1."""
     lcp: Tensor
     """``[B, K]`` int32: equal leading tokens; a row's length with itself; -1 where one of the two is empty."""
 
@@ -387,15 +387,15 @@ def prefix_lcp(
     cu_seqlens: Tensor | None = None,
     masked: str = "prefix",
 ) -> PrefixLcp:
-    """How many leading tokens each row shares with each row of its group.
+    """The number of leading tokens that each row shares with each row of its group.
 
-    From the rows in lexicographic order: two of them share the least of what the neighbours between them do,
-    so no pair is compared.
+    Computed from the rows in lexicographic order: two rows share the minimum over the neighbours between them, so
+    that pairs are not compared.
 
     Args:
         tokens, groups, group_size, mask, cu_seqlens, masked: as in :func:`prefix_values`.
         max_group_size: K, the rows of the largest group; larger groups are cut. None reads it from ``groups``
-            on the CPU; on a device ``group_size`` or this must say it.
+            on the CPU; on a device, this or ``group_size`` is needed.
 
     Returns:
         :class:`PrefixLcp`, ``[B, K]``; with contiguous groups of K, ``lcp.view(-1, K, K)`` is symmetric.
@@ -413,7 +413,7 @@ def prefix_lcp(
 
 
 def _largest_group(labels: Tensor, group_size: GroupSize, bound: int | None) -> int:
-    """The rows of the largest group, or the caller's bound of them."""
+    """The number of rows of the largest group, or the caller's upper bound."""
     if bound is not None:
         checks.check_whole("max_group_size", bound, 1)
         return bound
@@ -428,7 +428,7 @@ def _largest_group(labels: Tensor, group_size: GroupSize, bound: int | None) -> 
 
 
 def _shaped(planes: Tensor, channels: bool) -> Tensor:
-    """``[C, *tokens]`` as the caller's layout: channels last, or the only one alone."""
+    """``[C, *tokens]`` in the caller's layout: channels last, or no channel dimension."""
     return planes.movedim(0, -1) if channels else planes[0]
 
 
@@ -440,7 +440,7 @@ def _leave_one_out(
 ) -> Tensor:
     """``[C, *tokens]``: the means of the other rows; 0 where there is none."""
     sums = forest.sums(x, weights, gamma=gamma)
-    # Rows without a token may hold anything.
+    # The rewards of rows without a token may be anything, NaN included.
     x = torch.where(forest.live[:, None], x, 0)
     if weights is None:
         others = (forest.count - 1)[:, None]
@@ -456,5 +456,7 @@ def _leave_one_out(
         sums, torch.float64, at=at, scaled_values=minus, row_factor=x * weights, gamma=gamma, leaf=leaf
     )
     minus = -torch.ones_like(totals)
-    left = forest.tokens(totals, torch.float64, at=at, scaled_values=minus, row_factor=weights, leaf=leaf)
-    return torch.where(left > 0, summed / torch.where(left > 0, left, 1), 0).to(dtype)
+    remaining = forest.tokens(
+        totals, torch.float64, at=at, scaled_values=minus, row_factor=weights, leaf=leaf
+    )
+    return torch.where(remaining > 0, summed / torch.where(remaining > 0, remaining, 1), 0).to(dtype)

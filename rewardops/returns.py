@@ -33,22 +33,23 @@ def min_returns(
 
     The credit assignment of PURE (arXiv 2504.15275, section 4), exact. Every valid token carries the return
     of the step it is in; where no step is left (the tokens after the last step end) it is 0. Rewards at
-    positions that end no step are not read, so they never act as a reward of 0 (a zero-filled minimum, as in
+    positions that end no step are not read, so that they never act as a reward of 0 (a zero-filled minimum, as in
     one published version, loses every positive reward).
 
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        mask: the shape of ``rewards``; bool, integer or float 0/1. Masked tokens are passed over.
+        mask: the shape of ``rewards``; bool, integer or float 0/1. Masked tokens are skipped.
         cu_seqlens: ``[B + 1]`` for packed rows.
         steps: the shape of ``rewards``. bool: the tokens that end a step and hold its reward. Integer:
             step ids, non-decreasing along a row, negative for none; a step's reward is that at its last
             valid token. None: every valid token is a step.
-        process_group: of sequence parallelism: each of its ranks has the next part of every row, see
-            :func:`rewardops.discounted_returns`. Steps are not ids then, whose last may go on on another rank.
+        process_group: for sequence parallelism: each rank holds the next part of every row, see
+            :func:`rewardops.discounted_returns`. Step ids are not supported then: the last step of a part may
+            continue on the next rank.
 
     Returns:
         The layout of ``rewards``; float32 (float64 for float64), 0 where masked. Differentiable in
-        ``rewards``: the gradient goes to the arg-min, of equal rewards to the earliest. A NaN reward makes
+        ``rewards``: the gradient goes to the arg-min, among equal rewards to the earliest. A NaN reward makes
         its step's and every earlier return NaN.
 
     Raises:
@@ -89,7 +90,7 @@ def softmin_returns(
 
     Returns:
         The layout of ``rewards``; float32 (float64 for float64); 0 where masked, and where no step is left.
-        Differentiable in ``rewards``, by the weights ``softmax(-r / T)`` over the steps that are left.
+        Differentiable in ``rewards``, with the weights ``softmax(-r / T)`` over the steps that are left.
     """
     checks.check_positive("temperature", temperature)
     checks.check_flag("mean", mean)
@@ -124,11 +125,11 @@ def softmin_rewards(
 
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        mask: the shape of ``rewards``; bool, integer or float 0/1. Masked tokens are passed over.
+        mask: the shape of ``rewards``; bool, integer or float 0/1. Masked tokens are skipped.
         cu_seqlens: ``[B + 1]`` for packed rows.
         steps: as in :func:`min_returns`.
         temperature: above 0.
-        through_weights: whether the gradient flows through ``w`` as well.
+        through_weights: True if the gradient flows through ``w`` as well.
 
     Returns:
         The layout of ``rewards``: ``r*`` at step ends and 0 elsewhere; float32 (float64 for float64).
@@ -197,7 +198,7 @@ def _with_later_steps(
     args: ReturnsArgs,
     join: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns of parts of rows joined with those of later ranks' steps; and the number of steps left, float64."""
+    """Join the returns of this rank's parts with those of later ranks; and the number of steps left, float64."""
     rows = Layout(batch_of(returns.shape, args.cu_seqlens), tuple(returns.shape), args.mask, args.cu_seqlens)
     valid = rows.valid(returns.device)
     ends = valid if args.steps is None else args.steps & valid

@@ -1,4 +1,4 @@
-"""Segments: reductions of tokens over their rows and steps, and the way back."""
+"""Segments: reductions of tokens over their rows and steps, and broadcasts of step values to tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def row_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | 
     """The sum of each row's valid tokens.
 
     Args:
-        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. Of per-token KL
-            it is the sequence KL.
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. The sum of
+            per-token KL is the sequence KL.
         mask: the shape of ``values``; bool, integer or float 0/1.
         cu_seqlens: ``[B + 1]`` for packed rows.
 
@@ -41,7 +41,7 @@ def row_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | 
 
 
 def row_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The mean of each row's valid tokens, 0 for a row without one; arguments and result as of :func:`row_sum`."""
+    """The mean of each row's valid tokens, 0 for a row without one; arguments and result as in :func:`row_sum`."""
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     return tokens.means(tokens.values, tokens.counts())
 
@@ -58,20 +58,20 @@ def segment_reduce(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """A number for every step of a row, from those of its valid tokens: ``[B, num_steps]``.
+    """Reduce the valid tokens of every step of a row to a number: ``[B, num_steps]``.
 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
         steps: the shape of ``values``. Integer: step ids, non-decreasing along a row, negative for none. bool:
-            the tokens that end a step, of which the first ends step 0; what follows the last is of no step.
+            the tokens that end a step, of which the first ends step 0; tokens after the last belong to no step.
         op: ``"sum"``, ``"mean"``, ``"min"``, ``"max"``, ``"prod"``, ``"first"``, ``"last"`` or ``"any"`` (1 where a
             value is not 0).
-        num_steps: of the longest row; needed where the tokens lie on a device, as reading it there would be a
-            synchronisation. Steps from it on are left out.
+        num_steps: the number of steps of the longest row; needed where the tokens lie on a device, as reading it
+            there would be a synchronisation. Steps from this number on are left out.
 
     Returns:
         float32 (float64 for float64), 0 for a step without a valid token. Differentiable in ``values`` (not
-        ``"any"``): of the extremes the earliest of equals has the gradient.
+        ``"any"``): among equal extremes the earliest has the gradient.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an unknown op,
@@ -96,7 +96,7 @@ def segment_reduce(
 def segment_broadcast(
     step_values: Tensor, steps: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The number of its step ``[B, steps]`` on every valid token; 0 on those of none.
+    """The value of its step, from ``[B, steps]``, on every valid token; 0 on tokens of no step.
 
     Args:
         steps: as in :func:`segment_reduce`, ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
@@ -110,7 +110,10 @@ def segment_broadcast(
 def place_at_step_end(
     step_values: Tensor, steps: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The number of each step ``[B, steps]`` on its last valid token, 0 elsewhere; as :func:`segment_broadcast`."""
+    """The value of each step, from ``[B, steps]``, on its last valid token, 0 elsewhere.
+
+    Arguments and result as in :func:`segment_broadcast`.
+    """
     rows, ids, out = _broadcast(step_values, steps, mask, cu_seqlens)
     ends = step_ends(ids, rows)
     return torch.where(ends, out, 0)
@@ -121,7 +124,7 @@ def place_at_step_end(
 
 @dataclass(frozen=True)
 class TokenValues:
-    """Checked per-token values in full precision, and their layout. No kernel has run yet."""
+    """Validated per-token values in full precision, and their layout. Launches nothing."""
 
     rows: Layout
     values: Tensor
@@ -136,7 +139,7 @@ class TokenValues:
         return TokenValues(rows, wide)
 
     def counts(self) -> Tensor:
-        """``[B]``, valid tokens; float64."""
+        """``[B]`` float64, the number of valid tokens."""
         return ops.row_counts(self.rows, self.values.device)
 
     def valid(self) -> Tensor:
@@ -147,12 +150,12 @@ class TokenValues:
         return self.values if self.rows.mask is None else torch.where(self.rows.mask, self.values, 0)
 
     def means(self, x: Tensor, counts: Tensor) -> Tensor:
-        """``[B]``, of ``x`` over the valid tokens of each row; 0 for a row without one."""
+        """``[B]``, the mean of ``x`` over the valid tokens of each row; 0 for a row without one."""
         return ops.row_sums(x, self.rows) / counts.clamp(min=1).to(x.dtype)
 
 
 def _step_ids(markers: Tensor, rows: Layout) -> Tensor:
-    """Step ids from ids or from flags, of which the k-th ends step k; what follows the last flag is of no step."""
+    """Step ids from ids, or from flags: the k-th flag ends step k, and tokens after the last are of no step."""
     if markers.dtype is not torch.bool:
         return markers
     flags = (markers if rows.mask is None else markers & rows.mask).to(torch.int64)
@@ -168,7 +171,7 @@ def _step_ids(markers: Tensor, rows: Layout) -> Tensor:
 def _prepare(
     name: str, values: Tensor, steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Layout, Tensor]:
-    """The layout and the steps, checked."""
+    """The validated layout and step markers."""
     rows = checks.token_layout(name, values, mask, cu_seqlens)
     markers = checks.step_markers(steps, values, rows, name)
     if markers is None:

@@ -37,18 +37,18 @@ def high_entropy_mask(
 ) -> Tensor:
     """The tokens of highest entropy ("80/20", 2506.01939): exactly a fraction of the valid ones.
 
-    ``round(fraction * count)`` tokens, at least one, of the batch, of every row, or of every group; of equal ones
-    the earliest. The papers' codes threshold at a quantile, which keeps all ties and fails beyond 2^24 tokens.
-    The loss's denominator stays all valid tokens there, and a KL term is on all tokens.
+    ``round(fraction * count)`` tokens, at least one, of the batch, of every row, or of every group; among equal
+    entropies the earliest. The papers' codes threshold at a quantile, which keeps all ties and fails beyond 2^24
+    tokens. There the loss's denominator remains all valid tokens, and a KL term covers all tokens.
 
     Args:
         entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. fraction: 0 to 1. scope: ``"batch"``, ``"row"`` or
             ``"group"`` (with ``groups`` or ``group_size``).
-        process_group: batch and groups are of the tokens of all its ranks, each of which gets its own tokens' mask;
-            of equal tokens the earliest, by rank. Labels are as in :func:`group_advantages`; not ``group_size``.
-            One collective, of the entropies.
-        max_per_rank: with a process group, a number of tokens (padding included) that no rank exceeds. Without it
-            the ranks tell each other how many they have first, and the host reads it.
+        process_group: batch and groups span the tokens of all its ranks; each rank gets the mask of its own
+            tokens; among equal entropies the earliest, by rank. Labels as in :func:`group_advantages`; not with
+            ``group_size``. One collective, of the entropies.
+        max_per_rank: with a process group, an upper bound of the tokens per rank (padding included). Without it
+            the ranks exchange their numbers of tokens first, and the host reads them.
 
     Returns:
         bool, the layout of ``entropy``. Nothing is read back from the device.
@@ -77,8 +77,8 @@ def clip_cov_mask(
 ) -> Tensor:
     """Clip-Cov (2505.22617): a random ``fraction`` of the valid tokens, out of those with ``low < cov < high``.
 
-    At least one, where there are any. They are to have no gradient. ``mask`` may leave out tokens that PPO has
-    clipped already, as the authors do. ``generator`` lies on the device of ``cov``.
+    At least one, if there are any. The caller drops their gradient. ``mask`` may leave out tokens that PPO has
+    clipped already, as the authors do. ``generator`` must be on the device of ``cov``.
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
     checks.check_number("low", low)
@@ -100,7 +100,7 @@ def kl_cov_mask(
 ) -> Tensor:
     """KL-Cov (2505.22617): the ``fraction`` of the valid tokens with the largest ``cov``, at least one.
 
-    They are to have a KL penalty towards the sampling policy; it has no gradient at the on-policy point.
+    The caller adds a KL penalty towards the sampling policy there; it has no gradient at the on-policy point.
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
     checks.check_fraction("fraction", fraction)
@@ -136,13 +136,13 @@ def scope_of_rows(
 
 
 def share_of(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
-    """The fraction of counts, to the nearest (``rounding=0``: downwards); at least one where there are any."""
+    """``fraction * counts``, rounded to the nearest (``rounding=0``: down); at least one of a count above 0."""
     wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
     return torch.minimum(wanted.clamp(min=1), counts)
 
 
 def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """``[B]``, the place of each row's scope, in 0 .. B - 1."""
+    """``[B]``, the index of each row's scope, in 0 .. B - 1."""
     if scope == "row":
         return torch.arange(batch, device=device)
     if scope == "batch":
@@ -154,7 +154,7 @@ def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.devic
 
 
 def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
-    """``[B]``, at the place of each scope: the sum of its rows' counts, integers."""
+    """``[B]`` int64, at the index of each scope: the sum of its rows' counts."""
     return ids.new_zeros(ids.shape).index_add_(0, ids, counts.to(torch.int64))
 
 
@@ -162,14 +162,14 @@ def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
 
 
 def largest(values: Tensor, rows: Layout, ids: Tensor, wanted: Tensor) -> Tensor:
-    """A mask of the ``wanted[ids]`` largest valid values of each scope; of equal ones the earliest.
+    """A mask of the ``wanted[ids]`` largest valid values of each scope; among equal values the earliest.
 
     By selection over the bit patterns of the numbers: integers throughout, so exact, deterministic, of any size,
     and nothing is read back.
 
     Args:
         values: float32 or float64, in the layout ``rows``. ids: ``[B]``, see :func:`scope_ids`. wanted: ``[B]``, at
-            the place of each scope, at most as many as it has valid tokens.
+            the index of each scope, at most the number of its valid tokens.
     """
     out: Tensor = ops.largest(values.detach(), rows.mask, rows.cu_seqlens, ids, wanted)
     return out

@@ -1,4 +1,4 @@
-"""Step shaping: rewards of steps from values, and outcomes spread over tokens."""
+"""Step shaping: rewards of steps from values, and outcomes distributed over tokens."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def clip_delta_rewards(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Process rewards that cannot be farmed (2410.15115): clipped, then each less the next.
+    """Process rewards that cannot be farmed (2410.15115): clipped, then the difference of each and the next.
 
-    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta: ``r_k - r_{k+1}``, and the last as it is, so
+    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta: ``r_k - r_{k+1}``, and the last unchanged, so
     that the return from a step on is that step's own reward.
 
     Args:
         rewards, steps, mask, cu_seqlens: as in :func:`step_progress`.
-        eta: None for no clipping. delta: False for none.
+        eta: None for no clipping. delta: False for no differences.
 
     Returns:
         The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.
@@ -101,7 +101,7 @@ def redistribute_outcome(
     """Distribute a row's outcome over its tokens by non-negative weights, such as the last token's attention.
 
     ``share * outcome * w[t] / sum w``, and the rest on the last valid token (Attention-Based Credit, 2402.00782).
-    The sum over a row is its outcome. Where all weights are 0 the last token has it all.
+    The sum over a row is its outcome. Where all weights are 0 the last token has the whole outcome.
 
     Args:
         outcome: ``[B]``. share: 0 to 1.
@@ -135,7 +135,7 @@ def potential_shaping(
 ) -> Tensor:
     """``r[t] + gamma * potential[t+1] - potential[t]``, the potential after the last token 0 (Ng et al., 1999).
 
-    It telescopes: with gamma 1 the returns change by the potential where they start, and no policy's rank does.
+    The sum telescopes: with gamma 1 a return changes by the potential at its start alone; no policy's rank changes.
 
     Args:
         rewards, potential: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. gamma: as in :func:`rewardops.gae`.
@@ -155,12 +155,12 @@ BUDGET_BASELINES = ("brpo", "history", "group", "none")
 
 
 def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None) -> Tensor:
-    """What a row still earns from each thinking budget on: ``R_j = sum over i >= j of P_i scores[i]``.
+    """Return of a row from each thinking budget on: ``R_j = sum over i >= j of P_i scores[i]``.
 
     AnytimeReasoner (2505.13438): a row is stopped at one of several budgets, with probability ``P``, and scored.
 
     Args:
-        scores: ``[B, S]``, at each budget. probs: ``[S]``, normalised here; None for equal ones.
+        scores: ``[B, S]``, at each budget. probs: ``[S]``, normalised here; None for equal probabilities.
 
     Returns:
         ``[B, S]``. Differentiable in ``scores``.
@@ -183,9 +183,10 @@ def budget_advantages(
 ) -> Tensor:
     """Budget-relative advantages (BRPO, 2505.13438): :func:`budget_returns` less a baseline.
 
-    ``"history"``: the row's own earlier scores, averaged with weights ``growth^i``, times the probability that is
-    left. ``"group"``: the mean return of the group from that budget on (its own with it, as in the authors' code; 0
-    for a row alone). ``"brpo"``: ``j / S`` of the former and ``(S - j) / S`` of the latter at budget ``j`` from 0.
+    ``"history"``: the row's own earlier scores, averaged with weights ``growth^i``, times the remaining
+    probability. ``"group"``: the mean return of the group from that budget on (the row's own included, as in the
+    authors' code; 0 for a row alone in its group). ``"brpo"``: ``j / S`` of the former and ``(S - j) / S`` of the
+    latter at budget ``j`` from 0.
 
     Returns:
         ``[B, S]``. Differentiable in ``scores``.
@@ -204,9 +205,9 @@ def budget_advantages(
     alone = (ids[:, None] == ids[None, :]).sum(1) == 1
     group = torch.where(alone[:, None], 0, returns - torch.stack(above, 1))
     w = growth ** torch.arange(count, dtype=s.dtype, device=s.device)
-    left = p.flip(0).cumsum(0).flip(0)
+    remaining = p.flip(0).cumsum(0).flip(0)
     before = (s * w).cumsum(1) - s * w
-    history = before / (w.cumsum(0) - w).clamp(min=torch.finfo(s.dtype).tiny) * left
+    history = before / (w.cumsum(0) - w).clamp(min=torch.finfo(s.dtype).tiny) * remaining
     history = torch.cat([torch.zeros_like(history[:, :1]), history[:, 1:]], 1)
     if baseline == "group":
         return returns - group
@@ -222,7 +223,7 @@ def budget_advantages(
 def _steps_of(
     name: str, values: Tensor, steps: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Layout, Tensor, Tensor | None]:
-    """The layout, the values in full precision, and the step markers, all checked. No kernel has run yet."""
+    """The layout, the values in full precision, and the step markers, all validated. Launches nothing."""
     checks.check_float(name, values)
     rows = checks.token_layout(name, values, mask, cu_seqlens)
     markers = checks.step_markers(steps, values, rows, name)
@@ -232,7 +233,7 @@ def _steps_of(
 
 
 def _ends(markers: Tensor | None, rows: Layout, device: torch.device) -> Tensor:
-    """Which tokens end a step: without steps every valid one."""
+    """Flags of the tokens that end a step; without steps all valid tokens."""
     return rows.valid(device) if markers is None else step_ends(markers, rows)
 
 
@@ -244,8 +245,8 @@ def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Te
     count = s.shape[1]
     if probs is None:
         return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
-    given = checks.as_numbers("probs", probs, count, "the columns of scores")
-    p = torch.as_tensor(given, dtype=s.dtype, device=s.device).detach()
+    numbers = checks.as_numbers("probs", probs, count, "the columns of scores")
+    p = torch.as_tensor(numbers, dtype=s.dtype, device=s.device).detach()
     if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
         raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
     return s, p / p.sum()

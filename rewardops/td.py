@@ -50,11 +50,11 @@ def discounted_returns(
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
         gamma, mask, cu_seqlens, masked: as in :func:`gae`. bootstrap: ``[B]``, the return after the last token.
-        process_group: of sequence parallelism (context parallelism with consecutive parts): each of its ranks has
-            the next part of every row, of any length, none included; the first rank has the first. ``mask``,
+        process_group: for sequence parallelism (context parallelism with consecutive parts): each rank holds the
+            next part of every row, of any length, 0 included; the first rank holds the first part. ``mask``,
             ``cu_seqlens`` and factors per token are those of the part; ``bootstrap``, after the whole row, and
-            factors per row are the same on every rank. One collective, of a few numbers per row, and a scan or two
-            more. Not with ``masked="step"``.
+            factors per row are the same on every rank. One collective, of a few numbers per row, and one or two
+            further scans. Not with ``masked="step"``.
 
     Returns:
         The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in ``rewards`` and
@@ -80,24 +80,24 @@ def gae(
     """Generalised advantage estimation (arXiv 1506.02438), not whitened.
 
     ``A[t] = delta[t] + gamma * lam * A[t + 1]`` with ``delta[t] = r[t] + gamma * V[t + 1] - V[t]``, and
-    ``returns = A + V``. With ``masked="skip"`` masked tokens inside a row are passed over: the next token is the
+    ``returns = A + V``. With ``masked="skip"`` masked tokens inside a row are skipped: the next token is the
     next valid one (verl, NeMo-RL, AReaL). With ``masked="step"`` they are steps of reward and value 0 (OpenRLHF,
-    slime). Masked tokens after a row's last valid one are no part of it.
+    slime). Masked tokens after a row's last valid token are not part of the row.
 
     Args:
         rewards, values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
         gamma, lam: 0 to 1; a number, or a tensor with one per row ``[B]`` or per token (where both fit: per row).
             No gradient flows into them.
         bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
-        mask: the shape of ``rewards``; bool, integer or float 0/1; may have holes.
+        mask: the shape of ``rewards``; bool, integer or float 0/1; masked tokens may lie between valid ones.
         cu_seqlens: ``[B + 1]`` for packed rows.
-        process_group: of sequence parallelism: each of its ranks has the next part of every row, see
+        process_group: for sequence parallelism: each rank holds the next part of every row, see
             :func:`discounted_returns`.
 
     Returns:
         :class:`GAE`, the layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Sums are
-        taken in float64. Differentiable in ``rewards``, ``values`` and ``bootstrap``. A factor of 0 cuts: what lies
-        beyond it does not matter, not even when it is infinite.
+        taken in float64. Differentiable in ``rewards``, ``values`` and ``bootstrap``. A factor of 0 cuts a row:
+        tokens beyond it have no effect, even if they are infinite.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a number out of
@@ -121,7 +121,7 @@ def lambda_returns(
     masked: str = "skip",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``, TD(lambda): :func:`gae`'s."""
+    """``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``, TD(lambda): ``returns`` of :func:`gae`."""
     out = gae(
         rewards,
         values,
@@ -155,7 +155,7 @@ def vtrace(
     With ``ratio = exp(log_ratio)``, ``rho = min(rho_clip, ratio)`` and ``c = min(trace_clip, ratio)``:
     ``target[t] - V[t] = rho[t] (r[t] + gamma V[t+1] - V[t]) + gamma lam c[t] (target[t+1] - V[t+1])``, and
     ``advantage[t] = min(advantage_rho_clip, ratio) (r[t] + gamma (lam target[t+1] + (1 - lam) V[t+1]) - V[t])``, as
-    in rlax. Masked tokens inside a row are passed over.
+    in rlax. Masked tokens inside a row are skipped.
 
     Args:
         rewards, values, gamma, lam, bootstrap, mask, cu_seqlens: as in :func:`gae`.
@@ -186,7 +186,7 @@ def vtrace(
         scale = rows.expand(scale) if tuple(lam.shape) == (rows.batch,) else scale
     carried = excess * scale
     ahead = values.to(excess.dtype) + carried
-    # r + gamma ahead[t+] - V, as the difference in `ahead` and what that puts before V.
+    # r + gamma ahead[t+] - V is the difference in `ahead` plus `carried`.
     _, (change, _) = scan(rewards, ahead, bootstrap, gamma, 0.0, *options[2:])
     advantages = advantage_rho * (change + carried)
     if rows.mask is not None:
@@ -205,7 +205,7 @@ def factor(
     other: str,
     masked: str = "skip",
 ) -> tuple[float, Tensor | None]:
-    """Validate a discount: of a number ``(value, None)``, of a tensor ``(1.0, float64 tensor)``.
+    """Validate a discount: a number gives ``(value, None)``, a tensor ``(1.0, float64 tensor)``.
 
     The tensor is per row, ``[B, 1]``, or per token of ``other``.
     """
@@ -252,7 +252,7 @@ def scan(
     trace: Tensor | None = None,
     names: tuple[str, str] = ("rewards", "values"),
 ) -> tuple[Layout, tuple[Tensor, Tensor]]:
-    """The layout; advantages and returns. Errors call rewards and values by ``names``."""
+    """The layout, and the pair of advantages and returns; ``names`` are those of rewards and values in errors."""
     name, values_name = names
     checks.check_float(name, rewards)
     checks.check_choice("masked", masked, MASKED)
@@ -287,7 +287,7 @@ def _beyond(
     cu_seqlens: Tensor | None,
     masked: str,
 ) -> Tensor | None:
-    """Bootstrap value of every row; with a process group, of this rank's part of it."""
+    """Bootstrap value of every row; with a process group, of this rank's part of the row."""
     if process_group is None:
         return bootstrap
     distributed.check(process_group)
@@ -314,10 +314,10 @@ def _part(
     cu_seqlens: Tensor | None,
     rows: Layout,
 ) -> row_parts.ScanPart:
-    """Summary of this rank's part of every row; ``after`` has the shape and dtype of the value behind it."""
+    """Summary of this rank's part of every row; ``after`` has the shape and dtype of the value after it."""
     device, options = rewards.device, (gamma, lam, mask, cu_seqlens, "skip")
     zeros = torch.zeros_like(rewards)
-    # The arguments not checked above are checked in these scans, before any kernel.
+    # These scans check the remaining arguments, before any kernel.
     advantages = scan(rewards, values, torch.zeros_like(after), *options)[1][0]
     growth = scan(zeros, None, torch.ones_like(after), *options)[1][0]
     first = ops.first_tokens(rows, device)

@@ -1,7 +1,7 @@
-"""Trees given by their parents: values from the leaves up, and advantages of nodes.
+"""Explicit trees, specified by parent indices: values from the leaves up, and advantages of nodes.
 
 For tree search, where the tree is known (TreeRL, SPO-tree, ReST-MCTS*, OmegaPRM, Math-Shepherd);
-:mod:`rewardops.prefix_tree` finds it in the tokens, and takes the formulas of its nodes from here.
+:mod:`rewardops.prefix_tree` derives the tree from the tokens, and uses the node formulas of this module.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def tree_values(
     temperature: float = 1.0,
     max_depth: int | None = None,
 ) -> Tensor:
-    """Value of every node of given trees, from the leaves up.
+    """Value of every node of explicit trees, from the leaves up.
 
-    A leaf (a node that is nobody's parent) has its reward as value, every other node a reduction of its
+    The value of a leaf (a node without children) is its reward, that of any other node a reduction of its
     children's values. ``"mean"`` is the estimate of Math-Shepherd (soft), TreeRL and SPO-tree, ``"max"`` that of
     Math-Shepherd (hard) and of best-first search, ``"min"`` the worst case, ``"softmax"`` the mean weighted by
     ``exp(value / temperature)``, between the mean and the maximum. A mean that counts every child once and one
@@ -43,11 +43,11 @@ def tree_values(
         parent: ``[M]`` integer; the parent of each node, -1 for a root. Nodes in any order, any number of trees.
         leaf_rewards: ``[M]``; float32, bfloat16, float16 or float64. Read at leaves only.
         reduce: ``"mean"``, ``"max"``, ``"min"``, ``"softmax"`` or ``"sum"``.
-        visits: ``[M]``, what each node weighs in its parent's mean (visit counts of a search), ``"leaves"`` for
-            the leaves below it, None for 1. Under every reduction a node with 0 visits does not count, and a
-            node none of whose children counts has value 0.
-        temperature: of ``"softmax"``, above 0.
-        max_depth: edges above the deepest leaf, or more. Needed on a device, where a level is a launch.
+        visits: ``[M]``, the weight of each node in its parent's mean (visit counts of a search), ``"leaves"`` for
+            the number of leaves below it, None for 1. Under every reduction a node with 0 visits does not count,
+            and a node none of whose children counts has value 0.
+        temperature: for ``"softmax"``, above 0.
+        max_depth: an upper bound of the edges above a leaf. Needed on a device, where each level is a launch.
 
     Returns:
         ``[M]``; float32 (float64 for float64 rewards). Differentiable in ``leaf_rewards``; the gradient of a
@@ -81,18 +81,18 @@ def tree_advantages(
     ddof: int = 1,
     max_depth: int | None = None,
 ) -> Tensor:
-    """Advantage of every node of given trees over where it came from.
+    """Advantage of every node of explicit trees over its parent, its root or its siblings.
 
     On the values of :func:`tree_values`: ``"local"`` is ``V(n) - V(parent)`` (SPO-tree's, arXiv 2505.23564, and
-    the advantage of a step in a search), ``"global"`` is ``V(n) - V(root)``, ``"tree_rl"`` both over the square
-    root of the leaves below n (2506.11902), ``"siblings"`` the value relative to the other children of the same
-    parent, ``(V(n) - mean V) / (std V + eps)`` (TreeRPO's groups, 2506.05183). Roots have 0.
+    the advantage of a step in a search), ``"global"`` is ``V(n) - V(root)``, ``"tree_rl"`` their sum over the
+    square root of the leaves below n (2506.11902), ``"siblings"`` the value relative to the other children of the
+    same parent, ``(V(n) - mean V) / (std V + eps)`` (TreeRPO's groups, 2506.05183). Roots have 0.
 
     Args:
         parent, leaf_rewards, reduce, visits, temperature, max_depth: as in :func:`tree_values`; without
             ``visits``, ``"tree_rl"`` counts every leaf once, as its paper does.
-        form: of ``"tree_rl"``, as in :func:`rewardops.tree_rl_advantages`.
-        scale, eps, ddof: of ``"siblings"``, as in :func:`rewardops.group_advantages`.
+        form: for ``"tree_rl"``, as in :func:`rewardops.tree_rl_advantages`.
+        scale, eps, ddof: for ``"siblings"``, as in :func:`rewardops.group_advantages`.
 
     Returns:
         ``[M]``; float32 (float64 for float64 rewards). Differentiable in ``leaf_rewards``.
@@ -128,7 +128,7 @@ def tree_advantages(
 
 
 def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Parents int64, rewards float64, and the dtype of the result."""
+    """Validated parents in int64, rewards in float64, and the dtype of the result."""
     checks.check_integer("parent", parent)
     if parent.dim() != 1:
         raise ValueError(f"parent: got shape {checks.show(parent.shape)}, want [M] (one per node)")
@@ -142,7 +142,7 @@ def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torc
         if low < -1 or high >= parent.shape[0]:
             bad = low if low < -1 else high
             raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
-        # There is no cycle where all parents come first; and in one, no node is its own step.
+        # If every parent precedes its children there is no cycle; the path of a node in a cycle ends at no root.
         if bool((parent >= _numbers(parent)).any()):
             end = ops.path_ends(_up(parent))
             if bool((parent[end] != -1).any()):
@@ -169,7 +169,7 @@ def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int)
 
 
 def _leaves(parent: Tensor, max_depth: int) -> Tensor:
-    """``[M]`` float64: the leaves below each node."""
+    """``[M]`` float64: the number of leaves below each node."""
     ones = torch.ones(parent.shape, dtype=torch.float64, device=parent.device)
     out: Tensor = ops.tree_values(*TreeArgs(parent, ones, None, "sum", 1.0, max_depth))[0]
     return out
@@ -177,7 +177,7 @@ def _leaves(parent: Tensor, max_depth: int) -> Tensor:
 
 def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
     if max_depth is None:
-        # How many launches there are: on a device, reading it would be a synchronisation.
+        # The number of launches: on a device, reading it would be a synchronisation.
         if parent.device.type != "cpu":
             raise ValueError("max_depth: got None, want the largest number of edges above a leaf")
         return -1
@@ -189,7 +189,7 @@ def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
 
 
 def _numbers(parent: Tensor) -> Tensor:
-    """``[M]``: each node itself."""
+    """``[M]``: the indices of the nodes."""
     return torch.arange(parent.shape[0], device=parent.device)
 
 
@@ -211,7 +211,7 @@ def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor
     scale = (leaves.clamp(min=1).double() ** 0.5)[:, None]
     if form == "paper":
         return (_less(values, up) + _less(values, root)) / scale
-    # A leaf's reward less the mean of the others is that less the mean of all, times n / (n - 1).
+    # reward - mean of the others = (reward - mean of all) * n / (n - 1), for a leaf.
     number = leaves[root][:, None]
     factor = number / (number - 1).clamp(min=1)
     value = torch.where(number > 1, _less(values, root) * factor, values) / scale
@@ -219,7 +219,7 @@ def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor
 
 
 def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof: int) -> Tensor:
-    """``[M, C]``: group-relative among the children of a node; 0 at a root."""
+    """``[M, C]``: advantages relative to the siblings of a node; 0 at a root."""
     up = _up(parent)
     labels = torch.where(up == _numbers(parent), -1 - up, up)
     columns = [

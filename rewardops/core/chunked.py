@@ -1,14 +1,14 @@
 """Hidden states to token statistics, a block of logits at a time.
 
-The products are the vendor library's, the rows are read by a backend's logits kernels. A block of logits lives in
-one workspace, is reduced to records that merge, and in the backward pass is computed again and overwritten by its
+The vendor library computes the products; a backend's logits kernels read the rows. A block of logits lives in one
+workspace and is reduced to records, which merge. The backward pass computes it again and overwrites it with its
 gradient. Masked tokens are left out before any product.
 
 Two loop orders. *Tiles*, for all outputs that merge from records: blocks of tokens and of vocabulary. The backward
-pass has the vocabulary outside, so that the weight's gradient is written part by part and never held twice; the
-hidden states' is summed over the parts in float32. *Whole rows*, where a row's normalisers are needed beside its
-logits (the Jensen-Shannon divergence, gradients in the forward pass): blocks of tokens alone, the weight's
-gradient summed over them in float32.
+pass has the vocabulary in its outer loop, so that the weight's gradient is written part by part and never held
+twice; the gradient of the hidden states is summed over the parts in float32. *Whole rows*, where a row's
+normalisers are needed beside its logits (the Jensen-Shannon divergence, gradients in the forward pass): blocks of
+tokens alone; the weight's gradient is summed over them in float32.
 
 The ops take a backend's logits module, ``kernels``, as their first argument.
 """
@@ -31,7 +31,7 @@ from .heads import Models, blocks
 
 
 def _records(kernels: ModuleType, models: Models) -> Tensor:
-    """The record of every row, from those of its tiles."""
+    """Record of every row, merged from the records of its tiles."""
     count, vocab = models.rows.count, models.vocab
     record = models.policy.hidden.new_zeros((count, len(RECORD)), dtype=torch.float64)
     if not vocab:  # a shard of nothing but padding
@@ -43,7 +43,7 @@ def _records(kernels: ModuleType, models: Models) -> Tensor:
         for first, end in blocks(vocab, columns):
             block = models.block_args(a, b, models.parts(first, end), first, end - first)
             parts.append(kernels.token_stats_partial(block))
-            if len(parts) == 16:  # keep what waits to be merged small
+            if len(parts) == 16:  # bounds the memory of unmerged records
                 parts = [merge_records(torch.stack(parts))]
         record[a:b] = merge_records(torch.stack(parts)) if len(parts) > 1 else parts[0]
     return record
@@ -58,7 +58,7 @@ def _whole_rows(models: Models) -> Iterator[tuple[int, int, list[Tensor], TokenS
 
 
 def linear_token_stats(kernels: ModuleType, args: LinearArgs) -> list[Tensor]:
-    """What is saved, ``[..., 14]``, and the outputs."""
+    """Statistics saved for the backward pass, ``[..., 14]``, and the outputs."""
     models = Models(args)
     outputs = models.outputs
     if "jsd" not in outputs:
@@ -89,7 +89,7 @@ def linear_token_stats_partial(kernels: ModuleType, args: LinearArgs) -> Tensor:
 
 
 def _tile_gradients(kernels: ModuleType, models: Models, record: Tensor, grad_record: Tensor) -> None:
-    """Add the gradients of all rows, from those of their records."""
+    """Add the gradients of all rows to the heads, from the gradients of their records."""
     count, heads = models.rows.count, models.heads
     tokens, columns = models.sizes(whole=False)
     for first, end in blocks(models.vocab, columns):
@@ -122,7 +122,7 @@ def _row_gradients(
     kernels: ModuleType, models: Models, a: int, b: int, weights: list[Tensor], block: TokenStatsArgs,
     saved: Tensor, grads: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Add the gradients of whole rows ``a:b``; their logits are gone afterwards."""
+    """Add the gradients of whole rows ``a:b`` to the heads; overwrites their logits."""
     outs = [h.gradient(a, b, models.vocab) if h.wanted else None for h in models.heads]
     kernels.token_stats_backward_to(
         list(grads.values()),
@@ -177,7 +177,7 @@ def linear_token_stats_backward(
 def linear_token_stats_partial_backward(
     kernels: ModuleType, grad_record: Tensor, record: Tensor, args: LinearArgs, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Gradients of hidden, weight and bias of both sides from that of the records; empty for those not needed."""
+    """Gradients of hidden, weight and bias of both sides from those of the records; empty for those not needed."""
     models = Models(args)
     for k, head in enumerate(models.heads):
         head.prepare(needs[3 * k : 3 * k + 3], summed=False)
@@ -195,7 +195,7 @@ def linear_token_loss(
     needs: Sequence[bool],
     args: LinearArgs,
 ) -> list[Tensor]:
-    """The loss, the gradients of hidden, weight and bias, and the outputs, from one product a block."""
+    """The loss, the gradients of hidden, weight and bias, and the outputs; logits are computed once per block."""
     models = Models(args)
     rows, policy = models.rows, models.policy
     factors = {name: rows.gather(c.to(models.wide)) for name, c in zip(terms, coefficients, strict=True)}

@@ -14,15 +14,15 @@ from .native import fresh
 
 # A block's logits should fill a GPU's multiprocessors and a CPU's caches.
 _TOKENS = 4096
-_LEAST_TOKENS = 512  # of whole rows: fewer make slow products
-_SUM = 2**22  # elements of a product that is added in another precision
+_LEAST_TOKENS = 512  # per block of whole rows: products of fewer are slow
+_SUM = 2**22  # elements per product, where the sum has another precision
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
 def workspace_bytes(tokens: int, vocab: int, device: torch.device) -> int:
-    """The size of the workspace: 256 MiB or 1 % of all logits in float32, the larger; on a CPU 32 MiB."""
+    """Size of the workspace: 256 MiB or 1 % of all logits in float32, the larger; on a CPU 32 MiB."""
     return 2**25 if device.type == "cpu" else max(2**28, tokens * vocab * 4 // 100)
 
 
@@ -39,7 +39,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out = a @ b``; unrounded where the library has products of half precision in float32 (CUDA)."""
+    """``out = a @ b``; on CUDA, half-precision inputs give an unrounded float32 product."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.device.type == "cuda":
@@ -54,7 +54,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.device.type == "cuda":
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:
-        # Part by part: a product in half precision is small and gone before it leaves the caches.
+        # Part by part, so that a half-precision product is added while it is still in the caches.
         for first, end in blocks(total.shape[0], _SUM // max(total.shape[1], 1)):
             total[first:end].add_(torch.mm(a[first:end], b))
 
@@ -79,7 +79,7 @@ class Head:
         self.hidden_dtype = hidden.dtype
         self.hidden = rows.gather(hidden, trailing=1).to(self.dtype)
         if rows.beyond is not None:
-            # Their gradient is 0, and 0 times what a masked token holds need not be.
+            # The gradient of their logits is 0, but 0 times a NaN or infinite hidden state is NaN.
             self.hidden.masked_fill_(rows.beyond[:, None], 0)
         self.vocab = vocab
         self.grad_hidden: Tensor | None = None
@@ -88,7 +88,7 @@ class Head:
 
     @property
     def bytes(self) -> int:
-        """Bytes of a logit in the workspace, with its gradient where that is another tensor."""
+        """Workspace bytes per logit, including its gradient where that is another tensor."""
         return self.logits_dtype.itemsize + (self.dtype.itemsize if self.logits_dtype != self.dtype else 0)
 
     def workspace(self, tokens: int, columns: int) -> None:
@@ -109,13 +109,13 @@ class Head:
         return out
 
     def gradient(self, a: int, b: int, columns: int) -> Tensor:
-        """Memory for the gradient of a block: the logits' own, unless the product takes another precision."""
+        """Memory for the gradient of a block: that of the logits, unless the product takes another precision."""
         return self.grad_block[: (b - a) * columns].view(b - a, columns)
 
     # ---- gradients
 
     def prepare(self, needs: Sequence[bool], summed: bool) -> None:
-        """Allocate the gradients; ``summed``: the weight's as a sum over blocks of tokens."""
+        """Allocate the gradients; ``summed``: the weight's gradient is a sum over blocks of tokens."""
         to_hidden, to_weight, to_bias = needs
         wide = _wide(self.dtype)
         if to_hidden:
@@ -140,7 +140,7 @@ class Head:
         return out.zero_() if out.dtype == wide else torch.zeros_like(out, dtype=wide)
 
     def add(self, g: Tensor, a: int, b: int, part: Tensor, first: int, total: Tensor | None) -> None:
-        """Add what follows from ``g``, the gradient of the logits of tokens ``a:b`` in columns from ``first``."""
+        """Add the gradients due to ``g``, that of the logits of tokens ``a:b`` in columns from ``first``."""
         end = first + part.shape[0]
         if self.grad_hidden is not None:
             _add_product(self.grad_hidden[a:b], g, part)
@@ -152,7 +152,7 @@ class Head:
             self.grad_bias[first:end] += g.sum(0, dtype=self.grad_bias.dtype)
 
     def gradients(self, rows: ValidTokens, shape: torch.Size) -> list[Tensor]:
-        """Of hidden, weight and bias; empty where not needed."""
+        """Gradients of hidden, weight and bias; empty where not needed."""
         grads = [self.hidden.new_empty(0) for _ in range(3)]
         if self.grad_hidden is not None:
             grads[0] = rows.scatter(self.grad_hidden.to(self.hidden_dtype)).view(shape)
@@ -167,7 +167,7 @@ class Head:
 
 
 class ValidTokens:
-    """The tokens that count: their places, and per-token tensors gathered from there and scattered back."""
+    """The valid tokens: their indices, and the gather and scatter of per-token tensors."""
 
     def __init__(self, tokens: Tensor, mask: Tensor | None, num_tokens: int) -> None:
         valid = spec.valid_rows(tokens, mask).reshape(-1)
@@ -182,7 +182,7 @@ class ValidTokens:
             ]
         self.hinted = num_tokens >= 0
         self.count = self.total if self.index is None else self.index.numel()
-        # Where to gather from: places beyond the valid tokens read some token.
+        # Indices to gather from: entries beyond the valid tokens read an arbitrary token.
         self.places = self.index
         self.beyond: Tensor | None = None
         if self.hinted and self.index is not None:
@@ -193,12 +193,12 @@ class ValidTokens:
             self.tokens = self.tokens.masked_fill(self.beyond, spec.IGNORED)
 
     def gather(self, x: Tensor, trailing: int = 0) -> Tensor:
-        """Per-token values ``[count, ...]``, from ``tokens.shape`` and ``trailing`` more dimensions."""
+        """Values of the valid tokens, ``[count, ...]``; ``x`` has ``trailing`` dimensions after the tokens'."""
         flat = x.reshape(self.total, *x.shape[x.dim() - trailing :])
         return flat if self.places is None else flat.index_select(0, self.places)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Back to all tokens, 0 for the others; the leading dimension is ``tokens`` flattened."""
+        """The inverse of :meth:`gather`, 0 for masked tokens; the leading dimension is ``tokens`` flattened."""
         if self.index is None:
             return x
         out = x.new_zeros((self.total + self.hinted, *x.shape[1:]))
@@ -209,7 +209,7 @@ class ValidTokens:
 
 
 class Models:
-    """The policy's head and, where there is one, the reference's: logits of the tokens that count, in blocks."""
+    """The heads of the policy and, if any, the reference: logits of the valid tokens, in blocks."""
 
     def __init__(self, args: LinearArgs) -> None:
         self.args = args
@@ -251,7 +251,7 @@ class Models:
         return workspace_bytes(max(self.rows.count, 1), self.vocab, self.policy.hidden.device) // each
 
     def sizes(self, whole: bool) -> tuple[int, int]:
-        """Tokens and columns of a block, for which the workspace is allocated."""
+        """Tokens and columns of a block; allocates the workspace for them."""
         count, tokens = max(self.rows.count, 1), self._tokens(whole)
         columns = self.args.chunk_vocab or max(self._space() // min(tokens, count) // 128 * 128, 128)
         if whole:
@@ -262,7 +262,7 @@ class Models:
         return tokens, columns
 
     def block_args(self, a: int, b: int, parts: list[Tensor], first: int, columns: int) -> TokenStatsArgs:
-        """Tokens ``a:b`` and ``columns`` columns from ``first``, as the logits kernels take them."""
+        """Arguments of the logits kernels for tokens ``a:b`` and ``columns`` columns from ``first``."""
         logits = [head.logits(a, b, part, first) for head, part in zip(self.heads, parts, strict=True)]
         temperatures = None if self.temperatures is None else self.temperatures[a:b]
         return TokenStatsArgs(
@@ -275,15 +275,15 @@ class Models:
         return [head.part(first, end) for head in self.heads]
 
     def saved(self, records: Tensor) -> Tensor:
-        """Records of the tokens that count, in the shape of the tokens."""
+        """Records of the valid tokens, scattered to the shape of the tokens."""
         return self.rows.scatter(records).view(*self.rows.shape, records.shape[-1])
 
     def nothing(self, name: str) -> Tensor:
-        """An output of no tokens."""
+        """An output for zero tokens."""
         return self.policy.hidden.new_empty(0, dtype=torch.bool if name == "is_top1" else self.wide)
 
     def finish(self, values: dict[str, Tensor]) -> list[Tensor]:
-        """Outputs in the shape of the tokens."""
+        """Outputs scattered to the shape of the tokens."""
         out = []
         for name in self.outputs:
             value = values[name] if name == "is_top1" else values[name].to(self.wide)

@@ -1,7 +1,7 @@
-"""Rows in parts on the ranks of a process group: summaries of the parts, exchanged and joined.
+"""Rows split over the ranks of a process group: summaries of the parts, exchanged and joined.
 
-Every rank has the next part of every row. A summary has a few numbers per row, ``[B]`` float64 each; what a part
-takes from the parts after it follows from their summaries.
+Each rank holds the next part of every row. A summary is a few numbers per row, ``[B]`` float64 each; the
+contribution of later parts to a part follows from their summaries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ScanPart(NamedTuple):
     advantage: Tensor
     """The first valid token's advantage if the value after the part is 0."""
     growth: Tensor
-    """What is added to it per unit of the value after the part."""
+    """The increase of that advantage per unit of the value after the part."""
     value: Tensor
     """The first valid token's value."""
     trace: Tensor
@@ -37,7 +37,7 @@ class StepsPart(NamedTuple):
     """Summary of a part of each row under a reduction over the steps still to come."""
 
     number: Tensor
-    """How many steps end in the part."""
+    """The number of steps that end in the part."""
     result: Tensor
     """The reduction over them."""
 
@@ -46,9 +46,9 @@ Part = TypeVar("Part", ScanPart, StepsPart)
 
 
 def later_parts(process_group: ProcessGroup, record: Part) -> list[Part]:
-    """The summaries of the ranks after this one, the last one's first; zeros for the others.
+    """Summaries of the ranks after this one, the last rank's first; zeros for the other ranks.
 
-    Those are there so that every rank has a share in the backward pass, a collective as well.
+    The zeros give every rank a part in the backward pass, which is a collective as well.
     """
     columns = torch.stack(list(record), 1)
     ranks, at = distributed.size(process_group), distributed.rank(process_group)
@@ -60,14 +60,14 @@ def later_parts(process_group: ProcessGroup, record: Part) -> list[Part]:
 
 
 def _times(factor: Tensor, x: Tensor) -> Tensor:
-    """The product; 0 where the factor is, whatever it meets."""
+    """``factor * x``; 0 where the factor is 0, even if ``x`` is infinite or NaN."""
     return torch.where(factor == 0, 0, factor * torch.where(factor == 0, 0, x))
 
 
 def value_beyond(process_group: ProcessGroup, record: ScanPart, bootstrap: Tensor) -> Tensor:
     """``[B]``, the bootstrap value of this rank's part such that scanning it equals scanning the whole row.
 
-    With the next valid token's value V and advantage A, on a later rank, that is ``V + lam A``: a scan is linear in
+    With value V and advantage A of the next valid token, on a later rank, it is ``V + lam A``: a scan is linear in
     it. ``bootstrap`` is the value after the whole row.
     """
     value, advantage = bootstrap.double(), torch.zeros_like(bootstrap, dtype=torch.float64)
@@ -81,7 +81,7 @@ def value_beyond(process_group: ProcessGroup, record: ScanPart, bootstrap: Tenso
 def join_later(
     process_group: ProcessGroup, record: StepsPart, join: Callable[[Tensor, Tensor], Tensor]
 ) -> StepsPart:
-    """The summary of all later parts together; ``join(part, later)`` reduces two neighbouring parts' results."""
+    """Summary of all later parts together; ``join(part, later)`` reduces two neighbouring parts' results."""
     number, result = torch.zeros_like(record.number), torch.zeros_like(record.number)
     for part in later_parts(process_group, record):
         joined = torch.where(number > 0, join(part.result, result), part.result)

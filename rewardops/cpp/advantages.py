@@ -40,7 +40,8 @@ def group_advantages(a: AdvantagesArgs, *, launcher: Launcher = CPU) -> tuple[Te
     return out, inv_scale, numerator
 
 
-# On a GPU a few long rows are summed in parts, by their shape alone: bits do not depend on the device.
+# On a GPU a few long rows are summed in parts. Their number follows from the shape alone, so that bits do not
+# depend on the device.
 _PARTS, _BLOCKS, _TOKENS = 16, 256, 4096
 
 

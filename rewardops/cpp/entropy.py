@@ -28,7 +28,7 @@ def gtpo_rewards(a: GtpoArgs) -> Tensor:
 
 
 def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
-    if grad.numel() == 0:  # an empty tensor has no address, by which the kernels tell the two passes apart
+    if grad.numel() == 0:  # the address of an empty tensor is 0, which the kernels read as the forward pass
         return a.rewards.new_zeros(a.rewards.shape), a.entropy.new_zeros(a.entropy.shape)
     grad_entropy = _launch(grad, a)
     sums = row_sums(grad, a.mask, a.cu_seqlens)

@@ -40,7 +40,7 @@ def _addresses(by_name: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 class TokenStatsLaunch:
-    """The arguments as the compiled module takes them; keeps the tensors alive whose addresses they hold."""
+    """Arguments as the compiled module takes them; keeps the tensors alive whose addresses they hold."""
 
     def __init__(self, a: TokenStatsArgs) -> None:
         self.logits = _unit_stride(a.logits)
@@ -56,7 +56,7 @@ class TokenStatsLaunch:
 def token_stats(a: TokenStatsArgs, inplace: bool) -> list[Tensor]:
     launch = TokenStatsLaunch(a)
     shape, acc = a.tokens.shape, accumulator(a.logits)
-    # Zeros: not every row of it is filled.
+    # Zeros: the kernel does not fill every row.
     saved = torch.zeros((saved_rows(a.ref_logits is not None), *shape), dtype=torch.float64)
     out = {name: torch.empty(shape, dtype=torch.bool if name == "is_top1" else acc) for name in a.outputs}
     compiled_module().token_stats(launch.tuple, _addresses(out), address(saved), 0, 0, threads())  # type: ignore[union-attr]
@@ -154,12 +154,12 @@ def token_stats_backward(
 def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
-    """The gradient of the logits written over them; returns that of the reference."""
+    """Write the gradient of the logits over them; return that of the reference."""
     launch = TokenStatsLaunch(a)
     _, ref_out = _gradients(launch, False, to_ref)
     _from_saved(launch, grads, saved, a.outputs, launch.logits, ref_out)
     if launch.logits is not a.logits:
-        a.logits.copy_(launch.logits)  # columns that were no unit stride apart
+        a.logits.copy_(launch.logits)  # the columns did not have unit stride
     return _or_empty(ref_out, a.ref_logits, a.logits)
 
 

@@ -22,7 +22,7 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def rows_dense(tensor: Tensor) -> Tensor:
-    """Unit stride along the row; padded rows may lie anywhere."""
+    """The tensor with unit stride along the row; the stride between padded rows may be any."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -56,7 +56,7 @@ class RowShape:
 class Launcher:
     """Find the compiled function for a dtype, allocate outputs, append launch arguments (here: threads).
 
-    The one for ``rewardops.cuda``, which has the same callers, is :class:`rewardops.cuda.memory.StreamLauncher`.
+    The launcher of ``rewardops.cuda``, for the same callers, is :class:`rewardops.cuda.memory.StreamLauncher`.
     """
 
     def module(self) -> Any:
@@ -67,7 +67,7 @@ class Launcher:
         return getattr(self.module(), f"{name}_{'f64' if like.dtype is torch.float64 else 'f32'}")
 
     def longest(self, cu_seqlens: Tensor, total: int) -> int:
-        """The length of the longest packed row, or a bound of it."""
+        """The length of the longest packed row, or an upper bound."""
         return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if len(cu_seqlens) > 1 else 0
 
     def fresh(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -88,11 +88,11 @@ class Launcher:
         return like.new_zeros(shape, dtype=dtype)
 
     def execution(self, like: Tensor) -> tuple[int, ...]:
-        """The last arguments of every call: the number of threads, or a stream."""
+        """The last arguments of every call: the number of threads (on a GPU, the stream)."""
         return (torch.get_num_threads(),)
 
     def scan(self, like: Tensor, rows: RowShape) -> tuple[tuple[int, ...], Tensor | None]:
-        """The last arguments of a scan along rows, and its scratch memory, to be kept until the call returns."""
+        """The last arguments of a scan along rows, and its scratch memory, alive until the call returns."""
         return self.execution(like), None
 
 

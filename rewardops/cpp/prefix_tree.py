@@ -15,7 +15,7 @@ from .memory import CPU, Launcher, RowShape, address, as_bytes, dense, rows_dens
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.int32: "i32"}
 
-# Allocates the scratch memory of kernels on a device, whose addresses stand ahead of the stream.
+# Allocates the kernels' scratch memory on a device; its addresses precede the stream among the arguments.
 Scratch = Callable[..., Sequence[Tensor | None]]
 
 
@@ -76,7 +76,7 @@ def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]
     if a.weights is None:
         _subtrees(a, None, grad.contiguous(), on_x, None)
         return on_x, a.x.new_zeros(0)
-    on_weights = a.x.new_zeros(a.weights.shape)  # without channels nothing is written
+    on_weights = a.x.new_zeros(a.weights.shape)  # zeros: without channels the kernel writes nothing
     _subtrees(a, None, grad.contiguous(), on_x, on_weights)
     return on_x, on_weights
 
@@ -84,7 +84,7 @@ def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]
 def _node_tokens(
     a: NodeTokensArgs, tokens: Tensor, gradients: Sequence[Tensor], launcher: Launcher, scratch: Scratch
 ) -> None:
-    """Launch nodes to ``tokens``, ``[C, *tokens]``; or, with ``gradients``, their gradient ``tokens`` to these."""
+    """Write ``tokens``, ``[C, *tokens]``, from node values; or, if any, ``gradients`` from their gradient."""
     shape, mask = RowShape(a.shape, a.cu_seqlens, launcher), as_bytes(a.mask)
     inputs = [dense(t) for t in (a.rows, a.nodes, *a[:4])]  # alive until the call returns
     tree_rows, nodes, *terms = map(address, inputs)

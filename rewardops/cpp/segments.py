@@ -30,22 +30,22 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
     rows = RowShape(a.values.shape, a.cu_seqlens)
     values, ids, mask = rows_dense(a.values), rows_dense(a.ids), as_bytes(a.mask)
     out = values.new_empty((rows.batch, a.num_steps))
-    kept = torch.empty_like(out, dtype=torch.float64)
+    saved = torch.empty_like(out, dtype=torch.float64)
     function("segment_reduce", values)(
         rows.tuple, strided(mask), strided(ids), strided(values), a.num_steps, REDUCTIONS.index(a.op), address(out),
-        address(kept), 0, NONE, threads(),
+        address(saved), 0, NONE, threads(),
     )  # fmt: skip
-    return out, kept
+    return out, saved
 
 
-def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
+def segment_reduce_backward(grad: Tensor, out: Tensor, saved: Tensor, a: SegmentsArgs) -> Tensor:
     rows = RowShape(a.values.shape, a.cu_seqlens)
     values, ids, mask = rows_dense(a.values), rows_dense(a.ids), as_bytes(a.mask)
-    grad, out, kept = grad.contiguous(), out.contiguous(), kept.contiguous()
+    grad, out, saved = grad.contiguous(), out.contiguous(), saved.contiguous()
     grad_values = allocate(values, values.shape, a.cu_seqlens)
     if grad_values.numel():
         function("segment_reduce", values)(
             rows.tuple, strided(mask), strided(ids), strided(values), grad.shape[1], REDUCTIONS.index(a.op),
-            address(out), address(kept), address(grad), strided(grad_values), threads(),
+            address(out), address(saved), address(grad), strided(grad_values), threads(),
         )  # fmt: skip
     return grad_values

@@ -1,4 +1,4 @@
-"""Values of given trees on the CPU."""
+"""Values of explicit trees on the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _module() -> Any:
 def path_ends(step: Tensor) -> Tensor:
     step = step.contiguous()
     out = torch.empty_like(step)
-    # For a path that never ends the specification has some node of the cycle.
+    # For a path that never ends, the specification returns a node of its cycle.
     return out if _module().path_ends(len(out), address(step), address(out)) else spec.path_ends(step)
 
 

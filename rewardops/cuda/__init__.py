@@ -1,1 +1,1 @@
-"""CUDA C++ kernels: the callers of ``rewardops.cpp``, on a stream; one file per family that has any."""
+"""CUDA C++ kernels: the callers of ``rewardops.cpp``, on a stream; one file per family with such kernels."""

@@ -13,12 +13,12 @@ from ..cpp.memory import address
 from ..reference.logits import OUTPUTS, REF_OUTPUTS, TokenStatsArgs, with_gradient
 from .memory import CUDA
 
-# A block's part of a row, so that two blocks share a multiprocessor; a row too long for that gives its blocks more.
+# Bytes of a row per block, so that two blocks share a multiprocessor; blocks of a longer row hold more.
 BYTES_PER_BLOCK = 100 << 10
 _POLICY = OUTPUTS[: -len(REF_OUTPUTS)]
 
 
-# ---- what the kernel does not serve: the forward and backward passes of the backends that come next ---------
+# ---- the fallback: forward and backward passes of the next backends ----------------------------------------
 
 
 def _forward(a: TokenStatsArgs, inplace: bool) -> list[Tensor]:
@@ -42,7 +42,7 @@ _two_passes, _two_passes_ = with_gradient(_forward, _backward, _backward_)
 def _one_pass(
     coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs, inplace: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """None where the kernel does not serve: a reference's logits, float64, rows that do not fit."""
+    """Statistics and gradient; None where the kernel does not apply: reference logits, float64, too long rows."""
     if a.ref_logits is not None or a.logits.dtype is torch.float64:
         return None
     module = CUDA.module()
@@ -64,7 +64,7 @@ def _one_pass(
         *CUDA.execution(a.logits),
     )
     if inplace and grad is not a.logits:
-        a.logits.copy_(grad)  # columns that were no unit stride apart
+        a.logits.copy_(grad)  # the columns did not have unit stride
     return stacked, grad
 
 
@@ -75,6 +75,6 @@ def token_stats_and_grad(
 
 
 def token_stats_and_grad_(coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs) -> Tensor:
-    """The gradient written over the logits."""
+    """Statistics; the gradient is written over the logits."""
     result = _one_pass(coefficients, terms, a, inplace=True)
     return _two_passes_(coefficients, terms, a) if result is None else result[0]

@@ -26,7 +26,7 @@ class StreamLauncher(Launcher):
     # several tiles).
     most_threads = 256
     most_threads_on_host = 64
-    # Rows per multiprocessor from which on each row is walked by one block.
+    # From this many rows per multiprocessor on, one block scans each row.
     rows_enough = 2
 
     def module(self) -> Any:
@@ -44,7 +44,7 @@ class StreamLauncher(Launcher):
         return (torch._C._cuda_getCurrentRawStream(like.device.index),)
 
     def scan(self, like: Tensor, rows: RowShape) -> tuple[tuple[int, ...], Tensor | None]:
-        """Stream, threads per block, and the number of tiles per row with a block each (0: one block walks a row).
+        """Stream, threads per block, and the number of tiles per row with a block each (0: one block scans a row).
 
         The number depends on the shape and the device alone, and so do the bits of the result.
         """
@@ -54,7 +54,7 @@ class StreamLauncher(Launcher):
         tile = module.scan_tile(threads)
         if batch >= self.rows_enough * _multiprocessors(like.device) or longest <= tile:
             return (*self.execution(like), threads, 0, 0), None
-        chunks = -(-longest // tile) + 1  # the first may be cut short, for the others to be aligned
+        chunks = -(-longest // tile) + 1  # the first may be shorter, so that the others are aligned
         state = torch.zeros(module.scan_state(batch, chunks), dtype=torch.uint8, device=like.device)
         return (*self.execution(like), threads, chunks, state.data_ptr()), state
 

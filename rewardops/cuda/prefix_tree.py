@@ -19,7 +19,7 @@ COUNTED = 8192
 
 
 def _by_label(groups: Tensor) -> tuple[Tensor, ...]:
-    """The result of ``by_group``."""
+    """The result of ``by_group``, from one kernel where there are few rows."""
     if len(groups) > COUNTED:
         return by_group(groups)
     out = groups.new_empty(3, len(groups))

@@ -1,1 +1,1 @@
-"""What ``torch.library`` knows: schema, fake and gradient of every op, one file per family."""
+"""Definitions of every op for ``torch.library``: schema, fake and gradient, one file per family."""

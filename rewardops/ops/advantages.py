@@ -52,8 +52,8 @@ group_advantages_backward = define(
     fake=_fake_backward,
 )
 
-# Per row, 1 / scale is what prefix-tree advantages divide by, and differentiable too; reward less baseline is kept
-# for the backward pass.
+# Further outputs per row: 1 / scale, a factor of prefix-tree advantages and differentiable as well; and
+# reward - baseline, for the backward pass.
 group_advantages = define(
     "advantages",
     f"group_advantages({_ARGS}) -> (Tensor advantages, Tensor inv_scale, Tensor numerator)",

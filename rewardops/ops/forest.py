@@ -1,4 +1,4 @@
-"""The prefix trees of a batch: checked tokens, and the family's ops as methods of the trees."""
+"""The prefix trees of a batch: validated tokens, and the family's ops as methods of the trees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKED = ("prefix", "skip")
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Validated tokens, group labels and layout; nothing was launched."""
+    """Validated tokens, group labels and layout. Launches nothing."""
 
     tokens: Tensor
     labels: Tensor
@@ -57,7 +57,7 @@ class Forest:
     rows: Tensor
     nodes: Tensor
     layout: Layout
-    skip: bool  # whether masked tokens between valid ones are left out
+    skip: bool  # True: masked tokens between valid ones are left out
 
     @property
     def leaf(self) -> Tensor:
@@ -74,7 +74,7 @@ class Forest:
 
     @property
     def count(self) -> Tensor:
-        """``[2 B]``: how many rows share a node."""
+        """``[2 B]``: the number of rows that share each node."""
         return self.nodes[1] - self.nodes[0]
 
     @property
@@ -91,18 +91,18 @@ class Forest:
         return out
 
     def totals(self, weights: Tensor | None) -> Tensor:
-        """``[2 B, 1]``: the weight of each node's rows."""
+        """``[2 B, 1]``: the total weight of each node's rows."""
         if weights is None:
             return self.count.double()[:, None]
         return self.sums(torch.ones_like(weights)[:, None], weights)
 
     def means(self, x: Tensor, weights: Tensor | None = None, gamma: float = 1.0) -> Tensor:
-        """``[2 B, C]``: means over each node's rows; 0 where they weigh nothing."""
+        """``[2 B, C]``: means over each node's rows; 0 where their weights sum to 0."""
         total = self.totals(weights)
         return self.sums(x, weights, gamma=gamma) / torch.where(total > 0, total, 1)
 
     def std(self, x: Tensor, weights: Tensor | None, ddof: int) -> Tensor:
-        """``[2 B, C]``: standard deviation over each node's rows; 0 where there are no more than ``ddof``."""
+        """``[2 B, C]``: standard deviation over each node's rows; 0 for at most ``ddof`` rows."""
         total, count = self.totals(weights), self.count[:, None]
         squares = self.sums(x, weights, centre=self.means(x, weights))
         factor = torch.where(count > ddof, count / (count - ddof).clamp(min=1), 0)
@@ -111,7 +111,7 @@ class Forest:
         return torch.where(positive, torch.where(positive, variance, 1).sqrt(), 0)
 
     def supported_by(self, count: int) -> Tensor:
-        """``[B]``: the deepest of a row's nodes that ``count`` rows share, or the top where none is."""
+        """``[B]``: the deepest node of each row that ``count`` rows share; the top where there is none."""
         node = torch.arange(self.parent.shape[0], device=self.parent.device)
         self_or_up = torch.where((self.count >= count) | (self.parent < 0), node, self.parent)
         return torch.where(self.leaf >= 0, tree.path_ends(self_or_up)[self.leaf.clamp(min=0)], -1)
@@ -128,13 +128,13 @@ class Forest:
         gamma: float = 1.0,
         leaf: Tensor | None = None,
     ) -> Tensor:
-        """``row_bias + values + row_factor * scaled_values`` of each token's row and state; 0 where masked.
+        """``row_bias + values + row_factor * scaled_values`` at each token's row and state; 0 where masked.
 
         Args:
             values, scaled_values: ``[2 B, C]`` float64, discounted from the node's depth to the state.
             row_bias, row_factor: ``[B, C]`` float64; the factor is discounted from the row's end.
             at: ``"before"``, ``"after"``, or ``"step"``, the difference of the two.
-            leaf: ``[B]``, the node at which a row's path ends; tokens behind it have its value.
+            leaf: ``[B]``, the node at which a row's path ends; tokens after it have its value.
 
         Returns:
             ``[C, *tokens]``.
@@ -154,7 +154,7 @@ class Forest:
 
 
 def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dtype, bool]:
-    """Rewards ``[B, C]`` in float64, the dtype of the result, and whether they came as channels."""
+    """Validated rewards ``[B, C]`` in float64, the dtype of the result, and True if the caller's have channels."""
     checks.check_float("rewards", rewards)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R]")
@@ -168,7 +168,7 @@ def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dty
 
 
 def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
-    """Weights ``[B]`` in float64."""
+    """Validated weights ``[B]`` in float64."""
     if weights is None:
         return None
     checks.check_float("weights", weights)

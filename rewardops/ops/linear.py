@@ -102,7 +102,7 @@ def _gradient_loss(ctx, grads):  # type: ignore[no-untyped-def]
     upstream = grads[0]
     if upstream is None:
         return {}
-    # In place, as the weight's gradient is large: a second backward pass finds another version, and raises.
+    # In place, as the weight's gradient is large: a second backward pass sees its changed version, and raises.
     scaled = Tensor.mul_ if ctx.inplace and not torch.is_grad_enabled() else Tensor.mul
     sides = zip(_SIDES, ctx.saved_tensors, ctx.needs, strict=False)
     return {name: scaled(g, upstream.to(g.dtype)) for name, g, need in sides if need}

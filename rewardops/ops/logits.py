@@ -47,7 +47,7 @@ def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
     if ctx.inplace and needs.logits and not torch.is_grad_enabled():  # torch.func records every backward pass
         grad = args.logits.detach()
         ref = token_stats_backward_(grads[1:], saved, *args._replace(logits=grad), True, to_ref)
-        # The logits are gone: a second backward pass finds another version of them, and raises.
+        # The logits are overwritten: a second backward pass sees their changed version, and raises.
         torch.autograd.graph.increment_version(args.logits)
     else:
         grad, ref = token_stats_backward(grads[1:], saved, *args, needs.logits, to_ref)
@@ -82,8 +82,8 @@ token_stats = define(
 
 # ---- a loss that is known at the call ----------------------------------------------------------------------
 
-# Statistics come stacked, in the order of the outputs and is_top1 as 0 or 1: functionalisation, which takes the op
-# that writes over the logits into a compiled graph, knows no lists.
+# Statistics are stacked, in the order of the outputs and is_top1 as 0 or 1: functionalisation, which brings the op
+# that overwrites the logits into a compiled graph, does not support lists.
 _KNOWN = "Tensor[] coefficients, str[] terms"
 
 

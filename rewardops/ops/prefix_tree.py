@@ -52,8 +52,8 @@ def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
     return {"x": on_x, "weights": None if args.weights is None else on_weights}
 
 
-# With a centre: of squared distances from it. The centre is the mean, on which their sum does not depend to first
-# order: it gets no gradient.
+# With a centre: sums of squared distances from it. The centre is the mean, where their derivative in it is 0: it
+# gets no gradient.
 subtree_sums = define(
     "prefix_tree",
     f"subtree_sums({_SUBTREES}) -> Tensor",

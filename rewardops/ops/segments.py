@@ -44,7 +44,7 @@ _row_counts = define(
 
 
 def row_counts(rows: Layout, device: torch.device) -> Tensor:
-    """``[B]``, how many tokens of each row are valid; float64."""
+    """``[B]`` float64, the number of valid tokens of each row."""
     if rows.mask is not None:
         out: Tensor = _row_counts(rows.mask, rows.cu_seqlens)
         return out
@@ -63,21 +63,21 @@ def row_sums(values: Tensor, rows: Layout) -> Tensor:
 
 
 def _setup_reduce(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    out, kept = output
-    ctx.mark_non_differentiable(kept)
-    save_record(ctx, *inputs, out, kept)
+    out, saved = output
+    ctx.mark_non_differentiable(saved)
+    save_record(ctx, *inputs, out, saved)
 
 
 def _gradient_reduce(ctx, grad, _):  # type: ignore[no-untyped-def]
-    args, (out, kept) = saved_record(ctx)
-    return {"values": segment_reduce_backward(grad, out, kept, *args)}
+    args, (out, saved) = saved_record(ctx)
+    return {"values": segment_reduce_backward(grad, out, saved, *args)}
 
 
 segment_reduce_backward = define(
     "segments",
-    f"segment_reduce_backward(Tensor grad, Tensor out, Tensor kept, {_ARGS}) -> Tensor",
+    f"segment_reduce_backward(Tensor grad, Tensor out, Tensor saved, {_ARGS}) -> Tensor",
     record=SegmentsArgs,
-    fake=lambda grad, out, kept, args: args.values.new_empty(args.values.shape),
+    fake=lambda grad, out, saved, args: args.values.new_empty(args.values.shape),
 )
 
 

@@ -1,4 +1,4 @@
-"""Ops of the td family, and what is composed of its scan: step ends, sums of steps, first and last tokens."""
+"""Ops of the td family, and compositions of its scan: step ends, sums of steps, first and last tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(ctx, grad, grad_returns):  # type: ignore[no-untyped-def]
     to_values, to_bootstrap = ctx.wanted
-    grad_returns = grad_returns if to_values else None  # of an empty tensor
+    grad_returns = grad_returns if to_values else None  # without values, returns are an empty tensor
     if grad is None and grad_returns is None:
         return {}
     args, _ = saved_record(ctx)
@@ -107,15 +107,16 @@ def differences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
 
 
 def step_ends(markers: Tensor, rows: Layout) -> Tensor:
-    """Which tokens end a step, from :func:`rewardops.core.checks.step_markers`: bool, the layout of the markers.
+    """Flags of the tokens that end a step: bool, the layout of the markers.
 
-    Of ids, the last valid token before another id; negative ids are of no step.
+    The markers come from :func:`rewardops.core.checks.step_markers`. With ids, a step ends at the last valid token
+    before another id; negative ids belong to no step.
     """
     return spec.step_ends(lambda args: td_scan(*args), markers, rows)
 
 
 def sums_between(x: Tensor, ends: Tensor, rows: Layout) -> Tensor:
-    """At each of the ends the sum of valid tokens since the one before, its own included; 0 elsewhere."""
+    """At each end, the sum of the valid tokens after the previous end, up to and including it; 0 elsewhere."""
     return spec.sums_between(prefix_scan, x, ends, rows)
 
 
@@ -132,5 +133,5 @@ def first_tokens(rows: Layout, device: torch.device) -> Tensor:
 
 
 def at_marked(x: Tensor, marked: Tensor, rows: Layout) -> Tensor:
-    """``[B]``, the value of ``x`` at each row's one marked token; 0 where there is none."""
+    """``[B]``, the value of ``x`` at the one marked token of each row; 0 where there is none."""
     return row_sums(torch.where(marked, x, 0), rows)

@@ -1,4 +1,4 @@
-"""Arguments that the logits and the linear family share, checked."""
+"""Validation of the arguments that the logits and the linear family share."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def token_arguments(
     vocab_start: int,
     partial: bool,
 ) -> TokenArguments:
-    """Check all that does not depend on where the logits come from.
+    """Validate all arguments that do not depend on the source of the logits.
 
     Args:
-        outputs: of :func:`check_outputs`.
+        outputs: the names that :func:`check_outputs` returned.
         width: columns of the logits.
-        partial: of a part of the vocabulary, from ``vocab_start`` on.
+        partial: True if the logits are a part of the vocabulary, from ``vocab_start`` on.
     """
     mask = checks.as_mask(mask, tokens.shape, tokens.device, "tokens")
     temperatures, scalar = _temperatures(temperature, tokens, mask)
@@ -59,7 +59,7 @@ def token_arguments(
 
 
 def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
-    """The names, in the order of the choices."""
+    """Validate names of outputs; return them in the order of the choices."""
     if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
         raise ValueError(f"outputs: got {outputs!r}, want a sequence of names out of {tuple(choices)}")
     for name in outputs:
@@ -76,7 +76,7 @@ def check_coefficients(
     device: torch.device,
     other: str,
 ) -> list[str]:
-    """Check the coefficients of a loss that is linear in outputs; return the names of all outputs to compute."""
+    """Validate the coefficients of a loss linear in outputs; return the names of all outputs to compute."""
     if not isinstance(coefficients, Mapping) or not coefficients:
         raise ValueError("coefficients: got none, want a mapping from names of outputs to tensors")
     for name, value in coefficients.items():
@@ -95,7 +95,7 @@ def check_coefficients(
 def _temperatures(
     temperature: float | Tensor, tokens: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, float]:
-    """A temperature for each row in float64, or one for all."""
+    """Validate a temperature: a tensor gives (float64 tensor per token, 1.0), a number (None, number)."""
     if not isinstance(temperature, Tensor):
         checks.check_positive("temperature", temperature)
         return None, float(temperature)

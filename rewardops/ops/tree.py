@@ -23,7 +23,7 @@ def _setup_at(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.size = values.shape[0]
 
 
-# An op of its own so that a compiler does not make atomic additions of its gradient.
+# A separate op, so that a compiler does not turn its gradient into atomic additions.
 at_nodes = define(
     "tree",
     "at_nodes(Tensor values, Tensor index) -> Tensor",
@@ -32,7 +32,7 @@ at_nodes = define(
     backward=lambda ctx, grad: {"values": _at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size)},
 )
 
-# An op so that the number of steps, which follows from that of the nodes, does not become part of a compiled graph.
+# An op, so that the number of steps, which depends on the number of nodes, is not part of a compiled graph.
 path_ends = define("tree", "path_ends(Tensor step) -> Tensor", fake=torch.empty_like)
 
 

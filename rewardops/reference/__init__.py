@@ -1,5 +1,5 @@
 """The specification: every op in plain PyTorch, one file per family, exact in float64.
 
-Each forward is written to be read; each ``*_backward`` is the formula that the fast backends implement and
-is itself held to autograd through the forward by the tests. May synchronise with the device.
+Each forward pass is written for reading. Each ``*_backward`` is the formula that the fast backends implement; the
+tests compare it with autograd through the forward pass. The ops may synchronise with the device.
 """

@@ -24,27 +24,27 @@ class AdvantagesArgs(NamedTuple):
     groups: Tensor
     """``[B]`` int64 labels, in any order."""
     baseline_values: Tensor | None
-    """``[B]``, as the rewards; of the baseline ``"values"`` alone."""
+    """``[B]``, the dtype of the rewards; for the baseline ``"values"`` alone."""
     lengths: Tensor | None
-    """``[B]``, as the rewards; of the baseline ``"length_weighted"`` alone."""
+    """``[B]``, the dtype of the rewards; for the baseline ``"length_weighted"`` alone."""
     mask: Tensor | None
     """bool, ``[B, T]`` or ``[N]``. None without ``cu_seqlens``: advantages are per row."""
     cu_seqlens: Tensor | None
-    """``[B + 1]``, int32 or int64, of packed tokens."""
+    """``[B + 1]``, int32 or int64, offsets of packed rows."""
     num_tokens: int
-    """``N`` where there is ``cu_seqlens``, else -1."""
+    """``N`` with ``cu_seqlens``, else -1."""
     baseline: str
     """One of ``BASELINES``."""
     quantile: float
-    """0 to 1, of the baseline ``"quantile"``."""
+    """0 to 1, for the baseline ``"quantile"``."""
     scale: str
     """One of ``SCALES``."""
     eps: float
     """Added to the scale."""
     ddof: int
-    """0 or 1, of standard deviations."""
+    """0 or 1, for standard deviations."""
     raw: bool
-    """Whether a group of one keeps its reward as its advantage."""
+    """True: the advantage of a group of one is its reward."""
 
     @property
     def token_shape(self) -> tuple[int, ...] | None:
@@ -55,6 +55,7 @@ class AdvantagesArgs(NamedTuple):
 
 
 def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``[B]`` bool: the rows that have a token; all rows where there are no tokens."""
     if mask is None and cu_seqlens is None:
         return torch.ones_like(rewards, dtype=torch.bool)
     if mask is None:
@@ -64,18 +65,18 @@ def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
 
 
 class _Members(NamedTuple):
-    """The live rows of each row's group ``[B, B]``, and what scales are made of."""
+    """The live rows of each row's group ``[B, B]``, and their statistics."""
 
     same: Tensor
-    rewards: Tensor  # [B, B], 0 where not of the group
+    rewards: Tensor  # [B, B], 0 outside the group
     count: Tensor  # type: ignore[assignment]
     low: Tensor
     high: Tensor
     differs: Tensor
-    centred: Tensor  # of the row itself: reward - mean; exactly 0 where the group's rewards are equal
+    centred: Tensor  # the row's reward - mean; exactly 0 where the group's rewards are equal
     std: Tensor
     mean_abs: Tensor
-    broken: Tensor  # whether any is NaN
+    broken: Tensor  # True where any reward of the group is NaN
 
     @staticmethod
     def of(rewards: Tensor, same: Tensor, ddof: int) -> _Members:
@@ -97,12 +98,12 @@ class _Members(NamedTuple):
         return _Members(same, r, count, low, high, differs, centred, std, mean_abs, r.isnan().any(1))
 
     def first(self, value: Tensor) -> Tensor:
-        """``[B, B]``, one for the earliest member of that reward."""
+        """``[B, B]``, 1 at the earliest member of the group with the reward ``value``."""
         hit = self.same & (self.rewards == value[:, None])
         return (hit & (hit.cumsum(1) == 1)).to(value.dtype)
 
     def ranked(self, rank: Tensor) -> Tensor:
-        """The reward of that rank from below, ``rank`` in 0 .. count - 1."""
+        """The reward of rank ``rank`` in ascending order, from 0 to count - 1."""
         if not rank.numel():
             return self.low
         ordered = torch.where(self.same, self.rewards, torch.inf).sort(1).values
@@ -111,13 +112,11 @@ class _Members(NamedTuple):
 
 class _Statistics(NamedTuple):
     numerator: Tensor  # reward - baseline
-    inv_scale: (
-        Tensor  # 1 / (scale + eps); 0 where the rewards it is made of are equal; 1 for the scale "none"
-    )
-    gain: Tensor  # what the row's own reward moves its numerator, before the baseline moves
-    weights: Tensor  # [B, B], how the baseline of a row depends on the rewards
-    d_scale: Tensor  # [B, B], how the scale of a row depends on the rewards
-    alone: Tensor  # rows that keep their raw reward
+    inv_scale: Tensor  # 1 / (scale + eps); 0 where the scale's rewards are equal; 1 for the scale "none"
+    gain: Tensor  # d numerator / d rewards = diag(gain) - weights
+    weights: Tensor  # [B, B], d baseline / d rewards, times the gain
+    d_scale: Tensor  # [B, B], d scale / d rewards
+    alone: Tensor  # rows whose advantage is their raw reward
 
 
 def _statistics(a: AdvantagesArgs, live: Tensor) -> _Statistics:
@@ -159,7 +158,7 @@ def _statistics(a: AdvantagesArgs, live: Tensor) -> _Statistics:
         numerator = torch.where(g.differs, r - below - torch.where(part > 0, part * (above - below), 0), 0)
         weights = (1 - part)[:, None] * g.first(below) + part[:, None] * g.first(above)
         if a.baseline == "second_max":
-            # Only the best row has an advantage.
+            # Only the best row has a non-zero advantage.
             best = g.first(g.high).diagonal()
             numerator, gain, weights = numerator * best, gain * best, weights * best[:, None]
 
@@ -191,10 +190,10 @@ def _statistics(a: AdvantagesArgs, live: Tensor) -> _Statistics:
 
 
 def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages, per row or per token; and per row 1 / scale, and reward less baseline."""
+    """Advantages, per row or per token; and per row ``1 / scale`` and ``reward - baseline``."""
     live = live_rows(a.rewards, a.mask, a.cu_seqlens)
     s = _statistics(a, live)
-    # A degenerate group has inv_scale 0, and an infinite reward in it must still not make a NaN.
+    # A degenerate group has inv_scale 0; an infinite reward in it must not give NaN.
     advantages = torch.where(s.inv_scale == 0, 0, s.numerator * s.inv_scale)
     if a.token_shape is not None:
         tokens = (
@@ -212,7 +211,7 @@ def group_advantages_backward(
     numerator: Tensor,
     a: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the rewards, and of the baseline values (empty where there are none)."""
+    """Gradients of the rewards, and of the baseline values (empty without such values)."""
     live = live_rows(a.rewards, a.mask, a.cu_seqlens)
     s = _statistics(a, live)
     if grad is None:

@@ -23,7 +23,7 @@ class GtpoArgs(NamedTuple):
     mask: Tensor | None
     """bool, the shape of ``entropy``; None: every token counts."""
     cu_seqlens: Tensor | None
-    """``[B + 1]``, int32 or int64, of packed rows."""
+    """``[B + 1]``, int32 or int64, offsets of packed rows."""
     alpha1: float
     """Weight of the outcome."""
     alpha2: float
@@ -35,13 +35,15 @@ class GtpoArgs(NamedTuple):
 
 
 class _Shares(NamedTuple):
+    """The weights of tokens, and their sums over the rows of one group and class."""
+
     valid: Tensor  # [B, T]
     positive: Tensor  # [B]
     same: Tensor  # [B, B]: rows of one group and one class, in the dtype of the rewards
     weight: Tensor  # [B, T]: H for right rows, 1 / H for wrong ones; 0 where not valid
     count: Tensor  # type: ignore[assignment]  # [B, T]: rows of the class still running at the position
     total: Tensor  # [B, T]: the sum of their weights
-    floored: Tensor  # [B, T]
+    floored: Tensor  # [B, T]: valid tokens with an entropy at or below the floor
 
 
 def _shares(a: GtpoArgs) -> _Shares:
@@ -66,7 +68,7 @@ def gtpo_rewards(a: GtpoArgs) -> Tensor:
 
 
 def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
-    """The gradients in ``rewards`` and in ``entropy``."""
+    """Gradients of ``rewards`` and ``entropy``."""
     s = _shares(a)
     up, _ = to_rows(grad, a.mask, a.cu_seqlens)
     grad_rewards = torch.where(s.positive, a.alpha1 * up.sum(1), 0)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# exp(x) - 1 - x loses all its digits to cancellation near 0; below 1 the Taylor series has them (20 terms:
-# the first one left out is under 1e-19 of the value).
+# Near 0, exp(x) - 1 - x loses all its digits to cancellation; the Taylor series for |x| < 1 does not (20 terms:
+# the first omitted one is under 1e-19 of the value).
 _SERIES = [1.0 / math.factorial(k) for k in range(2, 22)]
 
 
@@ -29,24 +29,25 @@ class TokenKlArgs(NamedTuple):
     """Arguments of ``token_kl`` and its backward pass; tensors of one shape, float32 or float64."""
 
     logprob: Tensor
-    """Of the policy, in nats."""
+    """Logprob of the policy, in nats."""
     ref_logprob: Tensor
+    """Logprob of the reference, in nats."""
     mask: Tensor | None
     """bool; None: every token counts."""
     old_logprob: Tensor | None
-    """Of the policy that sampled: a weight ``exp(logprob - old_logprob)`` of the estimate. None: no weight."""
+    """Logprob of the sampling policy; weights the estimate by ``exp(logprob - old_logprob)``. None: no weight."""
     rewards: Tensor | None
-    """The estimate is added to them; None in the backward pass, and where there are none."""
+    """Rewards to which the estimate is added; None for none, and in the backward pass."""
     estimator: str
     """One of ``ESTIMATORS``."""
     largest_d: float
-    """Of ``|logprob - ref_logprob|``; infinite without a clamp."""
+    """Clamp of ``|logprob - ref_logprob|``; infinite for none."""
     largest_value: float
-    """Of the estimate; infinite without a clamp."""
+    """Clamp of the estimate's absolute value; infinite for none."""
     scale: float
     """A factor of the estimate."""
     ratio_grad: bool
-    """Whether the weight has a gradient."""
+    """True: the weight has a gradient."""
 
 
 def _terms(
@@ -60,13 +61,13 @@ def _terms(
         if estimator == "binary_tv":
             value, on_logprob, on_ref = apart.abs(), apart.sign() * a, -apart.sign() * b
         else:
-            # sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels.
+            # sum p (e^-x - 1 + x) over both outcomes; each term is at least 0, so nothing cancels.
             rest, ref_rest = -torch.expm1(logprob), -torch.expm1(ref)
             change = -apart / ref_rest
             y = torch.where(change.abs() < 0.5, torch.log1p(change), rest.log() - ref_rest.log())
             y = torch.where(ref_rest > 0, y, torch.inf)
-            own = torch.where(a > 0, a * exp_minus_1_minus_x(-whole), b)
-            value = own + torch.where(rest > 0, rest * exp_minus_1_minus_x(-y), ref_rest)
+            sampled = torch.where(a > 0, a * exp_minus_1_minus_x(-whole), b)
+            value = sampled + torch.where(rest > 0, rest * exp_minus_1_minus_x(-y), ref_rest)
             on_logprob = torch.where((rest > 0) & (a > 0), a * (whole - y), 0)
             on_ref = torch.where(rest > 0, rest * b / ref_rest - a, 0)
         inside = value.abs() <= largest_value

@@ -23,7 +23,7 @@ class LinearArgs(NamedTuple):
     bias: Tensor | None
     """``[V]``."""
     ref_hidden: Tensor | None
-    """``[..., D_ref]``, of the reference model; None where there is none."""
+    """``[..., D_ref]``, hidden states of the reference model; None without one."""
     ref_weight: Tensor | None
     """``[V, D_ref]``."""
     ref_bias: Tensor | None
@@ -37,7 +37,7 @@ class LinearArgs(NamedTuple):
     first: int
     """The token id of the head's first row; 0 for the ops of whole rows."""
     vocab: int
-    """Rows of the head that exist; those from here on are padding."""
+    """Number of rows of the head that are not padding."""
     beta: float
     outputs: Sequence[str]
     chunk_tokens: int
@@ -45,7 +45,7 @@ class LinearArgs(NamedTuple):
     chunk_vocab: int
     """Columns of a block of logits; 0: as many as the workspace holds."""
     num_tokens: int
-    """At least the number of tokens that count; -1: it is read from the device."""
+    """An upper bound of the number of valid tokens; -1: the number is read from the device."""
 
 
 def pack_saved(saved: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def unpack_saved(saved: Tensor, paired: bool) -> Tensor:
 
 
 def precision(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of sums and outputs: float64 if any input is, else float32."""
+    """The dtype of sums and outputs: float64 if any input is float64, else float32."""
     double = any(t is not None and t.dtype is torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
 
@@ -85,7 +85,7 @@ def _token_stats_args(a: LinearArgs) -> TokenStatsArgs:
 
 
 def _head_gradients(a: LinearArgs, of_logits: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Gradients of hidden, weight and bias of each side, from those of its logits; empty where not needed."""
+    """Gradients of hidden, weight and bias of each side, from that of its logits; empty where not needed."""
     valid, wide = spec.valid_rows(a.tokens, a.mask), _wide(a)
 
     def empty() -> Tensor:
@@ -108,7 +108,7 @@ def _head_gradients(a: LinearArgs, of_logits: Sequence[Tensor], needs: Sequence[
 
 
 def linear_token_stats(a: LinearArgs) -> list[Tensor]:
-    """Return what is saved, ``[..., len(RECORD)]``, and the outputs."""
+    """Statistics saved for the backward pass, ``[..., len(RECORD)]``, and the outputs."""
     rows = _token_stats_args(a)
     if "jsd" in a.outputs:
         saved, *values = spec.token_stats(rows)

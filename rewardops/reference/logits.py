@@ -13,8 +13,8 @@ from .token_records import RECORD as RECORD
 from .token_records import REF_OUTPUTS as REF_OUTPUTS
 from .token_records import finish, merge
 
-# What a backward pass needs of a row; the first five where there is no reference. Shifts are stored logits, and
-# apart from log total: with logits near 1e4 their sum has lost the digits that the backward needs.
+# Statistics of a row that a backward pass reads; the first five without a reference. Shifts are stored logits,
+# separate from log total: with logits near 1e4 their sum loses the digits that the backward pass needs.
 SAVED = (
     "shift", "total", "entropy", "sum_p2", "sum_p2_logp",
     "ref_shift", "ref_total", "kl", "reverse_kl", "mixed_kl", "ref_mixed_kl",
@@ -31,20 +31,20 @@ class TokenStatsArgs(NamedTuple):
     tokens: Tensor
     """``[...]``, int64; ids in the whole vocabulary, -100 for a masked token."""
     ref_logits: Tensor | None
-    """Of the reference model, the shape of ``logits``; in float64 if and only if they are."""
+    """Logits of the reference model, the shape of ``logits``; float64 if and only if those are."""
     mask: Tensor | None
     """``[...]``, bool; None: every token counts."""
     temperatures: Tensor | None
     """``[...]``, float64, one per token; None: ``temperature`` for all."""
     temperature: float
     softcap: float
-    """0 for none."""
+    """0 for no softcap."""
     first: int
     """The token id of column 0; 0 for the ops of whole rows."""
     vocab: int
-    """Columns that exist; those from here on are padding."""
+    """Number of columns that are not padding."""
     beta: float
-    """Of the Jensen-Shannon divergence; 0.5 where there is none."""
+    """Weight of the reference in the Jensen-Shannon divergence; 0.5 without it."""
     outputs: Sequence[str]
     """Names out of ``OUTPUTS``, in that order."""
 
@@ -63,14 +63,14 @@ def valid_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Facts of each row, ``[...]``."""
+    """Per-row values, ``[...]``."""
 
     valid: Tensor
     temperature: Tensor
     column: Tensor
-    """Of the row's token."""
+    """Column of the row's token."""
     inside: Tensor
-    """Whether that column is among the logits."""
+    """True where that column is among the logits."""
 
 
 def _rows(a: TokenStatsArgs) -> _Rows:
@@ -85,7 +85,7 @@ def _rows(a: TokenStatsArgs) -> _Rows:
 
 
 def capped(logits: Tensor, a: TokenStatsArgs, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """The columns that exist, the softcap applied; masked rows are 0."""
+    """Logits of the columns that are not padding, with the softcap applied; masked rows are 0."""
     x = torch.where(valid[..., None], logits[..., : a.vocab].to(dtype), 0)
     return a.softcap * torch.tanh(x / a.softcap) if a.softcap else x
 
@@ -102,7 +102,7 @@ def distances(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def at_column(x: Tensor, rows: _Rows) -> Tensor:
-    """The value in the token's column; 0 where that is not among them."""
+    """The value in the token's column; 0 where ``x`` does not have that column."""
     if not x.shape[-1]:
         return x.new_zeros(rows.column.shape)
     index = torch.where(rows.inside, rows.column, 0)[..., None]
@@ -110,7 +110,7 @@ def at_column(x: Tensor, rows: _Rows) -> Tensor:
 
 
 def gap(y: Tensor, u: Tensor) -> Tensor:
-    """``y - u``, and 0 where both are -inf: a column without mass on either side is in no divergence."""
+    """``y - u``, and 0 where both are -inf: a column without mass on either side adds nothing to a divergence."""
     return torch.where((y == -torch.inf) & (u == -torch.inf), 0, y - u)
 
 
@@ -120,13 +120,13 @@ def product(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def divergence(y: Tensor, u: Tensor, sums: torch.dtype | None) -> Tensor:
-    """``sum e^y (y - u)``: infinite where the second has no mass and the first has, however little."""
+    """``sum e^y (y - u)``: infinite where the second distribution has no mass and the first has some."""
     broken = ((u == -torch.inf) & (y > -torch.inf)).any(-1)
     return torch.where(broken, torch.inf, product(y.exp(), gap(y, u)).sum(-1, dtype=sums))
 
 
 def _records(a: TokenStatsArgs, sums: torch.dtype | None) -> Tensor:
-    """Records, their sums taken in ``sums``, or in the precision of the logits."""
+    """Records, with sums in the dtype ``sums``; None for the accumulator's."""
     acc, rows, outputs = accumulator(a.logits), _rows(a), a.outputs
     valid, t = rows.valid, rows.temperature
     none = t.new_full(t.shape, torch.nan)
@@ -161,8 +161,8 @@ def _records(a: TokenStatsArgs, sums: torch.dtype | None) -> Tensor:
 
 
 def token_stats_partial(a: TokenStatsArgs) -> Tensor:
-    """Return records ``[..., len(RECORD)]`` in float64; sums that no output needs are NaN, masked rows are 0."""
-    return _records(a, torch.float64)  # terms of parts cancel where they are merged
+    """Records ``[..., len(RECORD)]`` in float64; sums that no output needs are NaN, masked rows are 0."""
+    return _records(a, torch.float64)  # terms cancel when parts are merged
 
 
 # ---- statistics of whole rows ------------------------------------------------------------------------------
@@ -190,13 +190,13 @@ def log_probabilities(
 
 
 def token_stats(a: TokenStatsArgs, inplace: bool = False) -> list[Tensor]:
-    """Return what is saved, ``[saved_rows, ...]``, and the outputs."""
+    """Statistics saved for the backward pass, ``[saved_rows, ...]``, and the outputs."""
     acc, rows, paired = accumulator(a.logits), _rows(a), a.ref_logits is not None
     whole = merge(_records(a, None)[None])
     names = [name for name in a.outputs if name != "jsd"]
     needed = ["log_sum", "ref_log_sum"] if paired else ["log_sum"]
     if "sum_p2_logp" in names:
-        needed.append("sum_p2")  # of its backward pass
+        needed.append("sum_p2")  # for its backward pass
     values = finish(whole, [*needed, *names])
     for side in ("", "ref_"):
         values[f"{side}shift"] = whole[f"{side}shift"] * rows.temperature
@@ -256,7 +256,7 @@ def side_gradient(
 def token_stats_backward(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> tuple[Tensor, Tensor]:
-    """All upstream gradients folded into one gradient of the logits, and one of the reference's."""
+    """All upstream gradients folded into one gradient of the logits, and one of the reference logits."""
     rows, acc = _rows(a), accumulator(a.logits)
     known = dict(zip(SAVED, saved.to(acc), strict=False))
     zero = torch.zeros_like(known["shift"])
@@ -267,7 +267,7 @@ def token_stats_backward(
             infinite = known[name].isinf()
             up[name], known[name] = torch.where(infinite, 0, up[name]), torch.where(infinite, 0, known[name])
     for name in ("logprob", "ref_logprob"):
-        if name in upstream:  # where its value is NaN, so is its gradient
+        if name in upstream:  # a value that is NaN has a gradient that is NaN
             up[name] = torch.where(rows.inside, up[name], torch.nan)
 
     policy = {
@@ -307,7 +307,7 @@ def token_stats_backward(
 def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
-    """The same, the gradient of the logits written over them; returns that of the reference."""
+    """Write the gradient of the logits over them; return that of the reference."""
     grad, ref = token_stats_backward(grads, saved, a, to_logits, to_ref)
     a.logits.copy_(grad)
     return ref
@@ -316,8 +316,8 @@ def token_stats_backward_(
 def token_stats_partial_backward(
     grad_record: Tensor, record: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the logits from that of their record: the same terms, of sums that are not normalised."""
-    acc = torch.float64  # of sums that are not normalised: large terms cancel
+    """Gradients of the logits from that of their record: the same terms, of sums that are not normalised."""
+    acc = torch.float64  # sums are not normalised: large terms cancel
     rows = _rows(a)
     g = dict(zip(RECORD, torch.where(rows.valid[..., None], grad_record, 0).unbind(-1), strict=True))
     y, _ = distances(capped(a.logits, a, rows.valid, acc), rows.temperature)
@@ -347,12 +347,12 @@ def token_stats_partial_backward(
 def with_gradient(
     forward: Callable[..., Any], backward: Callable[..., Any], backward_: Callable[..., Any]
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """``token_stats_and_grad`` and its form in place, from a backend's forward and backward passes."""
+    """``token_stats_and_grad`` and its in-place form, from a backend's forward and backward passes."""
 
     def run(
         coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The statistics, stacked; and the arguments of the backward pass."""
+        """Stacked statistics, and the arguments of the backward pass."""
         acc = accumulator(a.logits)
         saved, *values = forward(a, False)
         by_name = {name: c.to(acc) for name, c in zip(terms, coefficients, strict=True)}
@@ -362,14 +362,14 @@ def with_gradient(
     def token_stats_and_grad(
         coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs
     ) -> tuple[Tensor, Tensor]:
-        stacked, known = run(coefficients, terms, a)
-        return stacked, backward(*known)[0]
+        stacked, backward_args = run(coefficients, terms, a)
+        return stacked, backward(*backward_args)[0]
 
     def token_stats_and_grad_(
         coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs
     ) -> Tensor:
-        stacked, known = run(coefficients, terms, a)
-        backward_(*known)
+        stacked, backward_args = run(coefficients, terms, a)
+        backward_(*backward_args)
         return stacked
 
     return token_stats_and_grad, token_stats_and_grad_

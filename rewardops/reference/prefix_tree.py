@@ -1,13 +1,14 @@
 """Prefix trees, the specification (see :mod:`rewardops.prefix_tree`).
 
-A tree is two integer arrays of fixed size, whatever the tokens. ``rows`` is ``[5, B]``: ``order`` (the row at
-each position: groups by label, the rows of one in lexicographic order, its empty rows last), ``leaf`` (a row's
-deepest node, -1 for an empty row), ``first`` and ``length`` of the row's tokens, and ``shared`` (the tokens that
-the row at a position shares with the one before it, -1 at the first of a group). ``nodes`` is ``[4, 2 B]``:
-``begin`` and ``end`` (the positions of the rows that share it), ``depth`` (of its last state, -1 where there is
-no node) and ``parent``. Node p < B is the prefix at which the rows at the positions p - 1 and p part, kept at
-the first such place; node B + p is what the row at p shares with no other. Its states reach from behind its
-parent's depth to its own, those of a tree's top from 0.
+A tree is two integer arrays whose size does not depend on the tokens. ``rows`` is ``[5, B]``: ``order`` (the
+row at each position: groups by label, the rows of a group in lexicographic order, its empty rows last),
+``leaf`` (a row's deepest node, -1 for an empty row), ``first`` and ``length`` of the row's tokens, and
+``shared`` (the number of tokens that the row at a position shares with the row before it, -1 at the first of
+a group). ``nodes`` is ``[4, 2 B]``: ``begin`` and ``end`` (the positions of the rows that share the node),
+``depth`` (of its last state, -1 where there is no node) and ``parent``. Node p < B is the prefix at which the
+rows at positions p - 1 and p diverge, stored at the first such position; node B + p is the part of the row at
+p that no other row shares. The states of a node are the depths above its parent's up to its own; for a tree's
+top, from 0.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class PrefixTreeArgs(NamedTuple):
     cu_seqlens: Tensor | None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
     skip: bool
-    """Whether masked tokens between valid ones are left out; else they are part of what rows share."""
+    """True: masked tokens between valid ones are left out. False: they are part of the prefixes."""
 
 
 class SubtreeArgs(NamedTuple):
@@ -42,13 +43,13 @@ class SubtreeArgs(NamedTuple):
     x: Tensor
     """``[B, C]`` float64."""
     weights: Tensor | None
-    """``[B]`` float64, of the rows; None for 1."""
+    """``[B]`` float64, weights of the rows; None for 1."""
     centre: Tensor | None
-    """``[2 B, C]`` float64: sum squared distances from it instead of ``x``. Constant."""
+    """``[2 B, C]`` float64, constant: squared distances from it are summed instead of ``x``."""
     rows: Tensor
-    """``[5, B]`` int64, of ``prefix_tree``."""
+    """``[5, B]`` int64, from ``prefix_tree``."""
     nodes: Tensor
-    """``[4, 2 B]`` int64, of ``prefix_tree``."""
+    """``[4, 2 B]`` int64, from ``prefix_tree``."""
     gamma: float
     """Discount per token from a row's end to the node; 1 with a centre."""
 
@@ -57,7 +58,9 @@ class _Spans(NamedTuple):
     tokens: Tensor  # [B, T], every row's first valid token in column 0
     valid: Tensor  # [B, T], in the caller's columns
     first: Tensor  # [B]
-    length: Tensor  # [B]: up to and including the last valid token, holes included; 0 for an empty row
+    length: (
+        Tensor  # [B]: tokens from the first valid one to the last, masked ones included; 0 for an empty row
+    )
 
 
 def _spans(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Spans:
@@ -75,7 +78,7 @@ def _spans(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _S
 
 
 def longest_common_prefixes(spans: _Spans, groups: Tensor) -> Tensor:
-    """``[B, B]``: equal leading tokens of two rows; -1 where they share no group or one is empty."""
+    """``[B, B]``: the number of equal leading tokens of two rows; -1 for two groups, or if one row is empty."""
     batch, width = spans.tokens.shape
     same = same_group(groups, spans.length > 0)
     column = torch.arange(width, device=spans.tokens.device)
@@ -88,7 +91,7 @@ def longest_common_prefixes(spans: _Spans, groups: Tensor) -> Tensor:
 
 
 def _precedes(spans: _Spans, groups: Tensor, lcp: Tensor) -> Tensor:
-    """``[i, j]``: whether row j comes before row i."""
+    """``[B, B]`` bool: True at ``[i, j]`` if row j comes before row i."""
     row = torch.arange(len(groups), device=groups.device)
     at = lcp.clamp(min=0)
     width = spans.tokens.shape[1]
@@ -104,7 +107,7 @@ def _precedes(spans: _Spans, groups: Tensor, lcp: Tensor) -> Tensor:
 
 
 def _enclosing(shared: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Node and depth of what the rows at ``[begin, end)`` share with a neighbour; -1 where nothing."""
+    """Node and depth of the longest prefix that the rows at ``[begin, end)`` share with a neighbour; -1 if none."""
     position = torch.arange(len(shared), device=shared.device)
     padded = torch.cat([shared, shared.new_full((1,), -1)])
     depth = torch.maximum(padded[begin], padded[end])
@@ -136,22 +139,22 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
     begin = torch.where(lower & (position < position[:, None]), position, -1).amax(1)
     end = torch.where(lower & (position > position[:, None]), position, batch).amin(1)
     between = (position > begin[:, None]) & (position < position[:, None])
-    parts = (shared >= 0) & ~(between & (shared == shared[:, None])).any(1)
+    diverges = (shared >= 0) & ~(between & (shared == shared[:, None])).any(1)
     begin = begin.clamp(min=0)
     node, _ = _enclosing(shared, begin, end)
     alone_node, alone_up = _enclosing(shared, position, position + 1)
     length = spans.length[order]
-    own = length > alone_up.clamp(min=0)
+    is_alone = length > alone_up.clamp(min=0)
 
     nodes = torch.stack(
         [
-            torch.cat([torch.where(parts, begin, 0), torch.where(own, position, 0)]),
-            torch.cat([torch.where(parts, end, 0), torch.where(own, position + 1, 0)]),
-            torch.cat([torch.where(parts, shared, -1), torch.where(own, length, -1)]),
-            torch.cat([torch.where(parts, node, -1), torch.where(own, alone_node, -1)]),
+            torch.cat([torch.where(diverges, begin, 0), torch.where(is_alone, position, 0)]),
+            torch.cat([torch.where(diverges, end, 0), torch.where(is_alone, position + 1, 0)]),
+            torch.cat([torch.where(diverges, shared, -1), torch.where(is_alone, length, -1)]),
+            torch.cat([torch.where(diverges, node, -1), torch.where(is_alone, alone_node, -1)]),
         ]
     )
-    leaf = torch.where(own, batch + position, alone_node)
+    leaf = torch.where(is_alone, batch + position, alone_node)
     leaf = torch.where(length > 0, leaf, -1)[place]
     # An empty row has no first column: 0 on every backend.
     rows = torch.stack([order, leaf, torch.where(spans.length > 0, spans.first, 0), spans.length, shared])
@@ -159,13 +162,13 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
 
 
 def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Members of each row's group in row order, and what it shares with them: ``[B, most]`` both."""
+    """Members of each row's group in row order, and the common prefix with each; ``[B, most]`` both."""
     order, _, _, length, shared = rows
     batch, device = len(order), rows.device
     if batch == 0:
         return (torch.zeros(0, most, dtype=torch.int32, device=device),) * 2
     position = torch.arange(batch, device=device)
-    # Two rows share the least of what the neighbours between them do: [position, how far ahead].
+    # Two rows share the minimum over the neighbours between them: [position, distance ahead].
     ahead = torch.cat([shared, shared.new_full((batch,), -1)])[position[:, None] + position]
     ahead[:, 0] = torch.iinfo(torch.int64).max
     ahead = ahead.cummin(1).values
@@ -179,14 +182,14 @@ def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]
 
 
 def by_group(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows sorted by label, those of one ascending; and per row where its group begins and ends there."""
+    """Rows sorted by label, ascending within a label; and per row the begin and end of its group in that order."""
     labels, rows = groups.sort(stable=True)
     begin, end = (torch.searchsorted(labels, groups, right=side) for side in (False, True))
     return rows, begin, end
 
 
 def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """``[B, most]``: the rows of each row's group, ascending, -1 behind them; ``[B]``: its place among them."""
+    """``[B, most]``: the rows of each row's group, ascending, padded with -1; ``[B]``: the row's index there."""
     rows, begin, end = by_group(groups)
     index = begin[:, None] + torch.arange(most, device=groups.device)
     members = torch.where(index < end[:, None], rows[index.clamp(max=max(len(rows) - 1, 0))], -1)
@@ -201,10 +204,10 @@ def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
 class _Terms(NamedTuple):
     """Terms of the sums by node and position, ``[2 B, B, C]``."""
 
-    inside: Tensor  # whether the row at the position is the node's
+    inside: Tensor  # True if the row at the position is the node's
     weight: Tensor
-    value: Tensor  # what the weight multiplies
-    slope: Tensor  # of the value in x
+    value: Tensor  # multiplied by the weight
+    slope: Tensor  # derivative of the value in x
 
 
 def _terms(a: SubtreeArgs) -> _Terms:
@@ -257,15 +260,15 @@ class NodeTokensArgs(NamedTuple):
     row_factor: Tensor | None
     """``[B, C]`` float64, discounted from the row's end to the node's depth; None without ``scaled_values``."""
     rows: Tensor
-    """``[5, B]`` int64, of ``prefix_tree``; ``leaf`` is the node at which a row's path ends."""
+    """``[5, B]`` int64, from ``prefix_tree``; ``leaf`` is the node at which a row's path ends."""
     nodes: Tensor
-    """``[4, 2 B]`` int64, of ``prefix_tree``."""
+    """``[4, 2 B]`` int64, from ``prefix_tree``."""
     mask: Tensor | None
     """bool, the shape of the tokens; None: every token counts."""
     cu_seqlens: Tensor | None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
     skip: bool
-    """Whether the tree was built without the masked tokens between valid ones."""
+    """True: the tree leaves out masked tokens between valid ones."""
     size: int
     """Tokens: T of padded rows, N of packed ones."""
     at: str
@@ -285,16 +288,16 @@ class NodeTokensArgs(NamedTuple):
         return (self.rows.shape[1], self.size) if self.cu_seqlens is None else (self.size,)
 
     def without_holes(self) -> NodeTokensArgs:
-        """The same over rows whose valid tokens were moved to their front."""
+        """These arguments for rows whose valid tokens were moved to their front."""
         return self._replace(mask=None, skip=False)
 
     def zero_gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Zeros like values, scaled values, row bias and row factor; empty for those that are None."""
+        """Zeros like values, scaled values, row bias and row factor; empty for a None."""
         return tuple(grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64) for t in self[:4])
 
 
 def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The node of each state ``[B, width + 1]``; the discounts from its depth and from the row's end."""
+    """Per state ``[B, width + 1]``: its node, and the discounts from the node's depth and from the row's end."""
     _, _, depth, parent = nodes
     state = torch.arange(width + 1, device=rows.device)
     node = rows[1].clamp(min=0)
@@ -313,7 +316,7 @@ def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tens
 class _Places(NamedTuple):
     """Places of the caller's tokens, ``[B, T]``."""
 
-    column: Tensor  # which token of its row it is; 0 where not valid
+    column: Tensor  # index of the token in its row; 0 where not valid
     valid: Tensor
 
 

@@ -24,10 +24,10 @@ class ReturnsArgs(NamedTuple):
 
 
 def step_ends(steps: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``[B, T]``: the positions that carry a step's reward.
+    """``[B, T]`` bool: the positions that carry a step's reward.
 
-    Without steps every valid token is a step. Flags name the ends themselves. Of ids, a step ends at the
-    last valid token before another id; negative ids are of no step.
+    Without steps every valid token is a step. Flags are the ends themselves. With ids, a step ends at the
+    last valid token before another id; negative ids belong to no step.
     """
     if steps is None:
         return valid
@@ -54,7 +54,7 @@ def extreme_returns(a: ReturnsArgs, largest: bool) -> Tensor:
     best, begun = r.new_zeros(r.shape[0]), ends.new_zeros(r.shape[0])
     for t in reversed(range(r.shape[1])):
         better = r[:, t] >= best if largest else r[:, t] <= best
-        # A NaN, once met, stays.
+        # A NaN stays the extreme of all earlier tokens.
         take = ends[:, t] & (~begun | better | r[:, t].isnan())
         best, begun = torch.where(take, r[:, t], best), begun | ends[:, t]
         returns[:, t] = torch.where(valid[:, t], best, 0)
@@ -110,7 +110,7 @@ def softmin_returns_backward(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, tem
     for t in range(r.shape[1]):
         pending = pending + up[:, t]
         here = logs[:, t]
-        # Relative to this step's sum, which is no larger than the one before.
+        # Relative to this step's sum, which is at most the previous step's.
         fall = torch.where(here == before, 0, here - before).exp()
         summed = torch.where((fall > 0) & (total != 0), fall * total, 0) + pending
         weight = (-r[:, t].double() / temperature - here).exp()

@@ -18,11 +18,11 @@ class SegmentsArgs(NamedTuple):
     values: Tensor
     """``[B, T]`` or ``[N]``, float32 or float64."""
     ids: Tensor
-    """int64, the shape of ``values``: step ids, non-decreasing along a row; negative ones are of no step."""
+    """int64, the shape of ``values``: step ids, non-decreasing along a row; negative ids belong to no step."""
     mask: Tensor | None
     """bool, the shape of ``values``; None: every token counts."""
     cu_seqlens: Tensor | None
-    """``[B + 1]``, int32 or int64, of packed rows."""
+    """``[B + 1]``, int32 or int64, offsets of packed rows."""
     num_steps: int
     """Steps per row of the output; ids from here on are left out."""
     op: str
@@ -38,11 +38,11 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
 
 
 def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
-    """The reductions ``[B, segments]``, and what the backward keeps of each: a count, a position, a product."""
+    """Reductions ``[B, num_steps]``, and a number per step for the backward pass: a count, position or product."""
     x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
     x, step_of = x.double(), to_rows(a.ids, None, a.cu_seqlens)[0]
     position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
-    values, kept = [], []
+    values, saved = [], []
     for step in range(a.num_steps):
         inside = valid & (step_of == step)
         count = inside.sum(1)
@@ -62,7 +62,7 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
         else:
             candidates = inside
             if a.op in ("min", "max") and x.shape[1]:
-                # Of equals the earliest, and of NaNs, which are the extreme, too.
+                # The earliest of equal values, and of NaNs, which are the extreme.
                 sign = 1 if a.op == "min" else -1
                 least = torch.where(inside, sign * x, torch.inf).amin(1, keepdim=True)
                 candidates = inside & ((sign * x == least) | x.isnan())
@@ -77,36 +77,36 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
             index = where.clamp(min=0).to(torch.int64)[:, None]
             value = x.gather(1, index)[:, 0] if x.shape[1] else x.new_zeros(x.shape[0])
         values.append(torch.where(some, value, 0))
-        kept.append(where)
+        saved.append(where)
     empty = x.new_zeros((x.shape[0], 0))
     out = torch.stack(values, 1) if values else empty
-    return out.to(a.values.dtype), torch.stack(kept, 1) if kept else empty
+    return out.to(a.values.dtype), torch.stack(saved, 1) if saved else empty
 
 
-def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
+def segment_reduce_backward(grad: Tensor, out: Tensor, saved: Tensor, a: SegmentsArgs) -> Tensor:
     x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
     step = to_rows(a.ids, None, a.cu_seqlens)[0]
     inside = valid & (step >= 0) & (step < grad.shape[1])
     if not grad.shape[1]:
         return torch.zeros_like(a.values)
     step = torch.where(inside, step, 0)
-    up, keep, value = (t.double().gather(1, step) for t in (grad, kept, out))
+    up, saved_here, value = (t.double().gather(1, step) for t in (grad, saved, out))
     if a.op == "sum":
         grad_values = up
     elif a.op == "mean":
-        grad_values = up / keep
+        grad_values = up / saved_here
     elif a.op == "prod":
-        others = torch.where(value == 0, 0, keep / torch.where(x == 0, 1, x.double()))
-        grad_values = up * torch.where(x == 0, keep, others)
+        others = torch.where(value == 0, 0, saved_here / torch.where(x == 0, 1, x.double()))
+        grad_values = up * torch.where(x == 0, saved_here, others)
     elif a.op == "any":
         grad_values = torch.zeros_like(up)
     else:
-        grad_values = torch.where(torch.arange(x.shape[1], device=x.device) == keep, up, 0)
+        grad_values = torch.where(torch.arange(x.shape[1], device=x.device) == saved_here, up, 0)
     return from_rows(torch.where(inside, grad_values, 0).to(a.values.dtype), a.values.shape, a.cu_seqlens)
 
 
 def segment_broadcast(steps: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """A gather, which torch does as well as any kernel of ours: every backend's."""
+    """A gather, shared by all backends: torch's is as good as any kernel."""
     rows = Layout(steps.shape[0], tuple(ids.shape), mask, cu_seqlens)
     inside = (ids >= 0) & (ids < steps.shape[1])
     if mask is not None:

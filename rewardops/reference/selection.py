@@ -18,15 +18,15 @@ class LargestArgs(NamedTuple):
     mask: Tensor | None
     """bool, the shape of ``values``; None: every token counts."""
     cu_seqlens: Tensor | None
-    """``[B + 1]``, int32 or int64, of packed rows."""
+    """``[B + 1]``, int32 or int64, offsets of packed rows."""
     scopes: Tensor
     """``[B]`` int64, the scope of each row, from 0 to B - 1."""
     wanted: Tensor
-    """``[B]`` int64, at each scope how many of its tokens are wanted, at most its valid ones."""
+    """``[B]`` int64, at each scope the number of tokens to select, at most its valid ones."""
 
 
 def largest(a: LargestArgs) -> Tensor:
-    """Sorted: by value downwards within a scope, of equal ones in order of row and position."""
+    """Select by sorting: by value, descending, within a scope; equal values in order of row and position."""
     x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
     scopes = a.scopes
     place = torch.where(valid, scopes[:, None], scopes.shape[0]).flatten()

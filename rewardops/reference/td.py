@@ -20,13 +20,13 @@ class TdArgs(NamedTuple):
     rewards: Tensor
     """``[B, T]``, or ``[N]`` packed; float32 or float64."""
     values: Tensor | None = None
-    """Per token, the dtype of ``rewards``; None for 0 (then there are no returns), and in the backward pass."""
+    """Per token, the dtype of ``rewards``; None for 0 (without returns), and in the backward pass."""
     bootstrap: Tensor | None = None
     """``[B]``, the value after the last token of a row; None for 0, and in the backward pass."""
     rho: Tensor | None = None
     """Per token, the factor of its temporal difference (V-trace); None for 1."""
     trace: Tensor | None = None
-    """Per token, a factor of what it takes from the token ahead (V-trace); None for 1."""
+    """Per token, a factor of its carry from the next token (V-trace); None for 1."""
     gammas: Tensor | None = None
     """float64, per token or ``[B, 1]``; None: ``gamma`` for all."""
     lambdas: Tensor | None = None
@@ -38,11 +38,11 @@ class TdArgs(NamedTuple):
     gamma: float = 1.0
     lam: float = 1.0
     decay: bool = False
-    """True: masked tokens inside a row are steps of reward and value 0. False: they are passed over."""
+    """True: masked tokens inside a row are steps of reward and value 0. False: they are skipped."""
 
 
 def times(factor: Tensor, value: Tensor) -> Tensor:
-    """0 where the factor is, whatever the value."""
+    """``factor * value``; 0 where the factor is 0, even if the value is infinite or NaN."""
     return torch.where(factor == 0, 0, factor * torch.where(factor == 0, 0, value))
 
 
@@ -68,9 +68,9 @@ class _Terms:
             one if x is None else torch.where(self.valid, to_rows(x, None, a.cu_seqlens)[0].double(), 1)
             for x in (a.rho, a.trace)
         )
-        # A row ends at its last valid token; what is masked before it is a step, or is passed over.
-        live = self.valid.flip(1).cumsum(1).flip(1) > 0
-        self.steps = live if a.decay else self.valid
+        # A row ends at its last valid token; masked tokens before it are steps, or are skipped.
+        inside = self.valid.flip(1).cumsum(1).flip(1) > 0
+        self.steps = inside if a.decay else self.valid
 
     def tokens(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         return from_rows(torch.where(self.valid, rows, 0).to(dtype), self.shape, self.cu_seqlens)
@@ -97,7 +97,7 @@ def td_scan(a: TdArgs) -> tuple[Tensor, Tensor]:
 def td_scan_backward(
     grad: Tensor | None, grad_returns: Tensor | None, a: TdArgs, to_values: bool, to_bootstrap: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``u[t] = g[t] + gamma lam trace u`` of the token before; the gradients are ``rho u`` and what V is in."""
+    """``u[t] = g[t] + (gamma lam trace u)[t-]``, t- the token before; ``rho u``: gradient of the rewards."""
     p = _Terms(a)
     none = torch.zeros_like(p.gamma)
     direct, through = (
@@ -161,10 +161,10 @@ def adjoint_of_differences(grad: Tensor, mask: Tensor | None, cu_seqlens: Tensor
 
 
 def step_ends(scan: Scan, markers: Tensor, rows: Layout) -> Tensor:
-    """Which tokens end a step: bool, the layout of the markers.
+    """Flags of the tokens that end a step: bool, the layout of the markers.
 
-    Flags name the ends themselves. Of ids, a step ends at the last valid token before another id; negative ids are
-    of no step.
+    Flags are the ends themselves. With ids, a step ends at the last valid token before another id; negative ids
+    belong to no step.
     """
     if markers.dtype is torch.bool:
         return markers if rows.mask is None else markers & rows.mask
@@ -176,6 +176,6 @@ def step_ends(scan: Scan, markers: Tensor, rows: Layout) -> Tensor:
 
 
 def sums_between(prefix_scan: PrefixScan, x: Tensor, ends: Tensor, rows: Layout) -> Tensor:
-    """At each of the ends the sum of valid tokens since the one before, its own included; 0 elsewhere."""
+    """At each end, the sum of the valid tokens after the previous end, up to and including it; 0 elsewhere."""
     sums = prefix_scan(x, torch.where(ends, 0.0, 1.0).to(torch.float64), rows.mask, rows.cu_seqlens)
     return torch.where(ends, sums, 0)

@@ -1,6 +1,6 @@
 """Records of rows of logits: sums over columns, relative to the row's largest logit.
 
-Records of parts of a row merge into the record of the whole, and every statistic is a function of that.
+Records of parts of a row merge into the record of the whole row. Every statistic is a function of that record.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NEEDS = {
 
 
 def fields_of(outputs: Sequence[str]) -> list[int]:
-    """The places in a record of the sums that outputs are computed from."""
+    """Indices in a record of the fields that outputs are computed from."""
     names = {"shift", "total", "columns"}.union(*(_NEEDS[name] for name in outputs))
     if any(name in REF_OUTPUTS for name in outputs):
         names |= {"ref_shift", "ref_total"}
@@ -40,22 +40,22 @@ def fields_of(outputs: Sequence[str]) -> list[int]:
 
 
 def merge(records: Tensor, outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The record of whole rows, by name, from those of their parts ``[parts, ..., len(RECORD)]``.
+    """The record of whole rows, by field, from the records of their parts ``[parts, ..., len(RECORD)]``.
 
-    With ``outputs`` only the fields that these are computed from.
+    With ``outputs``, only the fields that these are computed from.
     """
     r = dict(zip(RECORD, records.unbind(-1), strict=True))
     names = RECORD if outputs is None else [RECORD[k] for k in fields_of(outputs)]
 
     def moved(name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The shift of the whole, the distance of each part's, and the factor of the part's sums."""
+        """The shift of the whole row, the distance of each part's from it, and the factor of each part's sums."""
         part = r[name].detach()
         whole = part.amax(0)
         apart = torch.where(part == -torch.inf, 0, part - torch.where(whole == -torch.inf, 0, whole))
         return whole, apart, torch.where(part == -torch.inf, 0, apart.exp())
 
     def scaled(factor: Tensor, value: Tensor) -> Tensor:
-        # An infinite divergence stays infinite under any factor. Sums of parts without mass are not read.
+        # An infinite divergence stays infinite under any factor. The sums of a part without mass are not read.
         finite = torch.where(factor > 0, factor * torch.where(factor > 0, value, 0), 0)
         return torch.where(value.isinf(), value, finite)
 
@@ -83,13 +83,13 @@ def merge(records: Tensor, outputs: Sequence[str] | None = None) -> dict[str, Te
 
 
 def merge_records(records: Tensor) -> Tensor:
-    """One record from those of parts ``[parts, ..., len(RECORD)]``."""
+    """The record of whole rows from those of their parts ``[parts, ..., len(RECORD)]``."""
     whole = merge(records)
     return torch.stack([whole[name] for name in RECORD], -1)
 
 
 def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
-    """The gradient of whole rows' records from that of their statistics, where autograd does not record."""
+    """Gradient of whole rows' records from the gradients of their statistics, where autograd does not record."""
     r = dict(zip(RECORD, record.unbind(-1), strict=True))
     zero = torch.zeros_like(r["shift"])
     up = {name: grads[name].double() if name in grads else zero for name in OUTPUTS}
@@ -97,7 +97,7 @@ def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
     kl, reverse = (torch.where(r[name].isinf(), 0, r[name]) for name in ("kl", "reverse"))
     on_kl = torch.where(r["kl"].isinf(), 0, up["kl"])
     on_reverse = torch.where(r["reverse"].isinf(), 0, up["reverse_kl"])
-    # Where a value is NaN, so is its gradient.
+    # A value that is NaN has a gradient that is NaN.
     missing = torch.where(r["found"] > 0, zero, torch.nan)
     on_token = up["logprob"] + missing if "logprob" in grads else zero
     on_ref_token = up["ref_logprob"] + missing if "ref_logprob" in grads else zero
@@ -138,7 +138,7 @@ def record_gradient(record: Tensor, grads: dict[str, Tensor]) -> Tensor:
 
 
 def finish(r: dict[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-    """The statistics, in the precision of the record; a row of no columns is masked, and 0."""
+    """The statistics, in the precision of the record; a row with no columns is masked: 0."""
     masked = r["columns"] == 0
     empty = ~masked & (r["shift"] == -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Values of given trees, the specification (see :mod:`rewardops.tree`)."""
+"""Values of explicit trees, the specification (see :mod:`rewardops.tree`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class TreeArgs(NamedTuple):
     """Arguments of ``tree_values``."""
 
     parent: Tensor
-    """``[M]`` int64; the parent of each node, anything that is no node for a root."""
+    """``[M]`` int64; the parent of each node; any other number for a root."""
     rewards: Tensor
     """``[M]`` float64, read at leaves."""
     visits: Tensor | None
-    """``[M]`` float64, the weight of each node in its parent's reduction, 0 to leave it out; None for 1."""
+    """``[M]`` float64, the weight of each node in its parent's reduction, 0 to leave the node out; None for 1."""
     reduce: str
     """One of ``REDUCES``."""
     temperature: float
-    """Of ``"softmax"``."""
+    """For the reduction ``"softmax"``."""
     max_depth: int
-    """A bound of the edges above a leaf, where a level is a launch; -1: unknown."""
+    """An upper bound of the edges above a leaf, for backends that launch once per level; -1: unknown."""
 
 
 def at_nodes(values: Tensor, index: Tensor) -> Tensor:
@@ -37,14 +37,14 @@ def at_nodes_backward(grad: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 def path_ends(step: Tensor) -> Tensor:
-    """Where following ``step`` from each node ends: at the first node that is its own step."""
+    """The end of the path along ``step`` from each node: the first node that is its own step."""
     for _ in range(step.shape[0].bit_length()):
         step = step[step]
     return step
 
 
 def depths(parent: Tensor) -> Tensor:
-    """Edges above each node; by pointer jumping, so that nothing is read back."""
+    """The number of edges above each node; by pointer jumping, so that nothing is read back."""
     node = torch.arange(parent.shape[0], device=parent.device)
     is_root = (parent < 0) | (parent >= parent.shape[0])
     step = torch.where(is_root, node, parent)
@@ -56,7 +56,7 @@ def depths(parent: Tensor) -> Tensor:
 
 
 def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
-    """Values, and the derivative of each node's parent's value in its own."""
+    """Values, and the slope of each node: the derivative of its parent's value in its own."""
     parent, reduce = a.parent, a.reduce
     depth = depths(parent)
     inner = torch.zeros_like(parent, dtype=torch.bool)
@@ -96,7 +96,7 @@ def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
 
 
 def tree_values_backward(grad: Tensor, parent: Tensor, slope: Tensor) -> Tensor:
-    """``g[n] = grad[n] + slope[n] g[parent]``, kept at leaves; the maps along a path compose in pairs."""
+    """``g[n] = grad[n] + slope[n] g[parent]``, at leaves only; the maps along a path compose in pairs."""
     node = torch.arange(parent.shape[0], device=parent.device)
     is_root = (parent < 0) | (parent >= parent.shape[0])
     step = torch.where(is_root, node, parent)

@@ -1,4 +1,4 @@
-"""Prefix trees to look at: the compressed tree of a batch, and drawings of it."""
+"""Prefix trees for inspection: the compressed tree of a batch, and drawings of it."""
 
 from .compressed_tree import CompressedTree, DedupStats
 from .drawings import Decode, tree_dot, tree_html, tree_svg

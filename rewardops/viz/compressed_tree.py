@@ -21,11 +21,11 @@ class DedupStats(NamedTuple):
     """Rows with a token."""
     nodes: int
     tokens: int
-    """Of all rows, from their first valid token to their last."""
+    """Tokens of all rows, each from its first valid token to its last."""
     unique: int
-    """Of the trees: every prefix counted once."""
+    """Tokens of the trees: every prefix counted once."""
     shared: float
-    """The share of tokens that lie in a prefix that another row has too."""
+    """The fraction of the tokens that lie in a prefix of another row."""
     saved: float
     """``1 - unique / tokens``."""
 
@@ -35,8 +35,8 @@ class CompressedTree:
     """The compressed prefix trees of a batch, on the host: at most ``2 B - 1`` nodes, a node per unbranched run.
 
     Nodes are numbered depth first, so that those below node n are ``n + 1 .. tout[n] - 1``. Depths count tokens
-    from a row's first valid one; a node's own tokens are the ``length[n]`` last ones of the first ``depth[n]``
-    of row ``row[n]``. A node has no token only where all rows of a group part at once.
+    from a row's first valid one; a node's own tokens are the last ``length[n]`` of the first ``depth[n]`` tokens of
+    row ``row[n]``. A node has no token only at the top of a group whose rows diverge at their first token.
     """
 
     parent: Tensor
@@ -53,7 +53,7 @@ class CompressedTree:
     """``[M]``: the node's rows are ``order[begin[n] : end[n]]``."""
     end: Tensor
     order: Tensor
-    """``[B]``, rows by group, those of one in lexicographic order of their tokens; empty rows last."""
+    """``[B]``, rows by group, within a group in lexicographic order of their tokens; empty rows last."""
     leaf: Tensor
     """``[B]``, the node at which a row ends; -1 for an empty row."""
     group: Tensor
@@ -64,11 +64,11 @@ class CompressedTree:
     mean: Tensor | None
     """``[M]`` float64, (weighted) mean reward of the node's rows; None without rewards."""
     std: Tensor | None
-    """``[M]`` float64, standard deviation (ddof 1) of them; 0 for a single row."""
+    """``[M]`` float64, standard deviation (ddof 1) of those rewards; 0 for a single row."""
     rewards: Tensor | None
     """``[B]`` float64."""
     tokens: tuple[Tensor, ...]
-    """Per row, from its first valid token to its last."""
+    """Token ids per row, from its first valid token to its last."""
 
     @classmethod
     def from_tokens(
@@ -83,7 +83,7 @@ class CompressedTree:
         weights: Tensor | None = None,
         masked: str = "prefix",
     ) -> Self:
-        """Build it where the tokens are (in C++ on the host, by Triton on a device) and bring it to the host.
+        """Build the tree on the device of the tokens (C++ on the host, Triton on a device) and copy it to the host.
 
         Args:
             tokens, groups, group_size, mask, cu_seqlens, weights, masked: as in
@@ -144,7 +144,7 @@ class CompressedTree:
 
     @property
     def count(self) -> Tensor:
-        """``[M]``, how many rows share the node."""
+        """``[M]``, the number of rows that share the node."""
         return self.end - self.begin
 
     def rows_of(self, node: int) -> list[int]:
@@ -157,7 +157,7 @@ class CompressedTree:
         return tuple(self.tokens[int(self.row[node])][start : start + int(self.length[node])].tolist())
 
     def path(self, row: int) -> list[int]:
-        """The nodes from the top to where a row ends; none for an empty row."""
+        """The nodes from the top of the group to the end of a row; none for an empty row."""
         nodes, node = [], int(self.leaf[row])
         while node >= 0:
             nodes.append(node)
@@ -165,12 +165,14 @@ class CompressedTree:
         return nodes[::-1]
 
     def dedup_stats(self) -> DedupStats:
-        """How much the rows share."""
+        """The savings of computing shared prefixes once."""
         tokens, unique = int((self.count * self.length).sum()), int(self.length.sum())
         shared = int((self.count * self.length)[self.count > 1].sum())
         rows = int((self.leaf >= 0).sum())
-        of = max(tokens, 1)
-        return DedupStats(rows, len(self), tokens, unique, shared / of, 1 - unique / of if tokens else 0.0)
+        total = max(tokens, 1)
+        return DedupStats(
+            rows, len(self), tokens, unique, shared / total, 1 - unique / total if tokens else 0.0
+        )
 
     def attributes(self, node: int) -> dict[str, Any]:
         """A node's fields as plain Python values."""
@@ -194,7 +196,7 @@ class CompressedTree:
 
 
 def _tokens_by_row(token_rows: TokenRows, rows: Tensor) -> tuple[Tensor, ...]:
-    """Per row from its first valid token to its last; only the valid ones where masked ones are skipped."""
+    """Token ids per row, from its first valid token to its last; valid ones only if masked ones are skipped."""
     tokens, cu = token_rows.tokens.cpu(), token_rows.layout.cu_seqlens
     sizes = None if cu is None else (cu[1:] - cu[:-1]).tolist()
     parts = tokens.unbind() if sizes is None else tokens.split(sizes)

@@ -12,11 +12,11 @@ from .compressed_tree import CompressedTree
 
 Decode = Callable[[Sequence[int]], str]
 
-# From low to high values; told apart by readers who do not see red or green.
+# From low to high values; distinguishable with red-green colour blindness.
 _LOW, _MIDDLE, _HIGH = (0xC2, 0x57, 0x1A), (0x9A, 0x9A, 0x94), (0x1F, 0x6F, 0xB2)
 _PLAIN = "#5b7a8c"
 
-_LANE = 28  # pixels of a row
+_LANE = 28  # pixels per row
 _TOP = 46  # above the first lane of a group: its name and the axis
 _SIDE = 210  # right of the axis: the row's number, reward and length
 _LEFT = 76
@@ -39,9 +39,9 @@ class _Colours:
     """Colours of values between the least and the largest reward."""
 
     def __init__(self, tree: CompressedTree) -> None:
-        live = [] if tree.rewards is None else tree.rewards[tree.leaf >= 0].tolist()
-        self.low: float = min(live, default=0.0)
-        self.high: float = max(live, default=0.0)
+        rewards = [] if tree.rewards is None else tree.rewards[tree.leaf >= 0].tolist()
+        self.low: float = min(rewards, default=0.0)
+        self.high: float = max(rewards, default=0.0)
 
     def of(self, value: float) -> str:
         if self.high <= self.low:
@@ -56,17 +56,17 @@ class _Colours:
 
 
 def _facts(tree: CompressedTree, n: int) -> str:
-    """A node's numbers, in a line."""
-    known = [f"{int(tree.count[n])} of {_group_size(tree, n)} rows"]
+    """The statistics of a node, on one line."""
+    facts = [f"{int(tree.count[n])} of {_group_size(tree, n)} rows"]
     if tree.mean is not None and tree.std is not None:
-        known.append(f"value {_number(float(tree.mean[n]))}")
+        facts.append(f"value {_number(float(tree.mean[n]))}")
         if int(tree.count[n]) > 1:
-            known.append(f"std {_number(float(tree.std[n]))}")
+            facts.append(f"std {_number(float(tree.std[n]))}")
         up = int(tree.parent[n])
         if up >= 0:
-            known.append(f"{float(tree.mean[n] - tree.mean[up]):+.3g} on its parent")
-    known.append(f"tokens {int(tree.start[n])} to {int(tree.depth[n])}")
-    return ", ".join(known)
+            facts.append(f"{float(tree.mean[n] - tree.mean[up]):+.3g} on its parent")
+    facts.append(f"tokens {int(tree.start[n])} to {int(tree.depth[n])}")
+    return ", ".join(facts)
 
 
 def _group_size(tree: CompressedTree, n: int) -> int:
@@ -87,14 +87,14 @@ def _children(tree: CompressedTree) -> list[list[int]]:
 
 
 def tree_dot(tree: CompressedTree, decode: Decode | None) -> str:
-    say, colours = decode or _ids, _Colours(tree)
+    text_of, colours = decode or _ids, _Colours(tree)
     lines = [
         "digraph prefix_tree {",
         '  rankdir=LR; node [shape=box, style="rounded,filled", fontname="monospace", fontcolor=white];',
     ]
     for n in range(len(tree)):
         rows = tree.rows_of(n)
-        label = [_shorten(say(tree.tokens_of(n)), 60) or "(start)", _facts(tree, n)]
+        label = [_shorten(text_of(tree.tokens_of(n)), 60) or "(start)", _facts(tree, n)]
         if len(rows) == 1:
             label.append(f"row {rows[0]}")
         text = "\\n".join(json.dumps(x, ensure_ascii=False)[1:-1] for x in label)
@@ -107,7 +107,7 @@ def tree_dot(tree: CompressedTree, decode: Decode | None) -> str:
 
 
 class _Axis:
-    """Pixels of depths. Branches crowd near the start: a stretch gets the root of its length, and a branch room."""
+    """Pixels of depths: the root of an interval's length, as branches crowd near the start, and room per branch."""
 
     def __init__(self, depths: Sequence[int], branches: Sequence[int], width: int) -> None:
         self.depths = sorted({0, *depths})
@@ -123,7 +123,7 @@ class _Axis:
         return self.places[self.depths.index(depth)]
 
     def ticks(self) -> list[tuple[int, float]]:
-        """Depths to name, no two closer than their text is wide; the last one always."""
+        """Depths to label, no two closer than the width of their text; always the last one."""
         ticks: list[tuple[int, float]] = []
         for depth, place in zip(self.depths[:-1], self.places[:-1], strict=True):
             if place - (ticks[-1][1] if ticks else -_LANE) > 32 and self.places[-1] - place > 32:
@@ -135,12 +135,12 @@ def _panel(
     tree: CompressedTree,
     top: int,
     children: list[list[int]],
-    say: Decode,
+    text_of: Decode,
     colours: _Colours,
     width: int,
     y0: float,
 ) -> tuple[list[str], float]:
-    """A group's drawing from ``y0`` down, and where it ends."""
+    """SVG elements of a group's drawing from ``y0`` down, and the y coordinate of its end."""
     nodes = range(top, int(tree.tout[top]))
     rows = tree.rows_of(top)
     lane = {row: y0 + _TOP + (k + 0.5) * _LANE for k, row in enumerate(rows)}
@@ -161,7 +161,7 @@ def _panel(
     for n in nodes:
         left, right, y = axis.at(int(tree.start[n])), axis.at(int(tree.depth[n])), middle[n]
         colour, thick = colours.node(tree, n), 2.5 + 1.5 * math.log2(int(tree.count[n]))
-        tip = f"{_facts(tree, n)}\n{_shorten(say(tree.tokens_of(n)), 600)}"
+        tip = f"{_facts(tree, n)}\n{_shorten(text_of(tree.tokens_of(n)), 600)}"
         out.append(f'<g class="node"><title>{html.escape(tip)}</title>')
         up = int(tree.parent[n])
         if up >= 0:
@@ -173,7 +173,7 @@ def _panel(
             f' stroke-width="{thick:.1f}" stroke-linecap="round"/>'
         )
         room = int((right - left - 8) / 5.9)
-        text = _shorten(say(tree.tokens_of(n)), room)
+        text = _shorten(text_of(tree.tokens_of(n)), room)
         if room >= 4 and text:
             out.append(
                 f'<text class="said" x="{left + 5:.1f}" y="{y - thick / 2 - 2:.1f}">{html.escape(text)}</text>'
@@ -190,18 +190,18 @@ def _panel(
         end = int(tree.leaf[row])
         x, y = axis.at(int(tree.depth[end])), lane[row]
         if middle[end] != y:
-            # Rows that end where others go on, or equal rows: the end is not on their lane.
+            # A row that ends where others continue, or equal rows: the node's end is not on the row's lane.
             out.append(f'<path class="ends" d="M{x:.1f} {middle[end]:.1f}L{x + 6:.1f} {y:.1f}"/>')
             x += 6
         out.append(f'<path class="lead" d="M{x + 5:.1f} {y:.1f}H{width - _SIDE + 4:.1f}"/>')
-        known = f"row {row}"
+        caption = f"row {row}"
         fill = _PLAIN
         if tree.rewards is not None:
-            known += f"  reward {_number(float(tree.rewards[row]))}"
+            caption += f"  reward {_number(float(tree.rewards[row]))}"
             fill = colours.of(float(tree.rewards[row]))
         out.append(f'<circle cx="{width - _SIDE + 12:.1f}" cy="{y:.1f}" r="5" fill="{fill}"/>')
         out.append(
-            f'<text class="row" x="{width - _SIDE + 22:.1f}" y="{y + 4:.1f}">{known}'
+            f'<text class="row" x="{width - _SIDE + 22:.1f}" y="{y + 4:.1f}">{caption}'
             f'<tspan class="count">  {len(tree.tokens[row])} tokens</tspan></text>'
         )
     return out, bottom + 16
@@ -241,10 +241,10 @@ def _scale(colours: _Colours, width: int, y: float) -> list[str]:
 
 
 def tree_svg(tree: CompressedTree, decode: Decode | None, width: int) -> str:
-    say, colours, children = decode or _ids, _Colours(tree), _children(tree)
+    text_of, colours, children = decode or _ids, _Colours(tree), _children(tree)
     body, y = _scale(colours, width, 6.0), 4.0
     for top in (tree.parent < 0).nonzero()[:, 0].tolist():
-        panel, y = _panel(tree, top, children, say, colours, width, y)
+        panel, y = _panel(tree, top, children, text_of, colours, width, y)
         body += panel
     size = f'width="{width}" height="{y:.0f}" viewBox="0 0 {width} {y:.0f}"'
     return "\n".join(
@@ -274,7 +274,7 @@ body { margin: 24px auto; max-width: 1240px; }
 
 
 def tree_html(tree: CompressedTree, decode: Decode | None, title: str) -> str:
-    say, colours, s = decode or _ids, _Colours(tree), tree.dedup_stats()
+    text_of, colours, s = decode or _ids, _Colours(tree), tree.dedup_stats()
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{s.rows} rows, {s.tokens} tokens, {s.nodes} nodes. {s.shared:.1%} of the tokens lie in a prefix that"
@@ -293,7 +293,7 @@ def tree_html(tree: CompressedTree, decode: Decode | None, title: str) -> str:
             head += f", reward {_number(float(tree.rewards[row]))}"
         spans = "".join(
             f'<span style="border-bottom-color:{colours.node(tree, n)}" title="{html.escape(_facts(tree, n))}">'
-            f"{html.escape(say(tree.tokens_of(n)))}</span>"
+            f"{html.escape(text_of(tree.tokens_of(n)))}</span>"
             for n in path
             if int(tree.length[n])
         )

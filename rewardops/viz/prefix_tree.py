@@ -29,5 +29,5 @@ class PrefixTree(CompressedTree):
         return drawings.tree_svg(self, decode, width)
 
     def to_html(self, decode: drawings.Decode | None = None, *, title: str = "Prefix tree") -> str:
-        """A page with the drawing, what the rows share, and every row's text coloured by its prefixes' values."""
+        """A page with the drawing, the savings from shared prefixes, and each row's text coloured by value."""
         return drawings.tree_html(self, decode, title)
