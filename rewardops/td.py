@@ -16,7 +16,7 @@ from .reference.td import TdArgs
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GAE", "VTrace", "discounted_returns", "factor", "gae", "lambda_returns", "scan", "vtrace"]
+__all__ = ["GAE", "VTrace", "discounted_returns", "gae", "lambda_returns", "vtrace"]
 
 MASKED = ("skip", "step")
 
