@@ -33,9 +33,9 @@ CUDA = "csrc/include/rewardops/cuda/"
 FAULTS = [
     # ---- Python
     Fault(
-        "the first token of a packed row counts as the row before's", "off by one", "rewardops/layout.py",
-        "position, right=True)",
-        "position, right=False)",
+        "the first token of a packed row counts as the row before's", "off by one", "rewardops/core/rows.py",
+        "position, right=True)\n",
+        "position, right=False)\n",
         "tests/system/test_layout.py", "expand_spreads",
     ),
     Fault(
@@ -45,7 +45,7 @@ FAULTS = [
         "tests/ops/test_segments.py", "steps_to_tokens and reference",
     ),
     Fault(
-        "the bias has the gradient of the last block of tokens alone", "missing carry", "rewardops/chunked.py",
+        "the bias has the gradient of the last block of tokens alone", "missing carry", "rewardops/core/heads.py",
         "self.grad_bias[first:end] += g.sum(",
         "self.grad_bias[first:end] = g.sum(",
         "tests/ops/test_linear.py", "matches_float64 and triton and float32",
@@ -165,13 +165,13 @@ FAULTS = [
     ),
     # ---- C++ that is compiled for every instruction set
     Fault(
-        "the sum behind the KL stays relative to the old maximum", "lost rescale", f"{CPU}logits.h",
+        "the sum behind the KL stays relative to the old maximum", "lost rescale", f"{CPU}logits_sums.h",
         "kl = factor * (kl + total * gap);",
         "kl *= factor;",
         "tests/ops/test_logits.py", "test_pairs_match_float64 and cpp and 5003 and float32",
     ),
     Fault(
-        "the quick way takes a logit of -inf", "wrong comparison", f"{CPU}logits.h",
+        "the quick way takes a logit of -inf", "wrong comparison", f"{CPU}logits_sums.h",
         "if (!(below.all_negative() && t + w - (t + w) == 0)) return false;",
         "if (!below.all_negative()) return false;",
         "tests/ops/test_logits.py", "test_minus_infinity and cpp",
@@ -189,7 +189,7 @@ FAULTS = [
         "tests/ops/test_entropy.py", "test_matches_float64 and cpp",
     ),
     Fault(
-        "the id behind a block is that of a masked token", "dropped mask", f"{CPU}returns.h",
+        "the id behind a block is that of a masked token", "dropped mask", f"{CPU}returns_steps.h",
         "    while (end < size && !valid(end)) ++end;\n",
         "",
         "tests/ops/test_returns.py", "blocks_and_chunks and cpp",
