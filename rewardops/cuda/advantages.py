@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from ..cpp import advantages as cpp
-from .memory import CUDA
+from .memory import on_stream
 
-__all__ = ["group_advantages", "group_advantages_backward"]
-
-group_advantages = partial(cpp.group_advantages, launcher=CUDA)
-group_advantages_backward = partial(cpp.group_advantages_backward, launcher=CUDA)
+__getattr__ = on_stream(cpp)

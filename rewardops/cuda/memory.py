@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,3 +63,18 @@ class StreamLauncher(Launcher):
 
 
 CUDA = StreamLauncher()
+
+
+def on_stream(cpp: types.ModuleType) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a family's module: the callers of ``cpp`` that take a launcher, with :data:`CUDA`.
+
+    A caller takes a launcher where its kernel exists in CUDA C++ too.
+    """
+
+    def bound(name: str) -> Any:
+        caller = getattr(cpp, name, None)
+        if not inspect.isfunction(caller) or "launcher" not in inspect.signature(caller).parameters:
+            raise AttributeError(f"no kernel in CUDA C++: {name}")
+        return functools.partial(caller, launcher=CUDA)
+
+    return bound

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from ..cpp import returns as cpp
-from .memory import CUDA
+from .memory import on_stream
 
-__all__ = [
-    "extreme_returns", "extreme_returns_backward", "softmin_returns", "softmin_returns_backward",
-]  # fmt: skip
-
-extreme_returns = partial(cpp.extreme_returns, launcher=CUDA)
-extreme_returns_backward = partial(cpp.extreme_returns_backward, launcher=CUDA)
-softmin_returns = partial(cpp.softmin_returns, launcher=CUDA)
-softmin_returns_backward = partial(cpp.softmin_returns_backward, launcher=CUDA)
+__getattr__ = on_stream(cpp)

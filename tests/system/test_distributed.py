@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from ranks import Ranks
 
 import rewardops
-from rewardops import advantages
+from rewardops import advantages, returns, td
 from rewardops.core import distributed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -388,19 +390,29 @@ def _of_returns(name, rewards, values, bootstrap, options):
     return out.detach(), grads
 
 
+def _takes(name):
+    return inspect.signature(getattr(rewardops, name)).parameters
+
+
+# The functions whose rows may lie on several ranks in parts, each with every choice of its numbers.
+PUBLIC = [name for family in (td, returns) for name in family.__all__ if name in rewardops.__all__]
+SCANS = [name for name in PUBLIC if "process_group" in _takes(name)]
+NUMBERS = {"gamma", "lam", "temperature"}
+OPTIONS = [
+    {},
+    {"gamma": 0.9},
+    {"gamma": 1.0},
+    {"gamma": 0.97, "lam": 0.9},
+    {"gamma": 0.9, "lam": 0.0},
+    {"gamma": torch.tensor([1.0, 0.5, 0.0, 0.9, 0.8]), "lam": torch.tensor([0.9, 0.0, 1.0, 0.5, 1.0])},
+    {"temperature": 0.3},
+    {"temperature": 0.3, "mean": True},
+]
 RETURNS = [
-    ("discounted_returns", {"gamma": 0.9}),
-    ("discounted_returns", {}),
-    ("gae", {"gamma": 0.97, "lam": 0.9}),
-    (
-        "gae",
-        {"gamma": torch.tensor([1.0, 0.5, 0.0, 0.9, 0.8]), "lam": torch.tensor([0.9, 0.0, 1.0, 0.5, 1.0])},
-    ),
-    ("lambda_returns", {"gamma": 0.9, "lam": 0.0}),
-    ("min_returns", {}),
-    ("max_returns", {}),
-    ("softmin_returns", {"temperature": 0.3}),
-    ("softmin_returns", {"temperature": 0.3, "mean": True}),
+    (name, options)
+    for name in SCANS
+    for options in OPTIONS
+    if NUMBERS & set(_takes(name)) <= set(options) <= set(_takes(name))
 ]
 
 
@@ -484,13 +496,20 @@ def _calls(process_group, device="cpu"):
         "high_entropy_mask": lambda: rewardops.high_entropy_mask(x, **hint),
         "token_stats": lambda: rewardops.token_stats(x, tokens, **where).logprob,
         "linear_token_stats": lambda: rewardops.linear_token_stats(x, x, tokens, **where).logprob,
-        "gae": lambda: rewardops.gae(x, x.cos(), lam=0.9, **where).advantages,
-        "discounted_returns": lambda: rewardops.discounted_returns(x, gamma=0.9, **where),
-        "lambda_returns": lambda: rewardops.lambda_returns(x, x, lam=0.9, **where),
-        "min_returns": lambda: rewardops.min_returns(x, **where),
-        "max_returns": lambda: rewardops.max_returns(x, **where),
-        "softmin_returns": lambda: rewardops.softmin_returns(x, **where),
+        **{name: _scan(name, x, where) for name in SCANS},
     }
+
+
+def _scan(name, x, where):
+    fn, taken = getattr(rewardops, name), _takes(name)
+    inputs = [x, x.cos()] if "values" in taken else [x]
+    options = {key: 0.9 for key in ("gamma", "lam") if key in taken} | where
+
+    def call():
+        out = fn(*inputs, **options)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    return call
 
 
 def _counted(process_group):

@@ -71,7 +71,7 @@ def test_verdicts(code, output, caught_by, judged):
 @pytest.mark.slow
 def test_a_fault_in_a_copy(tmp_path):
     """Planted, caught, and taken out again."""
-    fault = next(f for f in FAULTS if f.file == "rewardops/layout.py")
+    fault = next(f for f in FAULTS if f.file == "rewardops/core/rows.py")
     source = (ROOT / fault.file).read_text()
     copy = Copy(tmp_path)
     copy.must_pass([fault])

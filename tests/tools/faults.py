@@ -33,9 +33,9 @@ CUDA = "csrc/include/rewardops/cuda/"
 FAULTS = [
     # ---- Python
     Fault(
-        "the first token of a packed row counts as the row before's", "off by one", "rewardops/layout.py",
-        "position, right=True)",
-        "position, right=False)",
+        "the first token of a packed row counts as the row before's", "off by one", "rewardops/core/rows.py",
+        "position, right=True)\n",
+        "position, right=False)\n",
         "tests/system/test_layout.py", "expand_spreads",
     ),
     Fault(
@@ -45,7 +45,7 @@ FAULTS = [
         "tests/ops/test_segments.py", "steps_to_tokens and reference",
     ),
     Fault(
-        "the bias has the gradient of the last block of tokens alone", "missing carry", "rewardops/chunked.py",
+        "the bias has the gradient of the last block of tokens alone", "missing carry", "rewardops/core/heads.py",
         "self.grad_bias[first:end] += g.sum(",
         "self.grad_bias[first:end] = g.sum(",
         "tests/ops/test_linear.py", "matches_float64 and triton and float32",

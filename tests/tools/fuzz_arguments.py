@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -532,7 +532,6 @@ ARGUMENTS: dict[str, Kind] = {
     "ref_logprob": LOGPROB,
     "old_logprob": LOGPROB,
     "log_ratio": per_token("normal", "zero", "quarters"),
-    "kl": ENTROPY_FIRST,
     "reverse_kl": ENTROPY,
     "sum_p2": per_token("fraction"),
     "sum_p2_logp": per_token("normal"),
@@ -619,26 +618,34 @@ ARGUMENTS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def _each(functions: str, name: str, kind: Kind) -> dict[tuple[str, str], Kind]:
-    return {(fn, name): kind for fn in functions.split()}
+def _family(*families: str, but: str = "") -> list[str]:
+    """The functions of families; ``but`` names those that are left out."""
+    modules = [f"rewardops.{family}" for family in families]
+    return [name for name, fn in FUNCTIONS.items() if fn.__module__ in modules and name not in but.split()]
 
 
-ON_LOGITS = "token_stats token_stats_and_grad token_stats_partial"
-ON_HIDDEN = "linear_token_stats linear_token_stats_partial linear_token_loss"
-IN_TREES = "prefix_values prefix_std tvm_targets sibling_advantages tree_rl_advantages"
-PRESETS = "grpo dr_grpo rloo lite_ppo opo pass_at_k max_rl reinforce_plus_plus_baseline".replace(
-    " ", " advantages."
-)
+def _each(functions: Iterable[str] | str, name: str, kind: Kind) -> dict[tuple[str, str], Kind]:
+    """The kind of an argument of those of the functions that take it."""
+    functions = functions.split() if isinstance(functions, str) else functions
+    return {(fn, name): kind for fn in functions if name in parameters(fn)}
+
+
+def _first(name: str, kind: Kind) -> dict[tuple[str, str], Kind]:
+    """The kind of an argument where it comes first, and says what shape the others have."""
+    return {(fn, name): kind for fn in FUNCTIONS if next(iter(parameters(fn))) == name}
+
+
+LOGITS, LINEAR = _family("logits", but="merge_token_stats"), _family("linear")
+PRESETS = [name for name, (function, _) in FORWARDED.items() if function == "group_advantages"]
 
 OVERRIDES: dict[tuple[str, str], Kind] = {
-    **_each("clip_delta_rewards discounted_returns gae lambda_returns max_returns min_returns potential_shaping"
-            " softmin_returns softmin_rewards vtrace", "rewards", TOKENS_FIRST),
+    **_each(_family("returns", "td", "shaping"), "rewards", TOKENS_FIRST),
+    **_each(["group_advantages", *PRESETS], "rewards", Rewards("maybe", joined=False)),
     **_each("unlikeliness_rewards advantages.gpg", "rewards", Rewards(joined=False)),
-    **_each(f"group_advantages advantages.{PRESETS}", "rewards", Rewards("maybe", joined=False)),
-    **_each(IN_TREES, "rewards", Rewards("maybe")),
+    **_each(_family("prefix_tree", but="tempo_advantages"), "rewards", Rewards("maybe")),
     ("advantages.gdpo", "rewards"): Rewards("always", joined=False),
     ("token_kl", "rewards"): per_token(),
-    **_each(IN_TREES.replace(" tree_rl_advantages", ""), "weights", per_row("positive", "zero or one")),
+    **_each(_family("prefix_tree"), "weights", per_row("positive", "zero or one")),
     ("PrefixTree.from_tokens", "weights"): Array(
         lambda call: None if call["rewards"] is ABSENT else some.numbers((call.batch.size,), ("positive",))
     ),
@@ -648,12 +655,11 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     ("high_entropy_mask", "groups"): Labels(lambda call: call["scope"] == "group"),
     ("entropy_weights", "groups"): Labels(lambda call: call["normalize"] == "group"),
     ("budget_advantages", "groups"): Labels(spare=lambda call: call["baseline"] == "none"),
-    **_each("discounted_returns gae lambda_returns", "masked", Choice(("skip", "step"))),
-    **_each("segment_broadcast place_at_step_end", "steps", Array(_steps, dtypes="integer", joined=False)),
-    **_each(f"{ON_LOGITS} {ON_HIDDEN}", "tokens", Array(_ids, dtypes="integer")),
-    **_each(f"{ON_LOGITS} {ON_HIDDEN}", "temperature", TEMPERATURE),
-    **_each("token_stats token_stats_and_grad linear_token_stats linear_token_loss", "beta",
-            Number(0.25, 0.5, 0.9, above=0, below=1, when=_asks_for_jsd)),
+    **_each(_family("td"), "masked", Choice(("skip", "step"))),
+    **_each(_family("segments", but="segment_reduce"), "steps", Array(_steps, dtypes="integer", joined=False)),
+    **_each(LOGITS + LINEAR, "tokens", Array(_ids, dtypes="integer")),
+    **_each(LOGITS + LINEAR, "temperature", TEMPERATURE),
+    **_each(LOGITS + LINEAR, "beta", Number(0.25, 0.5, 0.9, above=0, below=1, when=_asks_for_jsd)),
     ("linear_token_stats", "outputs"): Outputs("ref_hidden"),
     ("linear_token_loss", "outputs"): Outputs("ref_hidden", empty=True),
     ("linear_token_loss", "coefficients"): Coefficients("ref_hidden"),
@@ -662,9 +668,9 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     ("linear_token_stats_partial", "outputs"): Outputs("ref_hidden", but=("jsd",)),
     **_each("token_stats_partial linear_token_stats_partial", "vocab_size",
             Whole(lambda call: st.integers(1, _vocab(call) + 1001), 1)),
-    **_each(ON_HIDDEN, "num_tokens", Whole(_counted, 0)),
-    **_each("token_kl implicit_rewards tdpo_terms", "logprob", LOGPROB_FIRST),
-    **_each("high_entropy_mask entropy_weights entropy_reward", "entropy", ENTROPY_FIRST),
+    **_each(LINEAR, "num_tokens", Whole(_counted, 0)),
+    **_first("logprob", LOGPROB_FIRST),
+    **_first("entropy", ENTROPY_FIRST),
     ("token_kl", "beta"): Number(0.0, 0.25, 1, least=0, none=True),
     ("unlikeliness_rewards", "beta"): Number(0.0, 0.25, 1, least=0),
     ("implicit_rewards", "clamp"): Number(0.75, 20, math.inf, above=0, none=True, infinite=True),
