@@ -1,7 +1,7 @@
 """The CUDA C++ kernels and launchers of csrc/cuda, compiled as C++ by the harness: a module that runs them on CPUs.
 
-``python tests/cuda_on_host/build.py [thread|address]`` builds it, under a sanitizer where one is named, and prints
-where it lies; ``REWARDOPS_CUDA_ON_HOST`` takes that path.
+``python tests/cuda_on_host/build.py [thread|address]`` builds the module, optionally with a sanitizer, and prints
+its path, for ``REWARDOPS_CUDA_ON_HOST``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _sources() -> list[Path]:
 
 
 def build(sanitizer: str = "") -> Path:
-    """Compile what has changed; several processes may call this at once."""
+    """Compile changed sources; safe to call from several processes at once."""
     import pybind11
 
     includes = [HERE / "include", ROOT / "csrc" / "include", ROOT / "csrc", pybind11.get_include(),

@@ -1,6 +1,6 @@
-"""Runs every kernel in CUDA C++ once or twice, on small rows, against the specification.
+"""Run every CUDA C++ kernel once or twice, on small rows, against the specification.
 
-A program of its own, to be run under a sanitizer: ``test_cuda_kernels.py`` does, and ``make gpu`` under a GPU's.
+A separate program, to run under a sanitizer: ``test_cuda_kernels.py`` does, and ``make gpu`` on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import rewardops
 from rewardops.cuda.memory import CUDA
 from rewardops.testing import pack
 
-CUDA.most_threads = CUDA.most_threads_on_host  # rows of a few hundred tokens then have several tiles
+CUDA.most_threads = CUDA.most_threads_on_host  # so that rows of a few hundred tokens have several tiles
 KINDS = ("every_token", "flags", "ids")
 
 
@@ -27,7 +27,7 @@ def generator() -> torch.Generator:
 
 
 def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
-    """Values and gradients by CUDA C++ as by the specification."""
+    """Check that values and gradients of CUDA C++ equal the specification's."""
     found = []
     for backend in ("cuda,reference", "reference"):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -62,7 +62,7 @@ def scans(dtype: torch.dtype) -> Iterator[str]:
 
 
 def returns() -> Iterator[str]:
-    """In tiles that look back, and by blocks that walk a row."""
+    """Scans by tiles with look-back, and by one block per row."""
     for CUDA.rows_enough in (2, 0):
         for dtype in (torch.float32, torch.float64):
             for done in scans(dtype):
@@ -74,7 +74,7 @@ def returns() -> Iterator[str]:
 
 
 def prefix_trees() -> Iterator[str]:
-    """Rows that share more than a search looks at once, in two tiles, with and without their holes."""
+    """Rows with shared prefixes longer than a step of the search, in two tiles, with and without holes."""
     g = generator()
     groups = torch.zeros(3, dtype=torch.int64)
     tokens = torch.randint(0, 3, (1, 1100), generator=g).repeat(3, 1)
@@ -123,7 +123,7 @@ def advantages() -> Iterator[str]:
 
 
 def logits() -> Iterator[str]:
-    """In clusters of every size: the limit says how much of a row a block may hold."""
+    """Clusters of every size, by limiting the part of a row that a block may hold."""
     kernels = importlib.import_module("rewardops.cuda.logits")
     g = generator()
     for dtype, limit in itertools.product((torch.float32, torch.bfloat16, torch.float16), (2**16, 1024)):

@@ -54,7 +54,7 @@ def same_arrays(target, *given, **options):
 
 
 def branches(width, generator):
-    """Nine rows in two groups; those of a branch part from one another far behind where they left the others."""
+    """Nine rows in two groups; the rows of a branch share a long prefix after leaving the other rows."""
     kinds = torch.tensor([0, 1, 1, 2, 1, 0, 2, 1, 1])
     tokens = torch.randint(-9, 9, (3, width), generator=generator)
     tokens[1, :7], tokens[2, :640] = tokens[0, :7], tokens[0, :640]
@@ -86,7 +86,7 @@ class Test_prefix_tree_arrays:
         assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
 
     def test_groups_of_any_size(self, target, generator):
-        """Some thousand rows, a label alone and a large group; one backend's arrays against sorted rows."""
+        """Thousands of rows with a group of one row and a large group; arrays compared with sorted rows."""
         batch = 40 if target.interpreted else 700
         sizes = [1, 2, batch - 10, 7]
         groups = torch.repeat_interleave(torch.tensor([5, -2, 9, 0]), torch.tensor(sizes))
@@ -104,7 +104,7 @@ class Test_prefix_tree_arrays:
         assert int((nodes[2] >= 0).sum()) <= 2 * batch - len(sizes)
 
     def test_a_tree_that_leans(self, target):
-        """Every row parts from the next one token later: as deep as there are rows, from either end."""
+        """Each row leaves the next one token later: the tree is as deep as the number of rows, in both orders."""
         n = 24 if target.interpreted else {"reference": 60, "cpp": 200}.get(target.backend, 300)
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         for x in (tokens, tokens.flip(0), 1 - tokens):
@@ -123,7 +123,7 @@ class Test_prefix_tree_arrays:
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
     def test_rows_that_start_anywhere(self, target, generator, dtype):
-        """Compares of 16 bytes at once, and of rows that have no common alignment."""
+        """Comparisons of 16 bytes, and of rows without a common alignment."""
         if target.backend == "reference":
             pytest.skip("it is what the others are compared with")
         slow = target.interpreted and target.backend == "triton"
@@ -134,7 +134,7 @@ class Test_prefix_tree_arrays:
         tokens = tokens.to(dtype)
         for shift in (0, 3) if slow else range(4):
             same_arrays(target, tokens[:, shift : width + shift], groups)
-        start = torch.tensor([0, 1, 2, 3, 5, 1, 0, 700, 2])  # as prompts that are padded on the left
+        start = torch.tensor([0, 1, 2, 3, 5, 1, 0, 700, 2])  # prompts padded on the left
         end = torch.tensor([width, width, width, 900, 1100, 1200, width, width, width])
         column = torch.arange(width)
         mask = (column >= start[:, None]) & (column < end[:, None])
@@ -153,7 +153,7 @@ class Test_prefix_tree_arrays:
             same_arrays(target, packed, groups, pack(holes, lengths)[0], cu.long(), skip=skip)
 
     def test_tokens_far_from_the_ends_of_a_row(self, target, generator):
-        """Masked on both sides, for longer than a search looks at once."""
+        """Rows masked at both ends for more tokens than a step of the search."""
         width = 9000
         spans = [(0, width), (17, 40), (4100, 4103), (8999, 9000), (4096, 8192), (0, 1), (5, 5), (3, 8998)]
         column = torch.arange(width)
@@ -195,9 +195,9 @@ def on_tokens(
     channels=2,
     dtype=torch.float64,
 ):
-    """What nodes say of tokens, and the gradients, against the specification; some leaves lie higher up.
+    """Compare nodes_to_tokens and its gradients with the specification; some leaves lie higher up.
 
-    ``given``: which of values, along, base and factor.
+    ``given``: the initials of the passed arguments: values, along, base, factor.
     """
     rows, nodes = arrays(tokens, groups, mask, cu, skip=skip)
     batch = len(groups)
@@ -284,7 +284,7 @@ class Test_prefix_lcp:
             assert set(lcp[b, len(want) :].tolist()) <= {-1}
 
     def test_lcp_of_a_large_group(self, target, generator):
-        """Of more rows than a warp looks at once."""
+        """A group with more rows than lanes of a warp."""
         batch = 40 if target.interpreted and target.backend == "triton" else 80
         groups = torch.zeros(batch, dtype=torch.int64)
         tokens = shared_prefix_tokens(groups, 12, generator)
@@ -322,7 +322,7 @@ class Test_prefix_lcp:
             assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert a.dedup_stats() == b.dedup_stats()
         assert [a.tokens_of(n) for n in range(len(a))] == [b.tokens_of(n) for n in range(len(b))]
-        # Two rows share what the last node on both their paths has.
+        # The prefix of the last common node of two rows is their common prefix.
         members, lcp = rewardops.prefix_lcp(tokens, groups, mask=mask)
         for i in range(batch):
             for j, common in zip(members[i].tolist(), lcp[i].tolist(), strict=True):
@@ -336,7 +336,7 @@ class Test_prefix_lcp:
 class Test_tokens_of_nodes:
     @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
     def test_tokens_of_nodes(self, target, generator, at, gamma):
-        """Rows of several tiles, and few of them; every alignment."""
+        """A few rows of several tiles, at every alignment."""
         if target.backend == "reference":
             pytest.skip("it is what the others are compared with")
         interpreted = target.backend == "triton" and target.interpreted
@@ -360,7 +360,7 @@ class Test_tokens_of_nodes:
 
     @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
     def test_tokens_of_a_tree_that_leans(self, target, generator, at, gamma):
-        """Paths of more nodes than are listed at once, and nodes of many rows."""
+        """Paths longer than the list of nodes of a step, and nodes with many rows."""
         n = 20 if target.backend == "triton" and target.interpreted else 150
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         on_tokens(target, tokens, torch.zeros(n).long(), None, None, generator, at, gamma, False, channels=1)
@@ -396,7 +396,7 @@ class Test_PrefixTree:
         for n in range(len(tree)):
             below = tree.rows_of(n)
             prefix = rows[below[0]][: int(tree.depth[n])]
-            # The node has all rows of the group that begin with its prefix, and no longer prefix has them all.
+            # A node has all rows of the group with its prefix, and no longer prefix has the same rows.
             same = [j for j in live if groups[j] == groups[below[0]] and rows[j][: len(prefix)] == prefix]
             assert sorted(below) == same
             assert (
@@ -434,7 +434,7 @@ class Test_PrefixTree:
         assert stats == rewardops.DedupStats(4, 5, 12, 6, 10 / 12, 0.5)
         none = rewardops.PrefixTree.from_tokens(tokens[:0], torch.zeros(0).long()).dedup_stats()
         assert none == (0, 0, 0, 0, 0.0, 0.0)
-        # The unique tokens are what the weights of lambda-GRPO sum to.
+        # The weights of lambda-GRPO sum to the number of unique tokens.
         weights = rewardops.shared_prefix_weights(tokens, torch.zeros(5).long(), mask=mask)
         assert float(weights.sum()) == pytest.approx(stats.unique)
 
@@ -449,7 +449,7 @@ class Test_PrefixTree:
 
     @pytest.mark.parametrize("with_rewards", [True, False])
     def test_drawings(self, generator, with_rewards):
-        """A drawing says what the tree says: every row, every value of a branch, and text that is escaped."""
+        """A drawing has every row, every value of a branch, and escaped text."""
         tokens, groups, mask = draw(14, 20, generator)
         rewards = torch.rand(14, generator=generator) if with_rewards else None
         tree = rewardops.PrefixTree.from_tokens(tokens, groups, mask=mask, rewards=rewards)
@@ -477,7 +477,7 @@ class Test_PrefixTree:
             assert " ".join(map(str, tree.tokens_of(tree.path(0)[-1])))[:3] in text
 
     def test_drawing_is_readable_at_16_rows(self, generator):
-        """Labels of branches lie on the page, and no two of one height overlap."""
+        """Labels of branches are on the page, and none at one height overlap."""
         groups = torch.zeros(16, dtype=torch.int64)
         tokens = shared_prefix_tokens(groups, 400, generator, vocab=90)
         tree, _ = tree_of(tokens, groups, None)

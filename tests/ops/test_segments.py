@@ -106,7 +106,7 @@ class Test_segment_reduce:
         num = int(ids[mask].max()) + 1
         ours = check_backend(reduce(op, ids, mask, num=num), [x], **where).outputs[0].cpu()
         torch.testing.assert_close(ours.double(), by_hand(op, x, ids, mask, num), rtol=1e-6, atol=1e-6)
-        # Fewer than there are, and more; packed.
+        # num_steps below and above the number of steps; packed.
         fewer = check_backend(reduce(op, ids, mask, num=3), [x], **where).outputs[0].cpu()
         assert torch.equal(fewer, ours[:, :3])
         assert not reduce(op, ids, mask, num=num + 20)(x.to(target.device))[:, num:].any()
@@ -131,7 +131,7 @@ class Test_segment_reduce:
                 assert grad.tolist() == [[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, *last]]
 
     def test_of_equal_extremes_the_earliest_has_the_gradient(self, target):
-        """In whatever blocks they lie."""
+        """Ties within and across blocks."""
         x, places = torch.zeros(1, 2600, device=target.device), [100, 1500, 2500]
         x[0, places] = 1.0
         ids = torch.zeros(1, 2600, dtype=torch.int64, device=target.device)
@@ -158,7 +158,7 @@ class Test_segment_reduce:
 
 class Test_segment_broadcast_place_at_step_end:
     def test_steps_to_tokens(self, target, generator):
-        """Broadcast and placed at step ends, from ids and from flags; each the adjoint of a reduction."""
+        """Broadcast and placed at step ends, from ids and from flags; each is the adjoint of a reduction."""
         mask = random_mask(4, 30, generator)
         ids = step_ids(4, 30, generator)
         flags = torch.rand(4, 30, generator=generator) > 0.7

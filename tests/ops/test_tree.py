@@ -13,7 +13,7 @@ import rewardops
 from rewardops.testing import check_backend, evaluate
 
 REDUCES = ["mean", "max", "min", "softmax", "sum"]
-# root -> {a: {a1 = 1, a2 = 0}, b: {b1 = 0}}; the order of nodes means nothing
+# root -> {a: {a1 = 1, a2 = 0}, b: {b1 = 0}}; the order of nodes is arbitrary
 ROOT, A, B, A1, A2, B1 = 3, 0, 5, 1, 4, 2
 PARENT = [3, 0, 5, -1, 0, 3]
 REWARDS = [math.nan, 1.0, 0.0, math.nan, 0.0, math.nan]
@@ -132,7 +132,7 @@ class Test_tree_values:
             assert grad[3:].cpu().tolist() == [0, 0]
 
     def test_a_chain(self, target):
-        """As deep as there are nodes."""
+        """A tree as deep as its number of nodes."""
         n = 20 if target.interpreted else 200
         parent = torch.arange(n) - 1
         rewards = torch.arange(float(n))
@@ -219,7 +219,7 @@ class Test_tree_advantages:
 
 class Test_tree_values_tree_advantages:
     def test_tree_rl_by_hand(self, target):
-        """The paper's numbers and those of the released code; inner nodes may hold anything."""
+        """The paper's numbers and those of the released code; rewards of inner nodes are arbitrary."""
         parent, rewards = (torch.tensor(x, device=target.device) for x in (PARENT, REWARDS))
         leaf_mean = rewardops.tree_values(parent, rewards, visits="leaves", max_depth=2)
         child_mean = rewardops.tree_values(parent, rewards, max_depth=2)

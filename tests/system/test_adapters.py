@@ -24,7 +24,7 @@ def test_lists_of_rows_there_and_back():
 
 
 def test_a_step_on_a_list_of_samples():
-    """Rewards per sample and masks with holes, as slime has them: advantages in the same list of rows."""
+    """Rewards per sample and masks with holes, as in slime; advantages return as a list of rows."""
     masks = [torch.tensor([1, 0, 1]), torch.tensor([1]), torch.tensor([0, 1])]
     lengths = [len(m) for m in masks]
     packed = adapters.pack(masks)
@@ -123,7 +123,7 @@ def test_rows_with_the_same_prompt_are_a_group(rows, left):
     assert torch.equal(adapters.prompt_groups(tokens, mask=mask), want)
     cu = adapters.offsets([len(row) for row in rows])
     assert torch.equal(adapters.prompt_groups(tokens[mask], cu_seqlens=cu), want)
-    tokens[~mask] = 1  # counts, where there is no mask
+    tokens[~mask] = 1  # compared if there is no mask
     whole = tokens.tolist()
     assert adapters.prompt_groups(tokens).tolist() == [whole.index(row) for row in whole]
 
@@ -160,7 +160,7 @@ def test_numbers_that_do_not_fit(arguments, message):
 
 
 def test_nothing_is_read_back():
-    """A fake tensor has no values: what asks for one raises."""
+    """A fake tensor has no values: reading one raises."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         rows = [torch.ones(3), torch.ones(0), torch.ones(2)]
         packed = adapters.pack(rows)

@@ -1,4 +1,4 @@
-"""The benchmark cases: all variants compute the same, every op has one, bytes are as counted by hand."""
+"""The benchmark cases: all variants compute the same, every op has a case, bytes equal a count by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS = {
     "packed, holes": {"layout": "packed", "density": 0.6},
     "ragged groups": {"ragged_groups": True},
 }
-# The one that all peers serve, and the most general one; `make thorough` takes all.
+# The layout that all peers support, and the most general one; `make thorough` runs all.
 SOME = tuple(LAYOUTS) if THOROUGH else ("padded", "packed, holes")
 
 
@@ -80,7 +80,7 @@ def test_half_precision(name):
 
 @pytest.mark.parametrize("name", cases.names())
 def test_float64_holds_ours(name):
-    """What errors are measured against: the formula in float64 on the same numbers."""
+    """The reference of errors is the formula in float64 on the same numbers."""
     made = make(name)
     exact = made.call(
         made.exact or made.plain, tuple(x.double() if x.is_floating_point() else x for x in made.inputs)
@@ -92,7 +92,7 @@ def test_float64_holds_ours(name):
 
 @pytest.mark.parametrize("name", cases.names())
 def test_data(name):
-    """The same tensors every time, and no zeros throughout."""
+    """Data is reproducible, and no tensor is all zeros."""
     made, again = make(name), make(name)
     for a, b in zip(made.inputs, again.inputs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -123,17 +123,17 @@ def test_bytes_by_hand():
     assert make("token_stats_backward").bytes_moved == 3 * logits + 2 * (4 * 8 + 2 * 4 * 4)
     assert make("token_stats_and_grad").bytes_moved == 2 * logits + 4 * 8 + 4 * 4 + 2 * 4 * 4
     assert make("token_kl").bytes_moved == 3 * 4 * tokens + mask
-    # Both again, and the upstream gradient; one gradient.
+    # Backward: both inputs and the upstream gradient are read, one gradient is written.
     assert make("token_kl_backward").bytes_moved == 7 * 4 * tokens + 2 * mask
     assert make("group_advantages").bytes_moved == 4 * 8 + 4 * tokens + mask
     assert make("gae").bytes_moved == 4 * 4 * tokens + mask
-    # Linear: neither rewards nor values are read again.
+    # Backward of a linear op: neither rewards nor values are read again.
     assert make("gae_backward").bytes_moved == 8 * 4 * tokens + 2 * mask
     assert make("min_returns").bytes_moved == 2 * 4 * tokens + 2 * mask
     assert make("high_entropy_mask").bytes_moved == 4 * tokens + 2 * mask
     hidden, weight = 6 * 16 * 4, 300 * 16 * 4
     assert make("linear_token_stats").bytes_moved == hidden + weight + 6 * 8 + 2 * 6 * 4
-    # One read of everything, one write of both gradients; the loss and what reaches it.
+    # One read of all inputs, one write of both gradients; the loss and its upstream gradient.
     assert make("linear_token_loss").bytes_moved == 2 * (hidden + weight) + 6 * 8 + 6 * 4 + 2 * 4
     assert make("prefix_values").bytes_moved == 8 * 4 + 8 * 12 * (8 + 1 + 12)
 
@@ -153,7 +153,7 @@ def test_packed_rows_move_less():
 
 
 def _fingerprint(made: case.Case) -> tuple[object, ...]:
-    """Shapes, dtypes, bytes, and the numbers that come out, by their places."""
+    """A fingerprint of results: shapes, dtypes, bytes, and sums weighted by position."""
     outs = [x.double().flatten() for x in case.as_tuple(made.ours(*made.inputs))]
     inputs = tuple((x.shape, x.dtype) for x in made.inputs)
     return (*inputs, made.bytes_moved, *(float(x @ torch.arange(len(x)).double()) for x in outs))

@@ -1,4 +1,4 @@
-"""The suite measures, resumes, compares and reports; the README says what the committed results say."""
+"""The suite measures, resumes, compares and reports; the README agrees with the committed results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quiet(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> run.Report:
-    """With a sweep, and on another backend as well."""
+    """A report with a sweep and a second backend."""
     settings = dataclasses.replace(SETTINGS, backends=("reference",))
     return run.run_all(run.plan([*SOME, "gae"], "tiny", ["length"]), settings, say=quiet)
 
@@ -47,7 +47,7 @@ def test_quantiles():
 
 
 def test_ratios_are_of_pairs():
-    """What slows a round down slows both of its runs down."""
+    """Load on the machine slows both runs of a round."""
     ours = {0: 1.0, 1: 5.0, 2: 2.0, 3: 9.0}
     assert timing.paired_ratio({i: 3 * ours[i] for i in (0, 1, 2)}, ours) == timing.Ratio(3, 3, 3, 3)
     g = torch.Generator().manual_seed(0)
@@ -110,7 +110,7 @@ print(memory.peak(call, torch.device("cpu")))
 
 @pytest.mark.parametrize("before", ["", "assert memory.keep()"], ids=["returned", "kept"])
 def test_peak_memory(before):
-    """Also where freed memory is kept, and the call before has left some."""
+    """Peak memory is right even if freed memory of an earlier call is kept."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK.format(before=before)], cwd=ROOT, capture_output=True, text=True
     )
@@ -171,7 +171,7 @@ def test_a_plan():
 
 
 def changed(monkeypatch, **values):
-    """Cases as they are, but for this."""
+    """The cases with some fields replaced."""
     make = run.make
     monkeypatch.setattr(run, "make", lambda *a: dataclasses.replace(make(*a), **values))
 
@@ -247,7 +247,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
 
 
 def scaled(report, factor):
-    """The report of a machine on which the first row of ours takes so many times as long."""
+    """A report in which ours takes this many times as long in the first row."""
     found = copy.deepcopy(report)
     for q in ("p20", "median", "p80"):
         found["rows"][0]["variants"]["ours"][q] *= factor
@@ -388,7 +388,7 @@ def test_list(capsys):
 
 
 def test_pytest_benchmark(tmp_path):
-    # pytest-benchmark times nothing where it believes itself a worker of pytest-xdist.
+    # pytest-benchmark disables timing in workers of pytest-xdist.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
 
     def once(*arguments):
@@ -426,7 +426,7 @@ def walk_dry(out: Path, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_gpu_script_walks_without_a_gpu(tmp_path):
-    """The same parts as on a GPU, so that it works there the first time; what has passed is not done again."""
+    """A dry run has the same parts as a run on a GPU; parts that passed are not repeated."""
     done = walk_dry(tmp_path, "--fresh")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "build ok, test ok, device ok, verify ok, sanitize ok, time ok" in done.stdout

@@ -1,4 +1,4 @@
-"""What only a GPU shows: nothing is read back, calls can be captured in a graph, and sizes share their kernels."""
+"""Properties on a GPU: no host synchronisation, graph capture, and kernels shared by sizes."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def test_sizes_share_their_kernels():
             counts.append(len(compiled))
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
-    # Where few rows are split over programs, and many are not, there may be two kernels for one op.
+    # An op may have two kernels: one that splits few rows over programs, one for many rows.
     assert counts[-1] == counts[-2], compiled[counts[-2] :]
 
 
 def test_few_long_rows_beyond_two_to_the_31():
-    """Offsets are 64-bit: the last row's result is that of the row alone."""
+    """Offsets are 64-bit: the last row has the same result as on its own."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("40 GiB of memory are not free")
     rows, width = 65_600, 32_768

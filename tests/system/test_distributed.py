@@ -1,4 +1,4 @@
-"""Process groups: on two and four processes the results, and gradients, of one that has everything."""
+"""Process groups: results and gradients on two and four processes equal those on one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = [2, 4]
 
 
 def cut(x, sizes):
-    """The parts of ranks, along rows."""
+    """The rows of each rank."""
     return None if x is None else x.split(sizes)
 
 
@@ -155,7 +155,7 @@ def _named(process_group, rewards, names):
 
 
 def test_labels_that_are_strings_mean_the_same_everywhere(ranks):
-    """Each rank meets them in an order of its own."""
+    """Ranks encounter labels in different orders."""
     names = [["a", "b", "a"], ["b", "c", "b"]]
     rewards = torch.tensor([1.0, 2.0, 4.0])
     found = torch.cat(ranks.run(2, _named, rewards, names))
@@ -249,7 +249,7 @@ def _high(process_group, parts, scope, hint, packed):
 def test_high_entropy_mask(ranks, scope, packed):
     _, groups, mask = _batch()
     entropy = torch.rand(12, 6, generator=torch.Generator().manual_seed(1))
-    entropy = (entropy * 8).round() / 8  # many ties: the earliest are taken
+    entropy = (entropy * 8).round() / 8  # many ties: the earliest are selected
     entropy[~mask] = torch.nan
     named = groups if scope == "group" else None
     want = rewardops.high_entropy_mask(entropy, mask, fraction=0.3, scope=scope, groups=named)
@@ -275,7 +275,7 @@ def _logits(process_group, logits, ref, tokens, outputs, options):
 
 
 def _with_gradients(found, outputs, inputs):
-    """Outputs, and the gradient of a loss that every rank has."""
+    """Outputs, and the gradient of a loss that is equal on all ranks."""
     values = [getattr(found, name) for name in outputs]
     finite = [torch.where(v.isfinite(), v, 0) for v in values if v.requires_grad]
     loss = sum((v * v.detach().cos()).sum() for v in finite)
@@ -296,7 +296,7 @@ def _case(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("outputs", [EVERY, ("logprob",), ("kl", "entropy")], ids=len)
 def test_logits_in_shards(ranks, size, dtype, outputs):
-    """The last shard of four is padding but for seven columns."""
+    """All but seven columns of the last of four shards are padding."""
     logits, ref, tokens = _case(dtype)
     mask = torch.arange(9) != 6
     options = {"vocab_size": 43, "temperature": 0.8, "softcap": None, "mask": mask}
@@ -307,7 +307,7 @@ def test_logits_in_shards(ranks, size, dtype, outputs):
         outputs,
         whole,
     )
-    # Merged sums and others are of one precision, and rounded once more at the end.
+    # Merged sums have the precision of unmerged ones, with one more rounding.
     exact = dtype is torch.float64
     close = {"rtol": 1e-11, "atol": 1e-12} if exact else {"rtol": 2e-6, "atol": 2e-6}
     for values, _ in found:
@@ -333,7 +333,7 @@ def _hidden(process_group, hidden, weight, bias, tokens, outputs, options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [{}, {"vocab_size": 21, "chunk_tokens": 3, "chunk_vocab": 5}], ids=len)
 def test_hidden_states_and_a_head_in_shards(ranks, size, dtype, options):
-    """With 21 tokens, the last two shards of four are padding, the last wholly."""
+    """With 21 tokens the third of four shards has padding, and the fourth is all padding."""
     generator = torch.Generator().manual_seed(13)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -411,7 +411,7 @@ def test_rows_in_parts(ranks, name, options, per_token, size):
     """Steps (or factors, where there are no steps) per token, holes across cuts, a part without a column."""
     generator = torch.Generator().manual_seed(17)
     rewards, values = torch.randn(2, 5, 17, generator=generator, dtype=torch.float64)
-    rewards = (rewards * 4).round() / 4  # ties, of which the earliest has the gradient
+    rewards = (rewards * 4).round() / 4  # ties: the earliest has the gradient
     mask = torch.rand(5, 17, generator=generator) < 0.7
     mask[3, 7:] = False
     mask[4, :7] = False
@@ -472,7 +472,7 @@ def test_packed_rows_in_parts(ranks):
 
 
 def _calls(process_group, device="cpu"):
-    """Every function that takes a process group, on a little input of this rank."""
+    """Calls of every function with a process group, on a small input of this rank."""
     k = 0 if process_group is None else dist.get_rank(process_group)
     x, mask = torch.arange(12.0, device=device).view(3, 4) + k, torch.ones(3, 4, device=device)
     tokens = torch.tensor([1, 5, 7] if k else [1, 2, 0], device=device)
@@ -494,7 +494,7 @@ def _calls(process_group, device="cpu"):
 
 
 def _counted(process_group):
-    """How many collectives a call makes, and whether a second one has the same bits."""
+    """The number of collectives of a call, and True if a second call has the same bits."""
     found = {}
     real = distributed._all_gather
     for name, call in _calls(process_group).items():
@@ -519,7 +519,7 @@ def test_one_collective_and_the_same_bits(ranks):
 
 
 def _alone(process_group, device):
-    """Every call in a group of this rank alone, and without a group."""
+    """Compare every call in a group of only this rank with the call without a group."""
     if device == "cuda":
         process_group = dist.new_group([0], backend="nccl", use_local_synchronization=True)
     calls = [_calls(group, device) for group in (process_group, None)]
@@ -528,17 +528,17 @@ def _alone(process_group, device):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_group_of_one_rank(ranks, device):
-    """The same code on NCCL, where there is a GPU."""
+    """The same code runs on NCCL if there is a GPU."""
     (found,) = ranks.run(1, _alone, device)
     for name, (ours, want) in found.items():
         torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _compiled(process_group):
-    """Every call as one graph, against eager; by name, what differs."""
+    """Compare every call as one graph with eager; return the differences by name."""
     found = []
     for name, call in _calls(process_group).items():
-        if name == "linear_token_stats":  # reads how many tokens count
+        if name == "linear_token_stats":  # reads the number of valid tokens
             continue
         torch._dynamo.reset()
         if not torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(), call()):
@@ -600,5 +600,5 @@ def _errors(process_group):
 
 
 def test_wrong_arguments_are_named(ranks):
-    """On every rank, before a collective that others would wait in."""
+    """Errors are raised on every rank, before any collective in which others would wait."""
     assert len(ranks.run(2, _errors)[0]) == len(WRONG)

@@ -1,4 +1,4 @@
-"""The list of planted faults fits the sources, its page the list; and what plants and judges them does that."""
+"""The list of planted faults fits the sources, its page fits the list, and the tool plants and judges faults."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_every_text_occurs_once():
 
 def test_every_family_and_backend_has_faults():
     tested = {Path(fault.tests).stem.removeprefix("test_") for fault in FAULTS}
-    assert set(FAMILIES) - {"shaping"} <= tested  # which has no kernels
+    assert set(FAMILIES) - {"shaping"} <= tested  # shaping has no kernels
     kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/include/rewardops/cuda").glob("*.cuh")}
     assert kernels - {fault.file for fault in FAULTS} <= {
         "csrc/include/rewardops/cuda/block.cuh",
-        "csrc/include/rewardops/cuda/td.cuh",  # scans, by scan.cuh
+        "csrc/include/rewardops/cuda/td.cuh",  # tested through scan.cuh
     }
 
 
@@ -70,7 +70,7 @@ def test_verdicts(code, output, caught_by, judged):
 
 @pytest.mark.slow
 def test_a_fault_in_a_copy(tmp_path):
-    """Planted, caught, and taken out again."""
+    """A fault is planted, caught and removed."""
     fault = next(f for f in FAULTS if f.file == "rewardops/layout.py")
     source = (ROOT / fault.file).read_text()
     copy = Copy(tmp_path)

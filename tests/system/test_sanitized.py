@@ -28,7 +28,7 @@ def test_no_report(module):
     assert "Sanitizer" not in done.stderr
 
 
-# What row_sums is told of its rows is wrong by so many tokens, or bytes.
+# The row lengths passed to row_sums are wrong by this many tokens, or bytes.
 WRONG = """
 import sanitized
 sanitized.load()

@@ -1,4 +1,4 @@
-"""The strategies of `rewardops.testing`: what they draw is what they say, and awkward enough."""
+"""The strategies of `rewardops.testing`: draws match their descriptions and are awkward enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, as it is but in a third of the time."""
+"""Triton's interpreter with the same results, in a third of the time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """From here on in this process; what kernels compute is the same but for the order of scans.
+    """Patch the interpreter of this process; kernels compute the same, except for the order of scans.
 
-    The interpreter patches the language anew at each call of a device function, which is half of its time: once a
-    launch will do. It scans and reduces element by element; a warp does by doubling.
+    The interpreter patches the language at each call of a device function, which is half of its time: once per
+    launch suffices. It scans and reduces element by element, a warp by doubling.
     """
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
@@ -29,7 +29,7 @@ def hasten() -> None:
 
 
 def _scan(self, tensors):
-    """``ScanOps.generic_scan``: Hillis and Steele's, each step one call of the combination on whole blocks."""
+    """``ScanOps.generic_scan``: Hillis and Steele's scan; each step calls the combination once on whole blocks."""
     found, dtypes = [x.handle.data for x in tensors], [x.dtype for x in tensors]
     place = np.indices(found[0].shape)[self.axis]
     distance = 1
@@ -43,7 +43,7 @@ def _scan(self, tensors):
 
 
 def _reduce(self, tensors):
-    """``ReduceOps.generic_reduce``: the last of a scan."""
+    """``ReduceOps.generic_reduce``: the last element of a scan."""
     if self.axis is None or self.keep_dims:
         raise NotImplementedError("tl.reduce of all axes, or with keep_dims")
     last = [np.take(x.handle.data, -1, self.axis) for x in _scan(self, tensors)]
