@@ -58,19 +58,19 @@ def build(sanitizer: str = "") -> Path:
         def compile_one(job: tuple[Path, Path]) -> None:
             source, target = job
             if not target.exists():
-                made = target.with_suffix(".tmp")
-                _run(str(COMPILER), *flags, "-x", "c++", "-c", str(source), "-o", str(made))
-                made.rename(target)
+                temporary = target.with_suffix(".tmp")
+                _run(str(COMPILER), *flags, "-x", "c++", "-c", str(source), "-o", str(temporary))
+                temporary.rename(target)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, jobs))
         objects = [str(target) for _, target in jobs]
         module = out / f"cuda_on_host_{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
         if not module.exists():
-            made = module.with_suffix(".tmp")
+            temporary = module.with_suffix(".tmp")
             link = ["-shared", "-pthread", *([f"-fsanitize={sanitizer}"] if sanitizer else [])]
-            _run(str(COMPILER), *link, *objects, "-o", str(made))
-            made.rename(module)
+            _run(str(COMPILER), *link, *objects, "-o", str(temporary))
+            temporary.rename(module)
     return module
 
 

@@ -28,7 +28,7 @@ def generator() -> torch.Generator:
 
 def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
     """Check that values and gradients of CUDA C++ equal the specification's."""
-    found = []
+    results = []
     for backend in ("cuda,reference", "reference"):
         leaves = [x.clone().requires_grad_() for x in inputs]
         with rewardops.use_backend(backend):
@@ -36,8 +36,8 @@ def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
             outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
             loss = sum((x.double() * (1 + k)).sum() for k, x in enumerate(outputs))
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found.append([x.detach() for x in (*outputs, *grads) if x is not None])
-    for ours, want in zip(*found, strict=True):
+        results.append([x.detach() for x in (*outputs, *grads) if x is not None])
+    for ours, want in zip(*results, strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
 
 
@@ -86,17 +86,17 @@ def prefix_trees() -> Iterator[str]:
     for dtype_of_ids, dtype, masked in kinds:
         ids, rewards = tokens.to(dtype_of_ids), torch.randn(3, generator=g, dtype=dtype)
         for options in ({"gamma": 0.99}, {"leave_one_out": True}):
-            given = {"mask": mask, "masked": masked, **options}
-            same(lambda r, x=ids, o=given: rewardops.prefix_values(x, r, groups, **o), rewards)
+            arguments = {"mask": mask, "masked": masked, **options}
+            same(lambda r, x=ids, o=arguments: rewardops.prefix_values(x, r, groups, **o), rewards)
             yield f"prefix_values {masked} {dtype} {options}"
     same(lambda r: rewardops.tempo_advantages(tokens, r, groups, mask=mask), rewards)
     yield "tempo_advantages"
     packed, cu = pack(tokens[:, :40], torch.tensor([7, 0, 26]))
-    found = []
+    results = []
     for backend in ("cuda,reference", "reference"):
         with rewardops.use_backend(backend):
-            found.append(rewardops.prefix_lcp(packed, groups, cu_seqlens=cu, max_group_size=3).lcp)
-    assert torch.equal(*found)
+            results.append(rewardops.prefix_lcp(packed, groups, cu_seqlens=cu, max_group_size=3).lcp)
+    assert torch.equal(*results)
     yield "prefix_lcp of packed rows"
 
 
@@ -132,12 +132,12 @@ def logits() -> Iterator[str]:
         y = torch.tensor([7, 1000, -100, 512])
         for names in (("logprob",), ("logprob", "entropy"), rewardops.logits.OUTPUTS[:6]):
             coefficients = {name: torch.randn(4, generator=g) for name in names}
-            found = []
+            results = []
             for backend in ("cuda", "reference"):
                 with rewardops.use_backend(backend):
                     stats, grad = rewardops.token_stats_and_grad(x.clone(), y, coefficients, inplace=True)
-                    found.append([*(s for s in stats if s is not None), grad])
-            for ours, want in zip(*found, strict=True):
+                    results.append([*(s for s in stats if s is not None), grad])
+            for ours, want in zip(*results, strict=True):
                 torch.testing.assert_close(ours, want, rtol=2e-2, atol=1e-2)
             yield f"token_stats_and_grad {dtype} {limit} {len(names)}"
 

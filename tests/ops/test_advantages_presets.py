@@ -70,7 +70,7 @@ class Test_group_advantages_and_presets:
         rewards = torch.tensor(d["token_level_rewards"]).sum(1)
         groups = torch.tensor(d["index"])
         sizes = torch.bincount(groups)[groups]
-        kept = sizes > 1  # verl's loop returns the raw reward for a group of one
+        several = sizes > 1  # verl's loop returns the raw reward for a group of one
         here = mask.to(target.device)
         cases = {
             "grpo": {},
@@ -85,7 +85,7 @@ class Test_group_advantages_and_presets:
             # verl returns the raw reward of a group of one, except for pass@k, which raises.
             fn = advantages(groups, mask=mask, singleton="raw", **options)
             ours = fn(rewards.to(target.device)).cpu()
-            rows = kept if key == "grpo_passk" else torch.ones_like(kept)
+            rows = several if key == "grpo_passk" else torch.ones_like(several)
             torch.testing.assert_close(ours[rows], torch.tensor(d[key])[rows], rtol=2e-5, atol=2e-5, msg=key)
         there = (rewards.to(target.device), groups.to(target.device))
         token_rewards = torch.tensor(d["token_level_rewards"]).to(target.device)

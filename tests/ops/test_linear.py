@@ -56,8 +56,8 @@ def outcome(fn, inputs, tokens, outputs, device="cpu", **options):
     """Outputs, and the gradients of every input."""
     leaves = {k: v.detach().to(device).requires_grad_() for k, v in inputs.items()}
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    found = fn(leaves, tokens.to(device), outputs, **options)
-    values = {k: v for k, v in found._asdict().items() if v is not None}
+    got = fn(leaves, tokens.to(device), outputs, **options)
+    values = {k: v for k, v in got._asdict().items() if v is not None}
     smooth = [v for k, v in values.items() if k != "is_top1"]
     g = torch.Generator().manual_seed(5)
     ups = [torch.randn(v.shape, generator=g).to(v) for v in smooth]
@@ -332,19 +332,19 @@ class Test_linear_token_loss:
         )  # fmt: skip
         (3 * loss).backward()
         other = [here[k].clone().requires_grad_() for k in NAMES[:3]]
-        found = rewardops.linear_token_stats(
+        got = rewardops.linear_token_stats(
             other[0], other[1], tokens.to(target.device), bias=other[2],
             outputs=("logprob", "entropy", "kl", "is_top1"), **options,
         )  # fmt: skip
         live = torch.ones(3, 5, dtype=torch.bool) if mask is None else mask
-        want = sum(torch.where(live.to(target.device), c, 0) * getattr(found, n) for n, c in co.items()).sum()
+        want = sum(torch.where(live.to(target.device), c, 0) * getattr(got, n) for n, c in co.items()).sum()
         (3 * want).backward()
         tight = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(loss, want, **tight)
         assert loss.dtype == wide
         for a, b in zip(leaves, other, strict=True):
             torch.testing.assert_close(a.grad, b.grad, **tight)
-        torch.testing.assert_close(stats.logprob, found.logprob.detach(), **tight)
+        torch.testing.assert_close(stats.logprob, got.logprob.detach(), **tight)
         assert stats.is_top1.dtype is torch.bool
         assert not stats.logprob.requires_grad
         with pytest.raises(RuntimeError, match=r"modified by an inplace operation|second time"):
@@ -369,10 +369,10 @@ class Test_linear_token_stats_partial:
             TokenStatsArgs(x, tokens, y, None, None, 0.7, 0.0, 0, x.shape[1], 0.5, names)
         )
         record.requires_grad_()
-        found = spec.finish(spec.merge(record[None]), names)
+        result = spec.finish(spec.merge(record[None]), names)
         smooth = [n for n in names if n != "is_top1"]
         ups = {n: torch.randn(tokens.shape, generator=generator, dtype=torch.float64) for n in smooth}
-        (want,) = torch.autograd.grad([found[n] for n in smooth], record, list(ups.values()))
+        (want,) = torch.autograd.grad([result[n] for n in smooth], record, list(ups.values()))
         got = spec.record_gradient(record.detach(), ups)
         # Shifted logits change the record's maximum and the sums relative to it.
         free = [k for k, n in enumerate(spec.RECORD) if "shift" not in n and n not in ("columns", "found")]

@@ -251,8 +251,8 @@ class Test_token_stats_and_grad:
         _, grad = rewardops.token_stats_and_grad(logits, *args, inplace=True)
         assert grad.data_ptr() == logits.data_ptr()
         assert grad.stride() == logits.stride()
-        for found in (got.grad, grad.cpu()):
-            torch.testing.assert_close(found, want.grad, rtol=1e-6, atol=1e-7)
+        for result in (got.grad, grad.cpu()):
+            torch.testing.assert_close(result, want.grad, rtol=1e-6, atol=1e-7)
         assert torch.equal(base.cpu()[~touched], before.cpu()[~touched])
 
     @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])

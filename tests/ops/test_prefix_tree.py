@@ -29,13 +29,13 @@ def draw(batch, width, generator, holes=True):
 
 
 def rows_of(tokens, mask, masked="prefix"):
-    found = []
+    rows = []
     for x, m in zip(tokens.tolist(), mask.tolist(), strict=True):
         valid = [k for k, v in enumerate(m) if v]
         if masked == "prefix" and valid:
             valid = range(valid[0], valid[-1] + 1)
-        found.append([x[k] for k in valid])
-    return found
+        rows.append([x[k] for k in valid])
+    return rows
 
 
 def lcp_of(a, b):
@@ -176,8 +176,8 @@ class Test_prefix_tree_arrays:
             ]
         with rewardops.use_backend("reference"):
             want = rewardops.prefix_lcp(tokens, groups, max_group_size=40)
-        for found in members:
-            assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))
+        for member_rows in members:
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(member_rows, want, strict=True))
 
 
 def on_tokens(
@@ -210,18 +210,18 @@ def on_tokens(
     grad = torch.randn(channels, *tokens.shape, generator=generator, dtype=dtype)
     grad = grad if mask is None else grad.masked_fill(~mask, torch.nan)
     options = (skip, tokens.shape[-1], at, gamma)
-    ops, found = torch.ops.rewardops, []
+    ops, got = torch.ops.rewardops, []
     for backend, device in ((target.backend, target.device), ("reference", "cpu")):
         tensors = [None if t is None else t.to(device) for t in (*of_nodes, rows, nodes, mask, cu)]
         with rewardops.use_backend(backend):
             out = ops.nodes_to_tokens(*tensors, *options, dtype)
             gradients = ops.nodes_to_tokens_backward(grad.to(device), *tensors, *options)
-        found.append([x.cpu() for x in (out, *gradients)])
+        got.append([x.cpu() for x in (out, *gradients)])
     tolerance = 1e-12 if dtype is torch.float64 else 1e-6
-    for ours, want in zip(*found, strict=True):
+    for ours, want in zip(*got, strict=True):
         torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
     if mask is not None:
-        assert bool((found[0][0][:, ~mask] == 0).all())
+        assert bool((got[0][0][:, ~mask] == 0).all())
 
 
 AT_AND_GAMMA = [("after", 1.0), ("before", 0.97), ("after", 0.0), ("step", 1.0)]
@@ -229,16 +229,16 @@ AT_AND_GAMMA = [("after", 1.0), ("before", 0.97), ("after", 0.0), ("step", 1.0)]
 
 def tree_of(tokens, groups, mask, **options):
     rewards = torch.randn(tokens.shape[0], generator=torch.Generator().manual_seed(1))
-    given = {"mask": mask, "rewards": rewards.to(tokens.device), **options}
-    return rewardops.PrefixTree.from_tokens(tokens, groups, **given), rewards
+    arguments = {"mask": mask, "rewards": rewards.to(tokens.device), **options}
+    return rewardops.PrefixTree.from_tokens(tokens, groups, **arguments), rewards
 
 
 def ancestors(tree, n):
-    found = {n}
+    nodes = {n}
     while int(tree.parent[n]) >= 0:
         n = int(tree.parent[n])
-        found.add(n)
-    return found
+        nodes.add(n)
+    return nodes
 
 
 def answers(shared, questions):
@@ -264,15 +264,15 @@ class Test_prefix_lcp:
     def test_lcp_of_all_pairs(self, target, generator, masked, packed):
         tokens, groups, mask = draw(22, 30, generator)
         rows = rows_of(tokens, mask, masked)
-        given = {"tokens": tokens, "mask": mask}
+        arguments = {"tokens": tokens, "mask": mask}
         if packed:
             lengths = torch.full((22,), 30)
-            given = {"tokens": pack(tokens, lengths)[0], "mask": pack(mask, lengths)[0]}
-            given["cu_seqlens"] = pack(tokens, lengths)[1]
-        given = {k: v.to(target.device) for k, v in given.items()}
+            arguments = {"tokens": pack(tokens, lengths)[0], "mask": pack(mask, lengths)[0]}
+            arguments["cu_seqlens"] = pack(tokens, lengths)[1]
+        arguments = {k: v.to(target.device) for k, v in arguments.items()}
         size = max(groups.tolist().count(x) for x in groups.tolist())
         members, lcp = rewardops.prefix_lcp(
-            groups=groups.to(target.device), max_group_size=size, masked=masked, **given
+            groups=groups.to(target.device), max_group_size=size, masked=masked, **arguments
         )
         assert members.shape == lcp.shape == (22, size)
         assert members.dtype is lcp.dtype is torch.int32
@@ -381,9 +381,9 @@ class Test_PrefixTree:
         mask[13] = False
         rows = rows_of(tokens, mask, masked)
         on = target.device
-        given = (tokens.to(on), groups.to(on), mask.to(on))
-        assert tree_of(*given, masked=masked, rewards=None)[0].mean is None
-        tree, rewards = tree_of(*given, masked=masked)
+        inputs = (tokens.to(on), groups.to(on), mask.to(on))
+        assert tree_of(*inputs, masked=masked, rewards=None)[0].mean is None
+        tree, rewards = tree_of(*inputs, masked=masked)
         live = [b for b in range(26) if rows[b]]
         assert len(tree) <= 2 * len(live) - len({int(groups[b]) for b in live})
         assert [tree.rewards[b] for b in live] == [rewards[b] for b in live]
@@ -490,8 +490,8 @@ class Test_PrefixTree:
                 assert 0 < left < right < 1200
                 boxes.setdefault(y, []).append((left, right))
         assert sum(map(len, boxes.values())) == int((torch.bincount(tree.parent[1:]) > 0).sum())
-        for found in boxes.values():
-            for a, b in itertools.pairwise(sorted(found)):
+        for spans in boxes.values():
+            for a, b in itertools.pairwise(sorted(spans)):
                 assert a[1] <= b[0]
 
     def test_networkx(self, generator):

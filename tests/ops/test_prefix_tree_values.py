@@ -30,16 +30,16 @@ def call(fn, tokens, groups, mask=None, cu_seqlens=None, **options):
         return x.to(rewards.device) if isinstance(x, torch.Tensor) else x
 
     def run(rewards, *weights):
-        given = {k: on(v, rewards) for k, v in options.items()}
+        arguments = {k: on(v, rewards) for k, v in options.items()}
         if weights:
-            given["weights"] = weights[0]
+            arguments["weights"] = weights[0]
         return fn(
             on(tokens, rewards),
             rewards,
             on(groups, rewards),
             mask=on(mask, rewards),
             cu_seqlens=on(cu_seqlens, rewards),
-            **given,
+            **arguments,
         )
 
     return run
@@ -453,10 +453,10 @@ class Test_sibling_advantages:
             entry = tries.branch(b, t)
             siblings = tries.children[tries.path[b][entry - 1]]
             v = torch.tensor([rewards[tries.found[s]].double().mean() for s in siblings])
-            own = v[siblings.index(tries.path[b][entry])]
+            value = v[siblings.index(tries.path[b][entry])]
             if len(v) < 2:
                 return 0.0
-            return float((own - v.mean()) / (v.std() + 1e-6 if scale == "std" else 1.0))
+            return float((value - v.mean()) / (v.std() + 1e-6 if scale == "std" else 1.0))
 
         torch.testing.assert_close(ours.outputs[0].cpu().double(), tries.fill(among), rtol=1e-4, atol=1e-4)
         weights = torch.rand(rewards.shape, generator=generator) + 0.1

@@ -279,15 +279,15 @@ class Test_min_returns_max_returns:
         for kind in KINDS:
             steps = markers(kind, 1, n, generator)
             many = {"cpp": 40, "triton": 5}.get(target.backend, 9)
-            found = []
+            got = []
             for copies in (1, many):
                 spread = [None if x is None else x.expand(copies, -1) for x in (mask, steps)]
                 leaf = rewards.expand(copies, -1).clone().to(target.device).requires_grad_()
                 with dispatch.use_backend(target.backend):
                     out = make(spread[0], None, spread[1])(leaf)
                     (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
-                found.append((out[0].detach(), grad[0]))
-            for a, b in zip(*found, strict=True):
+                got.append((out[0].detach(), grad[0]))
+            for a, b in zip(*got, strict=True):
                 assert torch.equal(a, b)
 
 
@@ -327,12 +327,12 @@ class Test_softmin_returns:
                 assert ours[b, t].item() == pytest.approx(float(want), rel=2e-6, abs=2e-6)
         # Autograd through the definition.
         leaf = rewards[:2, :12].double().requires_grad_()
-        found = soft_minimum(temperature=0.3, mean=mean)(leaf)
+        result = soft_minimum(temperature=0.3, mean=mean)(leaf)
         plain = -0.3 * ((-leaf / 0.3).flip(1).logcumsumexp(1).flip(1))
         if mean:
             plain = plain + 0.3 * torch.arange(12, 0, -1).log()
         up = torch.randn(2, 12, generator=generator, dtype=torch.float64)
-        for a, b in zip(*(torch.autograd.grad(x, leaf, up) for x in (found, plain)), strict=True):
+        for a, b in zip(*(torch.autograd.grad(x, leaf, up) for x in (result, plain)), strict=True):
             torch.testing.assert_close(a, b)
         packed = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
         again = soft_minimum(None, packed, None if steps is None else steps[mask], temperature=0.3, mean=mean)

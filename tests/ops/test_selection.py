@@ -90,12 +90,12 @@ class Test_largest:
         mask = random_mask(batch, width, generator)
         ids = torch.randint(0, batch, (batch,), generator=generator)
         wanted = (selection.scope_counts(mask.sum(1), ids) * torch.rand(batch, generator=generator)).long()
-        found = []
+        got = []
         for backend in ("reference", "cpp"):
             with dispatch.use_backend(backend):
-                found.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, wanted))
-        assert torch.equal(*found)
-        assert torch.equal(selection.scope_counts(found[0].sum(1), ids), wanted)
+                got.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, wanted))
+        assert torch.equal(*got)
+        assert torch.equal(selection.scope_counts(got[0].sum(1), ids), wanted)
 
     def test_more_tokens_than_a_float_counts(self):
         """Beyond 2^24 tokens, where torch.quantile stops; one row, shared by several threads."""

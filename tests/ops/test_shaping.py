@@ -120,13 +120,13 @@ def brpo_loop(scores, probs, size, kind):
     for b in range(batch):
         first = b // size * size
         for s in range(count):
-            found = (scores[b, s:] * probs[s:]).sum()
+            baseline = (scores[b, s:] * probs[s:]).sum()
             group = (scores[first : first + size, s:] * probs[s:]).sum(-1).mean() if size > 1 else 0.0
             history = 0.0
             if s > 0:
                 history = (scores[b, :s] * growth[:s]).sum() / growth[:s].sum() * probs[s:].sum()
             mixed = (s * history + (count - s) * group) / count
-            out[b, s] = found - {"brpo": mixed, "history": history, "group": group, "none": 0.0}[kind]
+            out[b, s] = baseline - {"brpo": mixed, "history": history, "group": group, "none": 0.0}[kind]
     return out
 
 

@@ -124,7 +124,7 @@ class Test_gae:
         mask[0, -n // 10 :] = False
         boot = torch.randn(1, generator=generator, dtype=torch.float64)
         many = {"cpp": 40, "triton": 5}.get(target.backend, 9)  # too many rows for a split
-        found = []
+        got = []
         for copies in (1, many):
             fn = gae(gamma=0.999, lam=0.99, mask=mask.expand(copies, -1), masked=masked)
             xs = [
@@ -134,18 +134,18 @@ class Test_gae:
             with dispatch.use_backend(target.backend):
                 outputs = fn(*xs)
                 loss = sum((o[0] * (k + 1 + o[0].detach().cos())).sum() for k, o in enumerate(outputs))
-                found.append([o[0].detach() for o in outputs] + [g[0] for g in torch.autograd.grad(loss, xs)])
-        for a, b in zip(*found, strict=True):
+                got.append([o[0].detach() for o in outputs] + [g[0] for g in torch.autograd.grad(loss, xs)])
+        for a, b in zip(*got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
     def test_bits_do_not_depend_on_threads(self, generator):
         r, v = (torch.randn(2, 140_000, generator=generator) for _ in range(2))
-        found = []
+        got = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(rewardops.gae(r, v, gamma=0.999, lam=0.95))
+            got.append(rewardops.gae(r, v, gamma=0.999, lam=0.95))
         torch.set_num_threads(2)
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
 
     def test_strided_rows_and_empty(self, target, generator):
         wide = torch.randn(3, 60, generator=generator)
@@ -239,13 +239,13 @@ class Test_vtrace:
 
         ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device, ulps=32)
         ratio = log_ratio.double().exp()
-        rho, trace, own = (ratio if c is None else ratio.clamp(max=c) for c in clips)
+        rho, trace, advantage_ratio = (ratio if c is None else ratio.clamp(max=c) for c in clips)
         targets = loop(r, v, mask, 0.95, 0.9, "skip", boot, rho, trace) + torch.where(mask, v, 0)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), targets, rtol=1e-5, atol=1e-5)
         for b in range(5):
             ahead = boot[b].item()
             for t in reversed(mask[b].nonzero()[:, 0].tolist()):
-                want = own[b, t].item() * (r[b, t].item() + 0.95 * ahead - v[b, t].item())
+                want = advantage_ratio[b, t].item() * (r[b, t].item() + 0.95 * ahead - v[b, t].item())
                 assert ours.outputs[1][b, t].item() == pytest.approx(want, rel=1e-4, abs=1e-4)
                 ahead = 0.9 * targets[b, t].item() + 0.1 * v[b, t].item()
 
@@ -288,13 +288,13 @@ class Test_gae_discounted_returns:
                 load("token_level_rewards"), gamma=float(d["reinforce_pp_gamma"]), mask=mask
             )
             remax = rewardops.discounted_returns(load("token_level_rewards"), mask=mask)
-        kept = mask.cpu()
+        valid = mask.cpu()
         for key, ours in (
             ("gae_returns", got.returns), ("gae", whitened), ("reinforce_pp_returns", reinforce),
             ("remax_returns", remax),
         ):  # fmt: skip
             want = torch.from_numpy(d[key]).float()
-            torch.testing.assert_close(ours.cpu()[kept], want[kept], rtol=2e-4, atol=2e-4, msg=key)
+            torch.testing.assert_close(ours.cpu()[valid], want[valid], rtol=2e-4, atol=2e-4, msg=key)
 
     @given(seed=st.integers(0, 10**6), masked=st.sampled_from(HOLES))
     def test_property_rows(self, seed, masked):

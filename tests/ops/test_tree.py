@@ -54,11 +54,13 @@ def oracle(parent, rewards, reduce, visits=None, temperature=1.0):
         if not children[n]:
             return float(rewards[n])
         weigh = {None: lambda c: 1.0, "leaves": leaves}.get(visits if isinstance(visits, str) else None)
-        found = [(value(c), float(visits[c]) if torch.is_tensor(visits) else weigh(c)) for c in children[n]]
-        found = [(v, w) for v, w in found if w]
-        if not found:
+        weighted = [
+            (value(c), float(visits[c]) if torch.is_tensor(visits) else weigh(c)) for c in children[n]
+        ]
+        weighted = [(v, w) for v, w in weighted if w]
+        if not weighted:
             return 0.0
-        v, w = (torch.tensor(x, dtype=torch.float64) for x in zip(*found, strict=True))
+        v, w = (torch.tensor(x, dtype=torch.float64) for x in zip(*weighted, strict=True))
         return float(
             {
                 "mean": (v * w).sum() / w.sum(),

@@ -85,12 +85,12 @@ def runtime(sanitizer: str) -> str:
     name = {"thread": "libtsan.so", "address": "libasan.so"}[sanitizer]
     if cuda_on_host.COMPILER is None:
         pytest.skip("no C++ compiler")
-    found = subprocess.run(
+    library = subprocess.run(
         [cuda_on_host.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True
     ).stdout.strip()
-    if not os.path.isabs(found):
+    if not os.path.isabs(library):
         pytest.skip(f"the compiler has no {sanitizer} sanitizer")
-    return found
+    return library
 
 
 def run_under(sanitizer: str, *command: str) -> subprocess.CompletedProcess:

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Compile the examples, on fibers or (with a sanitizer) on threads; skip if that cannot run here."""
-    made: dict[str, Path] = {}
+    libraries: dict[str, Path] = {}
 
     def make(sanitizer: str = "") -> Path:
-        if sanitizer not in made:
+        if sanitizer not in libraries:
             out = tmp_path_factory.mktemp("cuda_on_host") / f"examples_{sanitizer}"
             # With fortification, longjmp aborts on a change of stack.
             flags = ["-O1", f"-fsanitize={sanitizer}"] if sanitizer else ["-O2", "-D_FORTIFY_SOURCE=2"]
@@ -34,8 +34,8 @@ def build(tmp_path_factory):
             if done.returncode and sanitizer and "cannot find" in done.stderr:
                 pytest.skip(f"the compiler has no {sanitizer} sanitizer")
             assert done.returncode == 0, done.stderr[-3000:]
-            made[sanitizer] = out
-        return made[sanitizer]
+            libraries[sanitizer] = out
+        return libraries[sanitizer]
 
     return make
 

@@ -52,12 +52,12 @@ def test_calls_can_be_captured(calls):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = both_ways(fn, xs)
-        for x in found:
+            got = both_ways(fn, xs)
+        for x in got:
             x.detach().zero_()
         graph.replay()
         torch.cuda.synchronize()
-        for ours, eager in zip(found, want, strict=True):
+        for ours, eager in zip(got, want, strict=True):
             assert torch.equal(ours.detach().nan_to_num(), eager.nan_to_num()), name
 
 
@@ -109,7 +109,7 @@ def test_few_long_rows_beyond_two_to_the_31():
     for backend in BACKENDS:
         with rewardops.use_backend(backend):
             want = rewardops.discounted_returns(rewards[-1:], gamma=0.99)
-            found = rewardops.discounted_returns(rewards, gamma=0.99)
-            torch.testing.assert_close(found[-1:], want)
-            assert not found[:-1].any()
-            del found
+            got = rewardops.discounted_returns(rewards, gamma=0.99)
+            torch.testing.assert_close(got[-1:], want)
+            assert not got[:-1].any()
+            del got

@@ -41,9 +41,9 @@ def outputs_of(call, xs):
 
 
 def test_every_op_is_called():
-    made = {call.op.removeprefix("advantages.") for call in on("cpu", "padded")}
+    called = {call.op.removeprefix("advantages.") for call in on("cpu", "padded")}
     public = {name for name in rewardops.__all__ if not isinstance(getattr(rewardops, name), type)}
-    assert public - made == {"debug", "show_config", "use_backend"}
+    assert public - called == {"debug", "show_config", "use_backend"}
 
 
 @LAYOUTS

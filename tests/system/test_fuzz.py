@@ -67,8 +67,8 @@ def spoil(monkeypatch, op, change):
     plain = dispatch._implementation
 
     def implementation(backend, family, name):
-        found = plain(backend, family, name)
-        return (lambda *args: change(found(*args), args)) if (backend, name) == ("cpp", op) else found
+        original = plain(backend, family, name)
+        return (lambda *args: change(original(*args), args)) if (backend, name) == ("cpp", op) else original
 
     monkeypatch.setattr(dispatch, "_implementation", implementation)
 

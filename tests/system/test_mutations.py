@@ -63,9 +63,9 @@ def test_the_page_is_of_this_list():
     ],
 )
 def test_verdicts(code, output, caught_by, judged):
-    found = verdict(FAULTS[0], subprocess.CompletedProcess([], code, stdout=output))
-    assert found.caught_by == caught_by
-    assert (found.error is None) is judged
+    got = verdict(FAULTS[0], subprocess.CompletedProcess([], code, stdout=output))
+    assert got.caught_by == caught_by
+    assert (got.error is None) is judged
 
 
 @pytest.mark.slow
@@ -75,8 +75,8 @@ def test_a_fault_in_a_copy(tmp_path):
     source = (ROOT / fault.file).read_text()
     copy = Copy(tmp_path)
     copy.must_pass([fault])
-    found = copy.judge(fault)
-    assert found.caught_by == "tests/system/test_layout.py::test_expand_spreads_rows_over_both_layouts", (
-        found.error
+    got = copy.judge(fault)
+    assert got.caught_by == "tests/system/test_layout.py::test_expand_spreads_rows_over_both_layouts", (
+        got.error
     )
     assert (copy.root / fault.file).read_text() == source

@@ -36,8 +36,8 @@ def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dist")
     # Without CUDA C++, which takes minutes; the development install has it.
     run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out, REWARDOPS_CUDA="0")
-    (found,) = out.glob("*.whl")
-    return found
+    (path,) = out.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def both_ways(call):
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else [o for o in outputs if o is not None]
     smooth = [o for o in outputs if o.requires_grad]
     ups = [o.detach().cos() for o in smooth]
-    found = torch.autograd.grad(smooth, xs, ups, allow_unused=True) if smooth else ()
-    return [t.detach().nan_to_num(7) for t in (*outputs, *found) if t is not None]
+    grads = torch.autograd.grad(smooth, xs, ups, allow_unused=True) if smooth else ()
+    return [t.detach().nan_to_num(7) for t in (*outputs, *grads) if t is not None]
 
 
 def same(found, wanted):
@@ -66,12 +66,12 @@ def test_the_number_of_threads_does_not_show(layout, restored_threads):
 @needs_cpp
 def test_threads_at_once():
     """Every thread calls every op, forward and backward, each starting at a different op."""
-    made = large_calls("packed")
-    want = [both_ways(call) for call in made]
+    batch_calls = large_calls("packed")
+    want = [both_ways(call) for call in batch_calls]
 
     def work(first):
-        order = [(first + k) % len(made) for k in range(len(made))]
-        return [made[k].name for k in order if not same(both_ways(made[k]), want[k])]
+        order = [(first + k) % len(batch_calls) for k in range(len(batch_calls))]
+        return [batch_calls[k].name for k in order if not same(both_ways(batch_calls[k]), want[k])]
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, (0, 20, 40))) == [[], [], []]
@@ -208,9 +208,9 @@ def test_data_loader_workers(how):
         multiprocessing_context=how,
         timeout=300,
     )
-    found = list(loader)
-    assert len(found) == len(want) == 2
-    for a, b in zip(found, want, strict=True):
+    got = list(loader)
+    assert len(got) == len(want) == 2
+    for a, b in zip(got, want, strict=True):
         assert same(a, b)
 
 

@@ -334,10 +334,10 @@ def test_command():
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["config"]["torch"] == torch.__version__
-    assert {row["backend"] for row in found["rows"]} == {"reference"}
-    assert all(row["opcheck"] and not row["faults"] for row in found["rows"])
+    got = json.loads(run.stdout)
+    assert got["config"]["torch"] == torch.__version__
+    assert {row["backend"] for row in got["rows"]} == {"reference"}
+    assert all(row["opcheck"] and not row["faults"] for row in got["rows"])
     bad = subprocess.run([*command, "verify", "--op", "gea"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "op: got 'gea'" in bad.stderr

@@ -72,36 +72,36 @@ def test_autocast_changes_products_alone(backend, layout):
     for call in calls.calls(calls.make_batch(layout=layout, dtype=torch.float32)):
         inputs = call.inputs
         with torch.autocast("cpu", torch.bfloat16):
-            found = evaluate(call.fn, inputs, backend=backend)
+            got = evaluate(call.fn, inputs, backend=backend)
         if call.op in PRODUCTS:
             inputs = [x.bfloat16() for x in inputs]
         want = evaluate(call.fn, inputs, backend=backend)
-        assert [o.dtype for o in found.outputs] == [o.dtype for o in want.outputs], call.name
+        assert [o.dtype for o in got.outputs] == [o.dtype for o in want.outputs], call.name
         if call.op in PRODUCTS:
             want = want._replace(gradients=[g.float() for g in want.gradients])
         if call.op == "linear_token_stats_partial":
             # Under autocast the parts' gradients of the hidden states are summed in float32.
-            found, want = (x._replace(gradients=x.gradients[1:]) for x in (found, want))
-        assert same_bits(found, want), call.name
+            got, want = (x._replace(gradients=x.gradients[1:]) for x in (got, want))
+        assert same_bits(got, want), call.name
 
 
 def test_products_under_autocast_are_a_linear_layers(generator):
     """Matmuls run in autocast's dtype except for float64; the backward pass runs in the dtype of the forward."""
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (5, 11))
     tokens = torch.arange(5)
-    for given, used in (
+    for dtype, used in (
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.bfloat16),
         (torch.float64,) * 2,
     ):
         want = gradients(lambda h, w: rewardops.linear_token_stats(h, w, tokens)[:2],
-                         [hidden.to(given).to(used), weight.to(given).to(used)])  # fmt: skip
-        xs = leaves([hidden.to(given), weight.to(given)])
+                         [hidden.to(dtype).to(used), weight.to(dtype).to(used)])  # fmt: skip
+        xs = leaves([hidden.to(dtype), weight.to(dtype)])
         with torch.autocast("cpu", torch.bfloat16):
             stats = rewardops.linear_token_stats(*xs, tokens)[:2]
         assert all(s.dtype == (torch.float64 if used is torch.float64 else torch.float32) for s in stats)
-        found = torch.autograd.grad(sum((s * s).sum() for s in stats), xs)
-        assert_equal(found, [w.to(given) for w in want], given)
+        got = torch.autograd.grad(sum((s * s).sum() for s in stats), xs)
+        assert_equal(got, [w.to(dtype) for w in want], dtype)
 
 
 def test_logits_of_inference_mode_are_written_over():
@@ -122,8 +122,8 @@ def test_logits_of_inference_mode_are_written_over():
 def test_func_grad(layout):
     for call in smooth(layout):
         places = tuple(range(len(call.inputs)))
-        found = torch.func.grad(loss_of(call.fn), places)(*call.inputs)
-        assert_equal(found, gradients(call.fn, call.inputs), call.name)
+        got = torch.func.grad(loss_of(call.fn), places)(*call.inputs)
+        assert_equal(got, gradients(call.fn, call.inputs), call.name)
 
 
 @LAYOUTS
@@ -159,9 +159,9 @@ def test_second_derivatives_are_right_or_refused(layout):
             assert torch.autograd.gradgradcheck(call.fn, leaves(call.inputs), fast_mode=True), call.name
             continue
         xs = leaves(call.inputs)
-        found = torch.autograd.grad(loss_of(call.fn)(*xs), xs, create_graph=True)
+        got = torch.autograd.grad(loss_of(call.fn)(*xs), xs, create_graph=True)
         # Added to another differentiable term, where a lost graph would go unnoticed.
-        penalty = sum((g * g).sum() for g in found) + sum(x.sum() for x in xs)
+        penalty = sum((g * g).sum() for g in got) + sum(x.sum() for x in xs)
         with pytest.raises(RuntimeError, match=r"rewardops::\w+: a second derivative was asked for"):
             torch.autograd.grad(penalty, xs)
 
@@ -221,8 +221,8 @@ def block(generator):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(fn, reentrant, block):
     hidden, weight, tokens = block
-    found = gradients(lambda h, w: checkpoint(fn, h, w, tokens, use_reentrant=reentrant), [hidden, weight])
-    assert_equal(found, gradients(lambda h, w: fn(h, w, tokens), [hidden, weight]), reentrant)
+    got = gradients(lambda h, w: checkpoint(fn, h, w, tokens, use_reentrant=reentrant), [hidden, weight])
+    assert_equal(got, gradients(lambda h, w: fn(h, w, tokens), [hidden, weight]), reentrant)
 
 
 @BLOCKS
@@ -251,8 +251,8 @@ def test_a_checkpoint_that_shares_logits(block):
         return rewardops.token_stats(logits, tokens, inplace_backward=inplace)[0].sum() + square.sum()
 
     want = gradients(lambda h, w: fn(h, w, False), [hidden, weight])
-    found = gradients(lambda h, w: checkpoint(fn, h, w, True, use_reentrant=False), [hidden, weight])
-    assert_equal(found, want, "checkpoint")
+    got = gradients(lambda h, w: checkpoint(fn, h, w, True, use_reentrant=False), [hidden, weight])
+    assert_equal(got, want, "checkpoint")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(lambda h, w: fn(h, w, True), [hidden, weight])
 
@@ -276,8 +276,8 @@ def test_compiled_twice_at_most(name):
     torch._dynamo.reset()
     compiled = torch.compile(lambda fn, *xs: fn(*xs), fullgraph=True, backend="aot_eager")
     for k, size in enumerate(((6, 7, 11), (8, 9, 14), (12, 5, 23), (5, 13, 17))):
-        made = calls.calls(calls.make_batch(*size, dtype=torch.float32))
-        (call,) = (call for call in made if call.name == name)
+        batch_calls = calls.calls(calls.make_batch(*size, dtype=torch.float32))
+        (call,) = (call for call in batch_calls if call.name == name)
         with torch.compiler.set_stance("default" if k < 2 else "fail_on_recompile"):
             compiled(call.fn, *leaves(call.inputs))
 
@@ -289,8 +289,8 @@ def test_compiled_around_a_checkpoint(block):
         return checkpoint(stats_of(True), h, w, tokens, use_reentrant=False)
 
     torch._dynamo.reset()
-    found = gradients(torch.compile(fn, fullgraph=True, backend="aot_eager"), [hidden, weight])
-    for a, b in zip(found, gradients(fn, [hidden, weight]), strict=True):
+    got = gradients(torch.compile(fn, fullgraph=True, backend="aot_eager"), [hidden, weight])
+    for a, b in zip(got, gradients(fn, [hidden, weight]), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -309,8 +309,8 @@ def test_export(generator):
     assert [n.target for n in exported.graph.nodes if "rewardops" in str(n.target)] == [
         torch.ops.rewardops.token_stats.default
     ]
-    given = arguments(5)
-    assert torch.equal(exported.module()(*given), Model()(*given))
+    inputs = arguments(5)
+    assert torch.equal(exported.module()(*inputs), Model()(*inputs))
 
 
 # ---- DistributedDataParallel -------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_ddp(tmp_path):
     torch.manual_seed(0)
     want = policy_gradients(Policy(), [0, 1, 2, 3])
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"rank{rank}")
-        assert found.keys() == want.keys()
+        got = torch.load(tmp_path / f"rank{rank}")
+        assert got.keys() == want.keys()
         for name, grad in want.items():
-            torch.testing.assert_close(found[name], grad / 2, msg=name)
+            torch.testing.assert_close(got[name], grad / 2, msg=name)

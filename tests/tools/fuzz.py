@@ -118,9 +118,9 @@ def of_the_part(
     size = width if vocab_size is None else min(vocab_size - vocab_start, width)
     if size < 1:
         return merged(tokens=tokens, vocab_start=vocab_start, vocab_size=vocab_size, **arguments)
-    own = tokens.long() - vocab_start
-    own = torch.where((own >= 0) & (own < size), own, -1).masked_fill(tokens == -100, -100)
-    return rewardops.token_stats(tokens=own, vocab_size=size, **arguments)
+    ids = tokens.long() - vocab_start
+    ids = torch.where((ids >= 0) & (ids < size), ids, -1).masked_fill(tokens == -100, -100)
+    return rewardops.token_stats(tokens=ids, vocab_size=size, **arguments)
 
 
 def _counts(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -243,9 +243,9 @@ def check_valid(call: Call, backend: str, device: torch.device | str = "cpu") ->
         for (name, _), gradient in zip(run.names, ours.gradients, strict=False):
             if call.kind(name).per_token:
                 assert not _behind(valid, gradient).any(), f"gradient of {name}: not 0 where masked"
-    noisy = not all(found.error.passes for found in compare(ours, exact, eager))
-    for found in compare(ours, exact, noise_of(run, exact)) if noisy else ():
-        assert found.error.passes, found.error.fault
+    noisy = not all(comparison.error.passes for comparison in compare(ours, exact, eager))
+    for comparison in compare(ours, exact, noise_of(run, exact)) if noisy else ():
+        assert comparison.error.passes, comparison.error.fault
     return noisy
 
 

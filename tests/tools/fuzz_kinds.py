@@ -96,9 +96,9 @@ def longer(x: Tensor, dim: int = 0) -> Tensor:
 
 def first_as(x: Tensor, number: float) -> Tensor:
     """A copy with the first element replaced."""
-    found = x.clone()
-    found.view(-1)[:1] = number
-    return found
+    copy = x.clone()
+    copy.view(-1)[:1] = number
+    return copy
 
 
 class Kind:
@@ -123,10 +123,10 @@ class Made(Kind):
         self.make, self.bad, self.must = make, bad, must
 
     def draw(self, draw, call, needed):
-        made = self.make(call)
-        if made is None or not (needed or self.must(call) or draw(st.booleans())):
+        strategy = self.make(call)
+        if strategy is None or not (needed or self.must(call) or draw(st.booleans())):
             return ABSENT
-        return draw(made)
+        return draw(strategy)
 
     def wrong(self, call, value, needed):
         yield from self.bad(call, value)
@@ -181,8 +181,8 @@ class Array(Made):
 
     def is_joined_to(self, call: Call) -> bool:
         """True if the shape of another argument of the call follows from this one's."""
-        given = (call.kind(k) for k, v in call.arguments.items() if isinstance(v, Tensor))
-        return any(kind.joined for kind in given if isinstance(kind, (Array, Mask, Offsets, Labels)))
+        kinds = (call.kind(k) for k, v in call.arguments.items() if isinstance(v, Tensor))
+        return any(kind.joined for kind in kinds if isinstance(kind, (Array, Mask, Offsets, Labels)))
 
 
 def per_token(*kinds: str, **options: Any) -> Array:
@@ -223,8 +223,10 @@ class Rewards(Array):
     def _rewards(self, call: Call) -> st.SearchStrategy[Tensor]:
         several = st.integers(0, 3)
         channels = {"never": st.none(), "maybe": st.none() | several, "always": several}[self.channels]
-        made = channels.flatmap(lambda c: some.rewards(call.batch.size, channels=c, dtype=call.batch.dtype))
-        return made.map(lambda x: dead_as_nan(call, x))
+        strategy = channels.flatmap(
+            lambda c: some.rewards(call.batch.size, channels=c, dtype=call.batch.dtype)
+        )
+        return strategy.map(lambda x: dead_as_nan(call, x))
 
     def wrong(self, call, value, needed):
         for what, bad in super().wrong(call, value, needed):
@@ -262,8 +264,8 @@ class Offsets(Kind):
     """``cu_seqlens``"""
 
     def draw(self, draw, call, needed):
-        found = call.batch.rows.cu_seqlens
-        return ABSENT if found is None else found
+        offsets = call.batch.rows.cu_seqlens
+        return ABSENT if offsets is None else offsets
 
     def wrong(self, call, value, needed):
         yield from strangers("None", "a tensor")
@@ -481,8 +483,8 @@ class Outputs(Kind):
         if not needed and not draw(st.booleans()):
             return ABSENT
         names = [n for n in OUTPUTS if n not in self.but and not (self._single(call) and n in REF_OUTPUTS)]
-        found = draw(st.lists(st.sampled_from(names), min_size=0 if self.empty else 1, max_size=4))
-        return draw(st.sampled_from((tuple, list)))(found)
+        drawn = draw(st.lists(st.sampled_from(names), min_size=0 if self.empty else 1, max_size=4))
+        return draw(st.sampled_from((tuple, list)))(drawn)
 
     def wrong(self, call, value, needed):
         yield from strangers()
@@ -503,9 +505,9 @@ class Coefficients(Kind):
     def draw(self, draw, call, needed):
         single = call[self.ref] is ABSENT
         names = [n for n in OUTPUTS if n != "is_top1" and not (single and n in REF_OUTPUTS)]
-        found = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
+        drawn = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
         values = per_token("normal").make(call)
-        return {n: draw(values) for n in found}
+        return {n: draw(values) for n in drawn}
 
     def wrong(self, call, value, needed):
         yield from strangers()

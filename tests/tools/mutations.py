@@ -54,10 +54,10 @@ class Outcome(NamedTuple):
 
 def planted(source: str, fault: Fault) -> str:
     """The file's text with the fault in it."""
-    found = source.count(fault.text)
-    if found != 1:
+    count = source.count(fault.text)
+    if count != 1:
         raise FaultyList(
-            f"{fault.file} has the text of '{fault.name}' {found} times, want once: {fault.text!r}"
+            f"{fault.file} has the text of '{fault.name}' {count} times, want once: {fault.text!r}"
         )
     return source.replace(fault.text, fault.instead)
 
@@ -73,12 +73,12 @@ class Copy:
         if not link.exists():
             link.symlink_to("../triton_kernels")
         # Without bytecode files, none can be stale.
-        own = {
+        settings = {
             "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400",
             "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1",
         }  # fmt: skip
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("REWARDOPS_", "PYTEST_"))}
-        self.env = kept | own
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("REWARDOPS_", "PYTEST_"))}
+        self.env = inherited | settings
         self.check_imports()
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:

@@ -36,18 +36,18 @@ class Ranks:
     def run(self, count: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         for end in self._ends[:count]:
             end.send((count, fn, args))
-        found: dict[int, Any] = {}
-        while len(found) < count:
-            waiting = {end: k for k, end in enumerate(self._ends[:count]) if k not in found}
+        results: dict[int, Any] = {}
+        while len(results) < count:
+            waiting = {end: k for k, end in enumerate(self._ends[:count]) if k not in results}
             ready = wait(list(waiting), TIMEOUT)
             if not ready:
                 raise TimeoutError(f"no answer from ranks {sorted(waiting.values())}")
             for end in ready:
                 rank = waiting[end]
-                found[rank], error = end.recv()
+                results[rank], error = end.recv()
                 if error is not None:  # others may be waiting for this rank
                     raise AssertionError(f"rank {rank}: {error}")
-        return [found[k] for k in range(count)]
+        return [results[k] for k in range(count)]
 
     def close(self) -> None:
         for process in self._processes:

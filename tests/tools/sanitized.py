@@ -28,14 +28,14 @@ def tool(name: str) -> str | None:
 def runtimes() -> list[str]:
     """The sanitizer runtimes to preload; empty if the compiler has none."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    found = []
+    libraries = []
     for name in ("libasan.so", "libubsan.so") if compiler else ():
         path = subprocess.run(
             [str(compiler), f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         if os.path.isabs(path):
-            found.append(path)
-    return found if len(found) == 2 else []
+            libraries.append(path)
+    return libraries if len(libraries) == 2 else []
 
 
 def why_not() -> str | None:

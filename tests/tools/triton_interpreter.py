@@ -30,16 +30,16 @@ def hasten() -> None:
 
 def _scan(self, tensors):
     """``ScanOps.generic_scan``: Hillis and Steele's scan; each step calls the combination once on whole blocks."""
-    found, dtypes = [x.handle.data for x in tensors], [x.dtype for x in tensors]
-    place = np.indices(found[0].shape)[self.axis]
+    arrays, dtypes = [x.handle.data for x in tensors], [x.dtype for x in tensors]
+    place = np.indices(arrays[0].shape)[self.axis]
     distance = 1
-    while distance < found[0].shape[self.axis]:
-        both = [np.roll(x, distance, self.axis) for x in found] + found
+    while distance < arrays[0].shape[self.axis]:
+        both = [np.roll(x, distance, self.axis) for x in arrays] + arrays
         both = self.combine_fn.fn(*map(self.to_tensor, both, dtypes * 2))
         both = both if isinstance(both, tuple) else (both,)
-        found = [np.where(place < distance, x, y.handle.data) for x, y in zip(found, both, strict=True)]
+        arrays = [np.where(place < distance, x, y.handle.data) for x, y in zip(arrays, both, strict=True)]
         distance *= 2
-    return [self.to_tensor(*x) for x in zip(found, dtypes, strict=True)]
+    return [self.to_tensor(*x) for x in zip(arrays, dtypes, strict=True)]
 
 
 def _reduce(self, tensors):
