@@ -132,14 +132,14 @@ def sanitize(walk: Walk, limit: float) -> tuple[int, str]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return 0, "not done: there is no compute-sanitizer"
-    said = []
+    summaries = []
     for check in ("memcheck", "racecheck"):
         options = ["--tool", check, "--error-exitcode", "66", "--kernel-regex", "kns=rewardops"]
         status, words = walk.run([tool, *options, *script, "--device", "cuda"], limit / 2)
-        said.append(f"{check}: {words}")
+        summaries.append(f"{check}: {words}")
         if status:
-            return status, said[-1]
-    return 0, "; ".join(said)
+            return status, summaries[-1]
+    return 0, "; ".join(summaries)
 
 
 def timing(walk: Walk, limit: float) -> tuple[int, str]:

@@ -92,10 +92,10 @@ def _memory(row: Row) -> list[str]:
 
 def _backends(rows: list[Row]) -> list[str]:
     """A table of ours on the requested backends besides the default."""
-    asked = list(
+    requested = list(
         dict.fromkeys(v for row in rows for v in [*row["variants"], *row["missing"]] if "ours/" in v)
     )
-    if not asked:
+    if not requested:
         return []
 
     def cell(row: Row, variant: str) -> str:
@@ -104,8 +104,8 @@ def _backends(rows: list[Row]) -> list[str]:
             return row["missing"].get(variant, "")
         return f"{ms(timing['median'])} ({times(timing['ratio']['median'])}, {_error(timing)})"
 
-    head = ["case", "ours, ms", *(v.removeprefix("ours/") for v in asked)]
-    cells = ([title(r), ms(r["variants"]["ours"]["median"]), *(cell(r, v) for v in asked)] for r in rows)
+    head = ["case", "ours, ms", *(v.removeprefix("ours/") for v in requested)]
+    cells = ([title(r), ms(r["variants"]["ours"]["median"]), *(cell(r, v) for v in requested)] for r in rows)
     return ["", "On other backends, milliseconds (times ours, relative error):", "", *table(head, cells)]
 
 

@@ -285,11 +285,11 @@ def line(row: Row) -> str:
     ours = row["variants"].get("ours")
     if ours is None:
         return f"{title(row)}: {row['missing']['ours']}"
-    said = f"{title(row)}: {ours['median']:.3f} ms, {ours['share_of_copy']:.0%} of copy"
+    text = f"{title(row)}: {ours['median']:.3f} ms, {ours['share_of_copy']:.0%} of copy"
     if row["best_other"] is not None:
         r = row["variants"][row["best_other"]]["ratio"]
-        said += f"; {row['best_other']} {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
-    return said
+        text += f"; {row['best_other']} {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
+    return text
 
 
 def load(path: Path) -> Report:

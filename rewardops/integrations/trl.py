@@ -161,14 +161,14 @@ class _Head:
             self.note.append((hidden, weight, bias))
             return hidden.new_zeros(tokens.shape, dtype=torch.float32), None, None, None, None
         names = {"log_probs": "logprob", "entropy": "entropy"}
-        asked = [names[name] for name in outputs]
+        requested = [names[name] for name in outputs]
         other: dict[str, Any] = {}
         if self.reference is not None:
             other = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), self.reference, strict=True))
-            asked.append("kl")
+            requested.append("kl")
         stats = linear_token_stats(
             hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            outputs=asked, num_tokens=tokens.shape[0], **other,
+            outputs=requested, num_tokens=tokens.shape[0], **other,
         )  # fmt: skip
         self.kl = stats.kl
         assert stats.logprob is not None

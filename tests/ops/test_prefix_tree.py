@@ -456,9 +456,9 @@ class Test_PrefixTree:
         decode = lambda ids: "".join("<a&\"'>"[i] for i in ids)  # noqa: E731
         svg = tree.to_svg(decode)
         root = xml.fromstring(svg)
-        said = ["".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text")]
+        texts = ["".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text")]
         for b in range(14):
-            assert any(t.startswith(f"row {b} ") or t.startswith(f"row {b}  ") for t in said) == bool(
+            assert any(t.startswith(f"row {b} ") or t.startswith(f"row {b}  ") for t in texts) == bool(
                 tree.path(b)
             )
         titles = [t.text for t in root.iter("{http://www.w3.org/2000/svg}title")]

@@ -225,14 +225,14 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     before = run.load(out)["rows"]
     assert {row["case"] for row in before} == {"token_stats_backward"}
 
-    asked = []
-    monkeypatch.setattr(run, "measure", lambda item, s: asked.append(item.case) or measure(item, s))
+    measured_cases = []
+    monkeypatch.setattr(run, "measure", lambda item, s: measured_cases.append(item.case) or measure(item, s))
     got = run.run_all(items, SETTINGS, out=out, say=quiet)
-    assert asked == ["group_advantages"]
+    assert measured_cases == ["group_advantages"]
     assert got["rows"][: len(before)] == before
     assert got == run.load(out)
     run.run_all(items, SETTINGS, out=out, say=quiet)
-    assert len(asked) == 1
+    assert len(measured_cases) == 1
 
     other = dataclasses.replace(SETTINGS, seconds=0.02)
     with pytest.raises(run.Refused, match="another settings"):

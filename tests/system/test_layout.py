@@ -147,12 +147,12 @@ def test_num_tokens_must_be_told_where_it_cannot_be_read():
     )
     with pytest.raises(Exception, match="num_tokens: got None"):
         fn(F(2), T([0, 3, 5]))
-    told = torch.compile(
+    compiled = torch.compile(
         lambda r, cu: R.group_advantages(r, group_size=2, cu_seqlens=cu, num_tokens=5),
         fullgraph=True,
         backend="eager",
     )
-    assert told(T([0.0, 1.0]), T([0, 3, 5])).shape == (5,)
+    assert compiled(T([0.0, 1.0]), T([0, 3, 5])).shape == (5,)
 
 
 def test_bad_offsets_never_become_a_read_out_of_bounds(target):
