@@ -1,1 +1,1 @@
-"""Microbenchmarks: every op against the plain formula, eager and under torch.compile, on the same data."""
+"""Microbenchmarks: every op against the plain formula, eager and compiled, on the same data."""

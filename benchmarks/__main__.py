@@ -1,4 +1,4 @@
-"""``python -m benchmarks run|compare|report|readme|list``: time the ops, and make something of it."""
+"""``python -m benchmarks run|compare|report|readme|list``: time the ops and report the results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from . import case, cases, compare, memory, readme, report, run
 
 
 def _named(chosen: list[str] | None) -> list[str]:
-    """Cases by their names, and families for all of theirs."""
-    found = []
+    """The names of the chosen cases; a family stands for all of its cases."""
+    selected = []
     for name in chosen or cases.families():
         if name not in cases.names() and name not in cases.families():
             raise run.Refused(f"--case: no case or family {name!r}; python -m benchmarks list has them")
-        found += [name] if name in cases.names() else cases.names(name)
-    return list(dict.fromkeys(found))
+        selected += [name] if name in cases.names() else cases.names(name)
+    return list(dict.fromkeys(selected))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -62,17 +62,17 @@ def _compare(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.reports:
-        found = run.load(path)
-        (options.out / f"{path.stem}.md").write_text(report.markdown(found))
+        loaded = run.load(path)
+        (options.out / f"{path.stem}.md").write_text(report.markdown(loaded))
         print(options.out / f"{path.stem}.md")
         try:
             from . import plots
 
-            made = plots.all_of(found, options.out, path.stem)
+            pictures = plots.all_of(loaded, options.out, path.stem)
         except ImportError:
             print("no plots: matplotlib is not installed (benchmarks/requirements.txt)")
         else:
-            print(*made, sep="\n")
+            print(*pictures, sep="\n")
     return 0
 
 
@@ -98,9 +98,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True)
 
     def command(name: str, function: object, about: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=about, description=about)
-        made.set_defaults(function=function)
-        return made
+        subparser = commands.add_parser(name, help=about, description=about)
+        subparser.set_defaults(function=function)
+        return subparser
 
     on = {"default": "cuda" if torch.cuda.is_available() else "cpu", "help": "cpu or cuda"}
     p = command("run", _run, "time cases on this machine")

@@ -1,4 +1,4 @@
-"""What is timed: a case is an op with its data, the formula as people write it, and other packages' versions."""
+"""Cases: an op with its data, the formula in plain PyTorch, and the versions of other packages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """N tokens over a vocabulary of V; B rows of T tokens in groups of K; hidden states of D, and how many.
+    """Sizes: N tokens over a vocabulary of V; B rows of T tokens in groups of K; hidden states of width D.
 
-    Prefix trees have rows of their own, in groups of K and in large ones, that part from an earlier row of their
-    group after ``shared`` tokens in the mean.
+    Prefix trees have separate rows, in groups of K and in large groups. Each row branches off an earlier row of
+    its group after ``shared`` tokens on average.
     """
 
     tokens: int
@@ -35,15 +35,15 @@ class Sizes:
     large_group: int = 128
     shared: int = 204
     steps: int = 16
-    """Tokens of a step in the mean."""
+    """Mean number of tokens per step."""
     density: float = 1.0
     """Share of valid tokens inside the rows: below 1 there are holes."""
     ragged: bool = True
-    """Whether rows are of any length up to T."""
+    """True for rows of any length up to T."""
     ragged_groups: bool = False
-    """Whether groups are of any size up to 2 K - 1."""
+    """True for groups of any size up to 2 K - 1."""
     layout: str = "padded"
-    """Or ``"packed"``."""
+    """``"padded"`` or ``"packed"``."""
 
 
 TINY = Sizes(tokens=4, vocab=300, rows=8, length=24, group=4, hidden=16, hidden_tokens=6,
@@ -56,7 +56,7 @@ FULL = Sizes(tokens=8192, vocab=151936, rows=1024, length=8192, hidden=4096, hid
 
 @dataclass(frozen=True)
 class Axis:
-    """A field of :class:`Sizes`, or the dtype, and the values a sweep gives it."""
+    """A field of :class:`Sizes`, or the dtype, and its values in a sweep."""
 
     quick: tuple[Any, ...]
     long: tuple[Any, ...]
@@ -87,44 +87,44 @@ AXES = {
 
 @dataclass(frozen=True)
 class Missing:
-    """Another package's version that cannot run here, and why."""
+    """A version that cannot run here, with the reason."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Case:
-    """``ours(*inputs)``, ``plain(*inputs)`` and what other packages do return the same tensors.
+    """One case: ``ours(*inputs)``, ``plain(*inputs)`` and the peers return the same tensors.
 
-    ``bytes_moved`` is what must cross memory at least: every input once, every output once, and the same again for
-    the backward pass.
+    ``bytes_moved`` is the least memory traffic: every input and every output once, and again in the backward
+    pass.
     """
 
     name: str
     op: str
-    """The public name it is about."""
+    """The public name of the op."""
     ours: Function
     plain: Function
     inputs: tuple[Tensor, ...]
     bytes_moved: int
     differentiable: int = 0
-    """The first so many inputs get a gradient; 0 for forward only."""
+    """Number of leading inputs that get a gradient; 0 for forward only."""
     peers: dict[str, Function | Missing] = field(default_factory=dict)
     floor: tuple[str, Callable[[], Any]] | None = None
-    """A name and a call that does the least work possible; timed, not compared."""
+    """Work that no implementation can avoid, such as a matmul; timed, not compared."""
     compiled: bool = True
-    """Whether ``plain`` is one that a compiler finishes with."""
+    """False if compiling ``plain`` does not finish."""
     exact: Function | None = None
-    """In float64, where ``plain`` on float64 copies of the float inputs would not do."""
+    """The float64 computation, if ``plain`` on float64 copies of the inputs is not suitable."""
     compared: bool = True
-    """Whether all of them compute the same numbers."""
+    """False if the variants compute different numbers, such as random draws."""
 
     def call(
         self, fn: Function, inputs: tuple[Tensor, ...] | None = None
     ) -> Callable[[], tuple[Tensor, ...]]:
-        """``fn`` as it is timed: forward, or forward and backward, which returns the gradients.
+        """The timed call of ``fn``: forward, or forward and backward, which returns the gradients.
 
-        What reaches the results from above is random, and the same numbers for every variant and precision.
+        Upstream gradients are random, and the same for every variant and precision.
         """
         inputs = self.inputs if inputs is None else inputs
         if not self.differentiable:

@@ -1,4 +1,4 @@
-"""Two reports of one machine: what became faster or slower, beyond the noise."""
+"""Compare two reports of one machine: cases that became faster or slower beyond the noise."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 from .run import Report, key, title
 
-LEAST = 0.05  # of a change that is spoken of
+LEAST = 0.05  # smallest relative change to report
 
 
 def different(a: Report, b: Report) -> list[str]:
-    """In what the reports differ that makes their times incomparable."""
+    """Differences between the reports that make their times incomparable."""
     settings = ("device", "keep_memory")
     parts = [part for part in ("machine", "backend") if a[part] != b[part]]
     return parts + [name for name in settings if a["settings"][name] != b["settings"][name]]
 
 
 def _verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Whether the spreads are apart, and the medians by more than LEAST."""
+    """Faster, slower or neither: the spreads must be disjoint and the medians differ by more than LEAST."""
     if new["p20"] > old["p80"] and new["median"] > (1 + LEAST) * old["median"]:
         return "REGRESSION"
     if new["p80"] < old["p20"] and new["median"] < (1 - LEAST) * old["median"]:
@@ -26,7 +26,7 @@ def _verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def compare(a: Report, b: Report) -> tuple[str, int]:
-    """A Markdown table over the rows that both have, a line for each of ours; and the number of regressions."""
+    """A Markdown table of the common rows, with a line per variant of ours, and the number of regressions."""
     before = {key(row): row for row in a["rows"]}
     lines = [
         f"{a['commit']} ({a['date']}) to {b['commit']} ({b['date']}); a copy: how the machine itself changed",

@@ -1,4 +1,4 @@
-"""The data of cases: random logits, rows of tokens in either layout, groups, rows that share prefixes."""
+"""Data of the cases: random logits, rows of tokens in either layout, groups, rows that share prefixes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def size_of(*tensors: Tensor | None) -> int:
 
 
 def full(x: Tensor) -> Tensor:
-    """In the precision that formulas compute in."""
+    """Cast half precision to float32, in which the formulas compute."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -28,7 +28,7 @@ def copy(*tensors: Tensor) -> tuple[str, Callable[[], list[Tensor]]]:
 
 
 class Groups:
-    """Rows of groups: a view where they are of one size, sums by label where they are not."""
+    """Group sums: over a view if groups have equal sizes, else by label."""
 
     def __init__(self, of: int | Tensor) -> None:
         self.size = of if isinstance(of, int) else 0
@@ -36,18 +36,18 @@ class Groups:
         self.number = 0 if isinstance(of, int) else int(of[-1]) + 1
 
     def split(self, x: Tensor) -> Tensor:
-        """``[B, ...]`` so that :meth:`total` broadcasts to it."""
+        """Reshape ``[B, ...]`` so that :meth:`total` broadcasts to it."""
         return x.view(-1, self.size, *x.shape[1:]) if self.labels is None else x
 
     def total(self, x: Tensor) -> Tensor:
-        """Sums over the rows of a group, of something split."""
+        """Sums over the rows of each group, of a result of :meth:`split`."""
         if self.labels is None:
             return x.sum(1, keepdim=True)
         return x.new_zeros(self.number, *x.shape[1:]).index_add_(0, self.labels, x)[self.labels]
 
 
 class Data:
-    """The data of one case, drawn on first use, and the case built from it."""
+    """The data of one case, generated on first use."""
 
     def __init__(
         self, name: str, op: str, variant: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
@@ -59,7 +59,7 @@ class Data:
         self.name, self.op, self.backward = name, op, variant == "backward"
         self.variant, self.sizes, self.device, self.dtype = variant, sizes, device, dtype
         self.random = torch.Generator(device).manual_seed(0)
-        self.known: dict[str, Tensor] = {}  # the arguments of the op besides its inputs
+        self.known: dict[str, Tensor] = {}  # arguments of the op besides its inputs
 
     # ---- numbers ---------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ class Data:
         return torch.rand(shape, generator=self.random, device=self.device) * (high - low) + low
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """In the dtype of the case."""
+        """Normal random numbers in the dtype of the case."""
         return torch.randn(shape, generator=self.random, device=self.device, dtype=self.dtype) * scale
 
     def ids(self, high: int, *shape: int) -> Tensor:
@@ -75,14 +75,14 @@ class Data:
 
     @cached_property
     def counted(self) -> Tensor | None:
-        """``[N]``, which tokens of the logits count; None for all."""
+        """``[N]``, True for valid tokens of the logits; None for all."""
         if not self.holes:
             return None
         self.known["counted"] = self.uniform(self.sizes.tokens) < self.sizes.density
         return self.known["counted"]
 
     def of_counted(self, x: Tensor) -> int:
-        """Bytes of those rows of ``[N, ...]`` that count: the others need not be read."""
+        """Bytes of the valid rows of ``[N, ...]``: the others need not be read."""
         if self.counted is None:
             return size_of(x)
         return size_of(x) // len(x) * int(self.counted.sum())
@@ -91,7 +91,7 @@ class Data:
 
     @cached_property
     def rows(self) -> int:
-        """B, whole groups of K."""
+        """B, a multiple of K."""
         return -(-self.sizes.rows // self.sizes.group) * self.sizes.group
 
     @cached_property
@@ -102,11 +102,11 @@ class Data:
 
     @cached_property
     def mask(self) -> Tensor:
-        """``[B, T]``, which tokens count: for the formulas, and for the properties below."""
+        """``[B, T]``, True for valid tokens: for the formulas, and for the properties below."""
         inside = torch.arange(self.sizes.length, device=self.device) < self.lengths
         if self.holes:
             inside &= self.uniform(self.rows, self.sizes.length) < self.sizes.density
-            inside[:, 0] = True  # no row without a token
+            inside[:, 0] = True  # every row has a token
         return inside
 
     @property
@@ -119,26 +119,26 @@ class Data:
 
     @cached_property
     def _packed_at(self) -> Tensor:
-        """``[N]``, where in ``[B * T]`` the packed tokens lie."""
+        """``[N]``, the index in ``[B * T]`` of each packed token."""
         inside = torch.arange(self.sizes.length, device=self.device) < self.lengths
         return inside.flatten().nonzero()[:, 0]
 
     @cached_property
     def valid(self) -> Tensor | None:
-        """The mask in the layout of the case; None where packed rows have no holes."""
+        """The mask in the layout of the case; None for packed rows without holes."""
         if not self.packed or self.holes:
             self.known["mask"] = self.pack(self.mask)
         return self.known.get("mask")
 
     @cached_property
     def where(self) -> dict[str, Tensor]:
-        """What tells an op which tokens are of which row, and count."""
-        found = {} if self.valid is None else {"mask": self.valid}
+        """The layout arguments of an op: ``mask`` and ``cu_seqlens``."""
+        layout = {} if self.valid is None else {"mask": self.valid}
         if self.packed:
             ends = self.lengths[:, 0].cumsum(0)
-            found["cu_seqlens"] = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-        self.known.update(found)
-        return found
+            layout["cu_seqlens"] = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+        self.known.update(layout)
+        return layout
 
     @cached_property
     def steps(self) -> Tensor:
@@ -148,7 +148,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of per-token tensors, in the layout of the case."""
+        """The shape of per-token tensors in the layout of the case."""
         return tuple(self._packed_at.shape) if self.packed else (self.rows, self.sizes.length)
 
     @property
@@ -156,11 +156,11 @@ class Data:
         return self._packed_at.numel() if self.packed else self.rows * self.sizes.length
 
     def pack(self, dense: Tensor) -> Tensor:
-        """``[B, T]`` in the layout of the case."""
+        """Convert ``[B, T]`` to the layout of the case."""
         return dense.flatten()[self._packed_at] if self.packed else dense
 
     def unpack(self, x: Tensor) -> Tensor:
-        """``[B, T]``, zeros where nothing was packed."""
+        """The inverse of :meth:`pack`: ``[B, T]``, zeros at tokens that were not packed."""
         if not self.packed:
             return x
         out = x.new_zeros(self.rows * self.sizes.length)
@@ -168,7 +168,7 @@ class Data:
         return out.view(self.rows, self.sizes.length)
 
     def per_token(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """A number for each token, in the layout and the dtype of the case."""
+        """A random number per token, in the layout and dtype of the case."""
         return self.pack(self.uniform(self.rows, self.sizes.length, low=low, high=high)).to(self.dtype)
 
     def per_row(self) -> Tensor:
@@ -181,10 +181,10 @@ class Data:
 
     @cached_property
     def ends(self) -> Tensor:
-        """``[B, T]`` bool, the tokens that end a step."""
+        """``[B, T]`` bool, True at the last token of a step."""
         ends = (self.uniform(self.rows, self.sizes.length) < 1 / self.sizes.steps) & self.mask
         place = torch.arange(self.sizes.length, device=self.device)
-        last = torch.where(self.mask, place, 0).amax(1, keepdim=True)  # a row's last token ends its last step
+        last = torch.where(self.mask, place, 0).amax(1, keepdim=True)  # the last token of a row ends a step
         return ends | (place == last)
 
     @cached_property
@@ -192,7 +192,7 @@ class Data:
         """``[B]``, the group of each row."""
         if not self.sizes.ragged_groups:
             return torch.arange(self.rows, device=self.device) // self.sizes.group
-        # None of one row: conventions differ there.
+        # No groups of one row: conventions differ for them.
         sizes = torch.randint(2, 2 * self.sizes.group - 1, (self.rows,), generator=self.on_host())
         labels = torch.arange(self.rows).repeat_interleave(sizes)[: self.rows]
         labels[-1] = labels[-2]
@@ -204,7 +204,7 @@ class Data:
 
     @cached_property
     def by(self) -> dict[str, Any]:
-        """What tells an op the groups."""
+        """The group arguments of an op."""
         if not self.sizes.ragged_groups:
             return {"group_size": self.sizes.group}
         self.known["groups"] = self.labels
@@ -217,7 +217,7 @@ class Data:
     # ---- rows that share prefixes ----------------------------------------------------------------------------
 
     def shared_prefixes(self) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T]``, and outcomes; :attr:`mask` and what else there is of rows is theirs from then on."""
+        """Tokens ``[B, T]`` and outcomes; afterwards :attr:`mask` and the row properties describe these rows."""
         s = self.sizes
         self.sizes = replace(s, rows=s.tree_rows, length=s.tree_length, density=1.0, ragged_groups=False)
         tokens, self.mask, rewards = shared_prefixes(
@@ -243,14 +243,14 @@ class Data:
         own_precision: bool = False,
         **rest: Any,
     ) -> Case:
-        """A case whose plain formula and peers know neither packed rows nor masked logits nor half precision.
+        """Make a case from a plain formula and peers for padded rows, unmasked logits and float32 only.
 
         Args:
             out: bytes of the results.
-            gradients: of how many inputs, first to last, the backward variant takes the gradient.
-            again: the inputs that a backward pass cannot do without; all by default.
-            unread: bytes of masked inputs, which either pass leaves alone.
-            own_precision: ``plain`` knows what to do with half precision.
+            gradients: number of leading inputs that the backward variant differentiates.
+            again: the inputs that a backward pass must read; all by default.
+            unread: bytes of masked inputs, which neither pass needs to read.
+            own_precision: ``plain`` accepts half precision.
         """
         known = self.known.values()
         moved = size_of(*inputs, *known) - unread + out
@@ -271,13 +271,13 @@ class Data:
         )
 
     def _adapted(self, fn: Function) -> Function:
-        """``fn`` with what one does around it: packed rows padded and packed again, masked logits left out."""
+        """``fn`` with conversions: packed rows are padded and packed again, masked logits removed."""
         if self.packed and "lengths" in self.__dict__:
             dense = (self.rows, self.sizes.length)
 
             def padded(*inputs: Tensor) -> Any:
-                found = fn(*(self.unpack(x) if x.shape == self.shape else x for x in inputs))
-                return _each(found, lambda x: self.pack(x) if x.shape == dense else x)
+                result = fn(*(self.unpack(x) if x.shape == self.shape else x for x in inputs))
+                return _each(result, lambda x: self.pack(x) if x.shape == dense else x)
 
             return padded
         valid = self.__dict__.get("counted")
@@ -285,17 +285,17 @@ class Data:
             return fn
 
         def selected(*inputs: Tensor) -> Any:
-            found = fn(*(x[valid] if len(x) == len(valid) else x for x in inputs))
+            result = fn(*(x[valid] if len(x) == len(valid) else x for x in inputs))
             return _each(
-                found,
+                result,
                 lambda x: x.new_zeros(len(valid), *x.shape[1:]).index_put((valid,), x) if x.dim() else x,
             )
 
         return selected
 
 
-def _each(found: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    return fn(found) if isinstance(found, Tensor) else tuple(fn(x) for x in found)
+def _each(result: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    return fn(result) if isinstance(result, Tensor) else tuple(fn(x) for x in result)
 
 
 def _wide(plain: Function) -> Function:
@@ -305,18 +305,18 @@ def _wide(plain: Function) -> Function:
 def shared_prefixes(
     rows: int, length: int, group: int, shared: int, vocab: int, g: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, mask and outcomes of ragged rows that branch off an earlier one of their group.
+    """Tokens, mask and outcomes of ragged rows that branch off an earlier row of their group.
 
-    The depth of a branch is exponential with mean ``shared``: most rows part early, as samples do.
+    The depth of a branch is exponential with mean ``shared``: most rows branch early, as samples do.
     """
     tokens = torch.randint(0, vocab, (rows, length), generator=g, device=device)
     place = torch.arange(rows, device=device) % group
-    own = (torch.rand(rows, generator=g, device=device) * place).long()  # an earlier row of the group
+    earlier = (torch.rand(rows, generator=g, device=device) * place).long()  # an earlier row of the group
     depth = -shared * torch.rand(rows, generator=g, device=device).clamp(min=1e-9).log()
     column = torch.arange(length, device=device)
     for k in range(1, group):
         later = (place == k).nonzero()[:, 0]
-        there = tokens[later - place[later] + own[later]]
+        there = tokens[later - place[later] + earlier[later]]
         tokens[later] = torch.where(column < depth[later, None], there, tokens[later])
     lengths = torch.randint(length // 2, length + 1, (rows,), generator=g, device=device)
     rewards = torch.randint(0, 2, (rows,), generator=g, device=device).float()

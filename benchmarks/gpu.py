@@ -1,13 +1,12 @@
-"""``python -m benchmarks.gpu``: build, test, check and time on a GPU, with what a bare GPU machine has.
+"""``python -m benchmarks.gpu``: build, test, check and time on a bare GPU machine.
 
-Needs a checkout, a python3 with torch, Triton, pybind11, setuptools, pytest and hypothesis, nvcc, cmake, ninja; no
-network. Nothing is installed into the environment: the package is built into ``build/gpu``. It ends inside nine
-minutes, and a part that passed is not done again: call it once more to go on, with ``--fresh`` to begin anew, with
-``--part`` for some parts only. Writes ``<gpu>-<date>.json`` and ``.md`` to ``--out``, ``$OUT`` or
-``benchmarks/results``.
+Needs a checkout, a python3 with torch, Triton, pybind11, setuptools, pytest and hypothesis, nvcc, cmake, ninja;
+no network. Installs nothing: the package is built into ``build/gpu``. A run ends within nine minutes; call it
+again to continue with the parts that have not passed. ``--fresh`` starts anew, ``--part`` selects parts. Writes
+``<gpu>-<date>.json`` and ``.md`` to ``--out``, ``$OUT`` or ``benchmarks/results``.
 
-``--dry`` walks the same parts on the CPU: tiny shapes, interpreted kernels, and those in CUDA C++ by the harness of
-the tests; its figures mean nothing and are written to ``build/gpu`` alone.
+``--dry`` walks the same parts on the CPU: tiny shapes, interpreted kernels, and the CUDA C++ kernels in the
+harness of the tests. Its figures are meaningless and written only to ``build/gpu``.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ TESTS = ROOT / "tests"
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 STATE = BUILD / "state.json"
-LIMIT = 530.0  # seconds in all
-MANY_TOKENS = 65536  # beside the usual number, where the statistics of logits are concerned
+LIMIT = 530.0  # seconds in total
+MANY_TOKENS = 65536  # in addition to the default, for cases of token_stats
 
 
 def say(text: str) -> None:
@@ -42,17 +41,17 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Walk:
-    """What the parts have in common."""
+    """The options and paths shared by all parts."""
 
     dry: bool
     out: Path
 
     def environment(self) -> dict[str, str]:
-        """The built package first, then the checkout for its benchmarks; never the checkout's own package."""
+        """Environment variables; the built package precedes the checkout on the path."""
         paths = [str(SITE), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        # cmake and ninja may be this environment's, which need not have been activated.
+        # cmake and ninja may belong to this Python environment, which may not be activated.
         programs = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-        found = {
+        variables = {
             **os.environ,
             "PATH": os.pathsep.join(programs),
             "PYTHONPATH": os.pathsep.join(p for p in paths if p),
@@ -60,16 +59,16 @@ class Walk:
             "REWARDOPS_OFFLINE": "1",
         }
         if self.dry:
-            # CUDA C++ takes minutes to build for GPUs, and nothing here would run it.
-            found.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0")
-        elif "CUDAARCHS" not in found:
+            # Building CUDA C++ for GPUs takes minutes, and a dry run does not use it.
+            variables.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0")
+        elif "CUDAARCHS" not in variables:
             import torch
 
-            found["CUDAARCHS"] = "".join(map(str, torch.cuda.get_device_capability()))
-        return found
+            variables["CUDAARCHS"] = "".join(map(str, torch.cuda.get_device_capability()))
+        return variables
 
     def run(self, command: list[str], limit: float, **environment: str) -> tuple[int, str]:
-        """In ``build/gpu``, where no package of the checkout shadows the built one; status and last words."""
+        """Run a command in ``build/gpu``, where nothing shadows the built package; return status and output."""
         try:
             done = subprocess.run(
                 command, cwd=BUILD, env={**self.environment(), **environment}, timeout=max(limit, 1.0),
@@ -84,7 +83,7 @@ class Walk:
         return done.returncode, (done.stdout.strip().splitlines() or [""])[-1]
 
     def pytest(self, files: list[Path], chosen: str, limit: float) -> tuple[int, str]:
-        # Compiling kernels takes longer than running them: several processes, where pytest-xdist is there.
+        # Compiling kernels takes longer than running them: use several processes if pytest-xdist is installed.
         workers = [] if self.dry or importlib.util.find_spec("xdist") is None else ["-n", "8"]
         where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", "-q", *workers, *where, "-k", chosen, *map(str, files)]
@@ -102,7 +101,7 @@ def build(walk: Walk, limit: float) -> tuple[int, str]:
 
 
 def test(walk: Walk, limit: float) -> tuple[int, str]:
-    """The op tests on the device, by Triton's kernels and those in CUDA C++; a dry run takes a few."""
+    """Run the op tests on the device, with Triton and CUDA C++ kernels; a dry run selects a few."""
     if walk.dry:
         files = [TESTS / "ops" / f"test_{family}.py" for family in ("kl", "td")]
         return walk.pytest(files, "(triton and test_kl) or (cuda and by_hand)", limit)
@@ -112,18 +111,18 @@ def test(walk: Walk, limit: float) -> tuple[int, str]:
 
 
 def device(walk: Walk, limit: float) -> tuple[int, str]:
-    """Nothing is read back, calls can be captured, bits repeat, sizes share kernels; without a GPU all skip."""
+    """Test that ops do not synchronise, can be captured, repeat bits and share kernels; skipped without a GPU."""
     return walk.pytest([TESTS / "system" / "test_device.py"], "test", limit)
 
 
 def verify(walk: Walk, limit: float) -> tuple[int, str]:
-    """What users run: every op on every backend that serves the device, held to float64."""
+    """Run ``rewardops verify``: every op on every backend of the device, against float64."""
     command = [sys.executable, "-m", "rewardops", "verify", "--quick"]
     return walk.run([*command, *(["--op", "token_kl"] if walk.dry else ["--device", "cuda"])], limit)
 
 
 def sanitize(walk: Walk, limit: float) -> tuple[int, str]:
-    """Every kernel in CUDA C++ under compute-sanitizer; in a dry run once by the harness, which finds no less."""
+    """Run every CUDA C++ kernel under compute-sanitizer; in a dry run once in the harness, which checks as much."""
     script = [sys.executable, str(TESTS / "cuda_on_host" / "every_kernel.py")]
     if walk.dry:
         if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -133,18 +132,18 @@ def sanitize(walk: Walk, limit: float) -> tuple[int, str]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return 0, "not done: there is no compute-sanitizer"
-    said = []
+    summaries = []
     for check in ("memcheck", "racecheck"):
         options = ["--tool", check, "--error-exitcode", "66", "--kernel-regex", "kns=rewardops"]
         status, words = walk.run([tool, *options, *script, "--device", "cuda"], limit / 2)
-        said.append(f"{check}: {words}")
+        summaries.append(f"{check}: {words}")
         if status:
-            return status, said[-1]
-    return 0, "; ".join(said)
+            return status, summaries[-1]
+    return 0, "; ".join(summaries)
 
 
 def timing(walk: Walk, limit: float) -> tuple[int, str]:
-    """In a process of its own, in which the built package is imported; row by row, so that it can go on."""
+    """Time cases in a separate process that imports the built package; row by row, so that it can resume."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--measure", "--out", str(walk.out)]
     if walk.dry:
         return walk.run([*command, "--dry"], limit, REWARDOPS_BACKEND="triton")
@@ -152,7 +151,7 @@ def timing(walk: Walk, limit: float) -> tuple[int, str]:
 
 
 Part = Callable[[Walk, float], "tuple[int, str]"]
-# With the seconds that each may take at most.
+# Each part with its time limit in seconds.
 PARTS: dict[str, tuple[Part, float]] = {
     "build": (build, 150),
     "test": (test, 220),
@@ -164,7 +163,7 @@ PARTS: dict[str, tuple[Part, float]] = {
 
 
 def base_name(walk: Walk) -> Path:
-    """Of the report, without its ending."""
+    """The path of the report, without its suffix."""
     if walk.dry:
         name = "dry"
     else:
@@ -195,30 +194,30 @@ def measure(walk: Walk) -> None:
         many = [x for x in items if x.case.startswith("token_stats")]
         items += [replace(x, sizes=replace(x.sizes, tokens=MANY_TOKENS), swept="tokens") for x in many]
     path = base_name(walk).with_suffix(".json")
-    found = run.run_all(items, settings, out=path, say=say)
-    path.with_suffix(".md").write_text(report.markdown(found))
-    print("\n" + report.markdown(found))
+    measured = run.run_all(items, settings, out=path, say=say)
+    path.with_suffix(".md").write_text(report.markdown(measured))
+    print("\n" + report.markdown(measured))
 
 
 # ---- the walk ----------------------------------------------------------------------------------------------
 
 
 def _known(walk: Walk, fresh: bool) -> dict[str, Any]:
-    """What earlier calls found, of this very code and kind."""
+    """Results of earlier calls, if they had the same code and mode."""
     code = hashlib.sha256()
     for folder in ("csrc", "rewardops", "triton_kernels", "benchmarks", "tests"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
                 code.update(path.read_bytes())
-    own = {"code": code.hexdigest(), "dry": walk.dry, "parts": {}}
+    fresh_state = {"code": code.hexdigest(), "dry": walk.dry, "parts": {}}
     if fresh or not STATE.exists():
-        return own
-    found: dict[str, Any] = json.loads(STATE.read_text())
-    return found if all(found.get(k) == own[k] for k in ("code", "dry")) else own
+        return fresh_state
+    known: dict[str, Any] = json.loads(STATE.read_text())
+    return known if all(known.get(k) == fresh_state[k] for k in ("code", "dry")) else fresh_state
 
 
 def _written(walk: Walk, known: dict[str, Any]) -> None:
-    """What the parts found, at the end of the report."""
+    """Append the results of the parts to the report."""
     path = base_name(walk).with_suffix(".json")
     if not path.exists():
         return
@@ -272,7 +271,7 @@ def main() -> int:
             continue
         say(name)
         start = time.monotonic()
-        # A dry run may share its machine with a whole test suite.
+        # A dry run may share its machine with a test suite.
         status, words = part(walk, 3 * most if walk.dry else min(most, left))
         result = "ok" if status == 0 else "stopped" if status == 124 else "FAILED"
         known["parts"][name] = {"result": result, "seconds": round(time.monotonic() - start), "words": words}

@@ -1,4 +1,4 @@
-"""Peak memory of a call beyond what was there before and what it returns."""
+"""Peak memory of a call, without its inputs and its result."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _STATUS = Path("/proc/self/status")
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process, from the kernel's counters."""
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
-    assert found
-    return int(found[1]) * 1024
+    """Memory of this process in bytes, from the system's counters."""
+    match = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    assert match
+    return int(match[1]) * 1024
 
 
 def _size(result: Any) -> int:
@@ -28,10 +28,10 @@ def _size(result: Any) -> int:
 
 
 def keep() -> bool:
-    """Have the C library keep what is freed, as allocators on GPUs do; False where it cannot.
+    """Make the C library keep freed memory, as GPU allocators do; False if it cannot.
 
-    By default every large result is fetched from the system anew, and on some machines that takes longer than
-    computing it, for every variant alike.
+    By default every large result is allocated from the system. On some machines that takes longer than computing
+    it, for every variant alike.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -42,14 +42,14 @@ def keep() -> bool:
 
 
 def _give_back() -> None:
-    """What the C library keeps would hide what the next call takes."""
+    """Return freed memory to the system: kept memory would hide allocations of the next call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes; None where the system does not count. Call it warm, so that libraries have made their own buffers."""
+    """Peak in bytes; None if the system does not count. Warm the call up first, for the buffers of libraries."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -59,7 +59,7 @@ def peak(call: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated() - before - _size(result)
     try:
         _give_back()
-        _CLEAR.write_text("5")  # the peak from here on
+        _CLEAR.write_text("5")  # reset the peak
         before = _resident("VmRSS")
         result = call()
         return max(_resident("VmHWM") - before - _size(result), 0)

@@ -1,7 +1,7 @@
-"""The same computation by other packages, adapted so that the numbers agree; or why it is missing.
+"""The same computation by other packages, adapted so that the numbers agree, or the reason why it is missing.
 
-Adapters take and return ``[B, T]`` or ``[N]`` tensors as the plain formulas do. What a package needs beside its
-inputs (masks of floats, flags, labels as numpy arrays) is made outside the time that is measured.
+Adapters take and return ``[B, T]`` or ``[N]`` tensors as the plain formulas do. Other arguments of a package
+(float masks, flags, labels as numpy arrays) are prepared outside the measured time.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ Peers = dict[str, Function | Missing]
 
 @functools.cache
 def _module(name: str) -> Any:
-    """The module, or why there is none."""
+    """The module, or the reason why it is missing."""
     package = name.partition(".")[0]
     title = package.replace("_", "-")
     if importlib.util.find_spec(package) is None:
         return Missing(f"{title} is not installed")
     try:
         return importlib.import_module(name)
-    except Exception as error:  # an installed package fails in many ways, and none of them is ours
+    except Exception as error:  # an installed package may fail to import in any way
         return Missing(f"{title} does not import: {str(error).splitlines()[0][:100]}")
 
 
 def _from(name: str, adapter: Callable[[Any], Function]) -> Function | Missing:
-    """What the adapter makes of a module, where there is one."""
+    """The adapter applied to a module, if it can be imported."""
     module = _module(name)
     return module if isinstance(module, Missing) else adapter(module)
 
 
 def _verl(d: Data, adapter: Callable[[Any], Function], *, loop: bool = False) -> Function | Missing:
-    """Of verl's core algorithms, which have no gradient."""
-    found = _from("verl.trainer.ppo.core_algos", adapter)
-    if isinstance(found, Missing):
-        return found
+    """A function of verl's core algorithms, which have no gradient."""
+    adapted = _from("verl.trainer.ppo.core_algos", adapter)
+    if isinstance(adapted, Missing):
+        return adapted
     if d.backward:
         return Missing("has no gradient")
     if loop and d.sizes.length > 2**14:
         return Missing(f"a loop over {d.sizes.length} tokens")
-    return found
+    return adapted
 
 
 # ---- logits --------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def token_stats(d: Data) -> Peers:
 
 
 def token_stats_and_grad(d: Data) -> Peers:
-    """:func:`token_stats`, and autograd."""
+    """:func:`token_stats` with autograd."""
 
     def with_gradient(stats: Function) -> Function:
         def call(logits: Tensor, tokens: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
@@ -95,10 +95,10 @@ def _trl_chunks(outputs: tuple[str, ...]) -> Function | Missing:
 
     def adapter(m: Any) -> Function:
         def call(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Any:
-            found = m.ChunkedLogProbFunction.apply(
+            results = m.ChunkedLogProbFunction.apply(
                 hidden, weight, None, tokens, 1.0, 8192, None, 1.0, outputs
             )
-            return (found[0], found[1]) if outputs else found[0]
+            return (results[0], results[1]) if outputs else results[0]
 
         return call
 
@@ -106,8 +106,10 @@ def _trl_chunks(outputs: tuple[str, ...]) -> Function | Missing:
 
 
 def _cut_cross_entropy(d: Data) -> Function | Missing:
-    """Its kernels on a GPU, without their filter of small gradients, which changes the numbers; its compiled
-    product and cross-entropy on a CPU."""
+    """cut-cross-entropy: on a GPU its kernels without the filter of small gradients, which changes the numbers.
+
+    On a CPU its compiled matmul and cross-entropy.
+    """
     impl = "cce" if d.device.type == "cuda" else "torch_compile"
 
     def adapter(m: Any) -> Function:
@@ -129,8 +131,8 @@ def _liger_cross_entropy(d: Data) -> Function | Missing:
 
         return call
 
-    found = _from("liger_kernel.ops.fused_linear_cross_entropy", adapter)
-    return found if isinstance(found, Missing) or d.device.type == "cuda" else Missing("needs a GPU")
+    adapted = _from("liger_kernel.ops.fused_linear_cross_entropy", adapter)
+    return adapted if isinstance(adapted, Missing) or d.device.type == "cuda" else Missing("needs a GPU")
 
 
 def linear_token_stats(d: Data) -> Peers:
@@ -148,8 +150,8 @@ def linear_logprob(d: Data) -> Peers:
 def linear_loss(d: Data) -> Peers:
     """Per-token log-probabilities times the coefficients; and Liger's GRPO loss.
 
-    Liger's: rows of one token, advantages that undo its sign and its mean over tokens, no reference; at a ratio of
-    1 its gradient is that of the loss, though its value is not.
+    Liger gets rows of one token, advantages that undo its sign and its mean over tokens, and no reference. At a
+    ratio of 1 its gradient equals that of the loss, but its value differs.
     """
 
     def weighted(logprob: Function) -> Function:
@@ -162,19 +164,19 @@ def linear_loss(d: Data) -> Peers:
                 beta=0.0, use_ref_model=False, chunk_size=n, loss_type="dr_grpo", max_completion_length=1
             )
             one = torch.ones(n, 1, device=hidden.device)
-            found = loss(hidden[:, None], weight, tokens[:, None], one, -n * coefficients)
-            return found[0]
+            results = loss(hidden[:, None], weight, tokens[:, None], one, -n * coefficients)
+            return results[0]
 
         return call
 
-    found = linear_logprob(d)
-    del found["liger"]
-    peers = {k: v if isinstance(v, Missing) else weighted(v) for k, v in found.items()}
+    logprobs = linear_logprob(d)
+    del logprobs["liger"]
+    peers = {k: v if isinstance(v, Missing) else weighted(v) for k, v in logprobs.items()}
     return {**peers, "liger": _from("liger_kernel.chunked_loss", liger)}
 
 
 def linear_jsd(d: Data) -> Peers:
-    """TRL's chunked divergence, averaged; Liger's distillation loss without its term of the labels."""
+    """TRL's chunked divergence, averaged; Liger's distillation loss without its label term."""
 
     def trl(m: Any) -> Function:
         def call(h: Tensor, w: Tensor, ref_h: Tensor, ref_w: Tensor, tokens: Tensor) -> Tensor:
@@ -196,20 +198,20 @@ def linear_jsd(d: Data) -> Peers:
 
 
 def token_kl(d: Data) -> Peers:
-    """verl's, whose clamps these log-probabilities do not reach; masked behind it."""
+    """verl's KL, masked afterwards; these log-probabilities do not reach its clamps."""
     mask = d.mask
     algorithms = "verl.trainer.ppo.core_algos"
     return {"verl": _from(algorithms, lambda m: lambda a, r: m.kl_penalty(a, r, "low_var_kl") * mask)}
 
 
 def whiten(d: Data) -> Peers:
-    """verl's, masked behind it."""
+    """verl's whitening, masked afterwards."""
     mask = d.mask
     return {"verl": _from("verl.utils.torch_functional", lambda m: lambda x: m.masked_whiten(x, mask) * mask)}
 
 
 def group_advantages(d: Data) -> Peers:
-    """verl's two, a reward standing for the row's token rewards; the first is its default, a loop over rows."""
+    """verl's two versions, with the reward at one token of the row; the first is its default, a loop over rows."""
     mask, labels = d.mask.float(), d.labels.cpu().numpy()
 
     def verl(name: str) -> Function | Missing:
@@ -222,21 +224,21 @@ def group_advantages(d: Data) -> Peers:
 
 
 def _without_whitening(fn: Function) -> Function:
-    """A function of verl's whose advantages are to come out as they are."""
+    """Call a function of verl with its whitening disabled."""
     names = types.SimpleNamespace(masked_whiten=lambda values, mask: values)
     return types.FunctionType(fn.__code__, {**fn.__globals__, "verl_F": names}, fn.__name__, fn.__defaults__)
 
 
 def _episodes(d: Data) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """For torchrl: where an episode ends, at a row's last token and at its last column; and ``[B, T, 1]``."""
+    """For torchrl: episode ends, at a row's last token and last column; and the reshape to ``[B, T, 1]``."""
     place = torch.arange(d.mask.shape[1], device=d.device)
     done = (place == d.lengths - 1) | (place == d.mask.shape[1] - 1)
     return done[..., None], lambda x: x[..., None]
 
 
 def _torchrl(d: Data, adapter: Callable[[Any], Function]) -> Function | Missing:
-    found = _from("torchrl.objectives.value.functional", adapter)
-    return Missing("knows no masks with holes") if d.holes and not isinstance(found, Missing) else found
+    adapted = _from("torchrl.objectives.value.functional", adapter)
+    return Missing("knows no masks with holes") if d.holes and not isinstance(adapted, Missing) else adapted
 
 
 def discounted_returns(d: Data, gamma: float) -> Peers:
@@ -255,7 +257,7 @@ def discounted_returns(d: Data, gamma: float) -> Peers:
 
 
 def gae(d: Data, gamma: float, lam: float) -> Peers:
-    """verl's (a loop over time) without its whitening; torchrl's vectorised one. Both masked behind them."""
+    """verl's GAE (a loop over time) without its whitening; torchrl's vectorised GAE. Both masked afterwards."""
     mask, live = d.mask, d.mask.float()
     done, column = _episodes(d)
 
@@ -272,8 +274,8 @@ def gae(d: Data, gamma: float, lam: float) -> Peers:
         def call(rewards: Tensor, values: Tensor) -> tuple[Tensor, ...]:
             following = torch.nn.functional.pad(values[:, 1:], (0, 1))
             inputs = (column(x) for x in (values, following, rewards))
-            found = m.vec_generalized_advantage_estimate(gamma, lam, *inputs, done)
-            return tuple(x[..., 0] * mask for x in found)
+            results = m.vec_generalized_advantage_estimate(gamma, lam, *inputs, done)
+            return tuple(x[..., 0] * mask for x in results)
 
         return call
 
@@ -281,15 +283,15 @@ def gae(d: Data, gamma: float, lam: float) -> Peers:
 
 
 def lambda_returns(d: Data, gamma: float, lam: float) -> Peers:
-    """torchrl's vectorised one, masked behind it."""
+    """torchrl's vectorised function, masked afterwards."""
     mask = d.mask
     done, column = _episodes(d)
 
     def torchrl(m: Any) -> Function:
         def call(rewards: Tensor, values: Tensor) -> Tensor:
             following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-            found = m.vec_td_lambda_return_estimate(gamma, lam, column(following), column(rewards), done)
-            return found[..., 0] * mask
+            returns = m.vec_td_lambda_return_estimate(gamma, lam, column(following), column(rewards), done)
+            return returns[..., 0] * mask
 
         return call
 
@@ -297,7 +299,7 @@ def lambda_returns(d: Data, gamma: float, lam: float) -> Peers:
 
 
 def vtrace(d: Data, gamma: float) -> Peers:
-    """torchrl's (a loop over time), with a behaviour policy of log-probability 0; masked behind it."""
+    """torchrl's V-trace (a loop over time), with behaviour log-probabilities of 0; masked afterwards."""
     mask = d.mask
     done, column = _episodes(d)
 

@@ -1,4 +1,4 @@
-"""Pictures of a report: times to the roofline of every case, and time and memory over sizes."""
+"""Plots of a report: times relative to the roofline of every case, and time and memory over sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KNOWN = {"ours": "#0b5fa5", "eager": "#d1495b", "compile": "#edae49"}
 REST = ("#00798c", "#8f5ba8", "#6b8e23", "#b5651d", "#e377c2", "#7f7f7f", "#17becf", "#2f4b26")
 MARKERS = "osD^vP*X<>h"
 
-Curves = dict[str, list[tuple[Any, Row]]]  # by axis, the values on it and what was measured there
+Curves = dict[str, list[tuple[Any, Row]]]  # axis -> (value, measured row)
 
 
 def _pyplot() -> Any:
@@ -26,12 +26,12 @@ def _pyplot() -> Any:
 
 
 def _styles(report: Report) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each variant, the same in all pictures of a report."""
-    found = list(KNOWN) + sorted({v for row in report["rows"] for v in row["variants"]} - set(KNOWN))
-    colours = [*KNOWN.values(), *(REST[i % len(REST)] for i in range(len(found)))]
+    """A colour and a marker for each variant, the same in all plots of a report."""
+    variants = list(KNOWN) + sorted({v for row in report["rows"] for v in row["variants"]} - set(KNOWN))
+    colours = [*KNOWN.values(), *(REST[i % len(REST)] for i in range(len(variants)))]
     return {
         v: {"color": colours[i], "marker": MARKERS[i % len(MARKERS)], "label": NAMES.get(v, v)}
-        for i, v in enumerate(found)
+        for i, v in enumerate(variants)
     }
 
 
@@ -42,7 +42,7 @@ def _heading(report: Report) -> str:
 
 
 def _save(figure: Any, path: Path, digest: str) -> None:
-    """With the digest of what it shows in the file, so that a test can tell whether it is of today's report."""
+    """Save with the report's digest in the metadata, so that a test can detect a stale plot."""
     svg = path.suffix == ".svg"
     stamp = {"Date": None, "Description": digest} if svg else {"Software": None, "Description": digest}
     figure.savefig(path, dpi=140, metadata=stamp)
@@ -50,7 +50,7 @@ def _save(figure: Any, path: Path, digest: str) -> None:
 
 
 def overview(report: Report, path: Path, digest: str = "", rows: list[Row] | None = None) -> None:
-    """A line for each case, on it each variant's time as a multiple of the roofline."""
+    """Overview: a line per case with each variant's time as a multiple of the roofline."""
     rows = usual(report) if rows is None else rows
     styles = _styles(report)
     figure, axis = _pyplot().subplots(figsize=(8.5, 1.6 + 0.27 * len(rows)), layout="constrained")
@@ -80,16 +80,16 @@ def _label(value: Any) -> str:
 
 
 def curves(report: Report, case: str, dtype: str) -> Curves:
-    """For each axis that the case was swept along, its points in order; the usual sizes are one of them."""
+    """The points of each swept axis of a case in order, including the default sizes."""
     rows = [r for r in report["rows"] if r["case"] == case and "ours" in r["variants"]]
-    found: Curves = {}
+    by_axis: Curves = {}
     for axis in dict.fromkeys(r["swept"] for r in rows if r["swept"]):
         chosen = [r for r in rows if r["swept"] in (None, axis) and (axis == "dtype" or r["dtype"] == dtype)]
         points = [(r["dtype"] if axis == "dtype" else r["sizes"][axis], r) for r in chosen]
         if not isinstance(points[0][0], str):
             points.sort(key=lambda p: p[0])
-        found[axis] = points
-    return {axis: points for axis, points in found.items() if len(points) > 1}
+        by_axis[axis] = points
+    return {axis: points for axis, points in by_axis.items() if len(points) > 1}
 
 
 def _panel(plot: Any, points: list[tuple[Any, Row]], styles: dict[str, Any], what: str) -> None:
@@ -98,16 +98,16 @@ def _panel(plot: Any, points: list[tuple[Any, Row]], styles: dict[str, Any], wha
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     place = dict(zip(values, values if numbers else range(len(values)), strict=True))
     for variant, style in styles.items():
-        found = [(place[v], r["variants"][variant]) for v, r in points if variant in r["variants"]]
-        found = [(x, t) for x, t in found if what == "ms" or t["extra_bytes"] is not None]
-        if not found:
+        measured = [(place[v], r["variants"][variant]) for v, r in points if variant in r["variants"]]
+        measured = [(x, t) for x, t in measured if what == "ms" or t["extra_bytes"] is not None]
+        if not measured:
             continue
-        x = [x for x, _ in found]
-        y = [t["median"] if what == "ms" else t["extra_bytes"] / 1e6 for _, t in found]
+        x = [x for x, _ in measured]
+        y = [t["median"] if what == "ms" else t["extra_bytes"] / 1e6 for _, t in measured]
         above = 4 if variant == "ours" else 3
         plot.plot(x, y, ms=4, lw=1.4, ls="-" if numbers else "", zorder=above, **style)
         if what == "ms" and numbers:
-            low, high = [t["p20"] for _, t in found], [t["p80"] for _, t in found]
+            low, high = [t["p20"] for _, t in measured], [t["p80"] for _, t in measured]
             plot.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
     if what == "ms":
         roofline = [r["roofline"] for _, r in points]
@@ -132,7 +132,7 @@ def _panel(plot: Any, points: list[tuple[Any, Row]], styles: dict[str, Any], wha
 
 
 def swept(report: Report, case: str, dtype: str, along: Curves, path: Path, digest: str = "") -> None:
-    """Time and memory of a case, a column for each axis."""
+    """Time and memory of a case, with a column per axis."""
     styles, columns = _styles(report), len(along)
     size = (max(3.2 * columns, 6.5), 6.2)
     figure, grid = _pyplot().subplots(
@@ -152,13 +152,13 @@ def swept(report: Report, case: str, dtype: str, along: Curves, path: Path, dige
 
 
 def all_of(report: Report, folder: Path, stem: str) -> list[Path]:
-    """Every picture of a report, into a folder."""
-    made = []
+    """Write all plots of a report to a folder."""
+    pictures = []
     if usual(report):
-        made.append(folder / f"{stem}.png")
-        overview(report, made[-1])
+        pictures.append(folder / f"{stem}.png")
+        overview(report, pictures[-1])
     for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in report["rows"] if r["swept"] is None):
         if along := curves(report, case, dtype):
-            made.append(folder / f"{stem}-{case}{'' if dtype == 'float32' else '-' + dtype}.png")
-            swept(report, case, dtype, along, made[-1])
-    return made
+            pictures.append(folder / f"{stem}-{case}{'' if dtype == 'float32' else '-' + dtype}.png")
+            swept(report, case, dtype, along, pictures[-1])
+    return pictures

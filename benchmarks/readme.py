@@ -1,4 +1,4 @@
-"""README.md's performance section, and the pictures of the documentation, from the committed reports."""
+"""README.md's performance section and the plots of the documentation, from the committed reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .run import ROOT, Report, Row, load, title
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-# The cases of the README, where they were measured; the table of a report has all.
+# The cases in the README's table, if measured; a report's table has all cases.
 HEADLINE = (
     "token_stats",
     "token_stats_backward",
@@ -35,7 +35,7 @@ HEADLINE = (
     "tempo_advantages",
     "tree_values",
 )
-# Pictures of sweeps in docs/: the case, the axes.
+# Plots of sweeps in docs/: file -> (case, axes).
 FIGURES = {"prefix_tree_cost.svg": ("prefix_values", ("group", "shared"))}
 
 
@@ -45,12 +45,12 @@ def committed(results: Path = RESULTS) -> Iterator[tuple[Path, Report]]:
 
 
 def digest(path: Path) -> str:
-    """Of a report; its pictures carry it."""
+    """The digest of a report, stored in its plots."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def figures(results: Path = RESULTS) -> Iterator[tuple[str, Path, Report, plots.Curves]]:
-    """Of FIGURES those that were measured on a CPU: the name, the report, and the curves."""
+    """The FIGURES measured on a CPU: name, report and curves."""
     for path, report in committed(results):
         for name, (case, axes) in FIGURES.items():
             curves = plots.curves(report, case, "float32")
@@ -80,7 +80,7 @@ def _row(row: Row) -> list[str]:
 
 
 def section(results: Path = RESULTS) -> str:
-    """The text between the marks."""
+    """The text between the markers."""
     parts = []
     for path, report in committed(results):
         head = [
@@ -92,11 +92,11 @@ def section(results: Path = RESULTS) -> str:
             "others",
             "memory, ours / eager, MB",
         ]
-        kept = ", freed memory kept" if report["settings"]["keep_memory"] else ""
+        memory = ", freed memory kept" if report["settings"]["keep_memory"] else ""
         name = path.stem
         parts += [
             f"{tables.measured(report)}; `{report['backend']}` backend, the sizes `{report['settings']['sizes']}`"
-            f" of `benchmarks/case.py`{kept}; copies at up to {tables.copy_bandwidth(report):.0f} GB/s."
+            f" of `benchmarks/case.py`{memory}; copies at up to {tables.copy_bandwidth(report):.0f} GB/s."
             f" [All cases](benchmarks/results/{name}.md), [the numbers](benchmarks/results/{name}.json).",
             "",
             *tables.table(head, map(_row, chosen(report))),
@@ -108,23 +108,23 @@ def section(results: Path = RESULTS) -> str:
 
 
 def replaced(text: str, inner: str) -> str:
-    """The README with what is between the marks replaced."""
-    before, found, rest = text.partition(BEGIN)
+    """The README with the text between the markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
     _, also, after = rest.partition(END)
-    if not found or not also:
+    if not begin or not also:
         raise ValueError(f"README.md: {BEGIN} and {END} are not there")
     return f"{before}{BEGIN}\n\n{inner}\n{END}{after}"
 
 
 def rewrite(results: Path = RESULTS, readme: Path = README) -> list[Path]:
-    """Table and picture of every committed report, the README, and the pictures of docs/."""
-    made = []
+    """Rewrite the table and plot of every committed report, the README, and the plots of docs/."""
+    written = []
     for path, report in committed(results):
         path.with_suffix(".md").write_text(tables.markdown(report))
         plots.overview(report, path.with_suffix(".png"), digest(path), chosen(report))
-        made += [path.with_suffix(".md"), path.with_suffix(".png")]
+        written += [path.with_suffix(".md"), path.with_suffix(".png")]
     for name, path, report, curves in figures(results):
-        made.append(readme.parent / "docs" / name)
-        plots.swept(report, FIGURES[name][0], "float32", curves, made[-1], digest(path))
+        written.append(readme.parent / "docs" / name)
+        plots.swept(report, FIGURES[name][0], "float32", curves, written[-1], digest(path))
     readme.write_text(replaced(readme.read_text(), section(results)))
-    return [*made, readme]
+    return [*written, readme]

@@ -1,4 +1,4 @@
-"""The registry of cases, which the modules of ``benchmarks/cases`` fill; ``benchmarks.cases`` reads it."""
+"""The registry of cases: filled by the modules of ``benchmarks/cases``, read through ``benchmarks.cases``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def register(
     axes: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
-    """Make a case of a function from :class:`benchmarks.data.Data`, of its name, and one more for each variant.
+    """Register a function of :class:`benchmarks.data.Data` as a case of its name, and one more per variant.
 
     ``gae`` with the variants ``"backward"`` and ``"long"`` is ``gae``, ``gae_backward`` and ``gae_long``.
     """
@@ -53,27 +53,27 @@ def names(family: str | None = None) -> tuple[str, ...]:
 
 
 def families() -> tuple[str, ...]:
-    """Families that have cases."""
+    """The families with cases."""
     return tuple(dict.fromkeys(entry.family for entry in _entries.values()))
 
 
 def op(name: str) -> str:
-    """The public name that a case is about."""
+    """The public name of the op of a case."""
     return _entries[name].op
 
 
 def dtypes(name: str) -> tuple[torch.dtype, ...]:
-    """Those a case is timed with."""
+    """The dtypes with which a case is timed."""
     return _entries[name].dtypes
 
 
 def axes(name: str, *, quick: bool = False) -> dict[str, tuple[Any, ...]]:
-    """Which fields of :class:`Sizes`, and ``"dtype"``, are swept for a case, and over which values."""
-    found = {axis: AXES[axis] for axis in _entries[name].axes}
-    return {axis: values.quick if quick else values.long for axis, values in found.items()}
+    """The swept fields of :class:`Sizes` (or ``"dtype"``) of a case, with their values."""
+    chosen = {axis: AXES[axis] for axis in _entries[name].axes}
+    return {axis: values.quick if quick else values.long for axis, values in chosen.items()}
 
 
 def make(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
-    """A case with its data; ``dtype`` is that of its large float inputs."""
+    """A case with its data; ``dtype`` is the dtype of its large float inputs."""
     entry = _entries[name]
     return entry.build(Data(name, entry.op, entry.variant, sizes, device, dtype))

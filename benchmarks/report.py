@@ -11,24 +11,24 @@ NAMES = {"compile": "torch.compile"}
 
 
 def where(report: Report) -> str:
-    """The machine, in words."""
+    """A description of the machine."""
     m = report["machine"]
     return m["gpu"] if "gpu" in m else f"{m['cpu']}, {m['threads']} of {m['cores']} cores"
 
 
 def measured(report: Report) -> str:
-    """On what, with which versions, when."""
+    """Machine, versions, commit and date of a report."""
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if name != "rewardops")
     return f"{where(report)}; {versions}; commit {report['commit']}, {report['date']}"
 
 
 def copy_bandwidth(report: Report) -> float:
-    """GB/s of the largest copy: rows have one each, of their size."""
+    """Bandwidth of the largest copy in GB/s; each row has a copy of its size."""
     return max((r["bytes"], r["copy_gb_per_s"]) for r in report["rows"] if "bytes" in r)[1]
 
 
 def usual(report: Report) -> list[Row]:
-    """The rows at the usual sizes, of which ours ran."""
+    """The rows at the default sizes for which ours ran."""
     return [row for row in report["rows"] if row["swept"] is None and "ours" in row["variants"]]
 
 
@@ -45,7 +45,7 @@ def _error(variant: dict[str, Any]) -> str:
 
 
 def ratio(row: Row, variant: str) -> str:
-    """How many times as long as ours; of the best other with its interval, in bold."""
+    """Time as a multiple of ours; for the best other variant in bold, with its interval."""
     r = row["variants"][variant]["ratio"]
     if variant != row["best_other"]:
         return times(r["median"])
@@ -53,14 +53,14 @@ def ratio(row: Row, variant: str) -> str:
 
 
 def peers(row: Row) -> list[str]:
-    """The variants of other packages, and loops as people write them."""
+    """The variants of other packages, and loops as in trainers."""
     return [v for v in row["variants"] if not v.startswith("ours") and v not in ("eager", "compile")]
 
 
 def others(row: Row, cell: Callable[[str], str]) -> list[str]:
-    """The cells of eager, of torch.compile, and of all the rest in one."""
-    own = [cell(v) if v in row["variants"] else row["missing"].get(v, "") for v in ("eager", "compile")]
-    return [*own, "; ".join(f"{v} {cell(v)}" for v in peers(row))]
+    """The cells of eager and torch.compile, and one cell of all other variants."""
+    first = [cell(v) if v in row["variants"] else row["missing"].get(v, "") for v in ("eager", "compile")]
+    return [*first, "; ".join(f"{v} {cell(v)}" for v in peers(row))]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -91,27 +91,27 @@ def _memory(row: Row) -> list[str]:
 
 
 def _backends(rows: list[Row]) -> list[str]:
-    """Ours on the further backends of the settings."""
-    asked = list(
+    """A table of ours on the requested backends besides the default."""
+    requested = list(
         dict.fromkeys(v for row in rows for v in [*row["variants"], *row["missing"]] if "ours/" in v)
     )
-    if not asked:
+    if not requested:
         return []
 
     def cell(row: Row, variant: str) -> str:
-        found = row["variants"].get(variant)
-        if found is None:
+        timing = row["variants"].get(variant)
+        if timing is None:
             return row["missing"].get(variant, "")
-        return f"{ms(found['median'])} ({times(found['ratio']['median'])}, {_error(found)})"
+        return f"{ms(timing['median'])} ({times(timing['ratio']['median'])}, {_error(timing)})"
 
-    head = ["case", "ours, ms", *(v.removeprefix("ours/") for v in asked)]
-    cells = ([title(r), ms(r["variants"]["ours"]["median"]), *(cell(r, v) for v in asked)] for r in rows)
+    head = ["case", "ours, ms", *(v.removeprefix("ours/") for v in requested)]
+    cells = ([title(r), ms(r["variants"]["ours"]["median"]), *(cell(r, v) for v in requested)] for r in rows)
     return ["", "On other backends, milliseconds (times ours, relative error):", "", *table(head, cells)]
 
 
 def _floors(rows: list[Row]) -> list[str]:
-    found = [row for row in rows if row["floor"]]
-    if not found:
+    bounded = [row for row in rows if row["floor"]]
+    if not bounded:
         return []
 
     def cells(row: Row) -> list[str]:
@@ -124,32 +124,32 @@ def _floors(rows: list[Row]) -> list[str]:
         ]
 
     head = ["case", "what nobody can leave out", "ms", "ours to it"]
-    return ["", *table(head, map(cells, found))]
+    return ["", *table(head, map(cells, bounded))]
 
 
 def _missing(report: Report) -> list[str]:
-    """Each reason once, with the cases that it holds for."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Each reason once, with its cases."""
+    reasons: dict[tuple[str, str], list[str]] = {}
     for row in report["rows"]:
         for variant, why in row["missing"].items():
-            cases = found.setdefault((variant, why), [])
+            cases = reasons.setdefault((variant, why), [])
             if row["case"] not in cases:
                 cases.append(row["case"])
-    if not found:
+    if not reasons:
         return []
-    lines = [f"- {NAMES.get(v, v)}: {why} ({', '.join(cases)})" for (v, why), cases in found.items()]
+    lines = [f"- {NAMES.get(v, v)}: {why} ({', '.join(cases)})" for (v, why), cases in reasons.items()]
     return ["", "Not measured:", "", *lines]
 
 
 def markdown(report: Report) -> str:
-    """Times with errors, memory, floors, and what is missing."""
+    """The report as Markdown: times with errors, memory, floors, missing variants."""
     rows = [row for row in report["rows"] if "ours" in row["variants"]]
     head = ["case", "ours, ms", "p20 to p80", "roofline, ms", "GB/s", "of copy", "error"]
     names = ["eager", NAMES["compile"], "others"]
     settings = report["settings"]
-    kept = "; freed memory kept" if settings["keep_memory"] else ""
+    memory = "; freed memory kept" if settings["keep_memory"] else ""
     lines = [
-        f"{measured(report)}; sizes: {settings['sizes']}; backend: {report['backend']}{kept}."
+        f"{measured(report)}; sizes: {settings['sizes']}; backend: {report['backend']}{memory}."
         + (f" Largest copy: {copy_bandwidth(report):.0f} GB/s." if rows else ""),
         "",
         "Others: times as long as ours (of the fastest in bold, with the 95 % interval), and the largest error"

@@ -1,7 +1,7 @@
-"""Runs cases: ours against the plain formula and other packages, with memory and error beside the time.
+"""Run cases: time, memory and error of ours, the plain formula and other packages.
 
-A report is a dictionary, written as JSON after each row: what it was measured on, and a row for each case, dtype
-and sizes.
+A report is a dictionary, written as JSON after each row. It has a description of the machine, and a row per case,
+dtype and sizes.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
 PACKAGES = ("numpy", "triton", "trl", "verl", "liger-kernel", "torchrl", "cut-cross-entropy")
 SIZES = {"tiny": TINY, "quick": QUICK, "cpu": CPU, "full": FULL}
-COPY = "copy"  # of as many bytes as the case must move: the roofline
+COPY = "copy"  # the roofline: a copy that moves as many bytes as the case must
 
 Report = dict[str, Any]
 Row = dict[str, Any]
 
 
 class Refused(ValueError):
-    """A request that cannot be fulfilled; the message says why."""
+    """A request that cannot be fulfilled, with the reason."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is measured; all rows of a report share them."""
+    """Settings of a measurement, shared by all rows of a report."""
 
     device: str = "cpu"
     sizes: str = "cpu"
-    """The name of the usual ones, from which sweeps part."""
+    """The name of the default sizes, from which sweeps start."""
     runs: int = 50
     seconds: float = 4.0
     compiled: bool = True
     backends: tuple[str, ...] = ()
-    """Others than the default one, that ours is timed on as well."""
+    """Further backends on which ours is timed, besides the default."""
     keep_memory: bool = False
-    """Whether the C library keeps what is freed, which is for the caller to see to."""
+    """True if the C library keeps freed memory (set up by the caller)."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Item:
     dtype: torch.dtype
     sizes: Sizes
     swept: str | None = None
-    """The axis that it is a point of, where its sizes are not the usual ones."""
+    """The swept axis; None at the default sizes."""
 
     def key(self) -> tuple[Any, ...]:
         return (self.case, dtype_name(self.dtype), *asdict(self.sizes).items())
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What makes rows of two reports the same measurement."""
+    """The identity of a measurement across reports."""
     return (row["case"], row["dtype"], *row["sizes"].items())
 
 
@@ -82,20 +82,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def plan(names: Iterable[str], sizes: str, sweep: Iterable[str] = ()) -> list[Item]:
-    """Every case at its sizes, followed by its points along the axes to sweep (``"all"``: along all it has)."""
+    """Every case at its default sizes, followed by its points along the axes to sweep (``"all"``: all its axes)."""
     sweep, usual, quick = set(sweep), SIZES[sizes], sizes in ("tiny", "quick")
     items: dict[tuple[Any, ...], Item] = {}
     for name in names:
-        found = [Item(name, dtype, usual) for dtype in dtypes(name)]
+        planned = [Item(name, dtype, usual) for dtype in dtypes(name)]
         for axis, values in axes(name, quick=quick).items():
             if not sweep & {axis, "all"}:
                 continue
             if axis == "dtype":
-                found += [Item(name, dtype, usual, axis) for dtype in values]
+                planned += [Item(name, dtype, usual, axis) for dtype in values]
             else:
                 changed = [replace(usual, **{axis: value}) for value in values]
-                found += [Item(name, dtype, s, axis) for dtype in dtypes(name) for s in changed]
-        for item in found:
+                planned += [Item(name, dtype, s, axis) for dtype in dtypes(name) for s in changed]
+        for item in planned:
             items.setdefault(item.key(), item)
     return list(items.values())
 
@@ -108,7 +108,7 @@ def _git(*arguments: str) -> str:
 
 
 def _commit() -> str:
-    """With a mark where code was changed since."""
+    """The commit, marked if the code has uncommitted changes."""
     changed = _git("status", "--porcelain", "-uno", ".", ":!benchmarks/results", ":!docs", ":!*.md")
     return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
@@ -128,14 +128,14 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    found = {"rewardops": rewardops.__version__, "python": platform.python_version()}
-    found["torch"] = str(torch.__version__)
+    versions = {"rewardops": rewardops.__version__, "python": platform.python_version()}
+    versions["torch"] = str(torch.__version__)
     if device.type == "cuda":
-        found["cuda"] = str(torch.version.cuda)
+        versions["cuda"] = str(torch.version.cuda)
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def header(settings: Settings) -> Report:
@@ -156,30 +156,30 @@ def header(settings: Settings) -> Report:
 
 
 def _around(variant: str) -> contextlib.AbstractContextManager[None]:
-    """``ours/<backend>`` runs with that backend forced."""
+    """A context that forces the backend of a variant ``ours/<backend>``."""
     ours, _, backend = variant.partition("/")
     return dispatch.use_backend(backend) if ours == "ours" and backend else contextlib.nullcontext()
 
 
 def _variants(case: Case, settings: Settings) -> tuple[dict[str, Function], dict[str, str]]:
-    """What is timed, and what is not and why."""
-    found: dict[str, Function | Missing] = {"ours": case.ours}
-    found |= {f"ours/{backend}": case.ours for backend in settings.backends}
-    found["eager"] = case.plain
+    """The variants to time, and the missing ones with reasons."""
+    variants: dict[str, Function | Missing] = {"ours": case.ours}
+    variants |= {f"ours/{backend}": case.ours for backend in settings.backends}
+    variants["eager"] = case.plain
     if not settings.compiled:
-        found["compile"] = Missing("left out of this run")
+        variants["compile"] = Missing("left out of this run")
     elif not case.compiled:
-        found["compile"] = Missing("it does not finish compiling this")
+        variants["compile"] = Missing("it does not finish compiling this")
     else:
         torch._dynamo.reset()
-        found["compile"] = torch.compile(case.plain, dynamic=False)
-    found |= case.peers
-    missing = {variant: fn.why for variant, fn in found.items() if isinstance(fn, Missing)}
-    return {v: fn for v, fn in found.items() if not isinstance(fn, Missing)}, missing
+        variants["compile"] = torch.compile(case.plain, dynamic=False)
+    variants |= case.peers
+    missing = {variant: fn.why for variant, fn in variants.items() if isinstance(fn, Missing)}
+    return {v: fn for v, fn in variants.items() if not isinstance(fn, Missing)}, missing
 
 
 def _exact(case: Case) -> tuple[torch.Tensor, ...]:
-    """The results in float64, of the very numbers that the variants get."""
+    """The results in float64 for the same inputs."""
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs)
     return case.call(case.exact or case.plain, inputs)()
 
@@ -191,7 +191,7 @@ def _why(error: Exception) -> str:
 
 
 def _tidy(value: Any) -> Any:
-    """Six digits, and nothing that JSON does not have."""
+    """Round to six digits, and replace values that JSON lacks."""
     if isinstance(value, dict):
         return {k: _tidy(v) for k, v in value.items()}
     if isinstance(value, float):
@@ -200,7 +200,7 @@ def _tidy(value: Any) -> Any:
 
 
 def measure(item: Item, settings: Settings) -> Row:
-    """One row. A variant that runs out of memory, or fails to compile, is listed as missing and left out."""
+    """Measure one row. A variant that runs out of memory, or fails to compile, is listed as missing."""
     device = torch.device(settings.device)
     row: Row = {
         "case": item.case,
@@ -234,7 +234,7 @@ def measure(item: Item, settings: Settings) -> Row:
                 error = None if exact is None else accuracy.largest_error(result, exact)
                 del result
                 beside[variant] = {"extra_bytes": memory.peak(call, device), "error": error}
-        except Exception as error:  # whatever a compiler or another package raises
+        except Exception as error:  # a compiler or another package may raise anything
             missing[variant] = _why(error)
         else:
             calls[variant] = call
@@ -273,7 +273,7 @@ def measure(item: Item, settings: Settings) -> Row:
 
 
 def title(row: Row) -> str:
-    """As it is called in tables: the case, its dtype if it is not float32, and the point of a sweep."""
+    """The title in tables: the case, its dtype if not float32, and the point of a sweep."""
     parts = [row["case"]] + [row["dtype"]] * (row["dtype"] != "float32")
     if row["swept"] not in (None, "dtype"):
         parts.append(f"{row['swept']} = {row['sizes'][row['swept']]}")
@@ -281,15 +281,15 @@ def title(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """The line of a row that is printed during a run."""
+    """A row as a line of progress output."""
     ours = row["variants"].get("ours")
     if ours is None:
         return f"{title(row)}: {row['missing']['ours']}"
-    said = f"{title(row)}: {ours['median']:.3f} ms, {ours['share_of_copy']:.0%} of copy"
+    text = f"{title(row)}: {ours['median']:.3f} ms, {ours['share_of_copy']:.0%} of copy"
     if row["best_other"] is not None:
         r = row["variants"][row["best_other"]]["ratio"]
-        said += f"; {row['best_other']} {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
-    return said
+        text += f"; {row['best_other']} {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
+    return text
 
 
 def load(path: Path) -> Report:
@@ -300,13 +300,13 @@ def load(path: Path) -> Report:
 
 
 def _write(report: Report, path: Path) -> None:
-    part = path.with_name(path.name + ".part")  # a run that is stopped leaves the last whole report
+    part = path.with_name(path.name + ".part")  # an interrupted run leaves the last complete report
     part.write_text(json.dumps(report, indent=1) + "\n")
     part.replace(path)
 
 
 def begin(settings: Settings, out: Path | None, *, fresh: bool = False) -> Report:
-    """A new report, or the one in ``out`` to go on with. Refused where that one is of something else."""
+    """A new report, or the one in ``out`` to continue; :class:`Refused` if the latter has other settings."""
     report = header(settings)
     if out is None or fresh or not out.exists():
         return report
@@ -327,7 +327,7 @@ def run_all(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Report:
-    """Measure what the report in ``out`` does not have yet."""
+    """Measure the items that the report in ``out`` lacks."""
     report = begin(settings, out, fresh=fresh)
     known = {key(row) for row in report["rows"]}
     for item in items:

@@ -1,4 +1,4 @@
-"""How it is timed: variants interleaved run by run, a cold cache on GPUs, medians, spreads and paired ratios."""
+"""Timing: variants interleaved run by run, a cold cache on GPUs, medians, spreads and paired ratios."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 Call = Callable[[], object]
-Rounds = dict[int, float]  # milliseconds, by the round in which they were measured
+Rounds = dict[int, float]  # round -> milliseconds
 
-LEAST = 3  # rounds of every call, however slow
+LEAST = 3  # minimum number of rounds, also for slow calls
 LARGEST_COPY = 2**30  # bytes
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds."""
+    """A timing in milliseconds."""
 
     p20: float
     median: float
@@ -30,7 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long another call takes, and the interval of 95 % confidence around it."""
+    """Time of another call as a multiple of ours, with a 95 % confidence interval."""
 
     median: float
     low: float
@@ -48,7 +48,7 @@ def summary(rounds: Rounds) -> Timing:
 
 
 def paired_ratio(theirs: Rounds, ours: Rounds, resamples: int = 1000) -> Ratio:
-    """From the rounds in which both ran, which share what else the machine did then; a seeded bootstrap."""
+    """Ratio over the rounds in which both ran, so that other load on the machine cancels; a seeded bootstrap."""
     pairs = np.array([theirs[i] / ours[i] for i in theirs if i in ours])
     drawn = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
     low, high = np.quantile(np.median(pairs[drawn], axis=1), (0.025, 0.975))
@@ -72,7 +72,7 @@ class Clock:
             return (time.perf_counter() - start) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
-        # Work queued ahead of the kernels hides the time that launching them takes on the host.
+        # Work queued before the kernels hides their launch time on the host.
         torch.cuda._sleep(2_000_000)
         start.record()
         call()
@@ -89,16 +89,16 @@ def interleaved(
     seconds: float,
     around: Callable[[str], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
 ) -> dict[str, Rounds]:
-    """The calls take turns, in another order each round; ``around(name)`` is open, and not timed, for each.
+    """Time calls in turn, in a new order each round, each inside the untimed context ``around(name)``.
 
-    Each has an equal share of the seconds, and sits out once it has spent that, after LEAST rounds.
+    Each call has an equal share of the seconds, and stops once it has used it, after at least LEAST rounds.
     """
     clock = Clock(device)
     order = random.Random(0)
     rounds: dict[str, Rounds] = {name: {} for name in calls}
     for name, call in calls.items():
         with around(name):
-            call()  # warm
+            call()  # warm-up
     spent = dict.fromkeys(calls, 0.0)
     for i in range(runs):
         names = [n for n in calls if i < LEAST or spent[n] < seconds / len(calls)]
@@ -112,9 +112,9 @@ def interleaved(
 
 
 def copy_of(size: int, device: torch.device) -> tuple[Call, int]:
-    """A copy that moves so many bytes, half of them read and half written, or fewer; and how many.
+    """A copy that moves up to this many bytes, half read and half written; and the bytes moved.
 
-    What ops of this size are measured against: it shows the caches that a case of the size has, too.
+    The roofline of ops of this size: it benefits from caches as a case of the size does.
     """
     count = max(min(size, LARGEST_COPY) // 8, 1)
     source = torch.randint(0, 2**31 - 1, (count,), dtype=torch.int32, device=device)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-# `make thorough`: what takes long and seldom finds what the rest does not.
+# `make thorough`: slow variants that seldom find more than the others.
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
-# Triton decides at the definition of a kernel whether it is interpreted, so before anything imports one.
+# Triton decides at a kernel's definition whether it is interpreted: set this before any kernel is imported.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -29,14 +29,14 @@ torch.set_num_threads(2)
 
 
 class Target(NamedTuple):
-    """A backend, or several in the order of preference, and the device that it is tested on."""
+    """A backend, or several in order of preference, and the device under test."""
 
     backend: str
     device: torch.device
 
     @property
     def interpreted(self) -> bool:
-        """A GPU's kernels on the CPU: small inputs will do, their blocks are small as well."""
+        """True for GPU kernels on the CPU: small inputs suffice, as their blocks are small too."""
         return self.device.type == "cpu" and self.backend.startswith(("triton", "cuda"))
 
 
@@ -54,13 +54,13 @@ TARGETS = [
     _case("cpp", "cpu", dispatch.unavailable("cpp", "cpu")),
     _case("triton", GPU, None if importlib.util.find_spec("triton") else "no triton"),
 ]
-# The harness of CUDA C++, and what is no test itself.
+# The harness of CUDA C++, and modules without tests.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "tools")]
 if not HAS_GPU and importlib.util.find_spec("triton"):
     import triton_interpreter
 
     triton_interpreter.hasten()
-# The kernels in CUDA C++; the other ops that a function calls are served by the specification.
+# For ops with kernels in CUDA C++; the reference serves the other ops of a function.
 from cuda_on_host import build as cuda_on_host  # noqa: E402
 
 NO_CUDA = "no C++ compiler" if cuda_on_host.COMPILER is None else None
@@ -68,7 +68,7 @@ CUDA_TARGET = _case("cuda,reference", GPU, dispatch.unavailable("cuda", "cuda") 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every backend for a test of a `target`; that of CUDA C++ in modules that say `CUDA = True`."""
+    """Parametrise tests with a `target` by backend; CUDA C++ only in modules with `CUDA = True`."""
     if "target" in metafunc.fixturenames:
         cuda = [CUDA_TARGET] if getattr(metafunc.module, "CUDA", False) else []
         metafunc.parametrize("target", TARGETS + cuda, indirect=True)
@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.cache
 def run_cuda_on_host() -> None:
-    """From here on the kernels in CUDA C++ serve CPU tensors, by the harness."""
+    """Make the CUDA C++ kernels serve CPU tensors in this process, through the harness."""
     os.environ.setdefault("REWARDOPS_CUDA_ON_HOST", str(cuda_on_host.build()))
 
 
@@ -107,7 +107,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of recorded pairs and real rollouts, which lies beside the project and not in it."""
+    """The folder of recorded pairs and real rollouts, outside the project."""
     folder = Path(os.environ.get("REWARDOPS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not folder.is_dir():
         pytest.skip(f"recorded data not found at {folder} (set REWARDOPS_SHARED)")

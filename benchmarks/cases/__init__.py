@@ -1,4 +1,4 @@
-"""A module for each family of ops: every op of the package, and its formula as people write it without."""
+"""Cases, a module per family: every op of the package, and its formula in plain PyTorch."""
 
 import importlib
 
@@ -8,5 +8,5 @@ from ..registry import axes, dtypes, families, make, names, op
 
 __all__ = ["axes", "dtypes", "families", "make", "names", "op"]
 
-for family in FAMILIES:  # in this order they are run, and reported
+for family in FAMILIES:  # the order of runs and reports
     importlib.import_module(f"{__name__}.{family}")

@@ -26,13 +26,13 @@ def plain_group_advantages(rewards: Tensor, groups: Groups) -> Tensor:
 
 
 def loop_group_advantages(rewards: Tensor, mask: Tensor, labels: list[int]) -> Tensor:
-    """As trainers write it: scores gathered by label, a loop over samples."""
+    """GRPO as in trainers: scores gathered by label, a loop over samples."""
     members: dict[int, list[Tensor]] = {}
     scores = rewards.clone()
     for b, label in enumerate(labels):
         members.setdefault(label, []).append(scores[b])
-    mean = {label: torch.stack(found).mean() for label, found in members.items()}
-    std = {label: torch.stack(found).std() for label, found in members.items()}
+    mean = {label: torch.stack(ones).mean() for label, ones in members.items()}
+    std = {label: torch.stack(ones).std() for label, ones in members.items()}
     for b, label in enumerate(labels):
         scores[b] = (scores[b] - mean[label]) / (std[label] + 1e-6)
     return scores[:, None] * mask
@@ -46,7 +46,7 @@ def plain_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def multiply(rows: int, length: int, device: torch.device) -> tuple[str, Callable[[], Tensor]]:
-    """Two float32 tensors of the size multiplied into a third."""
+    """A product of two float32 tensors ``[rows, length]`` written to a third."""
     x, y = (torch.rand(rows, length, device=device) for _ in range(2))
     return "torch.mul [B, T]", lambda: torch.mul(x, y)
 
@@ -58,7 +58,7 @@ def group_advantages(d: Data) -> Case:
     if d.packed:
         where = {**where, "num_tokens": d.numel}
     others = peers.group_advantages(d)
-    if not d.backward:  # it writes in place
+    if not d.backward:  # the loop writes in place
         others["loop over samples"] = lambda r: loop_group_advantages(r, mask, labels)
     return d.case(
         lambda r: rewardops.group_advantages(r, **by, **where),

@@ -1,4 +1,4 @@
-"""What entropy is turned into: rewards and weights of tokens and rows."""
+"""Rewards and weights of tokens and rows from entropy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plain_covariance(advantages: Tensor, logprob: Tensor, mask: Tensor) -> Tenso
 
 
 def plain_unlikeliness(rewards: Tensor, logprob: Tensor, labels: Tensor) -> Tensor:
-    """Ranks within groups by a sort of labels that keeps one by log-probability."""
+    """Ranks within groups: a sort by log-probability, then a stable sort by label."""
     order = logprob.argsort(descending=True, stable=True)
     order = order[labels[order].argsort(stable=True)]
     n = torch.bincount(labels)
@@ -70,7 +70,7 @@ def plain_unlikeliness(rewards: Tensor, logprob: Tensor, labels: Tensor) -> Tens
 
 @register("backward", axes=GROUPED)
 def gtpo_rewards(d: Data) -> Case:
-    """The backward variant: in the rewards, as no gradient runs through the weights."""
+    """The backward variant differentiates in the rewards; the weights have no gradient."""
     rewards, entropy, mask, groups = d.outcomes(), d.per_token(0, 2), d.mask, d.groups
     where, by = d.where, d.by
     return d.case(

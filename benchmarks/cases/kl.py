@@ -21,7 +21,7 @@ def plain_token_kl(logprob: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
 
 
 def plain_step_sums(x: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-    """At a step's end what lies between it and the one before."""
+    """Step sums at step ends: the tokens after the previous step end."""
     sums = torch.where(mask, x, 0).cumsum(1)
     at = torch.where(ends, torch.arange(x.shape[1], device=x.device), -1).cummax(1).values
     before = torch.nn.functional.pad(at[:, :-1], (1, 0), value=-1)
@@ -35,7 +35,7 @@ def plain_tdpo(logprob: Tensor, ref: Tensor, reverse_kl: Tensor, mask: Tensor) -
 
 @register("backward", axes=AXES)
 def token_kl(d: Data) -> Case:
-    """The backward variant: in the policy's alone, as a reference has none."""
+    """The backward variant differentiates in the policy's log-probabilities; the reference has no gradient."""
     logprob, ref, mask = d.per_token(-2, 0), d.per_token(-2, 0), d.mask
     where = d.valid
     return d.case(
@@ -47,7 +47,7 @@ def token_kl(d: Data) -> Case:
 
 @register("backward", axes=(*AXES, "steps"))
 def implicit_rewards(d: Data) -> Case:
-    """Summed over steps, as PRIME's process rewards."""
+    """Implicit rewards summed over steps, as PRIME's process rewards."""
     logprob, ref, mask, ends = d.per_token(-3, 0), d.per_token(-3, 0), d.mask, d.ends
     where, steps = d.where, d.steps
     return d.case(

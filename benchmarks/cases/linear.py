@@ -40,7 +40,7 @@ def plain_jsd_loss(
 
 
 def products(count: int, hidden: Tensor, weight: Tensor) -> tuple[str, Callable[[], None]]:
-    """The first so many of a head's bare products: the logits, the gradients of hidden and weight, the logits."""
+    """A floor: the first ``count`` matmuls of a head: logits, gradients of hidden and weight, logits again."""
     logits, grad_hidden, grad_weight = (hidden.new_empty(0) for _ in range(3))
 
     def call() -> None:
@@ -80,13 +80,13 @@ def linear_token_stats(d: Data) -> Case:
 
 @register("backward", op="linear_token_stats", axes=AXES, dtypes=DTYPES)
 def linear_token_logprob(d: Data) -> Case:
-    """The log-probability alone, as cross-entropy kernels have it."""
+    """Log-probability only, as in cross-entropy kernels."""
     return _stats_case(d, plain_logprob, ("logprob",), peers.linear_logprob(d))
 
 
 @register("backward", axes=AXES, dtypes=DTYPES)
 def linear_token_stats_partial(d: Data) -> Case:
-    """Two shards of the head, and the records merged."""
+    """Two shards of the head, with merged records."""
     hidden, weight, tokens = _inputs(d)
     mask, half = d.counted, len(weight) // 2
 
@@ -106,7 +106,7 @@ def linear_token_stats_partial(d: Data) -> Case:
 
 @register(axes=AXES, dtypes=DTYPES)
 def linear_token_loss(d: Data) -> Case:
-    """A policy gradient's loss, forward and backward."""
+    """A policy-gradient loss, forward and backward."""
     hidden, weight, tokens = _inputs(d)
     mask, advantages = d.counted, d.uniform(len(hidden), low=-1)
     d.backward = True

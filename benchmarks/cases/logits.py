@@ -51,20 +51,20 @@ def plain_every(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def plain_shards(left: Tensor, right: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """As vocab-parallel losses do: the largest logit, the sums and the token's logit of each shard, combined."""
+    """Vocabulary-parallel statistics: largest logit, sums and the token's logit of each shard, combined."""
     top = torch.maximum(left.amax(-1), right.amax(-1)).detach()
-    total = weighted = found = torch.zeros_like(top)
+    total = weighted = logit = torch.zeros_like(top)
     for first, shard in ((0, left), (left.shape[1], right)):
         z = shard - top[:, None]
         e = z.exp()
         inside = (tokens >= first) & (tokens < first + shard.shape[1])
         total, weighted = total + e.sum(-1), weighted + (e * z).sum(-1)
-        found = found + torch.where(inside, _at(z, torch.where(inside, tokens - first, 0)), 0)
-    return found - total.log(), total.log() - weighted / total
+        logit = logit + torch.where(inside, _at(z, torch.where(inside, tokens - first, 0)), 0)
+    return logit - total.log(), total.log() - weighted / total
 
 
 def plain_merge(records: Tensor) -> tuple[Tensor, Tensor]:
-    """Of records as :func:`rewardops.token_stats_partial` makes them."""
+    """Statistics from the records of :func:`rewardops.token_stats_partial`."""
     fields = ("shift", "total", "weighted", "token")
     shift, total, weighted, token = (records[..., RECORD.index(name)] for name in fields)
     top = shift.amax(0)
@@ -75,7 +75,7 @@ def plain_merge(records: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_and_grad(logits: Tensor, tokens: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
-    """Forward, and autograd."""
+    """Forward pass and autograd."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         logprob, entropy = plain_token_stats(full(leaf), tokens)
@@ -106,13 +106,13 @@ def token_stats(d: Data) -> Case:
 
 @register("backward", op="token_stats", axes=AXES, dtypes=DTYPES)
 def token_stats_kl(d: Data) -> Case:
-    """With a reference's logits: the exact divergence; the gradient in the policy's."""
+    """The exact KL to a reference's logits; gradient in the policy's logits."""
     return _stats_case(d, plain_kl, ("logprob", "kl"), ref=True)
 
 
 @register("backward", op="token_stats", axes=AXES, dtypes=DTYPES)
 def token_stats_jsd(d: Data) -> Case:
-    """The divergence that needs a second pass."""
+    """The Jensen-Shannon divergence, which needs a second pass."""
     return _stats_case(d, plain_jsd, ("logprob", "jsd"), ref=True)
 
 
@@ -143,7 +143,7 @@ def token_stats_and_grad(d: Data) -> Case:
 
 @register("backward", axes=AXES, dtypes=DTYPES)
 def token_stats_partial(d: Data) -> Case:
-    """Two shards of the vocabulary, and the records merged."""
+    """Two shards of the vocabulary, with merged records."""
     n, v = d.sizes.tokens, d.sizes.vocab // 2
     left, right, tokens, mask = d.normal(n, v, scale=3), d.normal(n, v, scale=3), d.ids(2 * v, n), d.counted
 
@@ -159,7 +159,7 @@ def token_stats_partial(d: Data) -> Case:
 
 @register(axes=("tokens",))
 def merge_token_stats(d: Data) -> Case:
-    """Eight records of a token, of as many tokens as there are logits."""
+    """Eight records per token, for as many tokens as the logits have."""
     n, parts = d.sizes.tokens * 64, 8
     logits, tokens = torch.randn(parts, n, 64, generator=d.random, device=d.device), d.ids(parts * 64, n)
     records = torch.stack(

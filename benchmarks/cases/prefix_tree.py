@@ -20,9 +20,9 @@ AXES = ("tree_rows", "tree_length", "group", "shared", "layout")
 
 
 def members(tokens: Tensor, mask: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
-    """A member of every group at a time, and where each row ``[groups, K, T]`` still shares its prefix.
+    """Yield each member index j, and a mask ``[groups, K, T]`` of the prefix that rows share with member j.
 
-    All pairs at once would be ``[groups, K, K, T]``.
+    All pairs at once would need ``[groups, K, K, T]``.
     """
     x, m = tokens.view(-1, group, tokens.shape[1]), mask.view(-1, group, mask.shape[1])
     for j in range(group):
@@ -30,7 +30,7 @@ def members(tokens: Tensor, mask: Tensor, group: int) -> Iterator[tuple[int, Ten
 
 
 def plain_values(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Before and after each token, and how many rows share it: ``[groups, K, T]``."""
+    """Values before and after each token, and the number of rows that share it: ``[groups, K, T]``."""
     r = rewards.view(-1, group)
     shape = (r.shape[0], group, tokens.shape[1])
     total, count = r.new_zeros(shape), r.new_zeros(shape)
@@ -53,7 +53,7 @@ def plain_prefix_values(
 def trie_prefix_values(
     tokens: Tensor, rewards: Tensor, mask: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A trie of dictionaries per group, as it is written in trainers."""
+    """A trie of dictionaries per group, as in trainers."""
     before, after, shared = (torch.zeros(tokens.shape) for _ in range(3))
     rows = [x[m].tolist() for x, m in zip(tokens.cpu(), mask.cpu(), strict=True)]
     outcome = rewards.tolist()
@@ -98,7 +98,7 @@ def plain_tempo(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Te
 
 
 def _at_start(x: Tensor, count: Tensor) -> Tensor:
-    """On each token what there is at the first token of its node."""
+    """Broadcast the value at the first token of each node to the tokens of the node."""
     fresh = torch.nn.functional.pad(count[..., 1:] != count[..., :-1], (1, 0), value=True)
     place = torch.where(fresh, torch.arange(count.shape[-1], device=count.device), 0)
     return x.gather(2, place.cummax(2).values)
@@ -111,9 +111,9 @@ def plain_tree_rl(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> 
 
 
 def plain_siblings(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Tensor:
-    """The children of a branch are those of its rows' next tokens, each of them counted once."""
+    """Sibling advantages; the children of a branch are the distinct next tokens of its rows."""
     _, value, count = plain_values(tokens, rewards, mask, group)
-    once = torch.where(count > 0, 1 / count.clamp(min=1), 0)  # a row's part in its child
+    once = torch.where(count > 0, 1 / count.clamp(min=1), 0)  # a row's share of its child
     number, total = torch.zeros_like(value), torch.zeros_like(value)
     for j, same in members(tokens, mask, group):
         parent = torch.nn.functional.pad(same[..., :-1], (1, 0), value=1)
@@ -124,9 +124,9 @@ def plain_siblings(tokens: Tensor, rewards: Tensor, mask: Tensor, group: int) ->
         parent = torch.nn.functional.pad(same[..., :-1], (1, 0), value=1)
         squares += parent * (once * (value[:, j : j + 1] - mean).square())[:, j : j + 1]
     std = (squares / (number - 1).clamp(min=1)).sqrt()
-    # Where values are equal the quotient is one of two rounding errors.
-    found = torch.where(std > 1e-6, (value - mean) / (std + 1e-6), 0)
-    return _at_start(found, count).view(tokens.shape) * mask
+    # If all values are equal, the quotient of two rounding errors is meaningless.
+    relative = torch.where(std > 1e-6, (value - mean) / (std + 1e-6), 0)
+    return _at_start(relative, count).view(tokens.shape) * mask
 
 
 def plain_lcp(tokens: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -147,19 +147,19 @@ def _case(
     gradients: int = 0,
     peers: bool = False,
 ) -> Case:
-    """Of an op of tokens and outcomes; ``out`` bytes a token."""
+    """A case of an op on tokens and outcomes, with ``out`` result bytes per token."""
     tokens, rewards = d.shared_prefixes()
     if d.backward:
-        rewards = d.per_row()  # a group of equal ones has no gradient in its deviation
+        rewards = d.per_row()  # continuous: with equal rewards in a group the std has no gradient
     mask, where, by, k = d.mask, d.where, d.by, d.sizes.group
-    found = {}
+    versions = {}
     if peers and d.device.type == "cpu" and not d.backward:
-        found["dictionary trie"] = lambda r, x: trie_prefix_values(x, r, mask, k)
+        versions["dictionary trie"] = lambda r, x: trie_prefix_values(x, r, mask, k)
     return d.case(
         lambda r, x: op(x, r, **by, **where),
         lambda r, x: plain(x, r, mask, k),
-        (rewards, d.pack(tokens)), out * d.numel, gradients=gradients, again=(), peers=found,
-        compiled=k <= 16,  # it unrolls a loop over members
+        (rewards, d.pack(tokens)), out * d.numel, gradients=gradients, again=(), peers=versions,
+        compiled=k <= 16,  # the compiler unrolls a loop over members
     )  # fmt: skip
 
 

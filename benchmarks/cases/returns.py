@@ -1,4 +1,4 @@
-"""The least, the most and the soft minimum of the rewards that are left of a row, over its steps."""
+"""Minimum, maximum and soft minimum of the remaining step rewards of a row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STEPS = ("rows", "length", "density", "ragged", "layout", "dtype", "steps")
 def plain_extremes(rewards: Tensor, mask: Tensor, ends: Tensor, largest: bool) -> Tensor:
     none = -torch.inf if largest else torch.inf
     x = torch.where(ends, rewards, none).flip(1)
-    found = (x.cummax(1) if largest else x.cummin(1)).values.flip(1)
-    return torch.where(mask & found.isfinite(), found, 0)
+    extremes = (x.cummax(1) if largest else x.cummin(1)).values.flip(1)
+    return torch.where(mask & extremes.isfinite(), extremes, 0)
 
 
 def plain_softmin_returns(rewards: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
     x = torch.where(ends, -rewards / 0.1, -torch.inf).flip(1)
-    found = -0.1 * x.logcumsumexp(1).flip(1)
-    return torch.where(mask & found.isfinite(), found, 0)
+    returns = -0.1 * x.logcumsumexp(1).flip(1)
+    return torch.where(mask & returns.isfinite(), returns, 0)
 
 
 def plain_softmin_rewards(rewards: Tensor, ends: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ AXES = ("rows", "length", "density", "ragged", "layout", "dtype", "steps")
 
 
 def _steps(d: Data) -> tuple[Tensor, Tensor, int]:
-    """The step of each token in the layout of the case and as ``[B, T]``, and how many steps there may be."""
+    """Step ids in the layout of the case and as ``[B, T]``, and the largest number of steps of a row."""
     ends = d.ends
     ids = ends.cumsum(1) - ends.long()
     packed = d.known["steps"] = d.pack(ids)
@@ -23,8 +23,8 @@ def _steps(d: Data) -> tuple[Tensor, Tensor, int]:
 
 
 def plain_sums(values: Tensor, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
-    kept = torch.where(mask, values, 0)
-    return kept.new_zeros(len(kept), steps + 1).scatter_add(1, ids.clamp(max=steps), kept)[:, :steps]
+    valid = torch.where(mask, values, 0)
+    return valid.new_zeros(len(valid), steps + 1).scatter_add(1, ids.clamp(max=steps), valid)[:, :steps]
 
 
 @register("backward", axes=AXES)

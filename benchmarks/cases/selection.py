@@ -1,4 +1,4 @@
-"""Exactly a fraction of the tokens: those with the most entropy, or covariance, or drawn from a band."""
+"""Masks of an exact fraction of the tokens: highest entropy, highest covariance, or a random draw from a band."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plain_largest(x: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 def plain_largest_of_groups(x: Tensor, mask: Tensor, groups: int) -> Tensor:
-    """A sort of each group, as each has another number of valid tokens."""
+    """A sort per group, as the number of valid tokens differs."""
     x, m = x.view(groups, -1), mask.view(groups, -1)
     order = x.masked_fill(~m, -torch.inf).argsort(1, descending=True)
     wanted = (0.2 * m.sum(1, keepdim=True) + 0.5).floor().clamp(min=1)
@@ -32,7 +32,7 @@ def plain_largest_of_groups(x: Tensor, mask: Tensor, groups: int) -> Tensor:
 
 @register(axes=AXES)
 def high_entropy_mask(d: Data) -> Case:
-    """The formula reads back how many tokens count, as code in trainers does."""
+    """The plain formula reads the number of valid tokens back to the host, as trainers do."""
     entropy, mask, where = d.per_token(0, 2), d.mask, d.where
     return d.case(
         lambda h: rewardops.high_entropy_mask(h, **where),
@@ -63,11 +63,11 @@ def kl_cov_mask(d: Data) -> Case:
 
 @register(axes=AXES)
 def clip_cov_mask(d: Data) -> Case:
-    """Draws at random, so each variant draws its own tokens."""
+    """A random draw: each variant draws different tokens."""
     cov, mask, where = d.per_token(-6, 6), d.mask, d.where
 
     def plain(x: Tensor) -> Tensor:
-        """As in the authors' code: the places of the band, shuffled."""
+        """The authors' code: the positions of the band, shuffled."""
         count = max(int(2e-4 * int(mask.sum())), 1)
         places = (mask & (x > 1) & (x < 5)).nonzero()
         chosen = places[torch.randperm(len(places), device=x.device)[:count]]

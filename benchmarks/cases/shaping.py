@@ -1,4 +1,4 @@
-"""Step rewards from values, outcomes spread over tokens, thinking budgets."""
+"""Step rewards from values, outcomes distributed over tokens, thinking budgets."""
 
 from __future__ import annotations
 

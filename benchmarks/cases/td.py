@@ -17,12 +17,12 @@ GAMMA, LAM = 0.99, 0.95
 
 
 def ahead(x: Tensor, mask: Tensor, holes: bool) -> Tensor:
-    """The value at the next valid token; 0 behind the last."""
+    """The value at the next valid token; 0 after the last."""
     if not holes:
         return torch.nn.functional.pad(torch.where(mask, x, 0)[:, 1:], (0, 1))
     t = x.shape[1]
     place = torch.where(mask, torch.arange(t, device=x.device), t)
-    later = place.flip(1).cummin(1).values.flip(1)  # the next valid place, one's own included
+    later = place.flip(1).cummin(1).values.flip(1)  # the nearest valid position at or after each token
     later = torch.nn.functional.pad(later[:, 1:], (0, 1), value=t)
     return torch.nn.functional.pad(x, (0, 1)).gather(1, later)
 
@@ -58,16 +58,16 @@ def plain_vtrace(
 
 
 def loop_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A step of tensor operations for each position, as trainers have it."""
+    """A loop over positions, as in trainers."""
     live = mask.to(rewards.dtype)
     following = carry = torch.zeros_like(rewards[:, 0])
-    found = []
+    reversed_advantages = []
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + GAMMA * following - values[:, t]
         following = live[:, t] * values[:, t] + (1 - live[:, t]) * following
         carry = live[:, t] * (delta + GAMMA * LAM * carry) + (1 - live[:, t]) * carry
-        found.append(carry)
-    advantages = torch.stack(found[::-1], 1)
+        reversed_advantages.append(carry)
+    advantages = torch.stack(reversed_advantages[::-1], 1)
     return advantages * live, (advantages + values) * live
 
 

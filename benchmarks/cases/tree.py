@@ -12,11 +12,11 @@ from ..data import Data
 from ..registry import register
 
 AXES = ("rows",)
-WIDER = (1, 4, 16, 64)  # nodes of a tree at each depth
+WIDER = (1, 4, 16, 64)  # nodes per tree at each depth
 
 
 def _trees(d: Data) -> tuple[Tensor, Tensor, list[slice]]:
-    """A search tree for each row, its nodes by depth: their parents, rewards, and where each depth lies."""
+    """A search tree per row with nodes ordered by depth: parents, rewards, and the node range of each depth."""
     parts, levels = [torch.full((d.sizes.rows,), -1, device=d.device)], [slice(0, d.sizes.rows)]
     for wider in WIDER[1:]:
         before = levels[-1]
@@ -27,7 +27,7 @@ def _trees(d: Data) -> tuple[Tensor, Tensor, list[slice]]:
 
 
 def plain_values(parent: Tensor, rewards: Tensor, levels: list[slice]) -> Tensor:
-    """A depth at a time, from the leaves up."""
+    """Values depth by depth, from the leaves up."""
     values = [rewards[level] for level in levels]
     for k in range(len(levels) - 1, 0, -1):
         place = parent[levels[k]] - levels[k - 1].start

@@ -1,4 +1,4 @@
-"""``python -m rewardops.demo``: train a small policy with the ops in the loop, or draw rollouts of your own."""
+"""``python -m rewardops.demo``: train a small policy with the ops in the loop, or draw rollouts from a file."""
 
 from __future__ import annotations
 

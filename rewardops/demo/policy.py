@@ -1,4 +1,4 @@
-"""The policy: a small causal transformer that keeps keys and values while it samples."""
+"""The policy: a small causal transformer that caches keys and values while it samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """Logits ``[B, T, V]`` of token ids ``[B, T]``."""
+    """A transformer from token ids ``[B, T]`` to logits ``[B, T, V]``."""
 
     def __init__(self, width: int, layers: int, heads: int, longest: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Policy(nn.Module):
     def sample(
         self, prompts: Tensor, new_tokens: int, temperature: float, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Continue ``[B, P]`` to ``[B, P + new_tokens]``, padded after the end; temperature 0 is greedy."""
+        """Continue ``[B, P]`` to ``[B, P + new_tokens]``, with padding after the end token; temperature 0 is greedy."""
         batch, length = prompts.shape
         layers, heads, size = self.shape
         cache = prompts.new_zeros((layers, 2, batch, heads, length + new_tokens, size), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Credit assignment: from what a batch of rollouts earned to an advantage for every token."""
+"""Credit assignment: from the rewards of a batch of rollouts to an advantage per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rewardops
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A batch of responses, ``[B, T]``; what a recipe does not need may be None."""
+    """A batch of responses, ``[B, T]``; fields that a recipe does not need may be None."""
 
     tokens: Tensor
     mask: Tensor
@@ -25,19 +25,19 @@ class Rollouts:
     step_ends: Tensor | None = None
     """``[B, T]``, bool."""
     entropy: Tensor | None = None
-    """``[B, T]``: of the policy that sampled, in nats."""
+    """``[B, T]``: entropy of the behaviour policy, in nats."""
 
 
 def grpo(r: Rollouts) -> Tensor:
-    """The outcome against the group's mean, in units of its std."""
+    """The outcome minus the group's mean, divided by its std."""
     return rewardops.group_advantages(r.rewards, r.groups, mask=r.mask)
 
 
 def gtpo(r: Rollouts) -> Tensor:
     """Outcomes shaped by entropy, then normalised over the tokens of the group.
 
-    Jointly and not the right and the wrong rows apart, as the paper has it: apart, half of the tokens of a right
-    response get a negative advantage, and the outcome's sign is lost.
+    The paper normalises correct and wrong rows separately; here they are normalised jointly. Separately, half of
+    the tokens of a correct response get a negative advantage, and the sign of the outcome is lost.
     """
     assert r.entropy is not None
     shaped = rewardops.gtpo_rewards(r.rewards, r.entropy, r.groups, mask=r.mask)
@@ -46,13 +46,13 @@ def gtpo(r: Rollouts) -> Tensor:
     mean = (same @ shaped.sum(1)) / count
     centred = torch.where(r.mask, shaped - mean[:, None], 0)
     std = ((same @ centred.square().sum(1)) / count).sqrt()
-    # A group of one outcome teaches by its mask alone which tokens were uncertain: not what is wanted here.
+    # In a group with a single outcome only entropy would set the advantages: they are 0 instead.
     mixed = (same @ (r.rewards > 0).to(shaped.dtype)) * (same @ (r.rewards <= 0).to(shaped.dtype)) > 0
     return torch.where(mixed[:, None], centred / (std[:, None] + 1e-6), 0)
 
 
 def pure(r: Rollouts) -> Tensor:
-    """Min-form returns of the step rewards, and the outcome, each against the rest of the group."""
+    """Min-form returns of the step rewards, plus the outcome, each minus the mean of the other rows of the group."""
     assert r.step_rewards is not None
     returns = rewardops.min_returns(r.step_rewards, mask=r.mask, steps=r.step_ends)
     length = r.mask.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The report: one HTML file without anything fetched; learning curves, and groups of responses token by token."""
+"""The report: one self-contained HTML file with learning curves and groups of responses, token by token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import rewardops
 
 from .recipes import Rollouts
 
-# Okabe and Ito's colours, told apart by colour-blind readers as well; blue and orange are the two ends of the scale.
+# Okabe and Ito's colours, distinguishable for colour-blind readers; blue and orange are the ends of the scale.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6470; --paper: #ffffff; --line: #d7dce2; --box: #f6f7f9; }
@@ -54,14 +54,14 @@ class Group:
     pieces: list[list[str]]
     """The text of each row's tokens."""
     advantages: Mapping[str, Any]
-    """``[B, T]`` by recipe."""
+    """Advantages ``[B, T]`` by recipe."""
     logprob: Any = None
     labels: Sequence[str] = ()
     """A name for each row."""
 
 
 def chart(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], top: float | None = None) -> str:
-    """A line chart as SVG: a line a recipe."""
+    """A line chart as SVG, with a line per recipe."""
     width, height, left, bottom = 400, 250, 48, 34
     points = [p for curve in curves.values() for p in curve]
     if not points:
@@ -106,7 +106,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def panel(group: Group, recipe: str, peak: float) -> str:
-    """One group under one recipe: a row a response, a box a token."""
+    """One group under one recipe: a row per response, a box per token."""
     r = group.rollouts
     values = rewardops.prefix_values(r.tokens, r.rewards, r.groups, mask=r.mask)
     size = len(r.rewards)
@@ -136,7 +136,7 @@ def panel(group: Group, recipe: str, peak: float) -> str:
                 tip.append(f"BRANCH: {sharing} rows become {count}")
             sharing = count
             if r.step_ends is not None and r.step_rewards is not None and bool(r.step_ends[b, t]):
-                # A mark behind a line break would stand on the next line.
+                # A mark after a line break would appear on the next line.
                 marks.append("line" if piece.endswith("\n") else "end")
                 marks.append("good" if float(r.step_rewards[b, t]) > 0 else "bad")
             parts.append(
@@ -150,17 +150,17 @@ def panel(group: Group, recipe: str, peak: float) -> str:
 def tree(group: Group) -> str:
     """The prefix tree of a group, with the values of its branches."""
     r = group.rollouts
-    found = rewardops.PrefixTree.from_tokens(r.tokens, r.groups, mask=r.mask, rewards=r.rewards)
+    prefixes = rewardops.PrefixTree.from_tokens(r.tokens, r.groups, mask=r.mask, rewards=r.rewards)
     texts = {
         int(token): piece
         for row, pieces in zip(r.tokens, group.pieces, strict=True)
         for token, piece in zip(row, pieces, strict=False)
     }
-    return f'<div class="tree">{found.to_svg(lambda ids: "".join(texts[i] for i in ids))}</div>'
+    return f'<div class="tree">{prefixes.to_svg(lambda ids: "".join(texts[i] for i in ids))}</div>'
 
 
 def groups_section(groups: Sequence[Group]) -> str:
-    """Every group, its recipes side by side under one scale each."""
+    """All groups, each with its recipes side by side, a colour scale per panel."""
     parts = [
         '<p class="key">advantage: below 0 <span class="scale"></span> above 0 (each panel in units of its own largest;'
         " no colour is 0). A bar before a token is a branch of the group's prefix tree: from there on fewer rows share"

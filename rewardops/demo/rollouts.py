@@ -1,4 +1,4 @@
-"""Rollouts that people already have: JSON lines in, every credit assignment that their fields allow."""
+"""Rollouts from a JSON-lines file, and all credit assignments that their fields allow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import rewardops
 from .recipes import RECIPES, Rollouts
 from .report import Group, groups_section, page, table
 
-# Words with the blank before them, single digits, single marks, and line breaks on their own.
+# Words with the space before them, single digits, single punctuation marks, and line breaks.
 _PIECES = re.compile(r"\n| ?[^\W\d_]+| ?\d| ?[^\w\s]|_|[^\S\n]+")
 
 
@@ -119,7 +119,7 @@ def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
 
 
 def batch_of(rows: Sequence[Row]) -> Rollouts:
-    """Rows as the ops take them."""
+    """Rows as padded tensors for the ops."""
     tokens = _pad([r.ids for r in rows], torch.int64)
     lengths = torch.tensor([len(r.ids) for r in rows])
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -143,7 +143,7 @@ def batch_of(rows: Sequence[Row]) -> Rollouts:
 
 
 def recipes_for(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """The recipes that the fields allow, and a sentence for each that they do not (or only just)."""
+    """The recipes that the fields allow, and a note for each other recipe or limitation."""
     names, notes = ["grpo", "tempo"], []
     if all(r.step_rewards is not None for r in rows):
         names.append("pure")
@@ -163,21 +163,21 @@ def recipes_for(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 
 
 def telling(batch: Rollouts, count: int) -> list[int]:
-    """The groups with mixed rewards whose tokens share most, by the share of tokens in shared prefixes."""
+    """Groups worth drawing: mixed rewards first, then the largest share of tokens in shared prefixes."""
     values = rewardops.prefix_values(batch.tokens, batch.rewards, batch.groups, mask=batch.mask)
     shared = (values.count > 1).sum(1).float()
-    found = []
+    ranked = []
     for g in batch.groups.unique().tolist():
         rows = batch.groups == g
         rewards = batch.rewards[rows]
         length = batch.mask[rows].sum()
         mixed = bool((rewards != rewards[0]).any())
-        found.append((not mixed, -float(shared[rows].sum() / length.clamp(min=1)), g))
-    return [g for *_, g in sorted(found)[:count]]
+        ranked.append((not mixed, -float(shared[rows].sum() / length.clamp(min=1)), g))
+    return [g for *_, g in sorted(ranked)[:count]]
 
 
 def report(path: Path, wanted: Sequence[str], count: int) -> tuple[str, list[str]]:
-    """The page for a file, and lines to print. ``wanted`` names groups; without any, ``count`` are chosen."""
+    """The page for a file, and lines to print. ``wanted`` names groups; if empty, ``count`` groups are chosen."""
     rows = read(path)
     names, notes = recipes_for(rows)
     batch = batch_of(rows)

@@ -1,4 +1,4 @@
-"""The task: addition with worked columns, so that every step can be checked, and the answer as well.
+"""The task: addition with worked columns, in which every step and the answer can be checked.
 
 ``347+285:`` is worked as ``7+5+0=12;4+8+1=13;3+2+1=06;#632$``: from the right, two digits and the carry, their sum
 in two digits, and the answer after ``#``.
@@ -36,7 +36,7 @@ class Problem:
 
     @property
     def steps(self) -> list[str]:
-        """The right lines, each with the mark that ends it; the last is the answer."""
+        """The correct lines, each with its end mark; the last is the answer."""
         lines, carry = [], 0
         for k in range(self.digits):
             x, y = self.a // 10**k % 10, self.b // 10**k % 10
@@ -51,13 +51,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker says of a response."""
+    """The result of checking a response."""
 
     right: bool
     ends: list[int]
     """The tokens that end a step."""
     step_rewards: list[float]
-    """1 for a right step and 0 for a wrong one, in the order of ``ends``."""
+    """1 for a correct step and 0 for a wrong one, in the order of ``ends``."""
 
 
 def check(problem: Problem, response: str) -> Verdict:
@@ -78,17 +78,17 @@ def check(problem: Problem, response: str) -> Verdict:
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """One pair of numbers in eight, spread as evenly as a hash spreads them, is never trained on."""
+    """True for one pair of numbers in eight, selected by a hash; these are never trained on."""
     return ((a * 2654435761 + b * 2246822519) >> 9) % 8 == 0
 
 
 def problems(count: int, digits: int, seed: int, *, held_out: bool = False) -> list[Problem]:
-    """Random problems, of those to train on or of those held out."""
+    """Random training problems, or random held-out problems."""
     draw = random.Random(seed)
-    found: list[Problem] = []
+    drawn: list[Problem] = []
     low, high = 10 ** (digits - 1), 10**digits - 1
-    while len(found) < count:
+    while len(drawn) < count:
         a, b = draw.randint(low, high), draw.randint(low, high)
         if is_held_out(a, b) == held_out:
-            found.append(Problem(a, b, digits))
-    return found
+            drawn.append(Problem(a, b, digits))
+    return drawn

@@ -1,4 +1,4 @@
-"""Warm-up, sampling and updates, with the time spent in the ops kept apart from the model's."""
+"""Warm-up, sampling and updates, with the time of the ops and of the model measured separately."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; every size is small enough for two CPU cores."""
+    """Settings of a run; the default sizes suit two CPU cores."""
 
     seed: int = 0
     updates: int = 300
@@ -39,7 +39,7 @@ class Settings:
     warmup_rate: float = 3e-3
     warmup_most: int = 1500
     warmup_until: float = 0.35
-    """The held-out accuracy at which the warm-up ends: enough to learn from, much left to learn."""
+    """The held-out accuracy at which the warm-up ends: high enough for a reward signal, low enough to leave room."""
     held_out: int = 256
     evaluate_every: int = 15
 
@@ -60,7 +60,7 @@ QUICK = Settings(
 
 @dataclass
 class Clock:
-    """Seconds by what they were spent on."""
+    """Seconds by activity."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class Clock:
 
 @dataclass
 class Result:
-    """What a recipe's run has to show."""
+    """The results of a run of one recipe."""
 
     recipe: str
     before: float
@@ -84,7 +84,7 @@ class Result:
     curves: dict[str, list[tuple[int, float]]]
     """Points (update, value) of each quantity."""
     sample: Rollouts
-    """One group of the trained policy, and beside it its credit."""
+    """One group of the trained policy; its log-probabilities and advantages follow."""
     logprob: Tensor
     advantages: Tensor
     problem: task.Problem
@@ -104,14 +104,14 @@ def responses_of(ids: Tensor, prompt_length: int) -> list[str]:
 
 
 def accuracy(policy: Policy, problems: list[task.Problem], s: Settings) -> float:
-    """Share of problems answered right by greedy decoding."""
+    """Share of problems answered correctly by greedy decoding."""
     ids = policy.sample(prompts_of(problems), s.response_length, 0.0)
     texts = responses_of(ids, s.prompt_length)
     return sum(task.check(p, t).right for p, t in zip(problems, texts, strict=True)) / len(problems)
 
 
 def warm_up(s: Settings, held_out: list[task.Problem], progress: Progress) -> tuple[Policy, float]:
-    """Supervised learning on worked solutions, ended early on purpose. Returns the policy and its accuracy."""
+    """Supervised learning on worked solutions, stopped early; returns the policy and its accuracy."""
     torch.manual_seed(s.seed)
     policy = Policy(s.width, s.layers, s.heads, s.prompt_length + s.response_length)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.warmup_rate, weight_decay=0.01)
@@ -138,7 +138,7 @@ def warm_up(s: Settings, held_out: list[task.Problem], progress: Progress) -> tu
 
 
 def roll_out(policy: Policy, problems: list[task.Problem], s: Settings, generator: torch.Generator) -> Tensor:
-    """Groups of sampled responses: ids ``[B, P + T]``, a group after the other."""
+    """Sampled responses: ids ``[B, P + T]``, in contiguous groups."""
     prompts = prompts_of(problems).repeat_interleave(s.group_size, 0)
     return policy.sample(prompts, s.response_length, s.temperature, generator)
 
@@ -190,7 +190,7 @@ def reinforce(
             logits = policy(ids[:, :-1])[:, s.prompt_length - 1 :]
             with torch.no_grad():
                 reference_logits = reference(ids[:, :-1])[:, s.prompt_length - 1 :]
-        # The graph is cut at the logits, so that the ops' backward pass can be timed apart from the model's.
+        # The graph is cut at the logits to time the backward passes of the ops and of the model separately.
         leaf = logits.detach().requires_grad_()
         with clock.on("ops"):
             stats = rewardops.token_stats(leaf, tokens, temperature=s.temperature, mask=mask)
@@ -224,7 +224,7 @@ def reinforce(
 def _telling_group(
     policy: Policy, s: Settings, held_out: list[task.Problem]
 ) -> tuple[task.Problem, Rollouts, Tensor]:
-    """Of the groups sampled for some held-out problems, the one whose outcomes are most mixed."""
+    """The group with the most mixed outcomes among samples of some held-out problems."""
     problems = held_out[:16]
     ids = roll_out(policy, problems, s, torch.Generator().manual_seed(s.seed + 1))
     batch = judge(ids, problems, s)

@@ -1,7 +1,7 @@
-"""Adapters: rows, groups and numbers per row as frameworks have them, in the layouts that the ops take.
+"""Adapters: convert the rows, groups and per-row numbers of frameworks to the layouts of the ops.
 
-Two conventions need none: jagged ``values`` and ``offsets`` are packed rows with ``cu_seqlens=offsets``, and the
-sizes of contiguous groups are ``group_size``. Nothing here makes the host wait for a device.
+Two conventions need no adapter: jagged ``values`` and ``offsets`` are packed rows with ``cu_seqlens=offsets``,
+and the sizes of contiguous groups are ``group_size``. No adapter synchronises with a device.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ..ops.forest import TokenRows
 
 
 class Packed(NamedTuple):
-    """Rows one after another, as the ops take them."""
+    """Concatenated rows, the packed layout of the ops."""
 
     values: Tensor
     """``[N, ...]``"""
     cu_seqlens: Tensor
     """``[B + 1]``, int64."""
     mask: Tensor | None = None
-    """``[N]``, bool: False for what lies between rows. None where nothing does."""
+    """``[N]``, bool: False for values between rows. None where there are none."""
 
 
 def pack(rows: Sequence[Tensor]) -> Packed:
-    """A list of rows ``[T_b, ...]``, such as slime's samples, as packed rows; differentiable.
+    """Pack a list of rows ``[T_b, ...]``, such as slime's samples; differentiable.
 
-    The same lengths give the same ``cu_seqlens``, so one serves log-probabilities, values and masks.
+    Equal lengths give equal ``cu_seqlens``: one tensor serves log-probabilities, values and masks.
 
     Raises:
-        TypeError, ValueError: no rows, or rows that are not tensors of one dtype, device and shape but for ``T_b``.
+        TypeError, ValueError: no rows, or rows that differ in dtype, device or trailing shape.
     """
     if isinstance(rows, Tensor) or not isinstance(rows, Sequence) or not rows:
         got = "none" if isinstance(rows, Sequence) and not isinstance(rows, Tensor) else type(rows).__name__
@@ -65,7 +65,7 @@ def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tenso
 
 
 def unpack(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """The inverse of :func:`pack`: packed values ``[N, ...]`` as a list of rows, which share their memory."""
+    """The inverse of :func:`pack`: packed values ``[N, ...]`` to a list of views, one per row."""
     checks.check_tensor("values", values)
     if not values.dim() or sum(lengths) != values.shape[0]:
         shape = checks.show(values.shape)
@@ -74,22 +74,22 @@ def unpack(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 
 def from_nested(rows: Tensor) -> Packed:
-    """A nested tensor of jagged layout, its second dimension the ragged one, as packed rows; differentiable.
+    """Pack a nested tensor of jagged layout whose second dimension is ragged; differentiable.
 
-    Where it was narrowed, so that values lie between its rows, these are masked.
+    In a narrowed tensor, the values between its rows are masked.
     """
-    found: Any = checks.check_tensor("rows", rows)
-    if not found.is_nested or found.layout is not torch.jagged:
-        raise ValueError(f"rows: got layout {found.layout}, want a nested tensor of torch.jagged")
-    if found._ragged_idx != 1:
-        raise ValueError(f"rows: got dimension {found._ragged_idx} ragged, want 1")
-    values, cu, lengths = found.values(), found.offsets(), found.lengths()
+    nested: Any = checks.check_tensor("rows", rows)
+    if not nested.is_nested or nested.layout is not torch.jagged:
+        raise ValueError(f"rows: got layout {nested.layout}, want a nested tensor of torch.jagged")
+    if nested._ragged_idx != 1:
+        raise ValueError(f"rows: got dimension {nested._ragged_idx} ragged, want 1")
+    values, cu, lengths = nested.values(), nested.offsets(), nested.lengths()
     if lengths is None:
         return Packed(values, cu)
     starts, count = cu[:-1], values.shape[0]
     if not len(starts):
         return Packed(values, torch.zeros_like(cu), values.new_zeros(count, dtype=torch.bool))
-    # What lies between two rows is the end of the one before; what lies before the first, its own.
+    # Values between two rows belong to the earlier row; values before the first row belong to the first.
     cu = torch.nn.functional.pad(torch.nn.functional.pad(starts[1:], (1, 0)), (0, 1), value=count)
     spans = Layout(len(starts), (count,), None, cu)
     position = torch.arange(count, device=values.device)
@@ -98,25 +98,26 @@ def from_nested(rows: Tensor) -> Packed:
 
 
 def to_nested(values: Tensor, like: Tensor) -> Tensor:
-    """Packed values ``[N, ...]`` as a nested tensor with the rows of another, ``like``; differentiable."""
+    """Packed values ``[N, ...]`` to a nested tensor with the rows of ``like``; differentiable."""
     rows: Any = like
     total = from_nested(like).values.shape[0]
     if checks.check_tensor("values", values).shape[:1] != (total,):
         raise ValueError(f"values: got shape {checks.show(values.shape)}, want [{total}, ...]")
-    found: Tensor = torch.nested.nested_tensor_from_jagged(values, rows.offsets(), rows.lengths())
-    return found
+    nested: Tensor = torch.nested.nested_tensor_from_jagged(values, rows.offsets(), rows.lengths())
+    return nested
 
 
 def prompt_groups(prompts: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Group labels of rows with the same prompt, found in its tokens (as NeMo-RL groups): exact, on the device.
+    """Group rows by equal prompt tokens, as NeMo-RL does: exact, on the device.
 
     Args:
         prompts: ``[B, P]`` token ids, or ``[N]`` with ``cu_seqlens``.
-        mask: the shape of ``prompts``: tokens that count, so that padding on either side does not. Without one
-            padding is compared as well.
+        mask: the shape of ``prompts``: valid tokens, for padding on either side. Without a mask padding is
+            compared as well.
 
     Returns:
-        ``[B]``, int64: the first row that has the prompt of the row. Rows without a token are one group.
+        ``[B]``, int64: the index of the first row with the same prompt. Rows without a valid token form one
+        group.
     """
     rows = TokenRows.of(prompts, None, 1, mask, cu_seqlens, "skip")
     batch = rows.layout.batch
@@ -125,7 +126,7 @@ def prompt_groups(prompts: Tensor, *, mask: Tensor | None = None, cu_seqlens: Te
     order, _, _, length, shared = forest.rows
     sorted_length = length[order]
     before = sorted_length.roll(1)
-    # In lexicographic order the same prompts follow one another, the earliest row first; empty ones at the end.
+    # Lexicographic order puts equal prompts side by side, the earliest row first, and empty prompts last.
     same = (sorted_length == before) & ((shared == sorted_length) | (sorted_length == 0))
     place = torch.arange(batch, device=prompts.device)
     start = torch.where(same & (place > 0), 0, place).cummax(0).values
@@ -133,9 +134,9 @@ def prompt_groups(prompts: Tensor, *, mask: Tensor | None = None, cu_seqlens: Te
 
 
 def to_tokens(values: Tensor | Sequence[float], cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """A number per row, such as a temperature of its own, on each of the row's packed tokens ``[num_tokens]``.
+    """Broadcast a number per row, such as a temperature, to the row's packed tokens ``[num_tokens]``.
 
-    Padded rows need no such thing: ``temperature`` takes ``[B]`` there.
+    Not needed for padded rows, where ``temperature`` takes ``[B]``.
     """
     cu = checks.check_tensor("cu_seqlens", cu_seqlens)
     rows = checks.as_numbers("values", values, max(cu.shape[0] - 1, 0), "one per row")

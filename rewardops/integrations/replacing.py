@@ -1,4 +1,4 @@
-"""Functions of a framework replaced wherever one of its modules has imported them by name, and put back."""
+"""Replace functions of a framework in every module that imported them by name, and restore them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _swap(package: str, name: str, old: Function, new: Function) -> None:
 
 
 def replace(package: str, functions: Mapping[str, tuple[Function, Function]]) -> Callable[[], None]:
-    """Replace functions in every loaded module of a package, and so in those that will import them.
+    """Replace functions in every loaded module of a package; later imports get the replacements too.
 
     Args:
-        functions: by name, the package's function and the one that takes its place.
+        functions: name -> (the package's function, its replacement).
 
     Returns:
-        A function that puts them back, in modules loaded since then too.
+        A function that restores the originals, also in modules loaded since.
     """
     for name, (theirs, ours) in functions.items():
         _swap(package, name, theirs, ours)

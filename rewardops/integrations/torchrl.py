@@ -1,14 +1,14 @@
-"""torchrl: its value estimates by one scan on the device, under its names and with its arguments.
+"""torchrl: its value estimators as one scan on the device, with torchrl's names and arguments.
 
-Every function here takes ``[*B, T, F]`` with the time at ``time_dim``, as those of
-``torchrl.objectives.value.functional`` do, and returns the dtype of the values. ``done`` ends a trajectory, within
-a row too; ``terminated`` says that nothing follows; ``next_state_value`` is the value of what did follow, which
-after a truncation is not that of the next step. :func:`patch` has torchrl's estimators and losses call them.
-Written against torchrl 0.14.1.
+Every function here takes ``[*B, T, F]`` with time at ``time_dim``, like those of
+``torchrl.objectives.value.functional`` do, and returns the dtype of the values. ``done`` ends a trajectory, also
+within a row; ``terminated`` marks ends without a bootstrap; ``next_state_value`` is the value of the successor
+state, which after a truncation is not that of the next step. :func:`patch` makes torchrl's estimators and losses
+call these functions. Written against torchrl 0.14.1.
 
 What differs: no gradient flows into gamma, lambda and log-probabilities; gamma and lambda are from 0 to 1; values
-after a termination are not read, so they may be NaN; no power of gamma is dropped for being small. The device is
-never waited for, but for thresholds of V-trace that lie on it.
+after a termination are not read, so they may be NaN; no small power of gamma is dropped. No function synchronises
+with the device, except for V-trace thresholds that are device tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .replacing import replace
 
 
 def _checked(time_dim: int, reward: Tensor, done: Tensor, **others: Tensor) -> int:
-    """The dimension of time, where all shapes agree and flags are flags."""
+    """Validate shapes and flags; return the time dimension as a non-negative index."""
     if not -reward.dim() <= time_dim < reward.dim():
         raise ValueError(f"time_dim: got {time_dim}, want a dimension of reward {list(reward.shape)}")
     for name, tensor in {"done": done, **others}.items():
@@ -42,7 +42,7 @@ def _checked(time_dim: int, reward: Tensor, done: Tensor, **others: Tensor) -> i
 
 
 def _factor(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
-    """A number, or a tensor of one, or of one per step."""
+    """Validate a discount: a number, a tensor of one number, or one per step."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() == 1:
@@ -58,7 +58,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
-    """``[rows, T]``; a view where there is one feature."""
+    """Reshape to ``[rows, T]``; a view with a single feature."""
     return x.movedim(dim, -1).reshape(-1, x.shape[dim])
 
 
@@ -67,7 +67,7 @@ def _back(rows: Tensor, like: Tensor, dim: int) -> Tensor:
 
 
 def _unless(ends: Tensor, *factors: float | Tensor) -> Tensor:
-    """The product of the factors, float64 as the scan takes it, and 0 where a trajectory ends."""
+    """The product of the factors in float64 (the dtype of the scan), 0 at the ends of trajectories."""
     product: float | Tensor = 1.0
     for factor in factors:
         product = product * (factor.double() if isinstance(factor, Tensor) else factor)
@@ -78,7 +78,7 @@ def _unless(ends: Tensor, *factors: float | Tensor) -> Tensor:
 
 
 def _discounted(x: Tensor, ends: Tensor, dim: int, *factors: float | Tensor) -> Tensor:
-    """``G[t] = x[t] + factors[t] G[t + 1]`` along the time, where ``t`` is no end."""
+    """``G[t] = x[t] + factors[t] G[t + 1]`` along time; ``G[t] = x[t]`` at an end."""
     gamma = _unless(_rows(ends, dim), *(_flat(factor, dim) for factor in factors))
     return _back(rewardops.discounted_returns(_rows(x, dim), gamma=gamma), x, dim)
 
@@ -105,7 +105,7 @@ def generalized_advantage_estimate(
     *,
     time_dim: int = -2,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438); torchrl's, vectorised or not.
+    """Generalised advantage estimation (arXiv 1506.02438), for both of torchrl's functions.
 
     Args:
         gamma, lmbda: 0 to 1; a number, a tensor of one, or a tensor of the shape of ``reward``.
@@ -140,17 +140,17 @@ def _lambda_returns(
     time_dim: int,
     **others: Tensor,
 ) -> Tensor:
-    """In float32 or float64."""
+    """TD(lambda) returns in float32 or float64."""
     terminated = done if terminated is None else terminated
     others["next_state_value"] = next_state_value
     dim = _checked(time_dim, reward, done, terminated=terminated, **others)
     gamma, lmbda = _factor("gamma", gamma, reward), _factor("lmbda", lmbda, reward)
     reward, next_value = _wide(reward, next_state_value)
-    # The last step has no successor in the row, and bootstraps as one that ends a trajectory.
+    # The last step has no successor in the row: it bootstraps like the end of a trajectory.
     ends = done.clone()
     ends.narrow(dim, -1, 1).fill_(True)
-    own = (1 - _unless(ends, lmbda)).to(reward.dtype)
-    targets = _one_step(reward, own * next_value, gamma, terminated)
+    bootstrapped = (1 - _unless(ends, lmbda)).to(reward.dtype)
+    targets = _one_step(reward, bootstrapped * next_value, gamma, terminated)
     return _discounted(targets, ends, dim, gamma, lmbda)
 
 
@@ -165,10 +165,10 @@ def td_lambda_return_estimate(
     *,
     time_dim: int = -2,
 ) -> Tensor:
-    """TD(lambda) returns; torchrl's, vectorised or not. ``lmbda=0`` is its TD(0).
+    """TD(lambda) returns, for both of torchrl's functions. ``lmbda=0`` is its TD(0).
 
     Args:
-        rolling_gamma: ``False``, a discount of its own for the trajectory from every step, is left to torchrl.
+        rolling_gamma: ``False`` (a separate discount for the trajectory from each step) is left to torchrl.
         The rest: as in :func:`generalized_advantage_estimate`.
 
     Returns:
@@ -191,7 +191,7 @@ def td_lambda_advantage_estimate(
     rolling_gamma: bool | None = None,
     time_dim: int = -2,
 ) -> Tensor:
-    """:func:`td_lambda_return_estimate` less ``state_value``, differentiable in it too."""
+    """:func:`td_lambda_return_estimate` minus ``state_value``; differentiable in ``state_value`` too."""
     where = (next_state_value, reward, done, terminated)
     if rolling_gamma is False:
         return _torchrls["td_lambda_advantage_estimate"](gamma, lmbda, state_value, *where, False, time_dim)
@@ -209,7 +209,7 @@ def td1_return_estimate(
     *,
     time_dim: int = -2,
 ) -> Tensor:
-    """TD(1) returns; torchrl's, vectorised or not: discounted rewards, and the value where a trajectory is cut.
+    """TD(1) returns, for both of torchrl's functions: discounted rewards, and the value where a trajectory is cut.
 
     The arguments are those of :func:`td_lambda_return_estimate`.
     """
@@ -217,7 +217,7 @@ def td1_return_estimate(
         where = (next_state_value, reward, done, terminated)
         return _torchrls["td1_return_estimate"](gamma, *where, False, time_dim=time_dim)
     terminated = done if terminated is None else terminated
-    # In torchrl's TD(1) a termination is an end, whatever `done` says.
+    # torchrl's TD(1) ends a trajectory at a termination even where `done` is False.
     where = (next_state_value, reward, done | terminated, terminated)
     return td_lambda_return_estimate(gamma, 1.0, *where, time_dim=time_dim)
 
@@ -232,7 +232,7 @@ def td1_advantage_estimate(
     rolling_gamma: bool | None = None,
     time_dim: int = -2,
 ) -> Tensor:
-    """:func:`td1_return_estimate` less ``state_value``, differentiable in it too."""
+    """:func:`td1_return_estimate` minus ``state_value``; differentiable in ``state_value`` too."""
     if rolling_gamma is False:
         where = (state_value, next_state_value, reward, done, terminated)
         return _torchrls["td1_advantage_estimate"](gamma, *where, False, time_dim)
@@ -254,10 +254,11 @@ def vtrace_advantage_estimate(
     c_thresh: float | Tensor = 1.0,
     time_dim: int = -2,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace (arXiv 1802.01561); torchrl's.
+    """V-trace (arXiv 1802.01561), as in torchrl.
 
     Args:
-        log_pi, log_mu: log-probabilities under the policy, and under the one that acted; the shape of ``reward``.
+        log_pi, log_mu: log-probabilities under the policy and under the behaviour policy; the shape of
+            ``reward``.
         rho_thresh, c_thresh: numbers, or tensors of one.
         The rest: as in :func:`generalized_advantage_estimate`.
 
@@ -278,7 +279,7 @@ def vtrace_advantage_estimate(
     log_ratio = (log_pi - log_mu).detach()
     delta = _rows(_one_step(reward, next_value, gamma, terminated) - value, dim)
     rho_clip, trace_clip = float(rho_thresh), float(c_thresh)
-    # Of a value of 0 the targets are how far they are above it.
+    # V-trace of these deltas with values of 0 gives the targets minus the values.
     above = rewardops.vtrace(
         delta,
         torch.zeros_like(delta),
@@ -324,7 +325,7 @@ _torchrls: dict[str, Callable[..., Any]] = {name: getattr(functional, name) for 
 
 
 def patch() -> Callable[[], None]:
-    """Have torchrl call these: ``GAE``, ``TDLambdaEstimator``, ``TD1Estimator``, ``VTrace``, and losses by them.
+    """Make ``GAE``, ``TDLambdaEstimator``, ``TD1Estimator``, ``VTrace`` and their losses call these functions.
 
     Returns:
         A function that undoes it.

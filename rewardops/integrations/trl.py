@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on our ops: per-token statistics and exact KL, and advantages of any estimator."""
+"""TRL's GRPOTrainer on rewardops: per-token statistics, exact KL, and any advantage estimator."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from ..prefix_tree import tempo_advantages
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of a generation step, of all processes, and what they were rewarded with.
+    """The completions of a generation step, of all processes, with their rewards.
 
-    Rows are in TRL's order: groups of ``group_size`` next to each other, so ``group_size=rollouts.group_size``
-    is what our estimators take.
+    Rows are in TRL's order: contiguous groups of ``group_size``. Estimators of rewardops take them with
+    ``group_size=rollouts.group_size``.
 
     Attributes:
-        rewards: ``[B]``, float32: the sum over reward functions, weighted; 0 where none gave a reward.
+        rewards: ``[B]``, float32: the weighted sum over reward functions; 0 where none returned a reward.
         rewards_per_func: ``[B, R]``, float32, unweighted; NaN where a function returned None.
         reward_weights: ``[R]``.
-        scorable: ``[B]``, bool: rows that some function gave a reward. The others get advantage 0.
+        scorable: ``[B]``, bool: rows with a reward from at least one function. The others get advantage 0.
         completion_ids: ``[B, T]``, padded on the right.
-        mask: ``[B, T]``, bool: tokens that the policy wrote, in scorable rows; not padding, not what a tool
-            returned. Truncated completions are in it, as TRL counts them in their group too
-            (``mask_truncated_completions`` takes them out of the loss).
+        mask: ``[B, T]``, bool: tokens sampled by the policy, in scorable rows; neither padding nor tool output.
+            Truncated completions are included, as TRL counts them in their group too
+            (``mask_truncated_completions`` removes them from the loss).
         group_size: rows of a group.
         process_rewards: ``[B, T]``, float32: the reward of a step at the token that ends it, 0 elsewhere; None
             without a ``process_reward_func``.
@@ -61,7 +61,7 @@ class Rollouts:
     _entropies: Callable[[], Tensor] = field(repr=False)
 
     def entropies(self) -> Tensor:
-        """``[B, T]``, in nats, of the policy that generated: a forward pass, which every process has to ask for."""
+        """Entropies ``[B, T]`` of the behaviour policy, in nats: a forward pass, to be called on every process."""
         return self._entropies()
 
 
@@ -83,15 +83,15 @@ def _rloo(rollouts: Rollouts, **options: Any) -> Tensor:
 
 
 def _gdpo(rollouts: Rollouts, *, eps: float) -> Tensor:
-    """TRL's ``normalize_then_sum``: a function's missing rewards are no part of their groups."""
+    """TRL's ``normalize_then_sum``: missing rewards of a function are left out of their groups."""
     total = torch.zeros_like(rollouts.rewards)
     for weight, column in zip(rollouts.reward_weights, rollouts.rewards_per_func.unbind(1), strict=True):
-        given = ~column.isnan()
-        found = advantages.grpo(
-            torch.where(given, column, 0), group_size=rollouts.group_size, mask=given[:, None], eps=eps
+        scored = ~column.isnan()
+        relative = advantages.grpo(
+            torch.where(scored, column, 0), group_size=rollouts.group_size, mask=scored[:, None], eps=eps
         )
-        total = total + weight * found[:, 0]
-    # TRL adds eps to the deviation of the batch, where `whiten` adds it to the variance.
+        total = total + weight * relative[:, 0]
+    # TRL adds eps to the standard deviation of the batch, `whiten` to the variance.
     return advantages.grpo(total, group_size=len(total), mask=rollouts.scorable[:, None], eps=eps)[:, 0]
 
 
@@ -134,10 +134,10 @@ _PER_TOKEN = ("gtpo", "pure", "tempo")
 
 
 class _Head:
-    """Stands where TRL's ``ChunkedLogProbFunction`` does: statistics of tokens from hidden states and a head.
+    """Replacement of TRL's ``ChunkedLogProbFunction``: token statistics from hidden states and a head.
 
-    One model's. For the exact KL the reference model's notes what it is given (``note``), and the policy's
-    compares itself with that (``reference``) and leaves the result in ``kl``.
+    One instance per model. For the exact KL the reference model's instance records its inputs in ``note``. The
+    policy's instance reads them as ``reference`` and stores the result in ``kl``.
     """
 
     def __init__(self) -> None:
@@ -161,14 +161,14 @@ class _Head:
             self.note.append((hidden, weight, bias))
             return hidden.new_zeros(tokens.shape, dtype=torch.float32), None, None, None, None
         names = {"log_probs": "logprob", "entropy": "entropy"}
-        asked = [names[name] for name in outputs]
+        requested = [names[name] for name in outputs]
         other: dict[str, Any] = {}
         if self.reference is not None:
             other = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), self.reference, strict=True))
-            asked.append("kl")
+            requested.append("kl")
         stats = linear_token_stats(
             hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            outputs=asked, num_tokens=tokens.shape[0], **other,
+            outputs=requested, num_tokens=tokens.shape[0], **other,
         )  # fmt: skip
         self.kl = stats.kl
         assert stats.logprob is not None
@@ -183,11 +183,11 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _add_head(model: nn.Module, head: _Head, **options: Any) -> None:
-    """TRL's ``add_fused_lm_head`` with our head in it.
+    """Call TRL's ``add_fused_lm_head`` with this module's head.
 
-    The same code with two other globals, for this model alone: what TRL knows of models (backbones, softcaps,
-    scales, tied and sharded heads, auxiliary losses) stays TRL's, and no other trainer notices. Tokens without a
-    label are left out before the head on every device.
+    The same code runs with two replaced globals, for this model alone. TRL's knowledge of models (backbones,
+    softcaps, scales, tied and sharded heads, auxiliary losses) is reused, and other trainers are unaffected.
+    Tokens without a label are removed before the head on every device.
     """
     stock = stock_utils.add_fused_lm_head
     swapped = {"_ChunkedLogProbFunction": head, "_use_triton": lambda device: True}
@@ -207,7 +207,7 @@ def _add_head(model: nn.Module, head: _Head, **options: Any) -> None:
 
 
 class _BesideReference:
-    """The policy as TRL calls it, each time beside the reference model; ``kl`` collects KL(policy || reference)."""
+    """The policy and the reference model behind one call; ``kl`` collects KL(policy || reference)."""
 
     def __init__(self, model: nn.Module, head: _Head, ref_model: nn.Module, ref_head: _Head) -> None:
         self.model, self.head, self.ref_model, self.ref_head = model, head, ref_model, ref_head
@@ -232,7 +232,7 @@ class _BesideReference:
 
 
 class _FromLogits:
-    """A model as TRL calls it, with statistics of the logits that the model itself returns."""
+    """A model with the signature that TRL calls; its statistics come from the logits that the model returns."""
 
     def __init__(
         self, model: nn.Module, keep: dict[str, int], temperature: float, ref_model: nn.Module | None
@@ -247,7 +247,8 @@ class _FromLogits:
             with torch.no_grad():
                 ref_logits = self.ref_model(**inputs).logits
         out = self.model(**inputs)
-        # The last logits predict nothing that was sampled: masked, so that no slice of them has a gradient to pad.
+        # The last position predicts no sampled token. It is masked instead of sliced off: a slice would pad its
+        # gradient.
         tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[:, -out.logits.shape[1] :]
         stats = token_stats(
             out.logits,
@@ -277,32 +278,31 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
     """TRL's ``GRPOTrainer`` with per-token statistics and advantages from rewardops; a drop-in replacement.
 
     Args:
-        advantage_estimator: ``"grpo"``, TRL's own arithmetic (``scale_rewards`` and
-            ``multi_objective_aggregation`` of the config apply); ``"rloo"``, :func:`rewardops.advantages.rloo`;
-            or with an advantage for each token ``"tempo"``, :func:`rewardops.tempo_advantages` on the prefix
-            tree of a group's completions (scaled as ``scale_rewards`` says), ``"gtpo"``,
-            :func:`rewardops.advantages.gtpo` (one more forward pass per generation, for the entropies), and
-            ``"pure"``, :func:`rewardops.advantages.pure` with the process rewards of ``process_reward_func`` and
-            the weighted sum of ``reward_funcs`` as the outcome. Or a function from :class:`Rollouts` to
-            advantages, ``[B]`` or ``[B, T]``.
+        advantage_estimator: ``"grpo"``, TRL's arithmetic (``scale_rewards`` and ``multi_objective_aggregation``
+            of the config apply); ``"rloo"``, :func:`rewardops.advantages.rloo`; or, with an advantage per token,
+            ``"tempo"``, :func:`rewardops.tempo_advantages` on the prefix tree of a group's completions (scaled by
+            ``scale_rewards``), ``"gtpo"``, :func:`rewardops.advantages.gtpo` (one more forward pass per
+            generation, for the entropies), and ``"pure"``, :func:`rewardops.advantages.pure` with the process
+            rewards of ``process_reward_func`` and the weighted sum of ``reward_funcs`` as the outcome. Or a
+            function from :class:`Rollouts` to advantages, ``[B]`` or ``[B, T]``.
         advantage_options: keywords for the named function, over TRL's conventions (``eps=1e-4``).
         process_reward_func: called as a reward function is (``prompts``, ``completions``, ``completion_ids``, the
             data set's columns); returns for each completion the ``(end, reward)`` of its steps, ``end`` the
-            position of the step's last token in the completion, or None for none.
+            position of the step's last token in the completion; None for a completion without steps.
         token_stats_from: ``"hidden"``, through :func:`rewardops.linear_token_stats`, which never holds
             ``[tokens, vocabulary]``; or ``"logits"``, through :func:`rewardops.token_stats` of the logits that
-            the model returns, for models whose logits are more than a product of hidden states and a head.
+            the model returns, for models whose logits are not a plain product of hidden states and a head.
         kl_estimator: ``"k3"``, TRL's, of the sampled tokens; or ``"exact"``, KL(policy || reference) of each
-            token's distributions, from the pass that gives the log-probabilities. The reference model runs
-            beside the policy then, at every step. ``use_bias_correction_kl`` has no part in it: it gives k3 the
-            gradient that the exact one has, in the mean.
-        All else: as TRL's.
+            token's distributions, from the pass that gives the log-probabilities. The reference model then runs
+            in every step, beside the policy. ``use_bias_correction_kl`` is ignored: it corrects the expected
+            gradient of k3 to that of the exact KL.
+        Others: as in TRL's ``GRPOTrainer``.
 
     Raises:
         ValueError: an unknown name, options without a named estimator, ``"pure"`` without a
             ``process_reward_func``, ``"normalize_then_sum"`` with a named estimator other than ``"grpo"``,
-            ``kl_estimator="exact"`` where there is no reference model of its own (``beta=0``, PEFT) or where
-            it is sharded (FSDP, ZeRO-3). TypeError: an asynchronous ``process_reward_func``.
+            ``kl_estimator="exact"`` without a separate reference model (``beta=0``, PEFT) or with a sharded one
+            (FSDP, ZeRO-3). TypeError: an asynchronous ``process_reward_func``.
     """
 
     beta: float
@@ -365,7 +365,7 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
 
     def _add_heads(self) -> None:
         if is_deepspeed_zero3_enabled():
-            # The head is gathered for TRL's own backward pass, and empty in anyone else's.
+            # ZeRO-3 gathers the head for TRL's backward pass only; in any other it is empty.
             warnings.warn(
                 "DeepSpeed ZeRO-3: log-probabilities and entropies come from TRL's fused head, not from"
                 " rewardops; token_stats_from='logits' works",
@@ -400,12 +400,12 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
             scored = self._from_logits(model, logits_to_keep, ref_model)
         elif ref_model is not None:
             scored = _BesideReference(model, self._heads[0], ref_model, self._heads[1])
-        found = super()._get_per_token_logps_and_entropies(
+        stats = super()._get_per_token_logps_and_entropies(
             scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         if ref_model is not None:
             self._step_kl = torch.cat(scored.kl)[:, -logits_to_keep:]
-        return found
+        return stats
 
     # ---- exact KL
 
@@ -422,7 +422,7 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _without_stock_kl(self) -> Iterator[None]:
-        """TRL's code as with ``beta=0``: no reference log-probabilities, no k3."""
+        """Run TRL's code as with ``beta=0``: without reference log-probabilities and k3."""
         beta = self.beta
         if self.kl_estimator == "exact":
             self.beta = 0.0
@@ -432,7 +432,7 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
             self.beta = beta
 
     def _share_in_loss(self, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """``[B, T]``: what TRL's ``loss_type`` multiplies a token's loss by before it sums."""
+        """Weights ``[B, T]`` by which TRL's ``loss_type`` multiplies token losses before the sum."""
         training = self.model.training
         steps = self.current_gradient_accumulation_steps if training else 1.0
         weights = mask.float()
@@ -499,7 +499,7 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         return output
 
     def _advantages(self, output: Mapping[str, Any]) -> Tensor:
-        """``[B]`` or ``[B, T]`` of this process's rows, of what all processes generated."""
+        """Advantages ``[B]`` or ``[B, T]`` of this process's rows, computed from the rollouts of all processes."""
         rewards, lengths, steps = self._scored
         del self._scored
         ids = output["completion_ids"]
@@ -507,7 +507,8 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         inside = torch.arange(width, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
         written = inside
         if "tool_mask" in output:
-            # TRL also masks what is truncated, of which it is not known any more who wrote it.
+            # TRL masks truncated completions too: their tokens of the policy and of tools are not distinguishable
+            # here.
             truncated = (output["completion_mask"] == 0).all(1)
             written = inside & (output["tool_mask"].bool() | truncated[:, None])
         scorable = ~rewards.isnan().all(1)
@@ -526,39 +527,43 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
             step_ends=ends,
             _entropies=lambda: self._gather(self._behaviour_entropies(output, inside)),
         )
-        found = self._estimator(rollouts)
-        if not isinstance(found, Tensor) or found.shape not in (scorable.shape, rollouts.mask.shape):
-            got = f"shape {checks.show(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        advantages = self._estimator(rollouts)
+        if not isinstance(advantages, Tensor) or advantages.shape not in (
+            scorable.shape,
+            rollouts.mask.shape,
+        ):
+            is_tensor = isinstance(advantages, Tensor)
+            got = f"shape {checks.show(advantages.shape)}" if is_tensor else type(advantages).__name__
             want = f"[{len(scorable)}] or {checks.show(rollouts.mask.shape)}"
             raise ValueError(f"advantage_estimator: got {got}, want {want}")
-        found = found.detach().float()
-        counted = scorable if found.dim() == 1 else rollouts.mask
-        if not bool(found[counted].isfinite().all()):
+        advantages = advantages.detach().float()
+        counted = scorable if advantages.dim() == 1 else rollouts.mask
+        if not bool(advantages[counted].isfinite().all()):
             raise ValueError("advantage_estimator: got NaN or infinite advantages, want finite ones")
-        found = torch.where(counted, found, 0)
-        self._log_advantages(found, rollouts.mask)
+        advantages = torch.where(counted, advantages, 0)
+        self._log_advantages(advantages, rollouts.mask)
         first = self.accelerator.process_index * rows
-        found = found[first : first + rows]
-        return found if found.dim() == 1 else found[:, :width]
+        advantages = advantages[first : first + rows]
+        return advantages if advantages.dim() == 1 else advantages[:, :width]
 
     def _gather(self, values: Tensor, pad: int = 0) -> Tensor:
-        """Of all processes, as wide as the widest."""
+        """Gather the rows of all processes, padded to the widest."""
         plain = values.int() if values.dtype is torch.bool else values
         wide = self.accelerator.pad_across_processes(plain, dim=1, pad_index=pad)
-        found: Tensor = self.accelerator.gather(wide)
-        return found.bool() if values.dtype is torch.bool else found
+        gathered: Tensor = self.accelerator.gather(wide)
+        return gathered.bool() if values.dtype is torch.bool else gathered
 
-    def _log_advantages(self, found: Tensor, mask: Tensor) -> None:
-        """In the completions table, of tokens their mean, in place of what TRL has just put there."""
-        if found.dim() == 2:
-            found = found.sum(1) / mask.sum(1).clamp(min=1)
+    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Replace TRL's advantages in the completions table, by the mean over tokens where they are per token."""
+        if advantages.dim() == 2:
+            advantages = advantages.sum(1) / mask.sum(1).clamp(min=1)
         logged = self._logs["advantages"]
-        for _ in range(min(len(found), len(logged))):
+        for _ in range(min(len(advantages), len(logged))):
             logged.pop()
-        logged.extend(found.tolist())
+        logged.extend(advantages.tolist())
 
     def _behaviour_entropies(self, output: Mapping[str, Any], inside: Tensor) -> Tensor:
-        """``[B, T]``; of truncated completions too, which TRL has masked by now."""
+        """Entropies ``[B, T]``, also of truncated completions, which TRL has masked by now."""
         size = self.args.per_device_train_batch_size if self.model.training else len(inside)
         about_images = (
             "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -582,7 +587,7 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
 
 
 def _place(steps: Sequence[Sequence[tuple[int, float]] | None], written: Tensor) -> Tensor:
-    """``[B, T]``: rewards of steps where they end, NaN elsewhere."""
+    """Step rewards ``[B, T]`` at the last token of each step, NaN elsewhere."""
     out, allowed = torch.full(written.shape, torch.nan), written.tolist()
     for row, pairs in enumerate(steps):
         before = -1

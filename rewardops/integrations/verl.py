@@ -1,12 +1,12 @@
-"""verl: advantage estimators and policy losses in its registries, and drop-ins for what it computes from logits.
+"""verl: advantage estimators and policy losses for its registries, and drop-ins for its functions of logits.
 
 Importing this module registers them. verl imports it by itself, as the plugin ``rewardops`` of its entry point
-group ``verl.plugins``, and ``algorithm.adv_estimator=rewardops_grpo`` is all there is to set. Written against
-verl 0.9.1.
+group ``verl.plugins``, so ``algorithm.adv_estimator=rewardops_grpo`` is the only setting. Written against verl
+0.9.1.
 
-verl hands an estimator token rewards, the mask, the uid of every row and the config. An estimator that reads more
-(``responses``, ``entropy``, ``values``, ``steps``) finds it in :func:`provide`, which :func:`compute_advantage` and
-:class:`AdvantageInputs` fill from the trainer's batch.
+verl passes an estimator token rewards, the mask, the uid of every row and the config. Estimators that need other
+entries (``responses``, ``entropy``, ``values``, ``steps``) read those of :func:`provide`, which
+:func:`compute_advantage` and :class:`AdvantageInputs` fill from the trainer's batch.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ _provided: ContextVar[tuple[Mapping[str, Any], ...]] = ContextVar("rewardops.int
 
 @contextmanager
 def provide(*sources: Any, **entries: Any) -> Iterator[None]:
-    """Let estimators that are called inside read these entries, beside what verl passes them.
+    """Provide entries to estimators called inside the context, in addition to the arguments that verl passes.
 
     Args:
-        sources: anything with ``keys()`` and ``[]``: a dictionary, ``data.batch``, ``data.non_tensor_batch``.
-        entries: single ones, which come before the sources: ``responses=``, ``entropy=``, ``steps=``, ...
+        sources: mappings, anything with ``keys()`` and ``[]``: a dictionary, ``data.batch``,
+            ``data.non_tensor_batch``.
+        entries: single entries, which take precedence over the sources: ``responses=``, ``entropy=``, ``steps=``,
+            ...
     """
     token = _provided.set((entries, *sources, *_provided.get()))
     try:
@@ -52,7 +54,7 @@ def provide(*sources: Any, **entries: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What verl passes to an estimator, and what lies beside it."""
+    """The arguments that verl passes to an estimator, and the provided entries."""
 
     estimator: str
     token_rewards: Tensor
@@ -68,11 +70,11 @@ class _Call:
         return self.index
 
     def scores(self) -> Tensor:
-        """``[B]``; verl sums over all positions, masked ones too."""
+        """Row rewards ``[B]``; verl sums over all positions, masked ones too."""
         return self.token_rewards.sum(-1)
 
     def entry(self, *names: str, required: bool = True) -> Any:
-        """The first of these names that somebody provides."""
+        """The first of these names that is provided."""
         for source in self.sources:
             for name in names:
                 if name in source.keys() and source[name] is not None:  # noqa: SIM118 (a TensorDict)
@@ -87,18 +89,18 @@ class _Call:
         )
 
     def setting(self, name: str, default: Any) -> Any:
-        found = None if self.config is None else self.config.get(name, None)
-        return default if found is None else found
+        value = None if self.config is None else self.config.get(name, None)
+        return default if value is None else value
 
     def options(self, accepted: tuple[str, ...]) -> dict[str, Any]:
-        """Of ``algorithm.rewardops``; an option that the estimator does not have is an error."""
-        given = self.setting("rewardops", {})
-        for name in given:
+        """The options in ``algorithm.rewardops``; an unknown option is an error."""
+        options = self.setting("rewardops", {})
+        for name in options:
             if name not in accepted:
                 raise ValueError(
                     f"algorithm.rewardops.{name}: {self.estimator} has no such option, want one of {list(accepted)}"
                 )
-        return {name: given[name] for name in given}
+        return {name: options[name] for name in options}
 
     def scale(self) -> dict[str, Any]:
         return {"scale": "std" if self.setting("norm_adv_by_std_in_grpo", True) else "none"}
@@ -113,10 +115,13 @@ _Computed = Tensor | tuple[Tensor, Tensor]
 _Estimator = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _high_entropy(call: _Call, found: Tensor, fraction: float) -> Tensor:
-    """A policy loss without KL is 0 where the advantage is, and its denominator stays all valid tokens."""
-    kept = rewardops.high_entropy_mask(call.entry("entropy", "entropys"), call.mask, fraction=fraction)
-    return torch.where(kept, found, 0)
+def _high_entropy(call: _Call, advantages: Tensor, fraction: float) -> Tensor:
+    """Zero the advantages outside the tokens of highest entropy.
+
+    A policy loss without KL is then 0 there, while its denominator still counts all valid tokens.
+    """
+    chosen = rewardops.high_entropy_mask(call.entry("entropy", "entropys"), call.mask, fraction=fraction)
+    return torch.where(chosen, advantages, 0)
 
 
 def _estimator(name: str, *accepted: str) -> Callable[[Callable[..., _Computed]], _Estimator]:
@@ -140,13 +145,14 @@ def _estimator(name: str, *accepted: str) -> Callable[[Callable[..., _Computed]]
             options = call.options(accepted)
             fraction = options.pop("high_entropy_fraction", None)
             with torch.no_grad():
-                found = compute(call, **options)
-                out, returns = found if isinstance(found, tuple) else (found, found)
+                result = compute(call, **options)
+                out, returns = result if isinstance(result, tuple) else (result, result)
                 if fraction is not None:
                     out = _high_entropy(call, out, fraction)
             return out, returns
 
-        # verl refuses a second function of a name; one of ours, of a module loaded again, takes the first's place.
+        # verl rejects a second function of one name. After a reload of this module the new one replaces the old
+        # one.
         known = core_algos.ADV_ESTIMATOR_REGISTRY
         if getattr(known.get(name), "__module__", None) == __name__:
             del known[name]
@@ -198,7 +204,7 @@ def _gpg(call: _Call, *, alpha: str = "rewards", singleton: str = "raw") -> Tens
 
 @_estimator("rewardops_gdpo", *_GROUP)
 def _gdpo(call: _Call, **options: Any) -> Tensor:
-    """Rewards are the entries that ``algorithm.gdpo_reward_keys`` names, weighed by ``gdpo_reward_weights``."""
+    """GDPO of the entries in ``algorithm.gdpo_reward_keys``, weighted by ``gdpo_reward_weights``."""
     keys = call.setting("gdpo_reward_keys", None)
     if not keys:
         raise ValueError("algorithm.gdpo_reward_keys: got none, want the names of the rewards")
@@ -230,7 +236,7 @@ def _reinforce_plus_plus_baseline(call: _Call, *, singleton: str = "raw") -> Ten
 
 @_estimator("rewardops_remax")
 def _remax(call: _Call) -> tuple[Tensor, Tensor]:
-    """``reward_baselines`` are of greedy responses, which verl samples for its own ``remax`` alone."""
+    """ReMax with ``reward_baselines``, of greedy responses, which verl samples only for its own ``remax``."""
     baselines = call.entry("reward_baselines")
     return (
         advantages.remax(call.token_rewards, baselines, mask=call.mask),
@@ -240,10 +246,10 @@ def _remax(call: _Call) -> tuple[Tensor, Tensor]:
 
 @_estimator("rewardops_gae")
 def _gae(call: _Call) -> tuple[Tensor, Tensor]:
-    """``critic.enable=True`` is needed: by itself verl has a critic for its own ``gae`` alone."""
+    """GAE; needs ``critic.enable=True``: by default verl has a critic only for its own ``gae``."""
     gamma, lam = call.setting("gamma", 1.0), call.setting("lam", 1.0)
-    found = rewardops.gae(call.token_rewards, call.entry("values"), gamma=gamma, lam=lam, mask=call.mask)
-    return rewardops.whiten(found.advantages, call.mask), found.returns
+    estimate = rewardops.gae(call.token_rewards, call.entry("values"), gamma=gamma, lam=lam, mask=call.mask)
+    return rewardops.whiten(estimate.advantages, call.mask), estimate.returns
 
 
 @_estimator("rewardops_tempo", "td_scale", "scale", "eps", "ddof", *_TREE)
@@ -278,7 +284,7 @@ def _grpo_s(call: _Call, **options: Any) -> Tensor:
 
 @_estimator("rewardops_pure", "temperature", "baseline", "outcome_weight", "separators")
 def _pure(call: _Call, **options: Any) -> Tensor:
-    """``token_level_rewards`` are the process rewards, read where ``steps`` end; ``outcome`` is the verifier's."""
+    """PURE: ``token_level_rewards`` are process rewards, read at step ends; ``outcome`` is the verifier's."""
     steps, outcome = call.entry("steps"), call.entry("outcome", required=False)
     if outcome is not None and not isinstance(outcome, Tensor):
         outcome = torch.as_tensor(np.asarray(outcome, dtype=np.float32)).to(call.mask.device)
@@ -291,7 +297,7 @@ def _pure(call: _Call, **options: Any) -> Tensor:
 
 
 def compute_advantage(data: Any, *args: Any, **kwargs: Any) -> Any:
-    """verl's ``compute_advantage`` of the same arguments, whose estimators can read all of ``data``."""
+    """verl's ``compute_advantage``, with all of ``data`` provided to the estimators."""
     from verl.trainer.ppo import ray_trainer
 
     verls = _originals.get("compute_advantage", ray_trainer.compute_advantage)
@@ -300,9 +306,9 @@ def compute_advantage(data: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class AdvantageInputs:
-    """For a trainer of ``verl.trainer.ppo.v1``, before its base: estimators can read these fields of the queue.
+    """Mixin for trainers of ``verl.trainer.ppo.v1``, before the base class: provides queue fields to estimators.
 
-    Its own batch has neither token ids nor entropies. With this one, ``trainer.v1.trainer_mode=rewardops``::
+    The trainer's batch has neither token ids nor entropies. With ``trainer.v1.trainer_mode=rewardops``::
 
         @register_trainer("rewardops")
         class Trainer(AdvantageInputs, PPOTrainerSync):
@@ -314,8 +320,8 @@ class AdvantageInputs:
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         queue = importlib.import_module("transfer_queue")
         fields = list(self.advantage_fields)
-        found = queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        with provide(found.to_padded_tensor()):
+        entries = queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        with provide(entries.to_padded_tensor()):
             return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
 
 
@@ -323,8 +329,8 @@ class AdvantageInputs:
 
 
 def _coefficient(config: Any, name: str, default: float) -> float:
-    found = getattr(config.policy_loss, name)
-    return default if found is None else found
+    value = getattr(config.policy_loss, name)
+    return default if value is None else value
 
 
 def _aggregated(losses: Tensor, mask: Tensor, mode: str, config: Any, weights: Tensor | None) -> Tensor:
@@ -344,9 +350,9 @@ def _clip_cov(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's ``clip_cov`` with :func:`rewardops.clip_cov_mask`: no loss at a few tokens, drawn at random.
+    """verl's ``clip_cov`` with :func:`rewardops.clip_cov_mask`: no loss at a few randomly drawn tokens.
 
-    As many as verl draws, of the same ones, but by a draw of its own.
+    The number of tokens and the candidates are those of verl; the random draw differs.
     """
     low = 1 - (config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low)
     high = 1 + (config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high)
@@ -355,7 +361,7 @@ def _clip_cov(
     ratio = difference.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(low, high)
     cov = rewardops.advantage_logprob_cov(advantages, log_prob, response_mask)
-    # What PPO clips is not drawn, but does count among the tokens that the fraction is of.
+    # Tokens that PPO clips are never drawn, but count in the total that the fraction refers to.
     cov = torch.where(clipped > plain, band[0], cov)
     drawn = rewardops.clip_cov_mask(
         cov,
@@ -382,7 +388,7 @@ def _kl_cov(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's ``kl_cov`` with :func:`rewardops.kl_cov_mask`: a KL term where the covariance is largest."""
+    """verl's ``kl_cov`` with :func:`rewardops.kl_cov_mask`: a KL term at the tokens of largest covariance."""
     difference = log_prob - old_log_prob
     apart = difference.abs()
     chosen = rewardops.kl_cov_mask(
@@ -436,7 +442,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Args:
         logits: ``[..., V]``. labels: ``[...]``; -100 has log-probability 0 and no gradient.
-        inplace_backward: the gradient takes the place of the logits, as in verl where flash-attn is installed.
+        inplace_backward: write the gradient over the logits, as verl does where flash-attn is installed.
 
     Returns:
         ``[...]``, float32 (float64 for float64).
@@ -453,7 +459,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """verl's ``entropy_from_logits`` by :func:`rewardops.token_stats`: ``[...]`` of ``[..., V]``, float32."""
+    """verl's ``entropy_from_logits`` by :func:`rewardops.token_stats`: ``[..., V]`` to ``[...]``, float32."""
     flat = logits.reshape(-1, logits.shape[-1])
     unused = torch.zeros(flat.shape[:1], dtype=torch.int64, device=flat.device)
     stats = rewardops.token_stats(flat, unused, outputs=("entropy",))
@@ -462,7 +468,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """:func:`entropy_from_logits`, which has no copy of the logits to cut into chunks."""
+    """:func:`entropy_from_logits`, which needs no chunks: it makes no copy of the logits."""
     return entropy_from_logits(logits)
 
 
@@ -482,13 +488,13 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def patch(*names: str) -> Callable[[], None]:
-    """Put these drop-ins in the place of verl's functions, in every module that has or will have imported them.
+    """Replace verl's functions by these drop-ins, in every module that has imported or will import them.
 
-    Call it before the workers build their engines: what they have compiled or bound by then stays verl's.
+    Call it before the workers build their engines: functions compiled or bound by then remain verl's.
 
     Args:
-        names: of ``logprobs_from_logits``, ``entropy_from_logits``, ``entropy_from_logits_with_chunking``,
-            ``kl_penalty`` (these by default), and ``compute_advantage``, of the legacy trainer.
+        names: some of ``logprobs_from_logits``, ``entropy_from_logits``, ``entropy_from_logits_with_chunking``,
+            ``kl_penalty`` (the default) and ``compute_advantage`` (of the legacy trainer).
 
     Returns:
         A function that undoes it.
@@ -500,8 +506,8 @@ def patch(*names: str) -> Callable[[], None]:
     functions = {}
     for name in chosen:
         home, ours = _DROP_INS[name]
-        found = getattr(importlib.import_module(home), name)
-        if found is not ours:
-            _originals[name] = found
-            functions[name] = (found, ours)
+        theirs = getattr(importlib.import_module(home), name)
+        if theirs is not ours:
+            _originals[name] = theirs
+            functions[name] = (theirs, ours)
     return replace("verl", functions)

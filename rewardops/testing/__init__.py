@@ -1,6 +1,6 @@
-"""What kernels are held to: error budgets against float64, and generators of awkward inputs.
+"""Testing kit for kernels: error budgets against float64, and generators of awkward inputs.
 
-For this package's tests, and for users with kernels of their own: see ``docs/testing.md``. Hypothesis strategies of
+Used by this package's tests, and by users for their kernels: see ``docs/testing.md``. Hypothesis strategies of
 the same inputs are in :mod:`rewardops.testing.strategies`.
 """
 

@@ -1,6 +1,6 @@
-"""A call of every public op, with the options that change what is computed, on one batch of rollouts.
+"""Calls of every public op, with the options that change the computation, on one batch of rollouts.
 
-The tests of what holds for every op, ``rewardops verify`` and the checks on a GPU all go through this list.
+The tests of properties common to all ops, ``rewardops verify`` and the checks on a GPU use this list.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LAYOUTS = ("padded", "packed")
 
 
 class Batch(NamedTuple):
-    """One batch of rollouts in one layout; ``[tokens]`` stands for ``[B, T]``, or ``[N]`` where it is packed."""
+    """One batch of rollouts in one layout; ``[tokens]`` stands for ``[B, T]`` if padded, ``[N]`` if packed."""
 
     mask: Tensor  # [tokens], with holes
-    cu_seqlens: Tensor | None  # [B + 1] where packed
+    cu_seqlens: Tensor | None  # [B + 1] if packed
     groups: Tensor  # [B]
     rewards: Tensor  # [B]
     scores: Tensor  # [B, 2], above 0
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
     @property
     def rows(self) -> dict[str, Any]:
-        """The layout, as most ops take it."""
+        """The layout arguments of most ops."""
         return {"mask": self.mask, "cu_seqlens": self.cu_seqlens}
 
     def to(self, device: torch.device | str) -> Batch:
@@ -67,13 +67,12 @@ def make_batch(
 ) -> Batch:
     """A batch on the CPU.
 
-    Rows are ragged, with holes and one of them empty, unless ``full``; the first row is whole. Packed rows are
-    those of the padded layout, one after another, and keep their holes. Groups come in any order, one of them a
-    single row.
+    Rows are ragged, with holes and one of them empty, unless ``full``; the first row is whole. The packed layout
+    concatenates the rows of the padded one, holes included. Groups come in any order; one has a single row.
 
     Args:
-        logits, ref_logits: a kind out of ``LOGITS``.
-        poison: NaN in every float, and ids that no vocabulary has, at tokens that do not count.
+        logits, ref_logits: one of the kinds ``LOGITS``.
+        poison: put NaN in every float, and ids outside any vocabulary, at masked tokens.
     """
     g = torch.Generator().manual_seed(seed)
     mask = torch.ones(rows, width, dtype=torch.bool) if full else random_mask(rows, width, g)
@@ -85,7 +84,7 @@ def make_batch(
     tokens = shared_prefix_tokens(groups, width, g).clamp(max=vocab - 1)
     scores, rewards = torch.rand(rows, 2, generator=g) + 0.1, torch.randn(rows, generator=g).round(decimals=2)
     steps, values, critic = torch.rand(3, rows, width, generator=g)
-    made: dict[str, Tensor] = {
+    tensors: dict[str, Tensor] = {
         "mask": mask,
         "tokens": tokens,
         "steps": steps > 0.5,
@@ -94,26 +93,26 @@ def make_batch(
         "hidden": torch.randn(rows, width, 3, generator=g),
     }
     for name, kind in (("logits", logits), ("ref_logits", ref_logits)):
-        made[name] = adversarial_logits(kind, rows * width, vocab, g).view(rows, width, vocab)
+        tensors[name] = adversarial_logits(kind, rows * width, vocab, g).view(rows, width, vocab)
     weight = torch.randn(vocab, 3, generator=g)
     if poison:
         for name in ("values", "critic", "logits", "ref_logits", "hidden"):
-            made[name][~mask] = torch.nan
-        made["tokens"] = torch.where(mask, tokens, -(10**9))
+            tensors[name][~mask] = torch.nan
+        tensors["tokens"] = torch.where(mask, tokens, -(10**9))
     cu = None
     if layout == "packed":
         length = (mask * torch.arange(1, width + 1)).amax(1) if width else torch.zeros(rows, dtype=torch.long)
         cu = torch.zeros(rows + 1, dtype=torch.int32)
         cu[1:] = length.cumsum(0)
         inside = torch.arange(width) < length[:, None]
-        made = {name: x[inside] for name, x in made.items()}
-    made.update(groups=groups, rewards=rewards, scores=scores, parent=parent, weight=weight)
-    cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
+        tensors = {name: x[inside] for name, x in tensors.items()}
+    tensors.update(groups=groups, rewards=rewards, scores=scores, parent=parent, weight=weight)
+    cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
     return Batch(cu_seqlens=cu, **cast)
 
 
 class Call(NamedTuple):
-    """``fn(*inputs)`` calls ``op``; ``inputs`` are those that a gradient is taken in."""
+    """A call of ``op`` as ``fn(*inputs)``; ``inputs`` are the differentiated arguments."""
 
     name: str
     op: str
@@ -123,7 +122,7 @@ class Call(NamedTuple):
 
 
 class KnownLoss(torch.autograd.Function):
-    """A loss of one model's logits whose gradient comes with its value."""
+    """A loss of one model's logits whose gradient is computed with its value."""
 
     generate_vmap_rule = True
 
@@ -159,14 +158,14 @@ class KnownLoss(torch.autograd.Function):
 
 
 def _smooth(outputs: Any) -> list[Tensor]:
-    """Those of a named tuple of outputs that have a gradient."""
+    """The floating-point outputs of a named tuple."""
     return [o for o in outputs if o is not None and o.is_floating_point()]
 
 
 def _merged(
     record: Callable[[int, int], Tensor], vocab: int, outputs: Sequence[str], dtype: torch.dtype
 ) -> list[Tensor]:
-    """The statistics of two parts of a vocabulary: the sums of a record are relative to its largest logit."""
+    """Statistics merged from two parts of a vocabulary; the sums of a record are relative to its largest logit."""
     part = max(1, vocab // 3)
     records = [record(first, last) for first, last in ((0, part), (part, vocab)) if first < last]
     return _smooth(ro.merge_token_stats(records, outputs=outputs, dtype=dtype))
@@ -315,7 +314,7 @@ def _kl(b: Batch) -> Mapping[str, Entry]:
 
 
 def _advantages(b: Batch) -> Mapping[str, Entry]:
-    a, r, given = ro.advantages, b.rewards, b.rewards.flip(0) + 0.3
+    a, r, baseline = ro.advantages, b.rewards, b.rewards.flip(0) + 0.3
     size = {"num_tokens": b.tokens.numel()} if b.cu_seqlens is not None else {}
     return {
         "group_advantages": (lambda r: ro.group_advantages(r, b.groups), [r]),
@@ -325,7 +324,7 @@ def _advantages(b: Batch) -> Mapping[str, Entry]:
         ),
         "group_advantages given": (
             lambda r, v: ro.group_advantages(r, b.groups, baseline=v, scale="batch_std", **b.rows),
-            [r, given],
+            [r, baseline],
         ),
         "group_advantages by length": (
             lambda r: ro.group_advantages(
@@ -351,7 +350,7 @@ def _advantages(b: Batch) -> Mapping[str, Entry]:
         "advantages.gdpo": (lambda r: a.gdpo(r, b.groups, whitening="tokens", **b.rows), [b.scores]),
         "advantages.gpg": (lambda r: a.gpg(r, b.groups, **b.rows), [r]),
         "advantages.pass_at_k": (lambda r: a.pass_at_k(r, b.groups, **b.rows), [r]),
-        "advantages.remax": (lambda r, v: a.remax(r, v, **b.rows), [b.values, given]),
+        "advantages.remax": (lambda r, v: a.remax(r, v, **b.rows), [b.values, baseline]),
         "advantages.reinforce_plus_plus": (
             lambda r: a.reinforce_plus_plus(r, gamma=0.9, **b.rows),
             [b.values],
@@ -571,7 +570,7 @@ CALLS: Mapping[str, Callable[[Batch], Mapping[str, Entry]]] = {
     "prefix_tree": _prefix_tree,
     "tree": _tree,
 }
-# Whole numbers, flags, constants by definition; and records: only what they are merged into has a gradient.
+# Integers, flags, constants by definition; and records, whose gradient flows through the merged statistics.
 NOT_DIFFERENTIABLE = (
     "token_stats_partial",
     "high_entropy_mask",
@@ -588,7 +587,7 @@ NOT_DIFFERENTIABLE = (
 
 
 def calls(batch: Batch, family: str | None = None) -> list[Call]:
-    """Every call on a batch, of one family or of all."""
+    """All calls on a batch, of one family or of all."""
     return [
         Call(name, name.partition(" ")[0], fn, inputs, name not in NOT_DIFFERENTIABLE)
         for entries in (CALLS[f](batch) for f in ([family] if family else FAMILIES))

@@ -1,10 +1,11 @@
-"""Runs of a function, forward and backward, and what they are held to."""
+"""Run a function forward and backward, and compare with the float64 reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ Function = Callable[..., Any]
 
 
 class Outputs(list[Tensor]):
-    """The tensors of a result; ``names`` has a name for each where the result is a named tuple."""
+    """The tensors of a result; ``names`` holds their names if the result is a named tuple."""
 
     def __init__(self, tensors: Iterable[Tensor], names: Sequence[str] = ()) -> None:
         super().__init__(tensors)
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 def _tensors(result: Any) -> Outputs:
-    """The tensors of a result, without what is None."""
+    """The tensors of a result, without those that are None."""
     if isinstance(result, Tensor):
         return Outputs([result])
     names = [name for name in getattr(result, "_fields", ()) if getattr(result, name) is not None]
@@ -46,7 +47,7 @@ def _upstream(outputs: list[Tensor]) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(17)
     for o in outputs:
         up = torch.randn(o.shape, generator=generator, dtype=torch.float64)
-        # Numbers that every precision has, so that all runs are given the same.
+        # Numbers that are exact in every precision, so that all runs get the same.
         yield up.to(torch.bfloat16).to(torch.float64)
 
 
@@ -59,11 +60,11 @@ def evaluate(
     dtype: torch.dtype | None = None,
     poison: Tensor | None = None,
 ) -> Outcome:
-    """Run ``fn`` forward and backward, floating-point inputs as leaves.
+    """Run ``fn`` forward and backward, with the floating-point inputs as leaves.
 
     Args:
-        backend: of this package, forced; None to leave the choice as it is.
-        dtype: what the floating-point inputs are cast to; None to leave them.
+        backend: the backend of this package to force; None for the default.
+        dtype: cast floating-point inputs to it; None for no cast.
         poison: a bool mask; outputs of its shape get a NaN upstream gradient where it is False.
     """
     leaves = []
@@ -83,15 +84,15 @@ def evaluate(
                 if poison is not None and up.shape == poison.shape:
                     up = torch.where(poison.cpu(), up, torch.nan)
                 ups.append(up.to(o.device, o.dtype))
-            found = torch.autograd.grad(smooth, wanted, ups, allow_unused=True)
-            gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+            grads = torch.autograd.grad(smooth, wanted, ups, allow_unused=True)
+            gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)]
         elif not any(o.numel() for o in outputs):
-            gradients = [torch.zeros_like(x) for x in wanted]  # nothing depends on them, said or not
+            gradients = [torch.zeros_like(x) for x in wanted]  # empty outputs depend on no input
     return Outcome(Outputs([o.detach() for o in outputs], outputs.names), gradients)
 
 
 def _owned(x: Tensor) -> Tensor:
-    """A leaf: a copy, but of rows that lie where they do on purpose (:func:`far_rows`) a view."""
+    """A leaf: a copy, or a view where the memory layout is the point of the test (:func:`far_rows`)."""
     spread = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.detach() if spread > 2**31 else x.clone()
 
@@ -100,7 +101,7 @@ def _owned(x: Tensor) -> Tensor:
 
 
 class Comparison(NamedTuple):
-    """One output or gradient, held to its budget."""
+    """One output or gradient, measured against its budget."""
 
     name: str
     error: Error
@@ -110,21 +111,23 @@ class Comparison(NamedTuple):
 def compare(
     ours: Outcome, exact: Outcome, eager: Outcome, *, ulps: float = 8.0, times: float = 1.0
 ) -> list[Comparison]:
-    """Every output and gradient of a run, held to those in float64 within eager's budget."""
-    found = []
+    """Compare every output and gradient of a run with float64, within eager's budget."""
+    comparisons = []
     names = getattr(ours.outputs, "names", ())
     scale = max((_largest(x) for x in [*exact.outputs, *exact.gradients]), default=0.0)
     for kind in ("output", "gradient"):
         sides = [getattr(run, f"{kind}s") for run in (ours, exact, eager)]
         if len({len(side) for side in sides}) != 1:
             fault = f"{kind}s: {len(sides[0])}, the reference has {len(sides[1])}"
-            found.append(Comparison(f"{kind}s", Error(float("inf"), float("inf"), fault), kind == "gradient"))
+            comparisons.append(
+                Comparison(f"{kind}s", Error(float("inf"), float("inf"), fault), kind == "gradient")
+            )
             continue
         for k, triple in enumerate(zip(*sides, strict=True)):
             name = names[k] if names and kind == "output" else f"{kind} {k}"
             error = measure_error(*triple, ulps=ulps, times=times, scale=scale, name=name)
-            found.append(Comparison(name, error, kind == "gradient"))
-    return found
+            comparisons.append(Comparison(name, error, kind == "gradient"))
+    return comparisons
 
 
 def _largest(x: Tensor) -> float:
@@ -132,7 +135,7 @@ def _largest(x: Tensor) -> float:
 
 
 def same_bits(a: Outcome, b: Outcome) -> bool:
-    """Whether two runs agree in every bit."""
+    """True if two runs agree in every bit."""
     return all(
         x.shape == y.shape and torch.equal(_bytes(x), _bytes(y))
         for one, other in zip(a, b, strict=True)
@@ -155,23 +158,23 @@ def check_backend(
     times: float = 1.0,
     poison: Tensor | None = None,
 ) -> Outcome:
-    """Hold a backend of this package to the specification in float64, forward and backward.
+    """Check a backend of this package against the specification in float64, forward and backward.
 
     Args:
         fn: called with ``inputs`` on ``device`` under ``backend``.
-        reference: the same on the CPU under the reference backend, where it differs from ``fn``.
+        reference: the function for the reference backend on the CPU; ``fn`` by default.
         poison: as in :func:`evaluate`, for the backend under test only.
 
     Returns:
         The outcome of the backend, for further assertions.
     """
     plain = reference or fn
-    # float64 sees the inputs as the kernel does: rounded to their own precision first.
+    # float64 gets the same inputs as the kernel: rounded to their precision first.
     exact = evaluate(plain, inputs, backend="reference", dtype=torch.float64)
     eager = evaluate(plain, inputs, backend="reference")
     ours = evaluate(fn, inputs, backend=backend, device=device, poison=poison)
-    for found in compare(ours, exact, eager, ulps=ulps, times=times):
-        assert found.error.passes, found.error.fault
+    for comparison in compare(ours, exact, eager, ulps=ulps, times=times):
+        assert comparison.error.passes, comparison.error.fault
     return ours
 
 
@@ -180,14 +183,15 @@ def check_backend(
 
 @dataclass
 class Report:
-    """What :func:`check_op` found: comparisons by case, and what failed."""
+    """The result of :func:`check_op`: comparisons by case, and failures."""
 
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def worst(self, gradients: bool = False) -> Error:
-        """The largest error of the outputs, or of the gradients, as a share of its budget."""
-        errors = [c.error for found in self.comparisons.values() for c in found if c.is_gradient == gradients]
+        """The output (or gradient) error with the largest share of its budget."""
+        each = chain.from_iterable(self.comparisons.values())
+        errors = [c.error for c in each if c.is_gradient == gradients]
         return max(errors, key=lambda e: e.of_budget, default=EXACT)
 
     def __str__(self) -> str:
@@ -213,30 +217,30 @@ def check_op(
     repeats: int = 3,
     raises: bool = True,
 ) -> Report:
-    """Hold any function of tensors to a plain one: values, gradients, and the same bits every time.
+    """Check a function of tensors against a plain one: values, gradients, and equal bits in every run.
 
-    For kernels of one's own; nothing of this package is involved. For each case ``reference`` runs in float64, for
-    the truth, and in float32 (float64 for float64 inputs), for the budget; both on the inputs as rounded to their
-    own dtype. ``fn`` must be within :func:`assert_within_budget` of the truth, its gradients too where its outputs
-    have any, and give the same bits ``repeats`` times. A case on which ``fn`` raises has failed; the others go on.
+    For kernels outside this package. For each case ``reference`` runs in float64, which is the exact result, and
+    in float32 (float64 for float64 inputs), which sets the budget. Both get the inputs as rounded to their dtype.
+    ``fn`` must satisfy :func:`assert_within_budget`, also for its gradients if it has any, and give the same bits
+    ``repeats`` times. A case on which ``fn`` raises fails; the other cases still run.
 
     Args:
         fn: called with the tensors of a case; returns a tensor, or a sequence of tensors (None among them is
             skipped).
-        reference: the same in plain PyTorch, right for float64.
-        cases: names and inputs. :func:`logit_cases` and :func:`reward_cases` make some; floating-point inputs are
-            those that may have gradients.
-        device: where ``fn`` runs; None for where the inputs are. The reference runs where the inputs are.
-        ulps, times: the budget, units in the last place and times eager's worst error. Twice, because of two
-            computations in the same precision either may be the luckier.
-        repeats: runs whose bits must agree.
-        raises: raise on a fault; else it is in the report.
+        reference: the same in plain PyTorch, correct in float64.
+        cases: names and inputs, for example :func:`logit_cases` and :func:`reward_cases`; floating-point inputs
+            may have gradients.
+        device: the device of ``fn``; None for that of the inputs, where the reference always runs.
+        ulps, times: the budget: units in the last place, and multiples of eager's worst error. The default is 2:
+            of two computations in one precision either may round better.
+        repeats: number of runs whose bits must agree.
+        raises: raise on a fault; if False, faults are only reported.
 
     Returns:
-        :class:`Report`; printed, it says the worst errors.
+        :class:`Report`; its text has the worst errors.
 
     Raises:
-        AssertionError: every fault, a line each, with its case.
+        AssertionError: with a line per fault, which names its case.
     """
     report = Report()
     for name, inputs in cases.items() if isinstance(cases, Mapping) else cases:
@@ -246,14 +250,14 @@ def check_op(
         eager = evaluate(reference, inputs, device=here, dtype=single)
         try:
             runs = [evaluate(fn, inputs, device=here if device is None else device) for _ in range(repeats)]
-        except Exception as error:  # whatever a kernel raises is a finding
+        except Exception as error:  # any exception of a kernel is a failed case
             report.comparisons[name] = []
             report.faults.append(f"{name}: raised {type(error).__name__}: {error}")
             continue
         if not runs[0].gradients:
             exact, eager = exact._replace(gradients=[]), eager._replace(gradients=[])
-        found = report.comparisons[name] = compare(runs[0], exact, eager, ulps=ulps, times=times)
-        report.faults += [f"{name}: {c.error.fault}" for c in found if c.error.fault is not None]
+        comparisons = report.comparisons[name] = compare(runs[0], exact, eager, ulps=ulps, times=times)
+        report.faults += [f"{name}: {c.error.fault}" for c in comparisons if c.error.fault is not None]
         if not all(same_bits(runs[0], run) for run in runs[1:]):
             report.faults.append(f"{name}: other bits in another run of the same inputs")
     if raises and report.faults:

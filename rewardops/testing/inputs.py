@@ -12,7 +12,7 @@ from torch import Tensor
 def random_mask(
     batch: int, width: int, generator: torch.Generator, *, holes: bool = True, empty_row: bool = True
 ) -> Tensor:
-    """A bool mask of ragged rows, with holes, and with one row of no valid token."""
+    """A bool mask of ragged rows with holes; one row has no valid token."""
     length = torch.randint(0, width + 1, (batch,), generator=generator)
     mask = torch.arange(width) < length[:, None]
     if holes:
@@ -23,7 +23,7 @@ def random_mask(
 
 
 def random_groups(batch: int, generator: torch.Generator) -> Tensor:
-    """Ragged groups in random order under labels of any size and sign; one of them a singleton."""
+    """Ragged groups in random order, with labels of any size and sign; one group has a single row."""
     labels = torch.tensor([7, -3, 2**40, 0, 5])
     groups = labels[torch.randint(0, len(labels), (batch,), generator=generator)]
     if batch:
@@ -32,7 +32,7 @@ def random_groups(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``padded[b, :lengths[b]]`` one after another, and their ``cu_seqlens`` (int32)."""
+    """Concatenated rows ``padded[b, :lengths[b]]``, and their ``cu_seqlens`` (int32)."""
     inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=padded.device)
     cu[1:] = lengths.cumsum(0)
@@ -40,7 +40,7 @@ def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """The inverse of :func:`pack`, zeros beyond each row."""
+    """The inverse of :func:`pack`, with zeros after each row."""
     inside = torch.arange(width, device=packed.device) < lengths[:, None]
     out = packed.new_zeros((len(lengths), width))
     out[inside] = packed
@@ -74,12 +74,12 @@ LOGITS = (
 
 
 def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Generator) -> Tensor:
-    """Rows of logits ``[rows, vocab]``, float32, of a kind out of ``LOGITS`` that kernels get wrong.
+    """Rows of logits ``[rows, vocab]``, float32, of one of the kinds ``LOGITS``: numerically difficult for kernels.
 
-    ``far above zero`` and ``far below zero`` are offset by 1e4: sums that are not taken relative to the largest
-    logit lose their digits, a maximum that starts from 0 is wrong, and so is a padding column that counts as 0.
-    ``peaked`` rows have an entropy near 0. ``minus infinity`` has it in a tenth of the columns and in all of the
-    first half of the last row; ``one column`` in all columns but one.
+    ``far above zero`` and ``far below zero`` are offset by 1e4: sums not relative to the largest logit lose their
+    digits; a maximum that starts from 0, or padding columns of value 0, give wrong results. ``peaked`` rows have
+    an entropy near 0. ``minus infinity`` has -inf in a tenth of the columns and in the first half of the last
+    row; ``one column`` in all columns but one.
     """
     if kind not in LOGITS:
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(repr(k) for k in LOGITS)}")
@@ -96,7 +96,7 @@ def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Genera
     elif kind == "minus infinity":
         x[torch.rand(rows, vocab, generator=generator) < 0.1] = -torch.inf
         x[-1:, : vocab // 2] = -torch.inf
-        x.scatter_(1, column.clamp(min=vocab // 2), 1.0)  # no row is without mass
+        x.scatter_(1, column.clamp(min=vocab // 2), 1.0)  # every row has a finite logit
     elif kind == "one column":
         x = torch.full_like(x, -torch.inf).scatter_(1, column, 2.0)
     return x
@@ -105,8 +105,8 @@ def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Genera
 def far_rows(x: Tensor) -> Tensor:
     """The rows of ``x`` ``[rows, width]`` in a view whose last row begins more than 2^31 elements after the first.
 
-    Offsets in 32 bits wrap around, to memory before the first row: it is there, and holds zeros. On the CPU only
-    the pages that are used take memory; on a GPU all of it does (2^32 elements and more).
+    Offsets in 32 bits wrap around, to addresses before the first row: that memory is allocated and holds zeros.
+    On the CPU only touched pages use memory; on a GPU all of it is allocated (2^32 elements and more).
     """
     rows, width = x.shape
     stride = 2**31 // max(rows - 1, 1) + 4096
@@ -123,7 +123,7 @@ def far_rows(x: Tensor) -> Tensor:
 
 
 def _unreserved(size: int) -> Tensor:
-    """Zeroed memory of which only the pages that are touched are given out."""
+    """Zeroed memory of which the system allocates only touched pages."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
 
@@ -139,13 +139,13 @@ def logit_cases(
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Cases ``(name, (logits [rows, vocab], tokens [rows]))`` for :func:`check_op`.
 
-    Every kind of :func:`adversarial_logits` in every dtype, vocabularies that fill no block, rows with a stride,
-    and with ``far`` :func:`far_rows` (on a GPU only where 40 GiB are free).
+    Every kind of :func:`adversarial_logits` in every dtype, vocabularies that are no multiple of a block, rows
+    with a stride, and with ``far`` :func:`far_rows` (on a GPU only where 40 GiB are free).
     """
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(logits: Tensor) -> Tensor:
-        return logits.float().argmax(1)  # a column with mass
+        return logits.float().argmax(1)  # a column with a finite logit
 
     for dtype in dtypes:
         short = str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""Hypothesis strategies of what ops on rewards and logits take: ragged rows, groups, steps, tokens, logits.
+"""Hypothesis strategies for the inputs of the ops: ragged rows, rewards, groups, steps, tokens, logits.
 
-Sizes, kinds and a seed are drawn, and tensors made from them on the CPU: a failing example shrinks to few rows, few
-tokens and the plainest kind. What a mask hides is NaN, infinite or anything else, for it must not matter. The one
-module here that needs hypothesis, so ``import`` it by name.
+Sizes, kinds and a seed are drawn; tensors follow from them on the CPU. A failing example therefore shrinks to few
+rows, few tokens and the plainest kind. Masked values are NaN, infinite or arbitrary, as they must not matter.
+Only this module needs hypothesis, so ``import`` it by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 def generators() -> st.SearchStrategy[torch.Generator]:
-    """Generators on the CPU, by their seed."""
+    """Random generators on the CPU, drawn by seed."""
     return st.integers(0, 2**31 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 
 
@@ -34,7 +34,7 @@ def dtypes() -> st.SearchStrategy[torch.dtype]:
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
-    """0 to ``most``: small, or next to the widths of registers and blocks, where tails are."""
+    """Sizes from 0 to ``most``: small ones, and neighbours of register and block widths."""
     edges = [n for p in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) for n in (p - 1, p, p + 1)]
     near = [n for n in edges if 9 <= n <= most]
     small = st.integers(0, min(9, most))
@@ -49,7 +49,7 @@ class Rows:
     """Rows of tokens, padded to ``[B, width]`` or packed to ``[N]``, with a mask or without."""
 
     lengths: Tensor
-    """``[B]``; of padded rows all are ``width``."""
+    """``[B]``; all equal to ``width`` for padded rows."""
     width: int
     mask: Tensor | None
     """bool, ``[B, width]`` or ``[N]``; it may have holes, and rows without a valid token."""
@@ -62,17 +62,17 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a tensor with a value per token."""
+        """The shape of a per-token tensor."""
         return (self.batch, self.width) if self.cu_seqlens is None else (int(self.lengths.sum()),)
 
     @property
     def valid(self) -> Tensor:
-        """Which tokens count."""
+        """The mask, all True if there is none."""
         return torch.ones(self.shape, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
     def live(self) -> Tensor:
-        """``[B]``, which rows have a token that counts."""
+        """``[B]``, True for rows with a valid token."""
         if self.cu_seqlens is None:
             return self.valid.any(1)
         row = torch.repeat_interleave(self.lengths)
@@ -87,7 +87,7 @@ MASKS = ("all", "ragged", "holes", "left-padded", "one token a row", "none")
 
 
 def masks(batch: int, width: int) -> st.SearchStrategy[Tensor]:
-    """bool ``[batch, width]``: ragged at either end, with holes, with empty rows, all or none valid."""
+    """Bool masks ``[batch, width]``: ragged at either end, with holes, with empty rows, all or none valid."""
     return st.builds(_mask, st.sampled_from(MASKS), st.just(batch), st.just(width), generators())
 
 
@@ -112,10 +112,10 @@ def rows(
     packed: bool | None = None,
     masked: bool | None = None,
 ) -> Rows:
-    """Rows in either layout: no rows, rows without tokens, and tokens without a row's worth among them.
+    """Rows in either layout, with or without a mask; also no rows, and rows without tokens.
 
     Args:
-        packed, masked: None for either.
+        packed, masked: None draws either.
     """
     batch, width = draw(st.integers(0, max_batch)), draw(sizes(max_width))
     packed = draw(st.booleans()) if packed is None else packed
@@ -125,7 +125,7 @@ def rows(
     if not packed:
         return Rows(lengths, width, mask, None)
     if draw(st.booleans()):
-        # Ragged, and some of no token at all.
+        # Ragged rows, some empty.
         lengths = draw(
             generators().map(lambda g: torch.randint(-1, width + 1, (batch,), generator=g).clamp(min=0))
         )
@@ -148,7 +148,7 @@ REWARDS = ("normal", "zero or one", "equal", "quarters", "far from zero", "outli
 def rewards(
     batch: int, *, channels: int | None = None, dtype: torch.dtype = torch.float32
 ) -> st.SearchStrategy[Tensor]:
-    """``[batch]`` (or ``[batch, channels]``): with ties, all equal, far from 0 and close together, an outlier."""
+    """Rewards ``[batch]`` or ``[batch, channels]``: with ties, all equal, close together far from 0, an outlier."""
     shape = (batch,) if channels is None else (batch, channels)
     return numbers(shape, REWARDS, dtype=dtype)
 
@@ -156,7 +156,7 @@ def rewards(
 def numbers(
     shape: Sequence[int], kinds: Sequence[str] = REWARDS, *, dtype: torch.dtype = torch.float32
 ) -> st.SearchStrategy[Tensor]:
-    """Numbers of any shape, of a kind out of ``REWARDS`` and ``("positive", "fraction", "log-probability")``."""
+    """Numbers of any shape, of the kinds ``REWARDS`` and ``("positive", "fraction", "log-probability")``."""
     return st.builds(_numbers, st.sampled_from(kinds), st.just(tuple(shape)), st.just(dtype), generators())
 
 
@@ -201,7 +201,7 @@ def groups(batch: int) -> st.SearchStrategy[Tensor]:
 
 def _groups(kind: str, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if kind == "random":
-        # Labels of 64 bits where there are as many: what a narrower comparison would confuse.
+        # int64 keeps labels beyond 32 bits, which a narrower comparison would confuse.
         labels = random_groups(batch, generator)
         return labels if dtype is torch.int64 else (labels % 9973).to(dtype)
     if kind == "alone":
@@ -213,7 +213,7 @@ STEPS = ("flags", "every token", "no flag", "ids", "ids with gaps", "one step", 
 
 
 def steps(layout: Rows, *, kinds: Sequence[str] = STEPS) -> st.SearchStrategy[Tensor]:
-    """Step-end flags (bool), or step ids: integers that never fall along a row, negative for none."""
+    """Step-end flags (bool), or step ids: integers that do not decrease along a row, negative for no step."""
     return st.builds(_steps, st.sampled_from(kinds), st.just(layout), st.sampled_from(INTEGERS), generators())
 
 
@@ -221,8 +221,8 @@ def _steps(kind: str, layout: Rows, dtype: torch.dtype, generator: torch.Generat
     shape = (layout.batch, layout.width)
     ends = torch.rand(shape, generator=generator) < 0.3
     if kind in ("flags", "every token", "no flag"):
-        found = ends if kind == "flags" else torch.full(shape, kind == "every token")
-        return layout.take(found)
+        flags = ends if kind == "flags" else torch.full(shape, kind == "every token")
+        return layout.take(flags)
     ids = (ends.cumsum(1) - ends.long()).clamp(max=1000)
     if kind == "ids with gaps":
         ids = torch.where(torch.rand(shape, generator=generator) < 0.2, -1, 3 * ids)
@@ -230,9 +230,9 @@ def _steps(kind: str, layout: Rows, dtype: torch.dtype, generator: torch.Generat
         ids = torch.zeros(shape, dtype=torch.int64)
     elif kind == "of no step":
         ids = torch.full(shape, -1)
-    found = layout.take(ids).to(dtype)
+    values = layout.take(ids).to(dtype)
     anything = torch.randint(-9, 9, layout.shape, generator=generator).to(dtype)
-    return torch.where(layout.valid, found, anything)
+    return torch.where(layout.valid, values, anything)
 
 
 TOKENS = ("shared prefixes", "equal", "different")
@@ -255,12 +255,12 @@ def _tokens(
     kind: str, layout: Rows, labels: Tensor, vocab: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     if kind == "shared prefixes":
-        found = shared_prefix_tokens(labels, layout.width, generator, vocab=vocab)
+        padded = shared_prefix_tokens(labels, layout.width, generator, vocab=vocab)
     elif kind == "equal":
-        found = torch.zeros((layout.batch, layout.width), dtype=torch.int64)
+        padded = torch.zeros((layout.batch, layout.width), dtype=torch.int64)
     else:
-        found = torch.arange(layout.batch * layout.width).reshape(layout.batch, layout.width)
-    return layout.take(found).to(dtype)
+        padded = torch.arange(layout.batch * layout.width).reshape(layout.batch, layout.width)
+    return layout.take(padded).to(dtype)
 
 
 # ---- logits ------------------------------------------------------------------------------------------------
@@ -271,9 +271,9 @@ LOGIT_KINDS = (*LOGITS, "denormal", "mixed")
 def logits(
     shape: Sequence[int], vocab: int, *, dtype: torch.dtype = torch.float32
 ) -> st.SearchStrategy[Tensor]:
-    """``[*shape, vocab]``: of a kind of :data:`rewardops.testing.LOGITS`, denormal, or each row of another kind.
+    """``[*shape, vocab]``: of a kind of :data:`rewardops.testing.LOGITS`, denormal, or a different kind per row.
 
-    No row is without mass, none holds NaN.
+    Every row has a finite logit; no logit is NaN.
     """
     return st.builds(
         _logits,

@@ -1,4 +1,4 @@
-"""Every op on every backend of this machine, held to float64: ``python -m rewardops verify``."""
+"""Check every op on every backend of this machine against float64: ``python -m rewardops verify``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .calls import LAYOUTS, Batch, Call, calls, make_batch
 from .checks import Comparison, Outcome, compare, evaluate, same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The products of hidden states in half precision are the vendor library's, and rounded as it likes.
+# Half-precision products of hidden states come from the vendor library, which chooses their rounding.
 FLOAT32 = ("linear",)
 SEEDS = 3
 REPEATS = 3
@@ -32,15 +32,15 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """Options of :func:`make_batch`, by a name."""
+    """Named options of :func:`make_batch`."""
 
     name: str
     dtype: torch.dtype
     options: dict[str, Any]
 
     def batches(self, device: str) -> list[Batch]:
-        made = self._on_cpu
-        return made if device == "cpu" else [batch.to(device) for batch in made]
+        batches = self._on_cpu
+        return batches if device == "cpu" else [batch.to(device) for batch in batches]
 
     @functools.cached_property
     def _on_cpu(self) -> list[Batch]:
@@ -48,7 +48,7 @@ class Case:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Layouts by dtypes, ragged and whole rows, odd sizes, NaN behind the mask, adversarial logits."""
+    """Cases: layouts, dtypes, ragged and full rows, odd sizes, NaN at masked tokens, adversarial logits."""
     usual = {"rows": 12, "width": 33, "vocab": 130, "poison": True}
     shapes: dict[str, dict[str, Any]] = {
         "ragged": usual,
@@ -90,9 +90,9 @@ class Row:
     def passes(self) -> bool:
         return not self.faults
 
-    def take(self, case: str, found: Sequence[Comparison]) -> None:
+    def take(self, case: str, comparisons: Sequence[Comparison]) -> None:
         self.cases += 1
-        for one in found:
+        for one in comparisons:
             kind = "gradient" if one.is_gradient else "error"
             worst: Error = getattr(self, kind)
             if one.error.of_budget >= worst.of_budget:
@@ -102,7 +102,7 @@ class Row:
 
 
 def _pooled(runs: Sequence[Outcome]) -> Outcome:
-    """Several draws of a case as one: eager's worst error is then less of an accident."""
+    """Several draws of a case as one outcome, so that eager's worst error depends less on chance."""
     return Outcome(
         *(
             [torch.cat([x.flatten() for x in same]) for same in zip(*side, strict=True)]
@@ -116,16 +116,16 @@ def _pick(batch: Batch, family: str, name: str) -> Call:
 
 
 class Truth:
-    """What a call gives on the specification, in float64 and in the case's own precision; kept for all backends."""
+    """Reference outcomes of a call, in float64 and in the case's precision, cached for all backends."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], tuple[Outcome, Outcome]] = {}
 
-    def of(self, case: Case, made: Sequence[Call]) -> tuple[Outcome, Outcome]:
-        key = (case.name, made[0].name)
+    def of(self, case: Case, draws: Sequence[Call]) -> tuple[Outcome, Outcome]:
+        key = (case.name, draws[0].name)
         if key not in self.known:
             exact, eager = (
-                _pooled([_run(call, "reference", dtype=dtype) for call in made])
+                _pooled([_run(call, "reference", dtype=dtype) for call in draws])
                 for dtype in (torch.float64, None)
             )
             self.known[key] = exact, eager
@@ -142,16 +142,16 @@ def check_call(
     name: str,
     backend: str,
     device: str,
-    made: Sequence[Case],
+    cases: Sequence[Case],
     truth: Truth,
     done: Kinds,
     *,
     quick: bool,
     compiles: bool,
 ) -> Row:
-    """One call over all cases on one backend: errors, gradients, bits, opcheck, graphs."""
+    """Check one call over all cases on one backend: errors, gradients, bits, opcheck, graphs."""
     row = Row(name, backend)
-    for case in made:
+    for case in cases:
         if family in FLOAT32 and case.dtype is not torch.float32:
             continue
         if family != "logits" and "logits" in case.options:
@@ -165,7 +165,7 @@ def check_call(
             if not all(same_bits(ours[0], other) for other in again):
                 row.same_bits = False
                 row.faults.append(f"{case.name}: other bits in another run of the same inputs")
-        except Exception as error:  # whatever goes wrong is what this is here to find
+        except Exception as error:  # any exception is a failed case
             row.faults.append(f"{case.name}: raised {type(error).__name__}: {error}")
     small = make_batch(dtype=torch.float32).to(device)
     tests = TRACED_BY_NOTHING if quick else None
@@ -186,7 +186,7 @@ def _guarded(row: Row, what: str, check: Callable[[], Any]) -> Any:
 
 
 def recorded(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every op that a call reaches, with the very arguments that it gets, forward and backward."""
+    """All ops that a call dispatches, forward and backward, with their arguments."""
     seen: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -202,15 +202,15 @@ def recorded(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
 
 Kinds = set[tuple[Any, ...]]
 TRACED_BY_NOTHING = ("test_schema", "test_autograd_registration", "test_faketensor")
-# What is left out asks every output for its gradient, and these would be second derivatives.
+# The omitted tests differentiate every output; here these would be second derivatives.
 GRADIENTS_AMONG_OUTPUTS = ("rewardops::linear_token_loss",)
 
 
 def opcheck(call: Call, backend: str, done: Kinds, tests: Sequence[str] | None = None) -> bool:
-    """``torch.library.opcheck`` of every op that a call reaches: schema, fake, autograd, AOT dispatch.
+    """``torch.library.opcheck`` of every op that a call dispatches: schema, fake, autograd, AOT dispatch.
 
     Args:
-        done: kinds of arguments that were checked before, and are not again. tests: some of its tests.
+        done: argument kinds already checked, which are skipped. tests: the opcheck tests to run; None for all.
     """
     with dispatch.use_backend(backend):
         for func, args in recorded(call, backend):
@@ -223,20 +223,20 @@ def opcheck(call: Call, backend: str, done: Kinds, tests: Sequence[str] | None =
 
 def _opcheck(func: Any, args: tuple[Any, ...], tests: Sequence[str] | None) -> None:
     forward = "backward" not in func.name() and "and_grad" not in func.name()
-    own = [
+    leaves = [
         a.detach().clone().requires_grad_(forward and a.is_floating_point()) if isinstance(a, Tensor) else a
         for a in args
     ]
     if tests is None and func.name() in GRADIENTS_AMONG_OUTPUTS:
         tests = TRACED_BY_NOTHING
     if tests is None:
-        torch.library.opcheck(func, tuple(own))
+        torch.library.opcheck(func, tuple(leaves))
     else:
-        torch.library.opcheck(func, tuple(own), test_utils=tests)
+        torch.library.opcheck(func, tuple(leaves), test_utils=tests)
 
 
 def graphs(family: str, name: str, backend: str, device: str) -> int:
-    """How many graphs ``torch.compile(dynamic=True)`` traces for three sizes of a call."""
+    """The number of graphs that ``torch.compile(dynamic=True)`` traces for three sizes of a call."""
     torch._dynamo.reset()
     traced = []
 
@@ -259,13 +259,13 @@ def graphs(family: str, name: str, backend: str, device: str) -> int:
 
 
 def backends(device: str) -> list[str]:
-    """Those that serve a device here."""
+    """The backends that serve a device on this machine."""
     kind = torch.device(device).type
     return [name for name in dispatch.BACKENDS if dispatch.unavailable(name, kind) is None]
 
 
 def _tried(backend: str) -> str:
-    """CUDA C++ has some ops; what else a function is made of comes from the specification."""
+    """The backends to force: CUDA C++ has only some ops; the reference serves the others."""
     return "cuda,reference" if backend == "cuda" else backend
 
 
@@ -276,14 +276,14 @@ def verify(
     quick: bool = False,
     progress: TextIO | None = None,
 ) -> list[Row]:
-    """Check calls on backends.
+    """Check all selected calls on all selected backends.
 
     Args:
         ops: names of ops, calls or families; none for all. only: backends; none for all that serve the device.
-        quick: few cases, and no ``torch.compile``, in opcheck either. progress: where a bar is drawn.
+        quick: few cases, without ``torch.compile`` (also in opcheck). progress: the stream of the progress bar.
 
     Raises:
-        ValueError: a name that is not known, or a backend that does not serve the device.
+        ValueError: an unknown name, or a backend that does not serve the device.
     """
     names = [(f, c.name) for f in FAMILIES for c in calls(make_batch(), f) if _wanted(f, c, ops)]
     known = {word for f in FAMILIES for c in calls(make_batch(), f) for word in (f, c.op, c.name)}
@@ -295,7 +295,7 @@ def verify(
     for backend in only:
         if why := dispatch.unavailable(backend, torch.device(device).type):
             raise ValueError(f"backend: got {backend!r} on {device}: {why}")
-    chosen, made, truth = list(only) or backends(device), list(cases(quick)), Truth()
+    chosen, all_cases, truth = list(only) or backends(device), list(cases(quick)), Truth()
     done: dict[str, Kinds] = {backend: set() for backend in chosen}
     rows = []
     bar = Bar(len(names) * len(chosen), progress)
@@ -303,8 +303,8 @@ def verify(
         for backend in chosen:
             bar.at(f"{name} on {backend}")
             compiles = not quick and backend == chosen[0]
-            given = (family, name, _tried(backend), device, made, truth, done[backend])
-            row = check_call(*given, quick=quick, compiles=compiles)
+            arguments = (family, name, _tried(backend), device, all_cases, truth, done[backend])
+            row = check_call(*arguments, quick=quick, compiles=compiles)
             rows.append(row)
     bar.close()
     return rows
@@ -315,7 +315,7 @@ def _wanted(family: str, call: Call, ops: Sequence[str]) -> bool:
 
 
 class Bar:
-    """A line that says how far it is: tqdm's where that is installed."""
+    """A progress bar: tqdm's if it is installed, else lines of text."""
 
     def __init__(self, total: int, to: TextIO | None) -> None:
         self.bar: Any = None
@@ -341,7 +341,7 @@ class Bar:
             self.bar.close()
 
 
-# ---- saying it ---------------------------------------------------------------------------------------------
+# ---- report ------------------------------------------------------------------------------------------------
 
 HEAD = (
     "call",
@@ -391,10 +391,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], seconds: float) -> str:
-    found = {"config": dispatch.config(), "seconds": round(seconds, 1), "rows": [asdict(r) for r in rows]}
-    for made, r in zip(found["rows"], rows, strict=True):  # type: ignore[call-overload]
-        made["error"], made["gradient"] = r.error._asdict(), r.gradient._asdict()
-    return json.dumps(found, indent=1, allow_nan=True)
+    report = {"config": dispatch.config(), "seconds": round(seconds, 1), "rows": [asdict(r) for r in rows]}
+    for row, r in zip(report["rows"], rows, strict=True):  # type: ignore[call-overload]
+        row["error"], row["gradient"] = r.error._asdict(), r.gradient._asdict()
+    return json.dumps(report, indent=1, allow_nan=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

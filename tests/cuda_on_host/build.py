@@ -1,7 +1,7 @@
 """The CUDA C++ kernels and launchers of csrc/cuda, compiled as C++ by the harness: a module that runs them on CPUs.
 
-``python tests/cuda_on_host/build.py [thread|address]`` builds it, under a sanitizer where one is named, and prints
-where it lies; ``REWARDOPS_CUDA_ON_HOST`` takes that path.
+``python tests/cuda_on_host/build.py [thread|address]`` builds the module, optionally with a sanitizer, and prints
+its path, for ``REWARDOPS_CUDA_ON_HOST``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _sources() -> list[Path]:
 
 
 def build(sanitizer: str = "") -> Path:
-    """Compile what has changed; several processes may call this at once."""
+    """Compile changed sources; safe to call from several processes at once."""
     import pybind11
 
     includes = [HERE / "include", ROOT / "csrc" / "include", ROOT / "csrc", pybind11.get_include(),
@@ -58,19 +58,19 @@ def build(sanitizer: str = "") -> Path:
         def compile_one(job: tuple[Path, Path]) -> None:
             source, target = job
             if not target.exists():
-                made = target.with_suffix(".tmp")
-                _run(str(COMPILER), *flags, "-x", "c++", "-c", str(source), "-o", str(made))
-                made.rename(target)
+                temporary = target.with_suffix(".tmp")
+                _run(str(COMPILER), *flags, "-x", "c++", "-c", str(source), "-o", str(temporary))
+                temporary.rename(target)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, jobs))
         objects = [str(target) for _, target in jobs]
         module = out / f"cuda_on_host_{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
         if not module.exists():
-            made = module.with_suffix(".tmp")
+            temporary = module.with_suffix(".tmp")
             link = ["-shared", "-pthread", *([f"-fsanitize={sanitizer}"] if sanitizer else [])]
-            _run(str(COMPILER), *link, *objects, "-o", str(made))
-            made.rename(module)
+            _run(str(COMPILER), *link, *objects, "-o", str(temporary))
+            temporary.rename(module)
     return module
 
 

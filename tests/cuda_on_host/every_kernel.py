@@ -1,6 +1,6 @@
-"""Runs every kernel in CUDA C++ once or twice, on small rows, against the specification.
+"""Run every CUDA C++ kernel once or twice, on small rows, against the specification.
 
-A program of its own, to be run under a sanitizer: ``test_cuda_kernels.py`` does, and ``make gpu`` under a GPU's.
+A separate program, to run under a sanitizer: ``test_cuda_kernels.py`` does, and ``make gpu`` on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import rewardops
 from rewardops.cuda.memory import CUDA
 from rewardops.testing import pack
 
-CUDA.most_threads = CUDA.most_threads_on_host  # rows of a few hundred tokens then have several tiles
+CUDA.most_threads = CUDA.most_threads_on_host  # so that rows of a few hundred tokens have several tiles
 KINDS = ("every_token", "flags", "ids")
 
 
@@ -27,8 +27,8 @@ def generator() -> torch.Generator:
 
 
 def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
-    """Values and gradients by CUDA C++ as by the specification."""
-    found = []
+    """Check that values and gradients of CUDA C++ equal the specification's."""
+    results = []
     for backend in ("cuda,reference", "reference"):
         leaves = [x.clone().requires_grad_() for x in inputs]
         with rewardops.use_backend(backend):
@@ -36,8 +36,8 @@ def same(fn: Callable[..., Any], *inputs: Tensor) -> None:
             outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
             loss = sum((x.double() * (1 + k)).sum() for k, x in enumerate(outputs))
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found.append([x.detach() for x in (*outputs, *grads) if x is not None])
-    for ours, want in zip(*found, strict=True):
+        results.append([x.detach() for x in (*outputs, *grads) if x is not None])
+    for ours, want in zip(*results, strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
 
 
@@ -62,7 +62,7 @@ def scans(dtype: torch.dtype) -> Iterator[str]:
 
 
 def returns() -> Iterator[str]:
-    """In tiles that look back, and by blocks that walk a row."""
+    """Scans by tiles with look-back, and by one block per row."""
     for CUDA.rows_enough in (2, 0):
         for dtype in (torch.float32, torch.float64):
             for done in scans(dtype):
@@ -74,7 +74,7 @@ def returns() -> Iterator[str]:
 
 
 def prefix_trees() -> Iterator[str]:
-    """Rows that share more than a search looks at once, in two tiles, with and without their holes."""
+    """Rows with shared prefixes longer than a step of the search, in two tiles, with and without holes."""
     g = generator()
     groups = torch.zeros(3, dtype=torch.int64)
     tokens = torch.randint(0, 3, (1, 1100), generator=g).repeat(3, 1)
@@ -86,17 +86,17 @@ def prefix_trees() -> Iterator[str]:
     for dtype_of_ids, dtype, masked in kinds:
         ids, rewards = tokens.to(dtype_of_ids), torch.randn(3, generator=g, dtype=dtype)
         for options in ({"gamma": 0.99}, {"leave_one_out": True}):
-            given = {"mask": mask, "masked": masked, **options}
-            same(lambda r, x=ids, o=given: rewardops.prefix_values(x, r, groups, **o), rewards)
+            arguments = {"mask": mask, "masked": masked, **options}
+            same(lambda r, x=ids, o=arguments: rewardops.prefix_values(x, r, groups, **o), rewards)
             yield f"prefix_values {masked} {dtype} {options}"
     same(lambda r: rewardops.tempo_advantages(tokens, r, groups, mask=mask), rewards)
     yield "tempo_advantages"
     packed, cu = pack(tokens[:, :40], torch.tensor([7, 0, 26]))
-    found = []
+    results = []
     for backend in ("cuda,reference", "reference"):
         with rewardops.use_backend(backend):
-            found.append(rewardops.prefix_lcp(packed, groups, cu_seqlens=cu, max_group_size=3).lcp)
-    assert torch.equal(*found)
+            results.append(rewardops.prefix_lcp(packed, groups, cu_seqlens=cu, max_group_size=3).lcp)
+    assert torch.equal(*results)
     yield "prefix_lcp of packed rows"
 
 
@@ -123,7 +123,7 @@ def advantages() -> Iterator[str]:
 
 
 def logits() -> Iterator[str]:
-    """In clusters of every size: the limit says how much of a row a block may hold."""
+    """Clusters of every size, by limiting the part of a row that a block may hold."""
     kernels = importlib.import_module("rewardops.cuda.logits")
     g = generator()
     for dtype, limit in itertools.product((torch.float32, torch.bfloat16, torch.float16), (2**16, 1024)):
@@ -132,12 +132,12 @@ def logits() -> Iterator[str]:
         y = torch.tensor([7, 1000, -100, 512])
         for names in (("logprob",), ("logprob", "entropy"), rewardops.logits.OUTPUTS[:6]):
             coefficients = {name: torch.randn(4, generator=g) for name in names}
-            found = []
+            results = []
             for backend in ("cuda", "reference"):
                 with rewardops.use_backend(backend):
                     stats, grad = rewardops.token_stats_and_grad(x.clone(), y, coefficients, inplace=True)
-                    found.append([*(s for s in stats if s is not None), grad])
-            for ours, want in zip(*found, strict=True):
+                    results.append([*(s for s in stats if s is not None), grad])
+            for ours, want in zip(*results, strict=True):
                 torch.testing.assert_close(ours, want, rtol=2e-2, atol=1e-2)
             yield f"token_stats_and_grad {dtype} {limit} {len(names)}"
 

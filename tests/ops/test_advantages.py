@@ -12,7 +12,7 @@ import rewardops
 from rewardops.reference.advantages import BASELINES, SCALES
 from rewardops.testing import check_backend, evaluate, pack, random_groups, random_mask
 
-CUDA = True  # the target of kernels in CUDA C++ too
+CUDA = True  # the `target` fixture also runs the CUDA C++ kernels
 
 
 def advantages(groups=None, **options):
@@ -27,12 +27,12 @@ def advantages(groups=None, **options):
     return fn
 
 
-# The baseline "values" is a tensor, see `extras`.
+# The baseline "values" stands for a tensor, see `extras`.
 NAMED = [b if b != "quantile" else 0.3 for b in BASELINES]
 
 
 def extras(baseline, rewards, generator):
-    """What a baseline needs beside the rewards."""
+    """The further arguments of a baseline."""
     if baseline == "values":
         return {"baseline": torch.randn(rewards.shape, generator=generator)}
     if baseline == "length_weighted":
@@ -44,7 +44,7 @@ RANKED = ("median", 0.3, "second_max")
 
 
 def skip_slow(target, baseline, scale, ddof=1, ranked=("none", "batch_std")):
-    """Bisection by the interpreter takes seconds: with the scales of ``ranked`` only. ``ddof`` where it counts."""
+    """Skip interpreted bisection, which takes seconds, except with the scales ``ranked``; and unused ``ddof``."""
     if not (target.interpreted and target.backend == "triton"):
         return
     if baseline in RANKED and (scale not in ranked or ddof == 0):
@@ -54,7 +54,7 @@ def skip_slow(target, baseline, scale, ddof=1, ranked=("none", "batch_std")):
 
 
 def loop(rewards, groups, baseline, scale, eps, ddof, lengths=None):
-    """The definition, group by group, differentiable."""
+    """The definition as a differentiable loop over groups."""
     out = torch.zeros_like(rewards)
     for g in groups.unique():
         rows = (groups == g).nonzero()[:, 0]
@@ -99,7 +99,7 @@ def loop(rewards, groups, baseline, scale, eps, ddof, lengths=None):
 
 
 def by_cuda(device, fn, rewards, up=None):
-    """Values, and the gradient of the rewards."""
+    """Advantages and the gradient of the rewards, by CUDA C++."""
     leaf = rewards.to(device).requires_grad_()
     with rewardops.use_backend("cuda"):
         out = fn(leaf)
@@ -134,7 +134,7 @@ class Test_group_advantages:
     @pytest.mark.parametrize("baseline", NAMED)
     @pytest.mark.parametrize("scale", SCALES)
     def test_gradient_is_the_loops(self, target, generator, baseline, scale):
-        """Of distinct rewards, where every choice has one gradient."""
+        """For distinct rewards, where order statistics have a unique gradient."""
         skip_slow(target, baseline, scale, ranked=("batch_std",))
         rows = 16 if target.interpreted else 24
         groups = random_groups(rows, generator)
@@ -313,7 +313,7 @@ class Test_group_advantages:
     @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
     @pytest.mark.parametrize("scale", SCALES)
     def test_equal_rewards_give_exactly_zero(self, target, value, baseline, scale):
-        # More than are joined at once, and of the interpreter's once.
+        # More rows than a step of the join takes; fewer in the interpreter.
         rows = (150 if (scale, value) == ("std", 0.7) else 30) if target.interpreted else 1020
         groups = torch.arange(rows) % 3
         groups[-20:] = 9
@@ -348,7 +348,7 @@ class Test_group_advantages:
     @pytest.mark.parametrize("scale", ["std", "range", "none"])
     @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "median", 0.3, 0.9, "max", "second_max"])
     def test_a_nan_reward_breaks_its_group_and_no_other(self, target, baseline, scale):
-        """Wherever it lies, whichever its sign, and alone: no row of the group has an advantage without it."""
+        """A NaN at any position, of either sign, or alone in its group: the whole group gets NaN."""
         fn = advantages(group_size=[4, 1, 3], baseline=baseline, scale=scale)
         whole = [0.5, 0.25, 2.0, 1.0, 7.0, 1.0, 2.0, 3.0]
         want = evaluate(fn, [torch.tensor(whole)], backend=target.backend, device=target.device).outputs[0]
@@ -380,7 +380,7 @@ class Test_group_advantages:
         torch.testing.assert_close(got.double(), want.flatten()[order], rtol=1e-5, atol=1e-5)
 
     def test_gradient_of_the_scale_alone(self, target, generator):
-        """Packed rows without a mask, and no gradient of tokens to say how many there are."""
+        """Packed rows without a mask and without a token gradient, which would give the number of tokens."""
         rewards, groups = torch.randn(7, generator=generator), torch.tensor([1, 1, 2, 2, 1, 2, 1])
         cu = torch.tensor([0, 3, 3, 5, 9, 10, 12, 12])  # rows 1 and 6 are empty
 
@@ -434,8 +434,8 @@ class Test_group_advantages:
         ],
     )  # fmt: skip
     def test_lists_of_members(self, target_cuda, generator, groups, masked, baseline, scale):
-        """More members than a block has space for: of all its groups together; of one, which is listed in parts."""
-        rows = 2100  # 64 of a block
+        """More members than a block has space for, in all its groups together or in one group, listed in parts."""
+        rows = 2100  # 64 rows per block
         groups = torch.arange(rows) % groups * 3 - 5
         if len(groups.unique()) == 2:
             groups = torch.where(torch.rand(rows, generator=generator) < 0.01, groups, 7)
@@ -459,7 +459,7 @@ class Test_group_advantages:
 
     @pytest.mark.parametrize("baseline", ["mean", "median", "second_max"])
     def test_bits_are_of_the_members_alone(self, target_cuda, generator, baseline):
-        """However rows are dealt out to blocks."""
+        """The distribution of rows to blocks does not change a group's bits."""
         fn, rewards = advantages, torch.randn(12, generator=generator)
         groups = torch.tensor([4, 1, 1, 4, 4, 1, 4, 4, 1, 4, 1, 1])
         want = by_cuda(target_cuda, fn(groups, baseline=baseline), rewards)
@@ -469,7 +469,7 @@ class Test_group_advantages:
         assert torch.equal(by_cuda(target_cuda, fn(labels, baseline=baseline), more)[places], want)
 
     def test_parts_of_long_rows(self, target_cuda, generator):
-        """Several blocks of a row, forward and backward."""
+        """Several blocks per row, forward and backward."""
         mask = torch.rand(3, 9001, generator=generator) > 0.5
         mask[1] = False
         rewards, up = torch.tensor([1.5, 9.0, -0.25]), torch.randn(3, 9001, generator=generator)
@@ -483,7 +483,7 @@ class Test_group_advantages:
         torch.testing.assert_close(grad.double(), exact, rtol=1e-6, atol=1e-6)
 
     def test_rows_whose_first_valid_token_is_late(self, target_cuda):
-        """Wherever the row's mask begins: the first look, the aligned search, and its end."""
+        """The first valid token in the first load, in the aligned search, or at its end."""
         late = [0, 7, 8, 9, 30, 39, 40, 41, 55, 56, 57, 72, 551, 552, 580, 1063, 1199]
         for width in (1200, 1213):
             mask = torch.zeros(len(late) + 1, width).bool()
@@ -532,7 +532,7 @@ class Test_advantages_to_tokens:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("packed", [False, True])
     def test_tokens_at_every_alignment(self, target_cuda, generator, dtype, packed):
-        """Rows and masks that start anywhere; vectors, chunks of them, what is left; NaN behind masks."""
+        """Rows and masks at any alignment; vectors, chunks of vectors, remainders; NaN at masked tokens."""
         for width, first in (
             (1, 0),
             (2, 1),

@@ -10,12 +10,12 @@ from test_advantages import advantages
 import rewardops
 from rewardops.testing import check_backend, random_mask
 
-CUDA = True  # the target of kernels in CUDA C++ too
+CUDA = True  # the `target` fixture also runs the CUDA C++ kernels
 
 
 class Test_presets:
     def test_presets_of_one_group(self, target):
-        """Worked by hand: rewards 1, 0, 0, 0."""
+        """Results by hand for rewards 1, 0, 0, 0."""
         r = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(target.device)
         third = 1 / 3
         for preset, want in (
@@ -70,7 +70,7 @@ class Test_group_advantages_and_presets:
         rewards = torch.tensor(d["token_level_rewards"]).sum(1)
         groups = torch.tensor(d["index"])
         sizes = torch.bincount(groups)[groups]
-        kept = sizes > 1  # verl's loop returns the raw reward for a group of one
+        several = sizes > 1  # verl's loop returns the raw reward for a group of one
         here = mask.to(target.device)
         cases = {
             "grpo": {},
@@ -82,10 +82,10 @@ class Test_group_advantages_and_presets:
         if target.interpreted and target.backend == "triton" and name != "ragged":
             del cases["grpo_passk"]  # slow
         for key, options in cases.items():
-            # verl returns the raw reward of a group of one, but for pass@k, which it refuses.
+            # verl returns the raw reward of a group of one, except for pass@k, which raises.
             fn = advantages(groups, mask=mask, singleton="raw", **options)
             ours = fn(rewards.to(target.device)).cpu()
-            rows = kept if key == "grpo_passk" else torch.ones_like(kept)
+            rows = several if key == "grpo_passk" else torch.ones_like(several)
             torch.testing.assert_close(ours[rows], torch.tensor(d[key])[rows], rtol=2e-5, atol=2e-5, msg=key)
         there = (rewards.to(target.device), groups.to(target.device))
         token_rewards = torch.tensor(d["token_level_rewards"]).to(target.device)
@@ -153,7 +153,7 @@ class Test_pure:
         groups = torch.tensor([1, 1, 0, 1, 0, 7, 1, 0])
         outcome = (torch.rand(8, generator=generator) > 0.5).float() - 1
         ids = (flags & mask).long()
-        ids = ids.cumsum(1) - ids  # the same steps, but that of what follows the last flag
+        ids = ids.cumsum(1) - ids  # the same steps, except for tokens after the last flag
 
         def fn(r, outcome, steps=flags):
             to = [x.to(r.device) for x in (steps, groups, mask)]

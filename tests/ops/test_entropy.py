@@ -27,7 +27,7 @@ def draw(batch, width, generator):
 
 
 def loop(rewards, entropy, groups, mask, alpha1, alpha2, floor):
-    """The definition, token by token."""
+    """The definition as a loop over tokens."""
     out = torch.zeros_like(entropy)
     h = entropy.clamp(min=floor)
     batch, width = entropy.shape
@@ -135,7 +135,7 @@ class Test_gtpo_rewards:
         )
 
     def test_long_rows(self, target, generator):
-        """Longer than a block of positions on every backend."""
+        """Rows longer than a block of positions on every backend."""
         rewards, entropy, groups = draw(5, 2600, generator)
         check_backend(
             gtpo(groups, random_mask(5, 2600, generator)),
@@ -178,7 +178,7 @@ class Test_gtpo_rewards:
 
 class Test_grpo_s_rewards:
     def test_grpo_s_by_hand(self, target):
-        """The paper's numbers: mean entropies 0.3 and 0.5 of two right rows, and one wrong row."""
+        """The paper's numbers: mean entropies 0.3 and 0.5 of two correct rows, and one wrong row."""
         entropy = torch.tensor([[0.2, 0.4], [0.6, 0.4], [0.3, 0.3]]).to(target.device)
         rewards = torch.tensor([1.0, 1.0, 0.0]).to(target.device)
         got = rewardops.grpo_s_rewards(rewards, entropy, group_size=3)
@@ -261,7 +261,7 @@ class Test_entropy_weights:
     @pytest.mark.parametrize("inverse", [False, True])
     def test_entropy_weights(self, target, generator, mode, normalize, inverse):
         entropy = torch.rand(7, 19, generator=generator) * 3
-        entropy[2] += 200  # another scope's tokens must not vanish against these
+        entropy[2] += 200  # tokens of another scope must not be absorbed by these in a sum
         mask = random_mask(7, 19, generator)
         groups = torch.tensor([4, 4, -3, 4, 4, -3, 0]) if normalize == "group" else None
         options = {
@@ -410,7 +410,7 @@ PER_TOKEN = {
 @pytest.mark.parametrize("name", PER_TOKEN)
 @given(seed=st.integers(0, 10**6))
 def test_property_layouts_rows_and_labels(name, seed):
-    """The same for packed rows, for rows in another order (values are distinct), and for other labels."""
+    """Results do not change with packing, the order of rows (values are distinct) or labels."""
     generator = torch.Generator().manual_seed(seed)
     batch, width = 7, 11
     fn = PER_TOKEN[name]

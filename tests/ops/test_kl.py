@@ -31,7 +31,7 @@ class Test_token_kl:
     @pytest.mark.parametrize("estimator", ESTIMATORS)
     @pytest.mark.parametrize("live", [False, True])
     def test_every_option(self, target, generator, estimator, live):
-        """Importance, factor, reward and clamps in one pass, with the gradients of the plain formula."""
+        """Importance weights, factor, rewards and clamps in one pass, with the gradients of the plain formula."""
         logprob, ref, old = (
             -torch.rand(6, 41, generator=generator, dtype=torch.float64) * 4 - 0.05 for _ in range(3)
         )
@@ -83,7 +83,7 @@ class Test_token_kl:
                 assert not g[:6].any()
 
     def test_binary_forms_at_the_edges(self, target):
-        """Certain and impossible tokens."""
+        """Tokens of probability 1 and 0."""
         inf = torch.inf
         logprob = torch.tensor([0.0, 0.0, -1e-6, -inf, -2.0, -20.0])
         ref = torch.tensor([0.0, -1.0, -2e-6, -1.0, 0.0, -20.0])
@@ -151,7 +151,7 @@ class Test_token_kl:
         torch.testing.assert_close(grad.cpu(), torch.tensor(d[f"{estimator}_grad"]), rtol=1e-5, atol=1e-6)
 
     def test_expected_gradients_are_what_the_docstring_says(self):
-        """By exact enumeration over a distribution of five tokens."""
+        """Expected gradients by enumeration over a distribution of five tokens."""
         torch.manual_seed(0)
         z = torch.randn(5, dtype=torch.float64, requires_grad=True)
         logq = torch.randn(5, dtype=torch.float64).log_softmax(0)

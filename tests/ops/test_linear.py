@@ -34,7 +34,7 @@ def draw(generator, tokens=(11,), hidden=8, vocab=130, ref=6, dtype=torch.float3
 
 
 def plain(inputs, tokens, outputs, logit_scale=1.0, **options):
-    """The same by token_stats of all logits."""
+    """The plain version: token_stats of all logits."""
 
     def logits(side):
         x = inputs[f"{side}hidden"] @ inputs[f"{side}weight"].T
@@ -56,8 +56,8 @@ def outcome(fn, inputs, tokens, outputs, device="cpu", **options):
     """Outputs, and the gradients of every input."""
     leaves = {k: v.detach().to(device).requires_grad_() for k, v in inputs.items()}
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    found = fn(leaves, tokens.to(device), outputs, **options)
-    values = {k: v for k, v in found._asdict().items() if v is not None}
+    got = fn(leaves, tokens.to(device), outputs, **options)
+    values = {k: v for k, v in got._asdict().items() if v is not None}
     smooth = [v for k, v in values.items() if k != "is_top1"]
     g = torch.Generator().manual_seed(5)
     ups = [torch.randn(v.shape, generator=g).to(v) for v in smooth]
@@ -69,7 +69,7 @@ def outcome(fn, inputs, tokens, outputs, device="cpu", **options):
 
 
 def check(target, inputs, tokens, outputs, **options):
-    """Against float64, within what the plain formula in the same precision is off, rounding its logits or not."""
+    """Compare with float64, within the error of the plain formula in this precision, logits rounded or not."""
     chunks = {k: options.pop(k) for k in ("chunk_tokens", "chunk_vocab", "num_tokens") if k in options}
     got, grads = outcome(ours, inputs, tokens, outputs, target.device, **options, **chunks)
     with rewardops.use_backend("reference"):
@@ -79,7 +79,7 @@ def check(target, inputs, tokens, outputs, **options):
         eager, eager_grads = outcome(plain, inputs, tokens, outputs, **options)
     for name in outputs:
         if name == "is_top1":
-            # Whether logits tie depends on how their products round.
+            # Ties of logits depend on the rounding of matmuls.
             wide = inputs["hidden"].dtype in (torch.float32, torch.float64)
             assert not wide or got[name].tolist() == exact[name].tolist()
             continue
@@ -93,7 +93,7 @@ def check(target, inputs, tokens, outputs, **options):
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the size of the largest tensor that any operation returns."""
+    """Records the size of the largest tensor that any operation returns."""
 
     found = 0
 
@@ -145,7 +145,7 @@ class Test_linear_token_stats:
         inputs, tokens = draw(generator, (4, 6), ref=0)
         mask = torch.rand(4, 6, generator=generator) > 0.5
         mask[-1, -1] = False
-        inputs["hidden"][-1, -1] = torch.nan  # what places beyond the tokens that count are read from
+        inputs["hidden"][-1, -1] = torch.nan  # a row read in place of those beyond the valid tokens
         count = int(mask.sum())
         want = outcome(ours, inputs, tokens, ("logprob", "entropy"), target.device, mask=mask)
         for hint in (count, count + 3, 24, 30):
@@ -232,7 +232,7 @@ class Test_linear_token_stats:
                 assert leaf.grad is None
 
     def test_tied_weights_and_strided_hidden_states(self, target, generator):
-        """The embedding's gradient has both parts, and shifted hidden states are read as they lie."""
+        """The embedding's gradient has both parts, and shifted hidden states are read without a copy."""
         weight = torch.randn(50, 8, generator=generator)
         ids = torch.randint(0, 50, (3, 7), generator=generator).to(target.device)
         grads = []
@@ -271,7 +271,7 @@ class Test_linear_token_stats:
             assert torch.equal(g, want_grads[name].float())
 
     def test_bfloat16_sums_do_not_drift(self, target, generator):
-        """Sums over many blocks stay as close to float64 as one product in bfloat16 is."""
+        """Sums over many blocks are as close to float64 as one bfloat16 matmul."""
         vocab = 64 if target.interpreted else 1024
         inputs, tokens = draw(generator, (64,), hidden=16, vocab=vocab, ref=0, dtype=torch.bfloat16)
         up = torch.ones(64)
@@ -332,19 +332,19 @@ class Test_linear_token_loss:
         )  # fmt: skip
         (3 * loss).backward()
         other = [here[k].clone().requires_grad_() for k in NAMES[:3]]
-        found = rewardops.linear_token_stats(
+        got = rewardops.linear_token_stats(
             other[0], other[1], tokens.to(target.device), bias=other[2],
             outputs=("logprob", "entropy", "kl", "is_top1"), **options,
         )  # fmt: skip
         live = torch.ones(3, 5, dtype=torch.bool) if mask is None else mask
-        want = sum(torch.where(live.to(target.device), c, 0) * getattr(found, n) for n, c in co.items()).sum()
+        want = sum(torch.where(live.to(target.device), c, 0) * getattr(got, n) for n, c in co.items()).sum()
         (3 * want).backward()
         tight = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(loss, want, **tight)
         assert loss.dtype == wide
         for a, b in zip(leaves, other, strict=True):
             torch.testing.assert_close(a.grad, b.grad, **tight)
-        torch.testing.assert_close(stats.logprob, found.logprob.detach(), **tight)
+        torch.testing.assert_close(stats.logprob, got.logprob.detach(), **tight)
         assert stats.is_top1.dtype is torch.bool
         assert not stats.logprob.requires_grad
         with pytest.raises(RuntimeError, match=r"modified by an inplace operation|second time"):
@@ -369,12 +369,12 @@ class Test_linear_token_stats_partial:
             TokenStatsArgs(x, tokens, y, None, None, 0.7, 0.0, 0, x.shape[1], 0.5, names)
         )
         record.requires_grad_()
-        found = spec.finish(spec.merge(record[None]), names)
+        result = spec.finish(spec.merge(record[None]), names)
         smooth = [n for n in names if n != "is_top1"]
         ups = {n: torch.randn(tokens.shape, generator=generator, dtype=torch.float64) for n in smooth}
-        (want,) = torch.autograd.grad([found[n] for n in smooth], record, list(ups.values()))
+        (want,) = torch.autograd.grad([result[n] for n in smooth], record, list(ups.values()))
         got = spec.record_gradient(record.detach(), ups)
-        # Shifts move with the sums that are relative to them.
+        # Shifted logits change the record's maximum and the sums relative to it.
         free = [k for k, n in enumerate(spec.RECORD) if "shift" not in n and n not in ("columns", "found")]
         torch.testing.assert_close(got[:, free], want[:, free], rtol=1e-12, atol=1e-12)
 

@@ -15,12 +15,12 @@ import rewardops
 from rewardops.testing import assert_within_budget, check_backend, evaluate, random_mask
 
 EVERY = rewardops.logits.OUTPUTS
-POLICY = EVERY[:7]  # what needs no reference
+POLICY = EVERY[:7]  # outputs that need no reference model
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def stats(tokens, mask=None, outputs=POLICY, **options):
-    """token_stats as a function of the logits, and of the reference's where they are given."""
+    """token_stats as a function of the logits, and of the reference's logits if passed."""
 
     def fn(logits, ref_logits=None):
         def here(x):
@@ -44,7 +44,7 @@ def draw(shape, vocab, generator, scale=3.0, dtype=torch.float32):
 
 
 def plain(logits, tokens, ref_logits, temperature, beta):
-    """The independent oracle: the formulas through log_softmax, and autograd through them."""
+    """An independent oracle: the formulas with log_softmax, differentiated by autograd."""
     z = logits / temperature
     logp, logq = z.log_softmax(-1), (ref_logits / temperature).log_softmax(-1)
     p, q = logp.exp(), logq.exp()
@@ -64,7 +64,7 @@ def plain(logits, tokens, ref_logits, temperature, beta):
 
 
 def allocated(fn):
-    """Bytes that a call takes from the CPU's allocator, and the result."""
+    """Bytes that a call allocates on the CPU, and its result."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = fn()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -101,7 +101,7 @@ class Test_token_stats:
         mask = random_mask(3, 5, generator) if masked else None
         fn = stats(tokens[:, 1:], mask)
         check_backend(lambda x: fn(x[:, :-1]), [logits], backend=target.backend, device=target.device)
-        # Rows with a padded stride, and columns that are no unit stride apart.
+        # Rows with a padded stride, and columns with a stride other than 1.
         wide = torch.randn(5, 200, generator=generator)
         fn = stats(torch.arange(5))
         check_backend(lambda x: fn(x[:, :77]), [wide], backend=target.backend, device=target.device)
@@ -121,7 +121,7 @@ class Test_token_stats:
         ours = check_backend(
             stats(torch.tensor([17, 5])), [logits], backend=target.backend, device=target.device
         ).outputs
-        # An entropy of 1e-6 to its own last places, where a float32 sum of probabilities has none of them.
+        # An entropy of 1e-6 to its last digits, all of which a float32 sum of probabilities loses.
         if target.backend != "reference":
             p = peaked.double().softmax(0)
             assert ours[1][0].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
@@ -192,7 +192,7 @@ class Test_token_stats:
         result = stats(tokens)(logits.to(target.device))
         assert result.logprob.isnan().tolist() == [False, True, True, False]
         assert result.entropy.isfinite().all()
-        # No gradient but of what is NaN is NaN.
+        # Only gradients of NaN rows are NaN.
         ours = evaluate(
             stats(tokens, outputs=("entropy",)), [logits], backend=target.backend, device=target.device
         )
@@ -204,7 +204,7 @@ class Test_token_stats:
             stats(tokens)(logits.to(target.device))
 
     def test_offsets_beyond_2_to_the_31(self, target, generator):
-        """Rows 2^31 elements apart; what lies between is never touched, so it takes address space and no memory."""
+        """Rows 2^31 elements apart; memory between them is never touched, so it takes only address space."""
         if target.interpreted:
             pytest.skip("the interpreter copies its arguments")
         apart, vocab = 2**31 + 16, 300
@@ -311,7 +311,7 @@ class Test_token_stats:
         assert [o.dtype for o in ours.outputs] == [torch.float32] * 6 + [torch.bool]
         assert ours.gradients[0].dtype is torch.bfloat16
         for name, a, b in zip(POLICY, ours.outputs, exact.outputs, strict=True):
-            if name != "mean_logit":  # a sum that nearly cancels is held to eager's error, elsewhere
+            if name != "mean_logit":  # a sum that nearly cancels; another test compares it with eager's error
                 assert_within_budget(a, b, ulps=16, name=name)
 
     # ---- with a reference's logits -------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class Test_token_stats:
         check_backend(stats(tokens, outputs=EVERY), inputs, backend=target.backend, device=target.device)
 
     def test_kl_of_near_neighbours_beats_eager(self, target, generator):
-        """A KL of 1e-6, as after one step of training: differences of log-probabilities lose most of it."""
+        """A KL of 1e-6, as after one step of training: differences of log-probabilities lose most digits."""
         logits, tokens = draw((16,), 3000, generator)
         ref = logits + 1e-3 * torch.randn(logits.shape, generator=generator)
         exact = plain(logits.double(), tokens, ref.double(), 1.0, 0.5)["kl"]
@@ -366,10 +366,10 @@ class Test_token_stats:
         vocab = 3000
         logits, tokens = draw((7,), vocab, generator, scale=10.0)
         ref, _ = draw((7,), vocab, generator)
-        logits[0, :1500] = ref[0, :1500] = -torch.inf  # in both: in no divergence
-        ref[1, 7] = -torch.inf  # mass in the policy alone, however little
+        logits[0, :1500] = ref[0, :1500] = -torch.inf  # in both: no contribution to a divergence
+        ref[1, 7] = -torch.inf  # mass only in the policy, however little
         logits[1, 7] = logits[1].max() - 1000
-        logits[2, :1100] = -torch.inf  # mass in the reference alone
+        logits[2, :1100] = -torch.inf  # mass only in the reference
         logits[3, :2100] = -torch.inf  # both, in turn
         ref[3, 1500:] = -torch.inf
         ref[4, 1:] = logits[4, 1:] = -torch.inf  # one column left
@@ -451,7 +451,7 @@ class Test_token_stats:
     @pytest.mark.parametrize("softcap", [5.0, 30.0])
     def test_softcap(self, target, generator, softcap):
         logits, tokens = draw((5,), 1300, generator, scale=20.0)
-        logits[1] *= 1e-3  # where tanh x and x differ in the last places only
+        logits[1] *= 1e-3  # where tanh x and x differ only in the last digits
         logits[2, :4] = torch.tensor([-torch.inf, 1e4, -1e4, 0.0])
         ref, _ = draw((5,), 1300, generator, scale=20.0)
         fn = stats(tokens, outputs=EVERY, softcap=softcap, temperature=0.9)
@@ -533,7 +533,7 @@ class Test_token_stats:
         assert torch.equal(*results)
 
     def test_the_op_that_writes_over_the_logits_says_so(self, target, generator):
-        """Its schema declares what it changes, and its fake agrees with it."""
+        """Its schema declares the mutated argument, and its fake agrees."""
         logits, tokens = (x.to(target.device) for x in draw((3,), 20, generator))
         ref = logits.flip(0).clone()
         options = (1.0, 0.0, 0, 20, 0.5, ["logprob", "kl"])
@@ -564,7 +564,7 @@ class Test_token_stats:
         """The arithmetic of the kernels' addresses, far beyond any memory."""
         if target.backend != "triton":
             pytest.skip("Triton's")
-        # Strides of 64 bits, and those of 32 whose multiples are not.
+        # 64-bit strides, and 32-bit strides whose multiples exceed 32 bits.
         for outer, inner in ((3 * 2**33, 2**31 + 16), (2**31 - 16, 2**30 + 16)):
             out = torch.zeros(16, dtype=torch.int64, device=target.device)
             write_offsets[(16,)](out, 4, outer, inner)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import rewardops
 from rewardops.testing import assert_within_budget, random_mask
 
-CUDA = True  # its kernel runs by the harness where there is no GPU
+CUDA = True  # its kernel runs in the harness if there is no GPU
 
 EVERY = rewardops.logits.OUTPUTS
-POLICY = EVERY[:7]  # what needs no reference
+POLICY = EVERY[:7]  # outputs that need no reference model
 TERMS = tuple(name for name in EVERY if name != "is_top1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,7 +49,7 @@ def ours(target, logits, tokens, coefficients, **options) -> Found:
 
 
 def expected(logits, tokens, coefficients, dtype=None, outputs=(), **options) -> Found:
-    """By autograd through the specification, in the precision of the logits or in another."""
+    """The gradient by autograd through the specification, in the logits' precision or another."""
     leaf = logits.detach().to(dtype or logits.dtype).requires_grad_()
     if options.get("ref_logits") is not None:
         options = {**options, "ref_logits": options["ref_logits"].to(dtype or logits.dtype)}
@@ -61,7 +61,7 @@ def expected(logits, tokens, coefficients, dtype=None, outputs=(), **options) ->
 
 
 def check(target, logits, tokens, coefficients, outputs=POLICY, **options) -> Found:
-    """Within the error budget, and the same in place."""
+    """Check the error budget, and that in-place results are the same."""
     options["outputs"] = outputs
     got = ours(target, logits, tokens, coefficients, **options)
     over = ours(target, logits.clone(), tokens, coefficients, inplace=True, **options)
@@ -78,7 +78,7 @@ def check(target, logits, tokens, coefficients, outputs=POLICY, **options) -> Fo
 
 
 def split(monkeypatch, target, size):
-    """Rows are shared by several blocks, as long ones are: a block takes so many bytes where it can."""
+    """Split rows over several blocks, as long rows are, by limiting the bytes per block."""
     if target.backend.startswith("cuda"):
         monkeypatch.setattr(importlib.import_module("rewardops.cuda.logits"), "BYTES_PER_BLOCK", size)
 
@@ -191,7 +191,7 @@ class Test_token_stats_and_grad:
         got = ours(target, logits, tokens, coefficients, outputs=("logprob", "is_top1"))
         assert got.stats["logprob"].isnan().tolist() == [False, True, True, False]
         assert not got.stats["is_top1"][1:3].any()
-        assert got.grad.isfinite().all()  # no gradient but of what is NaN is NaN
+        assert got.grad.isfinite().all()  # only gradients of NaN rows are NaN
         got = ours(target, logits, tokens, {"logprob": torch.ones(4)})
         assert got.grad.isnan().all(-1).tolist() == [False, True, True, False]
         with (
@@ -210,7 +210,7 @@ class Test_token_stats_and_grad:
     @pytest.mark.parametrize("softcap", [5.0, 30.0])
     def test_softcap(self, target, generator, softcap):
         logits, tokens = draw((4,), 1300, generator, scale=20.0)
-        logits[1] *= 1e-3  # where tanh x and x differ in the last places only
+        logits[1] *= 1e-3  # where tanh x and x differ only in the last digits
         logits[2, :4] = torch.tensor([-torch.inf, 1e4, -1e4, 0.0])
         coefficients = draw_coefficients(TERMS[:6], (4,), generator)
         check(target, logits, tokens, coefficients, softcap=softcap, temperature=0.9)
@@ -231,7 +231,7 @@ class Test_token_stats_and_grad:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("view", ["sequence", "rows", "columns", "odd"])
     def test_strided_views(self, target, generator, view, dtype):
-        """The gradient of a view; in place, what lies around it stays."""
+        """The gradient of a view; in place, memory around the view is unchanged."""
         base = (torch.randn(3, 6, 131, generator=generator) * 3).to(dtype).to(target.device)
         cut = {
             "sequence": lambda x: x[:, :-1],
@@ -251,8 +251,8 @@ class Test_token_stats_and_grad:
         _, grad = rewardops.token_stats_and_grad(logits, *args, inplace=True)
         assert grad.data_ptr() == logits.data_ptr()
         assert grad.stride() == logits.stride()
-        for found in (got.grad, grad.cpu()):
-            torch.testing.assert_close(found, want.grad, rtol=1e-6, atol=1e-7)
+        for result in (got.grad, grad.cpu()):
+            torch.testing.assert_close(result, want.grad, rtol=1e-6, atol=1e-7)
         assert torch.equal(base.cpu()[~touched], before.cpu()[~touched])
 
     @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)])
@@ -327,7 +327,7 @@ class Test_token_stats_and_grad:
 
     @given(seed=st.integers(0, 10**6), vocab=st.integers(1, 60), rows=st.integers(1, 4))
     def test_property_gradients_of_probabilities_sum_to_nothing(self, seed, vocab, rows):
-        """No statistic but the logsumexp and the mean changes with an offset, and those change by it."""
+        """An offset of the logits changes only logsumexp and mean logit, by the offset."""
         generator = torch.Generator().manual_seed(seed)
         logits, tokens = draw((rows,), vocab, generator, dtype=torch.float64)
         ups = {k: v.double() for k, v in draw_coefficients(TERMS[:6], (rows,), generator).items()}
@@ -368,7 +368,7 @@ class Test_token_stats_and_grad:
     def test_many_rows_in_turn(self, target, generator, monkeypatch):
         """A cluster takes several rows, masked ones among them."""
         only_cuda(target)
-        split(monkeypatch, target, 64)  # every row by eight blocks, some of which have none of it
+        split(monkeypatch, target, 64)  # eight blocks per row, some of them empty
         count = 20_000 if target.device.type == "cuda" else 100
         logits, tokens = draw((count,), 77, generator, dtype=torch.bfloat16)
         mask = torch.rand(count, generator=generator) > 0.3
@@ -377,7 +377,7 @@ class Test_token_stats_and_grad:
         check(target, logits[:, :72], tokens % 72, coefficients, mask=mask)
 
     def test_alignments(self, target, generator):
-        """Rows at every place between multiples of 16 bytes, and gradients at others: the bits are the same."""
+        """Rows and gradients at every offset from multiples of 16 bytes give the same bits."""
         only_cuda(target)
         coefficients = draw_coefficients(TERMS[:6], (2,), generator)
         for dtype in (torch.float32, torch.float16):

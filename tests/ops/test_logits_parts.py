@@ -1,4 +1,4 @@
-"""Records of parts of a vocabulary, and their merging into the statistics of the whole."""
+"""Records of parts of a vocabulary, and the merged statistics of the whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTIAL = rewardops.logits.PARTIAL_OUTPUTS
 
 
 def merged(tokens, cuts, outputs=PARTIAL, **options):
-    """token_stats from the parts between cuts, as a function of whole logits."""
+    """token_stats merged from the parts between cuts, as a function of whole logits."""
 
     def fn(logits, ref_logits=None):
         edges = [0, *cuts, logits.shape[-1]]
@@ -53,7 +53,7 @@ class Test_token_stats_partial_merge_token_stats:
         logits[3] += 1e4
         tokens %= 2700
         tokens[4] = -100
-        tokens[5] = 2699  # in the last part; what follows is padding
+        tokens[5] = 2699  # in the last part; the columns after it are padding
         options = {"outputs": PARTIAL, "temperature": 0.8, "vocab_size": 2700}
         check_backend(
             merged(tokens, cuts, **options),
@@ -67,7 +67,7 @@ class Test_token_stats_partial_merge_token_stats:
         assert got.logprob.isnan().tolist() == [False] * 5 + [True]
 
     def test_a_shard_among_gathered_records(self, target, generator):
-        """As under tensor parallelism: the others' records come without gradient, one's own with it."""
+        """Tensor parallelism: gathered records have no gradient, the record of this rank has one."""
         logits, tokens = draw((5,), 900, generator)
         logits, tokens = logits.to(target.device), tokens.to(target.device)
         whole = logits.clone().requires_grad_()

@@ -29,13 +29,13 @@ def draw(batch, width, generator, holes=True):
 
 
 def rows_of(tokens, mask, masked="prefix"):
-    found = []
+    rows = []
     for x, m in zip(tokens.tolist(), mask.tolist(), strict=True):
         valid = [k for k, v in enumerate(m) if v]
         if masked == "prefix" and valid:
             valid = range(valid[0], valid[-1] + 1)
-        found.append([x[k] for k in valid])
-    return found
+        rows.append([x[k] for k in valid])
+    return rows
 
 
 def lcp_of(a, b):
@@ -54,7 +54,7 @@ def same_arrays(target, *given, **options):
 
 
 def branches(width, generator):
-    """Nine rows in two groups; those of a branch part from one another far behind where they left the others."""
+    """Nine rows in two groups; the rows of a branch share a long prefix after leaving the other rows."""
     kinds = torch.tensor([0, 1, 1, 2, 1, 0, 2, 1, 1])
     tokens = torch.randint(-9, 9, (3, width), generator=generator)
     tokens[1, :7], tokens[2, :640] = tokens[0, :7], tokens[0, :640]
@@ -86,7 +86,7 @@ class Test_prefix_tree_arrays:
         assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
 
     def test_groups_of_any_size(self, target, generator):
-        """Some thousand rows, a label alone and a large group; one backend's arrays against sorted rows."""
+        """Thousands of rows with a group of one row and a large group; arrays compared with sorted rows."""
         batch = 40 if target.interpreted else 700
         sizes = [1, 2, batch - 10, 7]
         groups = torch.repeat_interleave(torch.tensor([5, -2, 9, 0]), torch.tensor(sizes))
@@ -104,7 +104,7 @@ class Test_prefix_tree_arrays:
         assert int((nodes[2] >= 0).sum()) <= 2 * batch - len(sizes)
 
     def test_a_tree_that_leans(self, target):
-        """Every row parts from the next one token later: as deep as there are rows, from either end."""
+        """Each row leaves the next one token later: the tree is as deep as the number of rows, in both orders."""
         n = 24 if target.interpreted else {"reference": 60, "cpp": 200}.get(target.backend, 300)
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         for x in (tokens, tokens.flip(0), 1 - tokens):
@@ -123,7 +123,7 @@ class Test_prefix_tree_arrays:
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
     def test_rows_that_start_anywhere(self, target, generator, dtype):
-        """Compares of 16 bytes at once, and of rows that have no common alignment."""
+        """Comparisons of 16 bytes, and of rows without a common alignment."""
         if target.backend == "reference":
             pytest.skip("it is what the others are compared with")
         slow = target.interpreted and target.backend == "triton"
@@ -134,7 +134,7 @@ class Test_prefix_tree_arrays:
         tokens = tokens.to(dtype)
         for shift in (0, 3) if slow else range(4):
             same_arrays(target, tokens[:, shift : width + shift], groups)
-        start = torch.tensor([0, 1, 2, 3, 5, 1, 0, 700, 2])  # as prompts that are padded on the left
+        start = torch.tensor([0, 1, 2, 3, 5, 1, 0, 700, 2])  # prompts padded on the left
         end = torch.tensor([width, width, width, 900, 1100, 1200, width, width, width])
         column = torch.arange(width)
         mask = (column >= start[:, None]) & (column < end[:, None])
@@ -153,7 +153,7 @@ class Test_prefix_tree_arrays:
             same_arrays(target, packed, groups, pack(holes, lengths)[0], cu.long(), skip=skip)
 
     def test_tokens_far_from_the_ends_of_a_row(self, target, generator):
-        """Masked on both sides, for longer than a search looks at once."""
+        """Rows masked at both ends for more tokens than a step of the search."""
         width = 9000
         spans = [(0, width), (17, 40), (4100, 4103), (8999, 9000), (4096, 8192), (0, 1), (5, 5), (3, 8998)]
         column = torch.arange(width)
@@ -176,8 +176,8 @@ class Test_prefix_tree_arrays:
             ]
         with rewardops.use_backend("reference"):
             want = rewardops.prefix_lcp(tokens, groups, max_group_size=40)
-        for found in members:
-            assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))
+        for member_rows in members:
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(member_rows, want, strict=True))
 
 
 def on_tokens(
@@ -195,9 +195,9 @@ def on_tokens(
     channels=2,
     dtype=torch.float64,
 ):
-    """What nodes say of tokens, and the gradients, against the specification; some leaves lie higher up.
+    """Compare nodes_to_tokens and its gradients with the specification; some leaves lie higher up.
 
-    ``given``: which of values, along, base and factor.
+    ``given``: the initials of the passed arguments: values, along, base, factor.
     """
     rows, nodes = arrays(tokens, groups, mask, cu, skip=skip)
     batch = len(groups)
@@ -210,18 +210,18 @@ def on_tokens(
     grad = torch.randn(channels, *tokens.shape, generator=generator, dtype=dtype)
     grad = grad if mask is None else grad.masked_fill(~mask, torch.nan)
     options = (skip, tokens.shape[-1], at, gamma)
-    ops, found = torch.ops.rewardops, []
+    ops, got = torch.ops.rewardops, []
     for backend, device in ((target.backend, target.device), ("reference", "cpu")):
         tensors = [None if t is None else t.to(device) for t in (*of_nodes, rows, nodes, mask, cu)]
         with rewardops.use_backend(backend):
             out = ops.nodes_to_tokens(*tensors, *options, dtype)
             gradients = ops.nodes_to_tokens_backward(grad.to(device), *tensors, *options)
-        found.append([x.cpu() for x in (out, *gradients)])
+        got.append([x.cpu() for x in (out, *gradients)])
     tolerance = 1e-12 if dtype is torch.float64 else 1e-6
-    for ours, want in zip(*found, strict=True):
+    for ours, want in zip(*got, strict=True):
         torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
     if mask is not None:
-        assert bool((found[0][0][:, ~mask] == 0).all())
+        assert bool((got[0][0][:, ~mask] == 0).all())
 
 
 AT_AND_GAMMA = [("after", 1.0), ("before", 0.97), ("after", 0.0), ("step", 1.0)]
@@ -229,16 +229,16 @@ AT_AND_GAMMA = [("after", 1.0), ("before", 0.97), ("after", 0.0), ("step", 1.0)]
 
 def tree_of(tokens, groups, mask, **options):
     rewards = torch.randn(tokens.shape[0], generator=torch.Generator().manual_seed(1))
-    given = {"mask": mask, "rewards": rewards.to(tokens.device), **options}
-    return rewardops.PrefixTree.from_tokens(tokens, groups, **given), rewards
+    arguments = {"mask": mask, "rewards": rewards.to(tokens.device), **options}
+    return rewardops.PrefixTree.from_tokens(tokens, groups, **arguments), rewards
 
 
 def ancestors(tree, n):
-    found = {n}
+    nodes = {n}
     while int(tree.parent[n]) >= 0:
         n = int(tree.parent[n])
-        found.add(n)
-    return found
+        nodes.add(n)
+    return nodes
 
 
 def answers(shared, questions):
@@ -264,15 +264,15 @@ class Test_prefix_lcp:
     def test_lcp_of_all_pairs(self, target, generator, masked, packed):
         tokens, groups, mask = draw(22, 30, generator)
         rows = rows_of(tokens, mask, masked)
-        given = {"tokens": tokens, "mask": mask}
+        arguments = {"tokens": tokens, "mask": mask}
         if packed:
             lengths = torch.full((22,), 30)
-            given = {"tokens": pack(tokens, lengths)[0], "mask": pack(mask, lengths)[0]}
-            given["cu_seqlens"] = pack(tokens, lengths)[1]
-        given = {k: v.to(target.device) for k, v in given.items()}
+            arguments = {"tokens": pack(tokens, lengths)[0], "mask": pack(mask, lengths)[0]}
+            arguments["cu_seqlens"] = pack(tokens, lengths)[1]
+        arguments = {k: v.to(target.device) for k, v in arguments.items()}
         size = max(groups.tolist().count(x) for x in groups.tolist())
         members, lcp = rewardops.prefix_lcp(
-            groups=groups.to(target.device), max_group_size=size, masked=masked, **given
+            groups=groups.to(target.device), max_group_size=size, masked=masked, **arguments
         )
         assert members.shape == lcp.shape == (22, size)
         assert members.dtype is lcp.dtype is torch.int32
@@ -284,7 +284,7 @@ class Test_prefix_lcp:
             assert set(lcp[b, len(want) :].tolist()) <= {-1}
 
     def test_lcp_of_a_large_group(self, target, generator):
-        """Of more rows than a warp looks at once."""
+        """A group with more rows than lanes of a warp."""
         batch = 40 if target.interpreted and target.backend == "triton" else 80
         groups = torch.zeros(batch, dtype=torch.int64)
         tokens = shared_prefix_tokens(groups, 12, generator)
@@ -322,7 +322,7 @@ class Test_prefix_lcp:
             assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert a.dedup_stats() == b.dedup_stats()
         assert [a.tokens_of(n) for n in range(len(a))] == [b.tokens_of(n) for n in range(len(b))]
-        # Two rows share what the last node on both their paths has.
+        # The prefix of the last common node of two rows is their common prefix.
         members, lcp = rewardops.prefix_lcp(tokens, groups, mask=mask)
         for i in range(batch):
             for j, common in zip(members[i].tolist(), lcp[i].tolist(), strict=True):
@@ -336,7 +336,7 @@ class Test_prefix_lcp:
 class Test_tokens_of_nodes:
     @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
     def test_tokens_of_nodes(self, target, generator, at, gamma):
-        """Rows of several tiles, and few of them; every alignment."""
+        """A few rows of several tiles, at every alignment."""
         if target.backend == "reference":
             pytest.skip("it is what the others are compared with")
         interpreted = target.backend == "triton" and target.interpreted
@@ -360,7 +360,7 @@ class Test_tokens_of_nodes:
 
     @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
     def test_tokens_of_a_tree_that_leans(self, target, generator, at, gamma):
-        """Paths of more nodes than are listed at once, and nodes of many rows."""
+        """Paths longer than the list of nodes of a step, and nodes with many rows."""
         n = 20 if target.backend == "triton" and target.interpreted else 150
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         on_tokens(target, tokens, torch.zeros(n).long(), None, None, generator, at, gamma, False, channels=1)
@@ -381,9 +381,9 @@ class Test_PrefixTree:
         mask[13] = False
         rows = rows_of(tokens, mask, masked)
         on = target.device
-        given = (tokens.to(on), groups.to(on), mask.to(on))
-        assert tree_of(*given, masked=masked, rewards=None)[0].mean is None
-        tree, rewards = tree_of(*given, masked=masked)
+        inputs = (tokens.to(on), groups.to(on), mask.to(on))
+        assert tree_of(*inputs, masked=masked, rewards=None)[0].mean is None
+        tree, rewards = tree_of(*inputs, masked=masked)
         live = [b for b in range(26) if rows[b]]
         assert len(tree) <= 2 * len(live) - len({int(groups[b]) for b in live})
         assert [tree.rewards[b] for b in live] == [rewards[b] for b in live]
@@ -396,7 +396,7 @@ class Test_PrefixTree:
         for n in range(len(tree)):
             below = tree.rows_of(n)
             prefix = rows[below[0]][: int(tree.depth[n])]
-            # The node has all rows of the group that begin with its prefix, and no longer prefix has them all.
+            # A node has all rows of the group with its prefix, and no longer prefix has the same rows.
             same = [j for j in live if groups[j] == groups[below[0]] and rows[j][: len(prefix)] == prefix]
             assert sorted(below) == same
             assert (
@@ -434,7 +434,7 @@ class Test_PrefixTree:
         assert stats == rewardops.DedupStats(4, 5, 12, 6, 10 / 12, 0.5)
         none = rewardops.PrefixTree.from_tokens(tokens[:0], torch.zeros(0).long()).dedup_stats()
         assert none == (0, 0, 0, 0, 0.0, 0.0)
-        # The unique tokens are what the weights of lambda-GRPO sum to.
+        # The weights of lambda-GRPO sum to the number of unique tokens.
         weights = rewardops.shared_prefix_weights(tokens, torch.zeros(5).long(), mask=mask)
         assert float(weights.sum()) == pytest.approx(stats.unique)
 
@@ -449,16 +449,16 @@ class Test_PrefixTree:
 
     @pytest.mark.parametrize("with_rewards", [True, False])
     def test_drawings(self, generator, with_rewards):
-        """A drawing says what the tree says: every row, every value of a branch, and text that is escaped."""
+        """A drawing has every row, every value of a branch, and escaped text."""
         tokens, groups, mask = draw(14, 20, generator)
         rewards = torch.rand(14, generator=generator) if with_rewards else None
         tree = rewardops.PrefixTree.from_tokens(tokens, groups, mask=mask, rewards=rewards)
         decode = lambda ids: "".join("<a&\"'>"[i] for i in ids)  # noqa: E731
         svg = tree.to_svg(decode)
         root = xml.fromstring(svg)
-        said = ["".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text")]
+        texts = ["".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text")]
         for b in range(14):
-            assert any(t.startswith(f"row {b} ") or t.startswith(f"row {b}  ") for t in said) == bool(
+            assert any(t.startswith(f"row {b} ") or t.startswith(f"row {b}  ") for t in texts) == bool(
                 tree.path(b)
             )
         titles = [t.text for t in root.iter("{http://www.w3.org/2000/svg}title")]
@@ -477,7 +477,7 @@ class Test_PrefixTree:
             assert " ".join(map(str, tree.tokens_of(tree.path(0)[-1])))[:3] in text
 
     def test_drawing_is_readable_at_16_rows(self, generator):
-        """Labels of branches lie on the page, and no two of one height overlap."""
+        """Labels of branches are on the page, and none at one height overlap."""
         groups = torch.zeros(16, dtype=torch.int64)
         tokens = shared_prefix_tokens(groups, 400, generator, vocab=90)
         tree, _ = tree_of(tokens, groups, None)
@@ -490,8 +490,8 @@ class Test_PrefixTree:
                 assert 0 < left < right < 1200
                 boxes.setdefault(y, []).append((left, right))
         assert sum(map(len, boxes.values())) == int((torch.bincount(tree.parent[1:]) > 0).sum())
-        for found in boxes.values():
-            for a, b in itertools.pairwise(sorted(found)):
+        for spans in boxes.values():
+            for a, b in itertools.pairwise(sorted(spans)):
                 assert a[1] <= b[0]
 
     def test_networkx(self, generator):

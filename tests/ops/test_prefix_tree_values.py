@@ -20,26 +20,26 @@ from rewardops.testing import (
     shared_prefix_tokens,
 )
 
-CUDA = True  # there are kernels in CUDA C++
+CUDA = True  # the `target` fixture also runs the CUDA C++ kernels
 
 
 def call(fn, tokens, groups, mask=None, cu_seqlens=None, **options):
-    """``fn`` of the rewards, with the rest wherever they are."""
+    """Call ``fn`` with all arguments on the device of the rewards."""
 
     def on(x, rewards):
         return x.to(rewards.device) if isinstance(x, torch.Tensor) else x
 
     def run(rewards, *weights):
-        given = {k: on(v, rewards) for k, v in options.items()}
+        arguments = {k: on(v, rewards) for k, v in options.items()}
         if weights:
-            given["weights"] = weights[0]
+            arguments["weights"] = weights[0]
         return fn(
             on(tokens, rewards),
             rewards,
             on(groups, rewards),
             mask=on(mask, rewards),
             cu_seqlens=on(cu_seqlens, rewards),
-            **given,
+            **arguments,
         )
 
     return run
@@ -61,9 +61,9 @@ class Tries:
         self.columns, self.path = (
             [],
             [],
-        )  # of a row: its tokens, and the nodes of its prefixes from the empty one
-        self.found, self.children = [], []  # of a node: the rows that begin with it, and the nodes a token on
-        nodes = {}  # by the node a token before and the token, the empty prefix by its group
+        )  # per row: its tokens, and the nodes of its prefixes, starting with the empty one
+        self.found, self.children = [], []  # per node: the rows with its prefix, and its children
+        nodes = {}  # (parent node, token) -> node; the empty prefix by its group
         for b in range(tokens.shape[0]):
             columns = mask[b].nonzero()[:, 0].tolist()
             if masked == "prefix" and columns:
@@ -108,13 +108,13 @@ class Tries:
         return sum(terms) / sum(w) if sum(w) else 0.0
 
     def branch(self, b, t):
-        """How many tokens the node has behind which this prefix of row b was entered: its first state."""
+        """The length of the prefix at which the unbranched run of this prefix of row b begins."""
         while t > 1 and len(self.children[self.path[b][t - 1]]) == 1 and self.ends(b, t - 1) == 0:
             t -= 1
         return t
 
     def ends(self, b, t):
-        """Rows that end with just this prefix."""
+        """The number of rows that are equal to this prefix."""
         return len(self.members(b, t)) - sum(len(self.found[c]) for c in self.children[self.path[b][t]])
 
 
@@ -137,7 +137,7 @@ def draw(batch, width, generator, holes=True):
 
 
 def rows_of(target):
-    """Enough of them to branch; of Triton's interpreter each costs a program of every kernel."""
+    """The number of rows: enough to branch, few for the interpreter, where each row costs programs."""
     return 14 if target.interpreted and target.backend == "triton" else 24
 
 
@@ -163,7 +163,7 @@ def tree_rl_of(tries, rewards, form):
     def node(b, t):
         n, root = tries.members(b, t), tries.members(b, 0)
         entry = tries.branch(b, t)
-        # The parent: where the run of states was entered; the top of the tree has none.
+        # The parent is the state before the run; the top of the tree has none.
         whole = len(n) == len(root)
         up = root if whole else tries.members(b, entry - 1)
         v, p, r = mean(n), mean(up), mean(root)
@@ -212,7 +212,7 @@ class Test_prefix_values:
             assert torch.equal(x, y)
 
     def test_masked_ends_never_influence(self, target, generator):
-        """Prompt, padding and empty rows; what is masked between valid tokens is part of the prefix."""
+        """Prompt, padding and empty rows; masked tokens between valid tokens are part of the prefix."""
         tokens, rewards, groups, _ = draw(14, 30, generator)
         length = torch.randint(0, 26, (14,), generator=generator)
         start = torch.randint(0, 5, (14,), generator=generator)
@@ -265,7 +265,7 @@ class Test_prefix_values:
                 assert torch.equal(after[i, :same], after[j, :same])
 
     def test_long_rows(self, target, generator):
-        """Prefixes longer than a block of the compare, and differences in every place of a block."""
+        """Prefixes longer than a block of the comparison, and differences at every position of a block."""
         width = 2300
         tokens = torch.randint(0, 9, (1, width), generator=generator).repeat(7, 1)
         for i, place in enumerate([0, 1, 255, 256, 1024, 2299], start=1):
@@ -295,7 +295,7 @@ class Test_prefix_values:
         again = rewardops.prefix_values(tokens[order], rewards[order], groups[order] + 1, mask=mask[order])
         torch.testing.assert_close(again.before, before[order], rtol=1e-12, atol=1e-12)
         assert torch.equal(again.count, count[order])
-        # Packed rows, and a row that is there twice.
+        # Packed rows, and a duplicate row.
         lengths = mask.sum(1)
         packed, cu = pack(tokens, lengths)
         flat = rewardops.prefix_values(packed, rewards, groups, cu_seqlens=cu)
@@ -368,7 +368,7 @@ class Test_prefix_values_prefix_std_tvm_targets_tree_rl_advantages_sibling_advan
 class Test_prefix_std:
     def test_std_matches_the_trie(self, target, generator):
         tokens, rewards, groups, mask = draw(rows_of(target), 40, generator)
-        rewards = (rewards > 0).float()  # equal ones among them
+        rewards = (rewards > 0).float()  # with ties
         tries = Tries(tokens, groups, mask)
 
         def std(b, t, ddof):
@@ -453,10 +453,10 @@ class Test_sibling_advantages:
             entry = tries.branch(b, t)
             siblings = tries.children[tries.path[b][entry - 1]]
             v = torch.tensor([rewards[tries.found[s]].double().mean() for s in siblings])
-            own = v[siblings.index(tries.path[b][entry])]
+            value = v[siblings.index(tries.path[b][entry])]
             if len(v) < 2:
                 return 0.0
-            return float((own - v.mean()) / (v.std() + 1e-6 if scale == "std" else 1.0))
+            return float((value - v.mean()) / (v.std() + 1e-6 if scale == "std" else 1.0))
 
         torch.testing.assert_close(ours.outputs[0].cpu().double(), tries.fill(among), rtol=1e-4, atol=1e-4)
         weights = torch.rand(rewards.shape, generator=generator) + 0.1
@@ -485,7 +485,7 @@ class Test_tempo_advantages:
         for ddof, factor in ((0, 1.0), (1, 0.8660254)):
             ours = tempo(tokens, groups, mask, ddof=ddof, eps=0.0)(rewards.to(target.device)).cpu()
             torch.testing.assert_close(ours, want * factor, rtol=1e-6, atol=1e-6)
-            # The other reading: the temporal difference as it is.
+            # The other reading: the unscaled temporal difference.
             td = torch.tensor(
                 [[0, 1 / 6, 1 / 3, 0], [0, 1 / 6, -2 / 3, 0], [0, -0.5, 0, 0], [0, 1 / 6, 1 / 3, 0]]
             )

@@ -38,7 +38,7 @@ def softmin(mask=None, cu_seqlens=None, steps=None, **options):
 
 
 def markers(kind, batch, width, generator):
-    """Ends of random steps, in one of the three encodings."""
+    """Random steps in one of the three forms of the argument."""
     if kind == "every_token":
         return None
     flags = torch.rand(batch, width, generator=generator) > 0.6
@@ -49,7 +49,7 @@ def markers(kind, batch, width, generator):
 
 
 def ends(kind, steps, mask):
-    """Which tokens end a step, row by row: the definition."""
+    """The definition of step ends, as a loop over rows."""
     out = torch.zeros_like(mask)
     for b in range(mask.shape[0]):
         valid = mask[b].nonzero()[:, 0].tolist()
@@ -95,7 +95,7 @@ class Test_min_returns:
         assert out[0, 2:].tolist() == [2.0, 3.0]
         assert out[1].tolist() == [inf] * 4
         assert out[2].tolist() == [-inf, -inf, 1.0, 1.0]
-        # Positions that are no step count as +inf, but an infinite step is a step, and takes the gradient.
+        # Positions that end no step count as +inf, but a step of infinite reward can still take the gradient.
         flags = torch.tensor([[0, 1, 0, 0]]).bool().to(target.device)
         x = torch.tensor([[0.0, inf, 0.0, 0.0]], device=target.device, requires_grad=True)
         out = rewardops.min_returns(x, steps=flags)
@@ -113,7 +113,7 @@ class Test_softmin_rewards:
         fn = softmin(mask, None, steps, temperature=0.3)
         ours = check_backend(fn, [rewards], backend=target.backend, device=target.device).outputs[0].cpu()
         assert bool((ours[~ends(kind, steps, mask)] == 0).all())
-        if not through:  # not a derivative: its own formula, weight times upstream
+        if not through:  # not a derivative: the formula is weight times upstream
             fn = softmin(mask, None, steps, temperature=0.3, through_weights=False)
             got = evaluate(fn, [rewards], backend=target.backend, device=target.device).gradients[0].cpu()
             weight = torch.where(rewards != 0, ours / rewards, 0).double()
@@ -217,7 +217,7 @@ class Test_min_returns_softmin_rewards:
         out = rewardops.min_returns(rewards)
         assert bool((out[:, 1:] >= out[:, :-1]).all())
         torch.testing.assert_close(out[:, 0], rewards.amin(1))
-        # As the temperature falls, the sum of the soft-min rewards falls to the smallest step reward.
+        # As the temperature falls, the sum of the soft-min rewards approaches the smallest step reward.
         low = rewardops.softmin_rewards(rewards, temperature=1e-3).sum(1)
         mean = rewardops.softmin_rewards(rewards, temperature=1e6).sum(1)
         gap = rewards.sort(1).values
@@ -245,17 +245,17 @@ def soft_minimum(mask=None, cu_seqlens=None, steps=None, **options):
 
 class Test_min_returns_max_returns:
     def test_steps_where_blocks_and_chunks_end(self, target, generator):
-        """Behind a block's last token come masked ones: of a step that ends there, or of one that goes on."""
+        """Masked tokens after a block's last token, for a step that ends there and for one that continues."""
         width = 2304 if target.interpreted else 66_560  # in chunks
         if target.backend == "reference":
             width = 640  # a loop over time
         t = torch.arange(width)
-        border, place = (t + 4) // 64, (t + 4) % 64  # of 4 tokens on both sides: a step of its own
+        border, place = (t + 4) // 64, (t + 4) % 64  # 4 tokens on both sides: one step
         ends_here = border % 3 == 1
         mask = ~((place == 4) | (place == 5) | (ends_here & ((place == 6) | (place == 7))))
         ids = 2 * border + (place >= 8)
         end = torch.where(ends_here, place == 3, place == 7) | (place == 63) | (t == width - 1)
-        # Rising along the row, the least that is left is the next step's; what is no step end would be less.
+        # Rewards rise along the row: the minimum is the next step's; tokens that end no step have smaller values.
         rewards = torch.where(end, t, -100).float()
         following = torch.where(end, t, width).flip(0).cummin(0).values.flip(0)
         up = torch.randint(-3, 4, (width,), generator=generator)
@@ -279,15 +279,15 @@ class Test_min_returns_max_returns:
         for kind in KINDS:
             steps = markers(kind, 1, n, generator)
             many = {"cpp": 40, "triton": 5}.get(target.backend, 9)
-            found = []
+            got = []
             for copies in (1, many):
                 spread = [None if x is None else x.expand(copies, -1) for x in (mask, steps)]
                 leaf = rewards.expand(copies, -1).clone().to(target.device).requires_grad_()
                 with dispatch.use_backend(target.backend):
                     out = make(spread[0], None, spread[1])(leaf)
                     (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
-                found.append((out[0].detach(), grad[0]))
-            for a, b in zip(*found, strict=True):
+                got.append((out[0].detach(), grad[0]))
+            for a, b in zip(*got, strict=True):
                 assert torch.equal(a, b)
 
 
@@ -327,12 +327,12 @@ class Test_softmin_returns:
                 assert ours[b, t].item() == pytest.approx(float(want), rel=2e-6, abs=2e-6)
         # Autograd through the definition.
         leaf = rewards[:2, :12].double().requires_grad_()
-        found = soft_minimum(temperature=0.3, mean=mean)(leaf)
+        result = soft_minimum(temperature=0.3, mean=mean)(leaf)
         plain = -0.3 * ((-leaf / 0.3).flip(1).logcumsumexp(1).flip(1))
         if mean:
             plain = plain + 0.3 * torch.arange(12, 0, -1).log()
         up = torch.randn(2, 12, generator=generator, dtype=torch.float64)
-        for a, b in zip(*(torch.autograd.grad(x, leaf, up) for x in (found, plain)), strict=True):
+        for a, b in zip(*(torch.autograd.grad(x, leaf, up) for x in (result, plain)), strict=True):
             torch.testing.assert_close(a, b)
         packed = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
         again = soft_minimum(None, packed, None if steps is None else steps[mask], temperature=0.3, mean=mean)
@@ -371,14 +371,14 @@ class Test_min_returns_softmin_returns:
     @pytest.mark.parametrize("make", [minimum, soft_minimum])
     @pytest.mark.parametrize("kind", KINDS)
     def test_rows_that_start_anywhere(self, target, generator, make, kind):
-        """Loads of several tokens at once, and those of rows whose arrays have no common alignment."""
+        """Vector loads, and rows whose arrays have no common alignment."""
         if target.interpreted and target.backend == "triton":
             pytest.skip("Triton's compiler sees to that")
         where = {"backend": target.backend, "device": target.device}
         n = 40 if target.backend == "reference" else 307
         wide = torch.randn(9, n + 8, generator=generator).mul(4).round()
         mask = torch.rand(9, n + 8, generator=generator) > 0.2
-        mask[:, n // 3 : n - 30] &= torch.arange(9)[:, None] != 4  # a stretch of holes longer than a block
+        mask[:, n // 3 : n - 30] &= torch.arange(9)[:, None] != 4  # a run of holes longer than a block
         steps = markers(kind, 9, n + 8, generator)
         for shift, other, end in ((0, 0, 0), (3, 3, 3), (2, 1, 2)):
             part = [None if x is None else x[:, other : n - end + other - shift] for x in (mask, steps)]

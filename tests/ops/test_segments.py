@@ -31,9 +31,9 @@ class Test_row_sums:
         where = {"backend": target.backend, "device": target.device}
         for m in (None, mask):
             ours = check_backend(sums(m), [x], **where)
-            kept = torch.ones_like(x, dtype=torch.bool) if m is None else m
+            valid = torch.ones_like(x, dtype=torch.bool) if m is None else m
             torch.testing.assert_close(
-                ours.outputs[0].cpu(), torch.where(kept, x.double(), 0).sum(1).to(dtype)
+                ours.outputs[0].cpu(), torch.where(valid, x.double(), 0).sum(1).to(dtype)
             )
         poisoned = check_backend(sums(mask), [x.masked_fill(~mask, 0)], **where)
         cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
@@ -48,8 +48,8 @@ class Test_row_sums:
 
     def test_empty(self, target):
         for shape, cu in (((0, 4), None), ((3, 0), None), ((0,), torch.tensor([0, 0, 0]))):
-            found = sums(None, cu)(torch.zeros(shape, device=target.device))
-            assert found.tolist() == [0.0] * (shape[0] if cu is None else 2)
+            got = sums(None, cu)(torch.zeros(shape, device=target.device))
+            assert got.tolist() == [0.0] * (shape[0] if cu is None else 2)
 
 
 class Test_row_counts:
@@ -106,7 +106,7 @@ class Test_segment_reduce:
         num = int(ids[mask].max()) + 1
         ours = check_backend(reduce(op, ids, mask, num=num), [x], **where).outputs[0].cpu()
         torch.testing.assert_close(ours.double(), by_hand(op, x, ids, mask, num), rtol=1e-6, atol=1e-6)
-        # Fewer than there are, and more; packed.
+        # num_steps below and above the number of steps; packed.
         fewer = check_backend(reduce(op, ids, mask, num=3), [x], **where).outputs[0].cpu()
         assert torch.equal(fewer, ours[:, :3])
         assert not reduce(op, ids, mask, num=num + 20)(x.to(target.device))[:, num:].any()
@@ -131,7 +131,7 @@ class Test_segment_reduce:
                 assert grad.tolist() == [[0.0, 1.0, 0.0, 0.0, 2.0, 0.0, *last]]
 
     def test_of_equal_extremes_the_earliest_has_the_gradient(self, target):
-        """In whatever blocks they lie."""
+        """Ties within and across blocks."""
         x, places = torch.zeros(1, 2600, device=target.device), [100, 1500, 2500]
         x[0, places] = 1.0
         ids = torch.zeros(1, 2600, dtype=torch.int64, device=target.device)
@@ -158,16 +158,16 @@ class Test_segment_reduce:
 
 class Test_segment_broadcast_place_at_step_end:
     def test_steps_to_tokens(self, target, generator):
-        """Broadcast and placed at step ends, from ids and from flags; each the adjoint of a reduction."""
+        """Broadcast and placed at step ends, from ids and from flags; each is the adjoint of a reduction."""
         mask = random_mask(4, 30, generator)
         ids = step_ids(4, 30, generator)
         flags = torch.rand(4, 30, generator=generator) > 0.7
         steps = torch.randn(4, 12, generator=generator)
         for markers in (ids, flags):
-            own = ids
+            expected_ids = ids
             if markers is flags:
                 seen = (flags & mask).long()
-                own = torch.where(
+                expected_ids = torch.where(
                     seen.cumsum(1) - seen < seen.sum(1, keepdim=True), seen.cumsum(1) - seen, -1
                 )
             for fn, place in ((rewardops.segment_broadcast, False), (rewardops.place_at_step_end, True)):
@@ -181,8 +181,8 @@ class Test_segment_broadcast_place_at_step_end:
                     valid = mask[b].nonzero()[:, 0].tolist()
                     want = torch.zeros(30)
                     for k, t in enumerate(valid):
-                        s = int(own[b, t])
-                        following = int(own[b, valid[k + 1]]) if k + 1 < len(valid) else None
+                        s = int(expected_ids[b, t])
+                        following = int(expected_ids[b, valid[k + 1]]) if k + 1 < len(valid) else None
                         if 0 <= s < 12 and (not place or following != s):
                             want[t] = steps[b, s]
                     assert torch.equal(got[b], want)

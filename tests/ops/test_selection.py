@@ -1,4 +1,4 @@
-"""The largest of a scope, exactly so many, on every backend."""
+"""Exact numbers of largest elements per scope, on every backend."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Test_largest:
         x = torch.randn(6, 41, generator=generator, dtype=dtype)
         if kind == "ties":
             x = (x * 2).round()
-            signs = x[x == 0].signbit()  # zeros of both are equal
+            signs = x[x == 0].signbit()  # zeros of both signs are equal
             assert bool(signs.any())
             assert not bool(signs.all())
         if kind == "extremes":
@@ -75,7 +75,7 @@ class Test_largest:
         assert got.tolist() == [False, True, True]
 
     def test_long_rows(self, target, generator):
-        """Several stretches of a row, with ties across them."""
+        """Several parts per row, with ties across parts."""
         n = 700 if target.interpreted else 200_000
         x = torch.randint(0, 50, (1, n), generator=generator).float()
         ids, wanted = torch.zeros(1, dtype=torch.int64), torch.tensor([n // 3])
@@ -90,15 +90,15 @@ class Test_largest:
         mask = random_mask(batch, width, generator)
         ids = torch.randint(0, batch, (batch,), generator=generator)
         wanted = (selection.scope_counts(mask.sum(1), ids) * torch.rand(batch, generator=generator)).long()
-        found = []
+        got = []
         for backend in ("reference", "cpp"):
             with dispatch.use_backend(backend):
-                found.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, wanted))
-        assert torch.equal(*found)
-        assert torch.equal(selection.scope_counts(found[0].sum(1), ids), wanted)
+                got.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, wanted))
+        assert torch.equal(*got)
+        assert torch.equal(selection.scope_counts(got[0].sum(1), ids), wanted)
 
     def test_more_tokens_than_a_float_counts(self):
-        """Beyond 2^24 tokens, where torch.quantile stops; one row, so several threads on it."""
+        """Beyond 2^24 tokens, where torch.quantile stops; one row, shared by several threads."""
         n = (1 << 24) + 4099
         x = torch.zeros(1, n)
         x[0, 5::2] = 1.0
@@ -115,7 +115,7 @@ class Test_largest:
 
 
 def chosen_by_sort(values, valid, count):
-    """The flat places of the ``count`` largest, the earliest of equal ones."""
+    """The flat indices of the ``count`` largest elements; ties go to the earliest."""
     flat = torch.where(valid, values.double(), -torch.inf).flatten()
     order = flat.argsort(descending=True, stable=True)
     out = torch.zeros(flat.shape, dtype=torch.bool)
@@ -161,7 +161,7 @@ class Test_high_entropy_mask:
             rewardops.high_entropy_mask(h, scope="row", group_size=1)
 
 
-class Test_covariance_kl_cov_mask_clip_cov_mask:
+class Test_advantage_logprob_cov_kl_cov_mask_clip_cov_mask:
     def test_covariance_and_its_masks(self, generator):
         a, lp = torch.tensor([[1.0, 1, -1, -1]]), torch.tensor([[-0.1, -2, -0.5, -1]])
         torch.testing.assert_close(

@@ -101,7 +101,7 @@ class Test_potential_shaping:
             packed, pack(phi, lengths)[0], mask=pack(mask, lengths)[0], cu_seqlens=cu
         )
         torch.testing.assert_close(again.view(3, 12), shaped)
-        # Progress telescopes too, and a clipped delta has its own reward as the return.
+        # Progress telescopes too, and the return of a clipped delta is its reward.
         flags = torch.rand(3, 12, generator=g) > 0.5
         total = rewardops.step_progress(phi, flags, mask=mask).sum(1)
         last = [float(phi[b, ends[-1]]) if ends else 0.0 for b, ends in enumerate(step_ends(flags, mask))]
@@ -113,20 +113,20 @@ class Test_potential_shaping:
 
 
 def brpo_loop(scores, probs, size, kind):
-    """As in the authors' code (sail-sg/AnytimeReasoner, compute_cot_advantage)."""
+    """The authors' loop (sail-sg/AnytimeReasoner, compute_cot_advantage)."""
     batch, count = scores.shape
     out = torch.zeros_like(scores)
     growth = 2.0 ** torch.arange(count, dtype=scores.dtype)
     for b in range(batch):
         first = b // size * size
         for s in range(count):
-            found = (scores[b, s:] * probs[s:]).sum()
+            baseline = (scores[b, s:] * probs[s:]).sum()
             group = (scores[first : first + size, s:] * probs[s:]).sum(-1).mean() if size > 1 else 0.0
             history = 0.0
             if s > 0:
                 history = (scores[b, :s] * growth[:s]).sum() / growth[:s].sum() * probs[s:].sum()
             mixed = (s * history + (count - s) * group) / count
-            out[b, s] = found - {"brpo": mixed, "history": history, "group": group, "none": 0.0}[kind]
+            out[b, s] = baseline - {"brpo": mixed, "history": history, "group": group, "none": 0.0}[kind]
     return out
 
 

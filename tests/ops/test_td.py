@@ -36,7 +36,7 @@ def at(factor, b, t):
 
 
 def loop(r, v, mask, gamma, lam, masked="skip", bootstrap=None, rho=None, trace=None):
-    """The definition, token by token in float64: what is added to the values."""
+    """The definition as a loop over tokens in float64; returns the term added to the values."""
     out = torch.zeros_like(r, dtype=torch.float64)
     for b in range(r.shape[0]):
         live = mask[b].nonzero()[:, 0].tolist()
@@ -76,7 +76,7 @@ class Test_gae:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
     @pytest.mark.parametrize("width", [1, 8, 150])
     def test_gae_matches_float64(self, target, generator, dtype, width):
-        """Whole registers and blocks, and ragged ones; with and without a mask."""
+        """Full and partial registers and blocks, with and without a mask."""
         r, v, mask, boot = draw(3, width, generator, dtype)
         for options in ({}, {"mask": mask}, {"mask": mask, "masked": "step"}):
             fn = gae(gamma=0.97, lam=0.9, **options)
@@ -114,7 +114,7 @@ class Test_gae:
 
     @pytest.mark.parametrize("masked", HOLES)
     def test_few_long_rows_are_cut(self, target, generator, masked):
-        """In chunks as in one piece, forward and backward, with stretches of holes longer than a chunk."""
+        """Chunks give the result of one piece, forward and backward, with runs of holes longer than a chunk."""
         if target.backend == "reference":
             pytest.skip("a loop over time")
         n = 900 if target.interpreted else 150_000
@@ -123,8 +123,8 @@ class Test_gae:
         mask[0, n // 4 : n // 4 + n // 3] = False
         mask[0, -n // 10 :] = False
         boot = torch.randn(1, generator=generator, dtype=torch.float64)
-        many = {"cpp": 40, "triton": 5}.get(target.backend, 9)  # more rows than are cut
-        found = []
+        many = {"cpp": 40, "triton": 5}.get(target.backend, 9)  # too many rows for a split
+        got = []
         for copies in (1, many):
             fn = gae(gamma=0.999, lam=0.99, mask=mask.expand(copies, -1), masked=masked)
             xs = [
@@ -134,18 +134,18 @@ class Test_gae:
             with dispatch.use_backend(target.backend):
                 outputs = fn(*xs)
                 loss = sum((o[0] * (k + 1 + o[0].detach().cos())).sum() for k, o in enumerate(outputs))
-                found.append([o[0].detach() for o in outputs] + [g[0] for g in torch.autograd.grad(loss, xs)])
-        for a, b in zip(*found, strict=True):
+                got.append([o[0].detach() for o in outputs] + [g[0] for g in torch.autograd.grad(loss, xs)])
+        for a, b in zip(*got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
     def test_bits_do_not_depend_on_threads(self, generator):
         r, v = (torch.randn(2, 140_000, generator=generator) for _ in range(2))
-        found = []
+        got = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(rewardops.gae(r, v, gamma=0.999, lam=0.95))
+            got.append(rewardops.gae(r, v, gamma=0.999, lam=0.95))
         torch.set_num_threads(2)
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
 
     def test_strided_rows_and_empty(self, target, generator):
         wide = torch.randn(3, 60, generator=generator)
@@ -190,7 +190,7 @@ class Test_discounted_returns:
 
     @pytest.mark.parametrize("gamma", [1.0, 0.999])
     def test_long_sums(self, target, gamma, generator):
-        """Within a unit in the last place of a float64 loop, over 131,072 tokens."""
+        """Sums over 131,072 tokens are within a unit in the last place of a float64 loop."""
         n = 700 if target.interpreted else 131_072
         r = torch.rand(1, n, generator=generator)
         want, running = np.zeros(n), 0.0
@@ -211,7 +211,7 @@ class Test_discounted_returns:
 
 class Test_lambda_returns:
     def test_lambda_returns(self, target, generator):
-        """Against its own recurrence, which mixes the next value and the next return."""
+        """Comparison with the recurrence, which mixes the next value and the next return."""
         r, v, mask, boot = draw(5, 20, generator)
         got = rewardops.lambda_returns(
             *(x.to(target.device) for x in (r, v)), gamma=0.9, lam=0.7, bootstrap=boot.to(target.device),
@@ -239,20 +239,20 @@ class Test_vtrace:
 
         ours = check_backend(fn, [r, v, boot], backend=target.backend, device=target.device, ulps=32)
         ratio = log_ratio.double().exp()
-        rho, trace, own = (ratio if c is None else ratio.clamp(max=c) for c in clips)
+        rho, trace, advantage_ratio = (ratio if c is None else ratio.clamp(max=c) for c in clips)
         targets = loop(r, v, mask, 0.95, 0.9, "skip", boot, rho, trace) + torch.where(mask, v, 0)
         torch.testing.assert_close(ours.outputs[0].cpu().double(), targets, rtol=1e-5, atol=1e-5)
         for b in range(5):
             ahead = boot[b].item()
             for t in reversed(mask[b].nonzero()[:, 0].tolist()):
-                want = own[b, t].item() * (r[b, t].item() + 0.95 * ahead - v[b, t].item())
+                want = advantage_ratio[b, t].item() * (r[b, t].item() + 0.95 * ahead - v[b, t].item())
                 assert ours.outputs[1][b, t].item() == pytest.approx(want, rel=1e-4, abs=1e-4)
                 ahead = 0.9 * targets[b, t].item() + 0.1 * v[b, t].item()
 
 
 class Test_gae_lambda_returns_vtrace:
     def test_by_hand(self, target):
-        """Worked numbers: verl's GAE over a masked, rlax' V-trace and lambda-returns."""
+        """Worked numbers: verl's GAE over masked tokens, rlax's V-trace and lambda-returns."""
         d = target.device
         r = torch.tensor([[0.0, 0.0, 0.0, 1.0]], device=d)
         v = torch.tensor([[0.2, 0.9, 0.4, 0.6]], device=d)
@@ -288,13 +288,13 @@ class Test_gae_discounted_returns:
                 load("token_level_rewards"), gamma=float(d["reinforce_pp_gamma"]), mask=mask
             )
             remax = rewardops.discounted_returns(load("token_level_rewards"), mask=mask)
-        kept = mask.cpu()
+        valid = mask.cpu()
         for key, ours in (
             ("gae_returns", got.returns), ("gae", whitened), ("reinforce_pp_returns", reinforce),
             ("remax_returns", remax),
         ):  # fmt: skip
             want = torch.from_numpy(d[key]).float()
-            torch.testing.assert_close(ours.cpu()[kept], want[kept], rtol=2e-4, atol=2e-4, msg=key)
+            torch.testing.assert_close(ours.cpu()[valid], want[valid], rtol=2e-4, atol=2e-4, msg=key)
 
     @given(seed=st.integers(0, 10**6), masked=st.sampled_from(HOLES))
     def test_property_rows(self, seed, masked):
@@ -309,7 +309,7 @@ class Test_gae_discounted_returns:
         got = rewardops.gae(pr, pv, mask=pm, cu_seqlens=cu, bootstrap=boot, **options)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b[inside])
-        # With lambda = 1 a return only needs the return of what follows.
+        # With lambda = 1 a return needs only the next return.
         whole = rewardops.discounted_returns(r, gamma=0.93)
         cut = int(torch.randint(1, 17, (), generator=g))
         left = rewardops.discounted_returns(r[:, :cut], gamma=0.93, bootstrap=whole[:, cut])
@@ -319,7 +319,7 @@ class Test_gae_discounted_returns:
 class Test_gae_vtrace:
     @pytest.mark.parametrize("batch", [2, 9])
     def test_rows_that_start_anywhere(self, target, generator, batch):
-        """Loads of several tokens at once, and those of rows whose arrays have no common alignment."""
+        """Vector loads, and rows whose arrays have no common alignment."""
         if target.interpreted and target.backend == "triton":
             pytest.skip("Triton's compiler sees to that")
         n = {"reference": 40, "cpp": 1211}.get(target.backend, 611 if target.interpreted else 2611)
@@ -370,7 +370,7 @@ class Test_gae_min_returns:
             pytest.skip("too slow")
         r, v, mask, _ = draw(*shape, generator)
         got = rewardops.gae(*(x.to(target.device) for x in (r, v)), mask=mask.to(target.device))
-        # gamma = lambda = 1: the rewards that are left, less the value.
+        # gamma = lambda = 1: the remaining rewards minus the value.
         left = torch.where(mask, r, 0).double().flip(1).cumsum(1).flip(1)
         for a, b in zip(got, (left - v, left), strict=True):
             torch.testing.assert_close(a.cpu().double(), torch.where(mask, b, 0), rtol=1e-6, atol=1e-4)

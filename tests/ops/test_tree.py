@@ -13,7 +13,7 @@ import rewardops
 from rewardops.testing import check_backend, evaluate
 
 REDUCES = ["mean", "max", "min", "softmax", "sum"]
-# root -> {a: {a1 = 1, a2 = 0}, b: {b1 = 0}}; the order of nodes means nothing
+# root -> {a: {a1 = 1, a2 = 0}, b: {b1 = 0}}; the order of nodes is arbitrary
 ROOT, A, B, A1, A2, B1 = 3, 0, 5, 1, 4, 2
 PARENT = [3, 0, 5, -1, 0, 3]
 REWARDS = [math.nan, 1.0, 0.0, math.nan, 0.0, math.nan]
@@ -54,11 +54,13 @@ def oracle(parent, rewards, reduce, visits=None, temperature=1.0):
         if not children[n]:
             return float(rewards[n])
         weigh = {None: lambda c: 1.0, "leaves": leaves}.get(visits if isinstance(visits, str) else None)
-        found = [(value(c), float(visits[c]) if torch.is_tensor(visits) else weigh(c)) for c in children[n]]
-        found = [(v, w) for v, w in found if w]
-        if not found:
+        weighted = [
+            (value(c), float(visits[c]) if torch.is_tensor(visits) else weigh(c)) for c in children[n]
+        ]
+        weighted = [(v, w) for v, w in weighted if w]
+        if not weighted:
             return 0.0
-        v, w = (torch.tensor(x, dtype=torch.float64) for x in zip(*found, strict=True))
+        v, w = (torch.tensor(x, dtype=torch.float64) for x in zip(*weighted, strict=True))
         return float(
             {
                 "mean": (v * w).sum() / w.sum(),
@@ -132,7 +134,7 @@ class Test_tree_values:
             assert grad[3:].cpu().tolist() == [0, 0]
 
     def test_a_chain(self, target):
-        """As deep as there are nodes."""
+        """A tree as deep as its number of nodes."""
         n = 20 if target.interpreted else 200
         parent = torch.arange(n) - 1
         rewards = torch.arange(float(n))
@@ -219,7 +221,7 @@ class Test_tree_advantages:
 
 class Test_tree_values_tree_advantages:
     def test_tree_rl_by_hand(self, target):
-        """The paper's numbers and those of the released code; inner nodes may hold anything."""
+        """The paper's numbers and those of the released code; rewards of inner nodes are arbitrary."""
         parent, rewards = (torch.tensor(x, device=target.device) for x in (PARENT, REWARDS))
         leaf_mean = rewardops.tree_values(parent, rewards, visits="leaves", max_depth=2)
         child_mean = rewardops.tree_values(parent, rewards, max_depth=2)

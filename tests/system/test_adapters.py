@@ -16,23 +16,23 @@ def test_lists_of_rows_there_and_back():
     rows = [torch.tensor([1.0, 2.0], requires_grad=True), torch.zeros(0), torch.tensor([3.0])]
     packed = adapters.pack(rows)
     assert packed.cu_seqlens.tolist() == [0, 2, 2, 3]
-    found = rewardops.discounted_returns(packed.values, cu_seqlens=packed.cu_seqlens)
-    back = adapters.unpack(found, [2, 0, 1])
+    got = rewardops.discounted_returns(packed.values, cu_seqlens=packed.cu_seqlens)
+    back = adapters.unpack(got, [2, 0, 1])
     assert [x.tolist() for x in back] == [[3.0, 2.0], [], [3.0]]
     back[0].sum().backward()
     assert rows[0].grad.tolist() == [1.0, 2.0]
 
 
 def test_a_step_on_a_list_of_samples():
-    """Rewards per sample and masks with holes, as slime has them: advantages in the same list of rows."""
+    """Rewards per sample and masks with holes, as in slime; advantages return as a list of rows."""
     masks = [torch.tensor([1, 0, 1]), torch.tensor([1]), torch.tensor([0, 1])]
     lengths = [len(m) for m in masks]
     packed = adapters.pack(masks)
-    found = rewardops.group_advantages(
+    got = rewardops.group_advantages(
         torch.tensor([1.0, 0.0, 1.0]), group_size=[2, 1], scale="none", mask=packed.values,
         cu_seqlens=packed.cu_seqlens,
     )  # fmt: skip
-    assert [x.tolist() for x in adapters.unpack(found, lengths)] == [[0.5, 0.0, 0.5], [-0.5], [0.0, 0.0]]
+    assert [x.tolist() for x in adapters.unpack(got, lengths)] == [[0.5, 0.0, 0.5], [-0.5], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_nested_tensors_of_jagged_layout():
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
     packed = adapters.from_nested(nested)
     assert packed.mask is None
-    found = rewardops.discounted_returns(packed.values, cu_seqlens=packed.cu_seqlens, gamma=0.5)
-    out = adapters.to_nested(found, nested)
+    got = rewardops.discounted_returns(packed.values, cu_seqlens=packed.cu_seqlens, gamma=0.5)
+    out = adapters.to_nested(got, nested)
     assert [x.tolist() for x in out.unbind()] == [[2.0, 2.0], [3.0], [8.0, 8.0, 6.0]]
-    found.sum().backward()
+    got.sum().backward()
     assert nested.grad.values().tolist() == [1.0, 1.5, 1.0, 1.0, 1.5, 1.75]
 
 
@@ -72,10 +72,10 @@ def test_nested_tensors_with_values_between_their_rows():
     )
     packed = adapters.from_nested(nested)
     assert packed.mask is not None
-    kept = packed.values[packed.mask]
-    assert kept.tolist() == torch.cat(list(nested.unbind())).tolist() == [1.0, 2.0, 4.0, 5.0, 6.0]
-    found = rewardops.discounted_returns(packed.values, mask=packed.mask, cu_seqlens=packed.cu_seqlens)
-    assert [x.tolist() for x in adapters.to_nested(found, nested).unbind()] == [
+    inside = packed.values[packed.mask]
+    assert inside.tolist() == torch.cat(list(nested.unbind())).tolist() == [1.0, 2.0, 4.0, 5.0, 6.0]
+    got = rewardops.discounted_returns(packed.values, mask=packed.mask, cu_seqlens=packed.cu_seqlens)
+    assert [x.tolist() for x in adapters.to_nested(got, nested).unbind()] == [
         [3.0, 2.0],
         [15.0, 11.0, 6.0],
         [],
@@ -123,7 +123,7 @@ def test_rows_with_the_same_prompt_are_a_group(rows, left):
     assert torch.equal(adapters.prompt_groups(tokens, mask=mask), want)
     cu = adapters.offsets([len(row) for row in rows])
     assert torch.equal(adapters.prompt_groups(tokens[mask], cu_seqlens=cu), want)
-    tokens[~mask] = 1  # counts, where there is no mask
+    tokens[~mask] = 1  # compared if there is no mask
     whole = tokens.tolist()
     assert adapters.prompt_groups(tokens).tolist() == [whole.index(row) for row in whole]
 
@@ -134,10 +134,10 @@ def test_rows_with_the_same_prompt_are_a_group(rows, left):
 def test_a_temperature_for_each_row_of_packed_logits():
     cu = torch.tensor([0, 2, 2, 5])
     logits, tokens = torch.randn(5, 7), torch.randint(0, 7, (5,))
-    found = adapters.to_tokens([0.5, 9.0, 2.0], cu, 5)
-    assert found.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
-    stats = rewardops.token_stats(logits, tokens, temperature=found)
-    want = (logits / found[:, None]).log_softmax(-1)[torch.arange(5), tokens]
+    got = adapters.to_tokens([0.5, 9.0, 2.0], cu, 5)
+    assert got.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
+    stats = rewardops.token_stats(logits, tokens, temperature=got)
+    want = (logits / got[:, None]).log_softmax(-1)[torch.arange(5), tokens]
     torch.testing.assert_close(stats.logprob, want)
     assert torch.equal(adapters.to_tokens(torch.tensor([1, 2, 3]), cu, 5), torch.tensor([1, 1, 3, 3, 3]))
 
@@ -160,12 +160,12 @@ def test_numbers_that_do_not_fit(arguments, message):
 
 
 def test_nothing_is_read_back():
-    """A fake tensor has no values: what asks for one raises."""
+    """A fake tensor has no values: reading one raises."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         rows = [torch.ones(3), torch.ones(0), torch.ones(2)]
         packed = adapters.pack(rows)
-        found = adapters.to_tokens(torch.ones(3), packed.cu_seqlens, 5)
-        assert [x.shape for x in adapters.unpack(found, [3, 0, 2])] == [(3,), (0,), (2,)]
+        got = adapters.to_tokens(torch.ones(3), packed.cu_seqlens, 5)
+        assert [x.shape for x in adapters.unpack(got, [3, 0, 2])] == [(3,), (0,), (2,)]
         assert adapters.to_tokens([1.0, 2.0, 3.0], packed.cu_seqlens, 5).shape == (5,)
         prompts = torch.zeros(4, 6, dtype=torch.int64)
         assert adapters.prompt_groups(prompts, mask=prompts == 0).shape == (4,)

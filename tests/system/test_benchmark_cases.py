@@ -1,4 +1,4 @@
-"""The benchmark cases: all variants compute the same, every op has one, bytes are as counted by hand."""
+"""The benchmark cases: all variants compute the same, every op has a case, bytes equal a count by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS = {
     "packed, holes": {"layout": "packed", "density": 0.6},
     "ragged groups": {"ragged_groups": True},
 }
-# The one that all peers serve, and the most general one; `make thorough` takes all.
+# The layout that all peers support, and the most general one; `make thorough` runs all.
 SOME = tuple(LAYOUTS) if THOROUGH else ("padded", "packed, holes")
 
 
@@ -60,59 +60,59 @@ def test_names():
 def test_variants_agree(name, layout):
     if layout == "ragged groups" and "ragged_groups" not in cases.axes(name):
         return
-    made = make(name, **LAYOUTS[layout])
-    ours = made.call(made.ours)()
-    for fn in (made.plain, *made.peers.values()):
+    timed = make(name, **LAYOUTS[layout])
+    ours = timed.call(timed.ours)()
+    for fn in (timed.plain, *timed.peers.values()):
         if not isinstance(fn, case.Missing):
-            theirs = made.call(fn)()
-            if made.compared:
+            theirs = timed.call(fn)()
+            if timed.compared:
                 check_same(theirs, ours, 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in cases.names() if "dtype" in cases.axes(n)])
 def test_half_precision(name):
     """The formula computes in float32, and gradients come out in the dtype of the inputs."""
-    made = make(name, torch.bfloat16)
-    assert made.inputs[0].dtype is torch.bfloat16 or made.inputs[1].dtype is torch.bfloat16
-    if made.compared:
-        check_same(made.call(made.plain)(), made.call(made.ours)(), 0.02, 0.02)
+    timed = make(name, torch.bfloat16)
+    assert timed.inputs[0].dtype is torch.bfloat16 or timed.inputs[1].dtype is torch.bfloat16
+    if timed.compared:
+        check_same(timed.call(timed.plain)(), timed.call(timed.ours)(), 0.02, 0.02)
 
 
 @pytest.mark.parametrize("name", cases.names())
 def test_float64_holds_ours(name):
-    """What errors are measured against: the formula in float64 on the same numbers."""
-    made = make(name)
-    exact = made.call(
-        made.exact or made.plain, tuple(x.double() if x.is_floating_point() else x for x in made.inputs)
+    """The reference of errors is the formula in float64 on the same numbers."""
+    timed = make(name)
+    exact = timed.call(
+        timed.exact or timed.plain, tuple(x.double() if x.is_floating_point() else x for x in timed.inputs)
     )()
     assert all(x.dtype is torch.float64 for x in exact if x.is_floating_point())
-    if made.compared:
-        check_same(exact, made.call(made.ours)(), 1e-4, 1e-5)
+    if timed.compared:
+        check_same(exact, timed.call(timed.ours)(), 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("name", cases.names())
 def test_data(name):
-    """The same tensors every time, and no zeros throughout."""
-    made, again = make(name), make(name)
-    for a, b in zip(made.inputs, again.inputs, strict=True):
+    """Data is reproducible, and no tensor is all zeros."""
+    timed, again = make(name), make(name)
+    for a, b in zip(timed.inputs, again.inputs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         assert bool(a.any())
 
 
 @pytest.mark.parametrize("name", [n for n in cases.names() if n.endswith("_backward")])
 def test_backward_moves_more(name):
-    made = make(name)
-    assert made.differentiable
-    assert made.bytes_moved > make(name.removesuffix("_backward")).bytes_moved
-    grads = made.call(made.ours)()
-    assert [g.shape for g in grads] == [x.shape for x in made.inputs[: made.differentiable]]
+    timed = make(name)
+    assert timed.differentiable
+    assert timed.bytes_moved > make(name.removesuffix("_backward")).bytes_moved
+    grads = timed.call(timed.ours)()
+    assert [g.shape for g in grads] == [x.shape for x in timed.inputs[: timed.differentiable]]
 
 
 @pytest.mark.parametrize("name", cases.names())
 def test_bytes_are_no_less_than_inputs_and_outputs(name):
-    made = make(name)
-    if not made.differentiable:
-        assert made.bytes_moved >= size_of(*made.inputs, *case.as_tuple(made.ours(*made.inputs)))
+    timed = make(name)
+    if not timed.differentiable:
+        assert timed.bytes_moved >= size_of(*timed.inputs, *case.as_tuple(timed.ours(*timed.inputs)))
 
 
 def test_bytes_by_hand():
@@ -123,17 +123,17 @@ def test_bytes_by_hand():
     assert make("token_stats_backward").bytes_moved == 3 * logits + 2 * (4 * 8 + 2 * 4 * 4)
     assert make("token_stats_and_grad").bytes_moved == 2 * logits + 4 * 8 + 4 * 4 + 2 * 4 * 4
     assert make("token_kl").bytes_moved == 3 * 4 * tokens + mask
-    # Both again, and the upstream gradient; one gradient.
+    # Backward: both inputs and the upstream gradient are read, one gradient is written.
     assert make("token_kl_backward").bytes_moved == 7 * 4 * tokens + 2 * mask
     assert make("group_advantages").bytes_moved == 4 * 8 + 4 * tokens + mask
     assert make("gae").bytes_moved == 4 * 4 * tokens + mask
-    # Linear: neither rewards nor values are read again.
+    # Backward of a linear op: neither rewards nor values are read again.
     assert make("gae_backward").bytes_moved == 8 * 4 * tokens + 2 * mask
     assert make("min_returns").bytes_moved == 2 * 4 * tokens + 2 * mask
     assert make("high_entropy_mask").bytes_moved == 4 * tokens + 2 * mask
     hidden, weight = 6 * 16 * 4, 300 * 16 * 4
     assert make("linear_token_stats").bytes_moved == hidden + weight + 6 * 8 + 2 * 6 * 4
-    # One read of everything, one write of both gradients; the loss and what reaches it.
+    # One read of all inputs, one write of both gradients; the loss and its upstream gradient.
     assert make("linear_token_loss").bytes_moved == 2 * (hidden + weight) + 6 * 8 + 6 * 4 + 2 * 4
     assert make("prefix_values").bytes_moved == 8 * 4 + 8 * 12 * (8 + 1 + 12)
 
@@ -152,11 +152,11 @@ def test_packed_rows_move_less():
     assert make("gae", layout="packed", density=0.5).bytes_moved == 4 * 4 * tokens + 4 * 9 + tokens
 
 
-def _fingerprint(made: case.Case) -> tuple[object, ...]:
-    """Shapes, dtypes, bytes, and the numbers that come out, by their places."""
-    outs = [x.double().flatten() for x in case.as_tuple(made.ours(*made.inputs))]
-    inputs = tuple((x.shape, x.dtype) for x in made.inputs)
-    return (*inputs, made.bytes_moved, *(float(x @ torch.arange(len(x)).double()) for x in outs))
+def _fingerprint(timed: case.Case) -> tuple[object, ...]:
+    """A fingerprint of results: shapes, dtypes, bytes, and sums weighted by position."""
+    outs = [x.double().flatten() for x in case.as_tuple(timed.ours(*timed.inputs))]
+    inputs = tuple((x.shape, x.dtype) for x in timed.inputs)
+    return (*inputs, timed.bytes_moved, *(float(x @ torch.arange(len(x)).double()) for x in outs))
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_sweeps_make_different_cases(name, axis):
     quick, long = cases.axes(name, quick=True)[axis], cases.axes(name)[axis]
     assert len(quick) <= len(long)
     usual = {"rows": 64, "length": 512, "tree_length": 64}
-    found = [make(name, v) if axis == "dtype" else make(name, **{**usual, axis: v}) for v in quick]
-    assert len({_fingerprint(made) for made in found}) == len(quick)
+    swept = [make(name, v) if axis == "dtype" else make(name, **{**usual, axis: v}) for v in quick]
+    assert len({_fingerprint(timed) for timed in swept}) == len(quick)
 
 
 def test_every_axis_is_a_size():

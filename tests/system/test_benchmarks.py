@@ -1,4 +1,4 @@
-"""The suite measures, resumes, compares and reports; the README says what the committed results say."""
+"""The suite measures, resumes, compares and reports; the README agrees with the committed results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quiet(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> run.Report:
-    """With a sweep, and on another backend as well."""
+    """A report with a sweep and a second backend."""
     settings = dataclasses.replace(SETTINGS, backends=("reference",))
     return run.run_all(run.plan([*SOME, "gae"], "tiny", ["length"]), settings, say=quiet)
 
@@ -47,15 +47,15 @@ def test_quantiles():
 
 
 def test_ratios_are_of_pairs():
-    """What slows a round down slows both of its runs down."""
+    """Load on the machine slows both runs of a round."""
     ours = {0: 1.0, 1: 5.0, 2: 2.0, 3: 9.0}
     assert timing.paired_ratio({i: 3 * ours[i] for i in (0, 1, 2)}, ours) == timing.Ratio(3, 3, 3, 3)
     g = torch.Generator().manual_seed(0)
     noise = (1 + 0.1 * torch.randn(100, generator=g)).tolist()
-    found = timing.paired_ratio(dict(enumerate(noise)), dict.fromkeys(range(100), 0.5))
-    assert found == timing.paired_ratio(dict(enumerate(noise)), dict.fromkeys(range(100), 0.5))
-    assert 1.9 < found.low < found.median < found.high < 2.1
-    assert found.pairs == 100
+    got = timing.paired_ratio(dict(enumerate(noise)), dict.fromkeys(range(100), 0.5))
+    assert got == timing.paired_ratio(dict(enumerate(noise)), dict.fromkeys(range(100), 0.5))
+    assert 1.9 < got.low < got.median < got.high < 2.1
+    assert got.pairs == 100
 
 
 def test_calls_take_turns():
@@ -72,8 +72,8 @@ def test_calls_take_turns():
         assert inside == [name]
 
     calls = {name: lambda name=name: call(name) for name in "abc"}
-    found = timing.interleaved(calls, CPU, runs=8, seconds=100, around=around)
-    assert all(list(rounds) == list(range(8)) for rounds in found.values())
+    got = timing.interleaved(calls, CPU, runs=8, seconds=100, around=around)
+    assert all(list(rounds) == list(range(8)) for rounds in got.values())
     turns = [log[i : i + 3] for i in range(0, len(log), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 1
@@ -81,9 +81,9 @@ def test_calls_take_turns():
 
 def test_a_slow_call_sits_out():
     calls = {"slow": lambda: time.sleep(0.2), "quick": lambda: None}
-    found = timing.interleaved(calls, CPU, runs=10, seconds=0.8)
-    assert list(found["slow"]) == [0, 1, 2]
-    assert len(found["quick"]) == 10
+    got = timing.interleaved(calls, CPU, runs=10, seconds=0.8)
+    assert list(got["slow"]) == [0, 1, 2]
+    assert len(got["quick"]) == 10
 
 
 def test_copies():
@@ -110,7 +110,7 @@ print(memory.peak(call, torch.device("cpu")))
 
 @pytest.mark.parametrize("before", ["", "assert memory.keep()"], ids=["returned", "kept"])
 def test_peak_memory(before):
-    """Also where freed memory is kept, and the call before has left some."""
+    """Peak memory is right even if freed memory of an earlier call is kept."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK.format(before=before)], cwd=ROOT, capture_output=True, text=True
     )
@@ -171,7 +171,7 @@ def test_a_plan():
 
 
 def changed(monkeypatch, **values):
-    """Cases as they are, but for this."""
+    """The cases with some fields replaced."""
     make = run.make
     monkeypatch.setattr(run, "make", lambda *a: dataclasses.replace(make(*a), **values))
 
@@ -186,12 +186,12 @@ def test_what_is_missing_is_listed_and_what_is_wrong_shows(monkeypatch):
         "wrong": lambda r, v, *rest: (torch.zeros_like(r), torch.zeros_like(v)),
     }
     changed(monkeypatch, peers=peers)
-    found = run.run_all(run.plan(["gae"], "tiny"), SETTINGS, say=quiet)
-    (row,) = found["rows"]
+    got = run.run_all(run.plan(["gae"], "tiny"), SETTINGS, say=quiet)
+    (row,) = got["rows"]
     assert row["missing"]["absent"] == "absent is not installed"
     assert row["missing"]["large"] == "out of memory"
     assert row["variants"]["wrong"]["error"]["relative"] == 1
-    text = tables.markdown(found)
+    text = tables.markdown(got)
     assert "- absent: absent is not installed (gae)" in text
     assert "- large: out of memory (gae)" in text
     assert ", 1e+00" in text
@@ -203,9 +203,9 @@ def test_ours_that_fails_is_no_row_of_the_table(monkeypatch):
 
     changed(monkeypatch, ours=broken)
     lines = []
-    found = run.run_all(run.plan(["gae"], "tiny"), SETTINGS, say=lines.append)
+    got = run.run_all(run.plan(["gae"], "tiny"), SETTINGS, say=lines.append)
     assert lines == ["gae: failed: no kernel"]
-    assert "- ours: failed: no kernel (gae)" in tables.markdown(found)
+    assert "- ours: failed: no kernel (gae)" in tables.markdown(got)
 
 
 # ---- a run that goes on --------------------------------------------------------------------------------------
@@ -225,14 +225,14 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     before = run.load(out)["rows"]
     assert {row["case"] for row in before} == {"token_stats_backward"}
 
-    asked = []
-    monkeypatch.setattr(run, "measure", lambda item, s: asked.append(item.case) or measure(item, s))
-    found = run.run_all(items, SETTINGS, out=out, say=quiet)
-    assert asked == ["group_advantages"]
-    assert found["rows"][: len(before)] == before
-    assert found == run.load(out)
+    measured_cases = []
+    monkeypatch.setattr(run, "measure", lambda item, s: measured_cases.append(item.case) or measure(item, s))
+    got = run.run_all(items, SETTINGS, out=out, say=quiet)
+    assert measured_cases == ["group_advantages"]
+    assert got["rows"][: len(before)] == before
+    assert got == run.load(out)
     run.run_all(items, SETTINGS, out=out, say=quiet)
-    assert len(asked) == 1
+    assert len(measured_cases) == 1
 
     other = dataclasses.replace(SETTINGS, seconds=0.02)
     with pytest.raises(run.Refused, match="another settings"):
@@ -247,11 +247,11 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
 
 
 def scaled(report, factor):
-    """The report of a machine on which the first row of ours takes so many times as long."""
-    found = copy.deepcopy(report)
+    """A report in which ours takes this many times as long in the first row."""
+    changed_report = copy.deepcopy(report)
     for q in ("p20", "median", "p80"):
-        found["rows"][0]["variants"]["ours"][q] *= factor
-    return found
+        changed_report["rows"][0]["variants"]["ours"][q] *= factor
+    return changed_report
 
 
 def test_regressions_beyond_the_noise_are_marked(measured, tmp_path, capsys):
@@ -273,8 +273,8 @@ def test_regressions_beyond_the_noise_are_marked(measured, tmp_path, capsys):
 
     other = {**steady, "machine": {"cpu": "another"}}
     a, b, c = (tmp_path / f"{name}.json" for name in "abc")
-    for path, found in ((a, steady), (b, scaled(steady, 1.5)), (c, other)):
-        path.write_text(json.dumps(found))
+    for path, content in ((a, steady), (b, scaled(steady, 1.5)), (c, other)):
+        path.write_text(json.dumps(content))
     assert command.main(["compare", str(a), str(a)]) == 0
     assert command.main(["compare", str(a), str(b)]) == 1
     capsys.readouterr()
@@ -302,8 +302,8 @@ def test_plots(measured, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "some.json").write_text(json.dumps(measured))
     assert command.main(["report", str(tmp_path / "some.json"), "--out", str(tmp_path / "out")]) == 0
-    made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {"some.md", "some.png", "some-gae.png"} | (
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"some.md", "some.png", "some-gae.png"} | (
         {"some-group_advantages.png"} if "length" in cases.axes("group_advantages") else set()
     )
 
@@ -346,8 +346,8 @@ def test_readme_is_rewritten(measured, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not there"):
         readme.replaced("# Title\n", inner)
     pytest.importorskip("matplotlib")
-    made = readme.rewrite(tmp_path, tmp_path / "README.md")
-    assert {p.name for p in made} == {"README.md", "a-machine.md", "a-machine.png", "lengths.svg"}
+    written = readme.rewrite(tmp_path, tmp_path / "README.md")
+    assert {p.name for p in written} == {"README.md", "a-machine.md", "a-machine.png", "lengths.svg"}
     assert readme.digest(tmp_path / "a-machine.json") in (tmp_path / "docs" / "lengths.svg").read_text()
     assert (tmp_path / "README.md").read_text() == readme.replaced(text, inner)
     picture = (tmp_path / "a-machine.png").read_bytes()
@@ -368,9 +368,9 @@ def test_run_is_the_default_command(tiny, tmp_path, capsys):
     few = ["--quick", "--no-compile", "--seconds", "0.01", "--out", str(out)]
     assert command.main(["--case", "group_advantages", *few]) == 0
     assert command.main(["run", "--case", "kl", *few]) == 0
-    found = run.load(out)
-    assert {row["case"] for row in found["rows"]} == {"group_advantages", *cases.names("kl")}
-    assert found["settings"]["keep_memory"]
+    got = run.load(out)
+    assert {row["case"] for row in got["rows"]} == {"group_advantages", *cases.names("kl")}
+    assert got["settings"]["keep_memory"]
     assert "| group_advantages |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         command.main(["--case", "group_advantages", "--return-memory", *few])
@@ -388,7 +388,7 @@ def test_list(capsys):
 
 
 def test_pytest_benchmark(tmp_path):
-    # pytest-benchmark times nothing where it believes itself a worker of pytest-xdist.
+    # pytest-benchmark disables timing in workers of pytest-xdist.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
 
     def once(*arguments):
@@ -405,9 +405,9 @@ def test_pytest_benchmark(tmp_path):
     done = once("--benchmark-save", "one")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (saved,) = tmp_path.glob("*/*_one.json")
-    found = json.loads(saved.read_text())["benchmarks"]
-    assert {b["group"] for b in found} >= {"group_advantages, float32"}
-    assert all(b["extra_info"]["bytes"] > 0 for b in found)
+    got = json.loads(saved.read_text())["benchmarks"]
+    assert {b["group"] for b in got} >= {"group_advantages, float32"}
+    assert all(b["extra_info"]["bytes"] > 0 for b in got)
     done = once("--benchmark-compare", "0001")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "(0001_one)" in done.stdout
@@ -426,16 +426,16 @@ def walk_dry(out: Path, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_gpu_script_walks_without_a_gpu(tmp_path):
-    """The same parts as on a GPU, so that it works there the first time; what has passed is not done again."""
+    """A dry run has the same parts as a run on a GPU; parts that passed are not repeated."""
     done = walk_dry(tmp_path, "--fresh")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "build ok, test ok, device ok, verify ok, sanitize ok, time ok" in done.stdout
     (path,) = tmp_path.glob("dry-*.json")
-    found = run.load(path)
+    got = run.load(path)
     first = [cases.names(family)[0] for family in cases.families()]
-    assert [row["case"] for row in found["rows"]] == [name for name in first for _ in cases.dtypes(name)]
-    assert all("ours" in row["variants"] for row in found["rows"])
-    assert set(found["qualification"]) == set(gpu.PARTS)
+    assert [row["case"] for row in got["rows"]] == [name for name in first for _ in cases.dtypes(name)]
+    assert all("ours" in row["variants"] for row in got["rows"])
+    assert set(got["qualification"]) == set(gpu.PARTS)
     page = path.with_suffix(".md").read_text()
     assert page.count("| sanitize | ok |") == 1
     again = walk_dry(tmp_path)

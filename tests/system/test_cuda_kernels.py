@@ -1,6 +1,6 @@
-"""The kernels in CUDA C++ as a whole: machine code that does not spill, and runs that no sanitizer objects to.
+"""The kernels in CUDA C++ as a whole: machine code without spills, and runs without sanitizer reports.
 
-What they compute is tested with their families, by the `target` fixture.
+Their results are tested with the families, by the `target` fixture.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def disassembler() -> Path:
 
 @pytest.fixture(scope="module")
 def module() -> Path:
-    """The compiled module, with the kernels for every architecture in it."""
+    """The compiled module with the kernels of all architectures."""
     built = native.compiled_module()
     if built is None or not hasattr(built, "cuda"):
         if shutil.which("nvcc") and os.environ.get("REWARDOPS_CUDA") != "0":
@@ -47,7 +47,7 @@ def module() -> Path:
 
 def dump(module: Path, *options: str) -> str:
     tool = disassembler()
-    env = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    env = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # the tool calls nvdisasm
     return subprocess.run(
         [str(tool), *options, str(module)], env=env, capture_output=True, text=True, check=True
     ).stdout
@@ -85,12 +85,12 @@ def runtime(sanitizer: str) -> str:
     name = {"thread": "libtsan.so", "address": "libasan.so"}[sanitizer]
     if cuda_on_host.COMPILER is None:
         pytest.skip("no C++ compiler")
-    found = subprocess.run(
+    library = subprocess.run(
         [cuda_on_host.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True
     ).stdout.strip()
-    if not os.path.isabs(found):
+    if not os.path.isabs(library):
         pytest.skip(f"the compiler has no {sanitizer} sanitizer")
-    return found
+    return library
 
 
 def run_under(sanitizer: str, *command: str) -> subprocess.CompletedProcess:
@@ -98,7 +98,7 @@ def run_under(sanitizer: str, *command: str) -> subprocess.CompletedProcess:
         **os.environ,
         "LD_PRELOAD": runtime(sanitizer),
         "REWARDOPS_CUDA_ON_HOST": str(cuda_on_host.build(sanitizer)),
-        # Torch and Python were not built for it: what they do is no concern of this test.
+        # Torch and Python are not built for the sanitizer: ignore their reports.
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1 exitcode=66",
         "ASAN_OPTIONS": "detect_leaks=0",
     }
@@ -136,7 +136,7 @@ def test_cuda_alone_serves_what_it_has(target_cuda):
 
 
 def test_what_was_asked_first_does_not_stay(monkeypatch, target_cuda):
-    """The module is looked up by where it is now: `show_config` may have asked before."""
+    """The module is looked up by its current path, even if `show_config` has already looked it up."""
     here = native.cuda_module()
     monkeypatch.delenv("REWARDOPS_CUDA_ON_HOST", raising=False)
     rewardops.show_config()

@@ -1,4 +1,4 @@
-"""The harness that runs CUDA C++ kernels on the CPU: it computes what a GPU would, and finds what it should."""
+"""The harness that runs CUDA C++ kernels on the CPU: its results equal those of a GPU, and it detects faults."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Compile the examples, on fibers or, under a sanitizer, on threads; skip where it cannot run."""
-    made: dict[str, Path] = {}
+    """Compile the examples, on fibers or (with a sanitizer) on threads; skip if that cannot run here."""
+    libraries: dict[str, Path] = {}
 
     def make(sanitizer: str = "") -> Path:
-        if sanitizer not in made:
+        if sanitizer not in libraries:
             out = tmp_path_factory.mktemp("cuda_on_host") / f"examples_{sanitizer}"
-            # Fortified, longjmp would refuse to go to another stack.
+            # With fortification, longjmp aborts on a change of stack.
             flags = ["-O1", f"-fsanitize={sanitizer}"] if sanitizer else ["-O2", "-D_FORTIFY_SOURCE=2"]
             command = [COMPILER, *FLAGS, *flags, "-o", str(out), str(HERE / "examples.cpp")]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode and sanitizer and "cannot find" in done.stderr:
                 pytest.skip(f"the compiler has no {sanitizer} sanitizer")
             assert done.returncode == 0, done.stderr[-3000:]
-            made[sanitizer] = out
-        return made[sanitizer]
+            libraries[sanitizer] = out
+        return libraries[sanitizer]
 
     return make
 
@@ -44,7 +44,7 @@ def run(program: Path, case: str) -> subprocess.CompletedProcess:
     command = [str(program), case]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if "unexpected memory mapping" in done.stderr:
-        # Some kernels place a process where the sanitizer keeps its shadow.
+        # Some Linux kernels map a process over the sanitizer's shadow memory.
         if shutil.which("setarch") is None:
             pytest.skip("the sanitizer cannot run under this system's address layout")
         done = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, timeout=120)
@@ -85,7 +85,7 @@ def test_a_missing_barrier_is_a_race(build, case):
     ],
 )
 def test_a_thread_that_is_waited_for_in_vain(build, case, message):
-    """It neither hangs nor goes unnoticed, whichever of the threads comes first."""
+    """A barrier that one thread never reaches is reported and does not hang, in any order of threads."""
     for _ in range(5):
         done = run(build(), case)
         assert done.returncode != 0
@@ -117,7 +117,7 @@ def test_an_access_out_of_bounds(build):
 
 
 def test_a_launcher_as_it_is(tmp_path):
-    """In a shared object, of either engine, and both in one process."""
+    """A launcher in a shared object works with either engine, and with both in one process."""
     width, rows = 700, 3
     ones = (ctypes.c_uint16 * (width * rows))(*[0x3F80] * (width * rows))
     for engine in ("", "-DCUDA_ON_HOST_THREADS"):

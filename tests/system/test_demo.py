@@ -1,4 +1,4 @@
-"""The demo: its checker, a quick run of every recipe, and pictures of rollouts from a file."""
+"""The demo: its checker, a quick run of every recipe, and drawings of rollouts from a file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_the_worked_solution():
     ("response", "right", "steps"),
     [
         (RIGHT, True, [1, 1, 1, 1]),
-        ("7+5+0=12;4+8+0=12;3+2+1=06;#632$", True, [1, 0, 1, 1]),  # a carry forgotten, the answer right
+        ("7+5+0=12;4+8+0=12;3+2+1=06;#632$", True, [1, 0, 1, 1]),  # a forgotten carry, a correct answer
         ("7+5+0=12;4+8+1=13;3+2+1=06;#633$", False, [1, 1, 1, 0]),
         ("7+5+0=12;4+8+1", False, [1, 0]),  # truncated
-        ("#632$", True, [0]),  # no work shown: not the step that was due
+        ("#632$", True, [0]),  # no worked columns: not the expected step
         ("7+5+0=12;#632$", True, [1, 0]),
         ("", False, []),
         ("7+5+0=12;" * 5, False, [1, 0, 0, 0, 0]),

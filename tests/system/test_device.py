@@ -1,4 +1,4 @@
-"""What only a GPU shows: nothing is read back, calls can be captured in a graph, and sizes share their kernels."""
+"""Properties on a GPU: no host synchronisation, graph capture, and kernels shared by sizes."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_calls_can_be_captured(calls):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = both_ways(fn, xs)
-        for x in found:
+            got = both_ways(fn, xs)
+        for x in got:
             x.detach().zero_()
         graph.replay()
         torch.cuda.synchronize()
-        for ours, eager in zip(found, want, strict=True):
+        for ours, eager in zip(got, want, strict=True):
             assert torch.equal(ours.detach().nan_to_num(), eager.nan_to_num()), name
 
 
@@ -95,12 +95,12 @@ def test_sizes_share_their_kernels():
             counts.append(len(compiled))
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
-    # Where few rows are split over programs, and many are not, there may be two kernels for one op.
+    # An op may have two kernels: one that splits few rows over programs, one for many rows.
     assert counts[-1] == counts[-2], compiled[counts[-2] :]
 
 
 def test_few_long_rows_beyond_two_to_the_31():
-    """Offsets are 64-bit: the last row's result is that of the row alone."""
+    """Offsets are 64-bit: the last row has the same result as on its own."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("40 GiB of memory are not free")
     rows, width = 65_600, 32_768
@@ -109,7 +109,7 @@ def test_few_long_rows_beyond_two_to_the_31():
     for backend in BACKENDS:
         with rewardops.use_backend(backend):
             want = rewardops.discounted_returns(rewards[-1:], gamma=0.99)
-            found = rewardops.discounted_returns(rewards, gamma=0.99)
-            torch.testing.assert_close(found[-1:], want)
-            assert not found[:-1].any()
-            del found
+            got = rewardops.discounted_returns(rewards, gamma=0.99)
+            torch.testing.assert_close(got[-1:], want)
+            assert not got[:-1].any()
+            del got

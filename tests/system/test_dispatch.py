@@ -1,4 +1,4 @@
-"""What holds for every op: opcheck, gradcheck, torch.compile, forced backends, one public surface."""
+"""Properties of every op: opcheck, gradcheck, torch.compile, forced backends, one public surface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = pytest.mark.parametrize("layout", calls.LAYOUTS)
 
 
 def on(device, layout, dtype=torch.float64):
-    """Every call on a small batch."""
+    """All calls on a small batch."""
     return calls.calls(calls.make_batch(layout=layout, dtype=dtype).to(device))
 
 
@@ -41,9 +41,9 @@ def outputs_of(call, xs):
 
 
 def test_every_op_is_called():
-    made = {call.op.removeprefix("advantages.") for call in on("cpu", "padded")}
+    called = {call.op.removeprefix("advantages.") for call in on("cpu", "padded")}
     public = {name for name in rewardops.__all__ if not isinstance(getattr(rewardops, name), type)}
-    assert public - made == {"debug", "show_config", "use_backend"}
+    assert public - called == {"debug", "show_config", "use_backend"}
 
 
 @LAYOUTS
@@ -52,18 +52,18 @@ def test_gradcheck(target, layout):
         pytest.skip("its gradients are held to the specification's, family by family")
     for call in smooth_on(target.device, layout):
         if call.op == "linear_token_loss":
-            continue  # scales the gradient that it made in the forward pass: there is one backward pass
-        # By random projections; entry by entry takes minutes.
+            continue  # it scales the gradient of the forward pass in place: only one backward pass
+        # Random projections; every entry would take minutes.
         fast = target.backend != "reference" or not THOROUGH
         assert torch.autograd.gradcheck(call.fn, leaves(call.inputs), atol=1e-7, fast_mode=fast), call.name
 
 
 @LAYOUTS
 def test_opcheck(target, layout):
-    """Every op that a public call reaches, with the very arguments that it gets, forward and backward."""
+    """Every op that a public call dispatches, with its arguments, forward and backward."""
     if target.interpreted and layout == "packed" and not THOROUGH:
         pytest.skip("the same kernels")
-    # What is traced knows no backend: for kernels that take long it is enough that they keep to the schema.
+    # Tracing is independent of the backend: for slow kernels checking the schema is enough.
     tests = ("test_schema", "test_faketensor") if target.interpreted and not THOROUGH else None
     done = set()
     for call in on(target.device, layout, torch.float32):
@@ -80,7 +80,7 @@ def test_same_bits_every_time(target, layout):
         assert same_bits(first, second), call.name
 
 
-# Rows, tokens of a row, vocabulary: no two numbers of a batch are alike, so that none stands for another.
+# Rows, tokens of a row, vocabulary: all sizes of a batch differ, so that no size is mistaken for another.
 SIZES = ((6, 7, 11), (8, 9, 14), (12, 5, 23))
 
 
@@ -92,12 +92,12 @@ def test_compile_padded(name):
 
 @pytest.mark.parametrize("name", names("packed"))
 def test_compile_packed(name):
-    """The other layout goes through the same graphs: what inductor makes of them was seen above."""
+    """The packed layout has the same graphs; inductor is tested on the padded layout."""
     check_compiled(name, "packed", "aot_eager")
 
 
 def check_compiled(name, layout, backend):
-    """What eager code gives, forward and backward, from one graph for every size."""
+    """Check compiled against eager code, forward and backward, with one graph for all sizes."""
 
     def loss(fn, *xs):
         outputs = fn(*xs)

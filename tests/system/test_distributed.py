@@ -1,4 +1,4 @@
-"""Process groups: on two and four processes the results, and gradients, of one that has everything."""
+"""Process groups: results and gradients on two and four processes equal those on one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    made = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
+    processes = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.close()
 
 
 SIZES = [2, 4]
 
 
 def cut(x, sizes):
-    """The parts of ranks, along rows."""
+    """The rows of each rank."""
     return None if x is None else x.split(sizes)
 
 
@@ -61,11 +61,11 @@ def _batch(dtype=torch.float64):
 
 def _advantages(process_group, parts, options, hint):
     rewards, groups, mask, *rest = at_rank(process_group, parts)
-    given = dict(zip(options.pop("tensors", ()), rest, strict=True))
+    tensors = dict(zip(options.pop("tensors", ()), rest, strict=True))
 
     def fn(r):
         return advantages.group_advantages(
-            r, groups, mask=mask, process_group=process_group, max_per_rank=hint, **given, **options
+            r, groups, mask=mask, process_group=process_group, max_per_rank=hint, **tensors, **options
         )
 
     return with_gradient(fn, rewards)
@@ -87,19 +87,19 @@ OPTIONS = [
 def test_groups_of_rows_on_several_ranks(ranks, size, options):
     rewards, groups, mask = _batch()
     tensors = [rewards, groups, mask]
-    given = {}
+    arguments = {}
     if "tensors" in options:
-        given["baseline"] = torch.linspace(-1, 1, 12, dtype=torch.float64)
-        tensors.append(given["baseline"])
+        arguments["baseline"] = torch.linspace(-1, 1, 12, dtype=torch.float64)
+        tensors.append(arguments["baseline"])
     parts = list(zip(*(cut(x, ROWS[size]) for x in tensors), strict=True))
-    found = ranks.run(size, _advantages, parts, dict(options), None)
+    got = ranks.run(size, _advantages, parts, dict(options), None)
     hinted = ranks.run(size, _advantages, parts, dict(options), 9)
     whole = {k: v for k, v in options.items() if k != "tensors"}
     want = with_gradient(
-        lambda r: rewardops.group_advantages(r, groups, mask=mask, **given, **whole), rewards
+        lambda r: rewardops.group_advantages(r, groups, mask=mask, **arguments, **whole), rewards
     )
     for k, value in enumerate(want):
-        together = torch.cat([f[k] for f in found])
+        together = torch.cat([f[k] for f in got])
         torch.testing.assert_close(together, value, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(torch.cat([f[k] for f in hinted]), value, rtol=1e-12, atol=1e-14)
         if k == 0:
@@ -117,9 +117,9 @@ def _numbered(process_group, parts, group_size, hint):
 def test_group_sizes_run_on_from_rank_to_rank(ranks, group_size, hint):
     rewards = _batch()[0].float()
     for size in SIZES:
-        found = ranks.run(size, _numbered, cut(rewards, ROWS[size]), group_size, hint)
+        got = ranks.run(size, _numbered, cut(rewards, ROWS[size]), group_size, hint)
         want = rewardops.group_advantages(rewards, group_size=group_size)
-        torch.testing.assert_close(torch.cat(found), want)
+        torch.testing.assert_close(torch.cat(got), want)
 
 
 def _nothing(process_group):
@@ -136,8 +136,8 @@ def _nothing(process_group):
 
 
 def test_no_rows_anywhere(ranks):
-    for found in ranks.run(2, _nothing):
-        assert [tuple(x.shape) for x in found] == [(0,), (0, 3), (0, 3), (0, 3), (0,)]
+    for got in ranks.run(2, _nothing):
+        assert [tuple(x.shape) for x in got] == [(0,), (0, 3), (0, 3), (0, 3), (0,)]
 
 
 def _second(process_group):
@@ -157,12 +157,12 @@ def _named(process_group, rewards, names):
 
 
 def test_labels_that_are_strings_mean_the_same_everywhere(ranks):
-    """Each rank meets them in an order of its own."""
+    """Ranks encounter labels in different orders."""
     names = [["a", "b", "a"], ["b", "c", "b"]]
     rewards = torch.tensor([1.0, 2.0, 4.0])
-    found = torch.cat(ranks.run(2, _named, rewards, names))
+    got = torch.cat(ranks.run(2, _named, rewards, names))
     want = advantages.rloo(rewards.repeat(2), names[0] + names[1])
-    assert torch.equal(found, want)
+    assert torch.equal(got, want)
     numbers = [np.array([7, 8, 7]), np.array([8, 9, 8])]
     assert torch.equal(torch.cat(ranks.run(2, _named, rewards, numbers)), want)
 
@@ -202,8 +202,8 @@ def test_presets(ranks, name, options):
     want = getattr(advantages, name)(*first, mask=mask, **options)
     for size in SIZES:
         parts = list(zip(*(cut(x, ROWS[size]) for x in (rewards, groups, mask)), strict=True))
-        found = ranks.run(size, _preset, name, parts, options)
-        torch.testing.assert_close(torch.cat(found), want, rtol=1e-12, atol=1e-14)
+        got = ranks.run(size, _preset, name, parts, options)
+        torch.testing.assert_close(torch.cat(got), want, rtol=1e-12, atol=1e-14)
 
 
 def _whitened(process_group, parts, options):
@@ -221,9 +221,9 @@ def test_whiten(ranks, options, offset):
     want = with_gradient(lambda x: rewardops.whiten(x, mask, **options), values)
     for size in SIZES:
         parts = list(zip(cut(values, ROWS[size]), cut(mask, ROWS[size]), strict=True))
-        found = ranks.run(size, _whitened, parts, options)
+        got = ranks.run(size, _whitened, parts, options)
         for k, value in enumerate(want):
-            torch.testing.assert_close(torch.cat([f[k] for f in found]), value, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(torch.cat([f[k] for f in got]), value, rtol=1e-8, atol=1e-9)
 
 
 def test_whiten_of_equal_values_is_zero(ranks):
@@ -251,15 +251,15 @@ def _high(process_group, parts, scope, hint, packed):
 def test_high_entropy_mask(ranks, scope, packed):
     _, groups, mask = _batch()
     entropy = torch.rand(12, 6, generator=torch.Generator().manual_seed(1))
-    entropy = (entropy * 8).round() / 8  # many ties: the earliest are taken
+    entropy = (entropy * 8).round() / 8  # many ties: the earliest are selected
     entropy[~mask] = torch.nan
     named = groups if scope == "group" else None
     want = rewardops.high_entropy_mask(entropy, mask, fraction=0.3, scope=scope, groups=named)
     for size in SIZES:
         parts = list(zip(*(cut(x, ROWS[size]) for x in (entropy, mask, groups)), strict=True))
         for hint in (None, 50) if scope != "row" else (None,):
-            found = ranks.run(size, _high, parts, scope, hint, packed)
-            assert torch.equal(torch.cat(found), want)
+            got = ranks.run(size, _high, parts, scope, hint, packed)
+            assert torch.equal(torch.cat(got), want)
 
 
 # ---- shards of the vocabulary ------------------------------------------------------------------------------
@@ -269,15 +269,15 @@ EVERY = rewardops.logits.PARTIAL_OUTPUTS
 
 def _logits(process_group, logits, ref, tokens, outputs, options):
     n, k = dist.get_world_size(process_group), dist.get_rank(process_group)
-    own, ref = (x.chunk(n, -1)[k].clone().requires_grad_() for x in (logits, ref))
-    found = rewardops.token_stats(
-        own, tokens, ref_logits=ref, outputs=outputs, process_group=process_group, **options
+    shard, ref = (x.chunk(n, -1)[k].clone().requires_grad_() for x in (logits, ref))
+    got = rewardops.token_stats(
+        shard, tokens, ref_logits=ref, outputs=outputs, process_group=process_group, **options
     )
-    return _with_gradients(found, outputs, [own, ref])
+    return _with_gradients(got, outputs, [shard, ref])
 
 
 def _with_gradients(found, outputs, inputs):
-    """Outputs, and the gradient of a loss that every rank has."""
+    """Outputs, and the gradient of a loss that is equal on all ranks."""
     values = [getattr(found, name) for name in outputs]
     finite = [torch.where(v.isfinite(), v, 0) for v in values if v.requires_grad]
     loss = sum((v * v.detach().cos()).sum() for v in finite)
@@ -298,26 +298,26 @@ def _case(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("outputs", [EVERY, ("logprob",), ("kl", "entropy")], ids=len)
 def test_logits_in_shards(ranks, size, dtype, outputs):
-    """The last shard of four is padding but for seven columns."""
+    """All but seven columns of the last of four shards are padding."""
     logits, ref, tokens = _case(dtype)
     mask = torch.arange(9) != 6
     options = {"vocab_size": 43, "temperature": 0.8, "softcap": None, "mask": mask}
-    found = ranks.run(size, _logits, logits, ref, tokens, outputs, options)
+    got = ranks.run(size, _logits, logits, ref, tokens, outputs, options)
     whole = [x.clone().requires_grad_() for x in (logits, ref)]
     want = _with_gradients(
         rewardops.token_stats(whole[0], tokens, ref_logits=whole[1], outputs=outputs, **options),
         outputs,
         whole,
     )
-    # Merged sums and others are of one precision, and rounded once more at the end.
+    # Merged sums have the precision of unmerged ones, with one more rounding.
     exact = dtype is torch.float64
     close = {"rtol": 1e-11, "atol": 1e-12} if exact else {"rtol": 2e-6, "atol": 2e-6}
-    for values, _ in found:
-        for value, first, expected in zip(values, found[0][0], want[0], strict=True):
+    for values, _ in got:
+        for value, first, expected in zip(values, got[0][0], want[0], strict=True):
             assert value.equal(first)
             torch.testing.assert_close(value, expected, **close)
     for k in range(2):
-        together = torch.cat([grads[k] for _, grads in found], -1)
+        together = torch.cat([grads[k] for _, grads in got], -1)
         rounding = {"rtol": 2**-7, "atol": 1e-5} if dtype is torch.bfloat16 else close
         torch.testing.assert_close(together, want[1][k], **rounding)
 
@@ -325,17 +325,17 @@ def test_logits_in_shards(ranks, size, dtype, outputs):
 def _hidden(process_group, hidden, weight, bias, tokens, outputs, options):
     n, k = dist.get_world_size(process_group), dist.get_rank(process_group)
     inputs = [x.clone().requires_grad_() for x in (hidden, weight.chunk(n)[k], bias.chunk(n)[k])]
-    found = rewardops.linear_token_stats(
+    got = rewardops.linear_token_stats(
         inputs[0], inputs[1], tokens, bias=inputs[2], outputs=outputs, process_group=process_group, **options
     )
-    return _with_gradients(found, outputs, inputs)
+    return _with_gradients(got, outputs, inputs)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [{}, {"vocab_size": 21, "chunk_tokens": 3, "chunk_vocab": 5}], ids=len)
 def test_hidden_states_and_a_head_in_shards(ranks, size, dtype, options):
-    """With 21 tokens, the last two shards of four are padding, the last wholly."""
+    """With 21 tokens the third of four shards has padding, and the fourth is all padding."""
     generator = torch.Generator().manual_seed(13)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -345,20 +345,20 @@ def test_hidden_states_and_a_head_in_shards(ranks, size, dtype, options):
     tokens[1, 2] = -100
     options = {"mask": torch.arange(5).expand(2, 5) != 3, "softcap": 20.0, **options}
     outputs = ("logprob", "entropy", "sum_p2", "is_top1")
-    found = ranks.run(size, _hidden, hidden, weight, bias, tokens, outputs, options)
+    got = ranks.run(size, _hidden, hidden, weight, bias, tokens, outputs, options)
     whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     want = _with_gradients(
         rewardops.linear_token_stats(whole[0], whole[1], tokens, bias=whole[2], outputs=outputs, **options),
         outputs, whole,
     )  # fmt: skip
     close = {"rtol": 1e-11, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 5e-6, "atol": 5e-6}
-    for values, grads in found:
+    for values, grads in got:
         for value, expected in zip(values, want[0], strict=True):
             torch.testing.assert_close(value, expected, **close)
-        assert torch.equal(grads[0], found[0][1][0])
+        assert torch.equal(grads[0], got[0][1][0])
         torch.testing.assert_close(grads[0], want[1][0], **close)
     for k in (1, 2):
-        torch.testing.assert_close(torch.cat([grads[k] for _, grads in found]), want[1][k], **close)
+        torch.testing.assert_close(torch.cat([grads[k] for _, grads in got]), want[1][k], **close)
 
 
 # ---- parts of rows -----------------------------------------------------------------------------------------
@@ -368,8 +368,8 @@ WIDTHS = {2: [10, 7], 4: [6, 0, 1, 10]}
 
 def _returns(process_group, name, parts, rest):
     (rewards, values, *tokens), names = at_rank(process_group, parts), rest["tokens"]
-    given = dict(zip(names, tokens, strict=True))
-    options = {**rest["options"], "process_group": process_group, **given}
+    arguments = dict(zip(names, tokens, strict=True))
+    options = {**rest["options"], "process_group": process_group, **arguments}
     return _of_returns(name, rewards, values, rest["bootstrap"], options)
 
 
@@ -423,7 +423,7 @@ def test_rows_in_parts(ranks, name, options, per_token, size):
     """Steps (or factors, where there are no steps) per token, holes across cuts, a part without a column."""
     generator = torch.Generator().manual_seed(17)
     rewards, values = torch.randn(2, 5, 17, generator=generator, dtype=torch.float64)
-    rewards = (rewards * 4).round() / 4  # ties, of which the earliest has the gradient
+    rewards = (rewards * 4).round() / 4  # ties: the earliest has the gradient
     mask = torch.rand(5, 17, generator=generator) < 0.7
     mask[3, 7:] = False
     mask[4, :7] = False
@@ -446,12 +446,12 @@ def test_rows_in_parts(ranks, name, options, per_token, size):
         )
     ]
     rest = {"tokens": list(tokens), "options": options, "bootstrap": bootstrap}
-    found = ranks.run(size, _returns, name, parts, rest)
+    got = ranks.run(size, _returns, name, parts, rest)
     want, grads = _of_returns(name, rewards, values, bootstrap, {**options, **tokens})
-    torch.testing.assert_close(torch.cat([out for out, _ in found], -1), want, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(torch.cat([out for out, _ in got], -1), want, rtol=1e-11, atol=1e-12)
     of_tokens = 2 if name in ("gae", "lambda_returns") else 1
     for k, grad in enumerate(grads):
-        of_ranks = [g[k] for _, g in found]
+        of_ranks = [g[k] for _, g in got]
         together = torch.cat(of_ranks, -1) if k < of_tokens else sum(of_ranks)
         torch.testing.assert_close(together, grad, rtol=1e-10, atol=1e-11)
 
@@ -469,7 +469,7 @@ def test_packed_rows_in_parts(ranks):
     rewards = torch.randn(14, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     a, b = rewards[:8], rewards[8:]
     parts = [(a, torch.tensor([0, 5, 8, 8])), (b, torch.tensor([0, 0, 4, 6]))]
-    found = ranks.run(2, _packed, parts, 0.9)
+    got = ranks.run(2, _packed, parts, 0.9)
     whole, cu = torch.cat([a, b[:4], b[4:]]), torch.tensor([0, 5, 12, 14])
     for k, want in enumerate(
         (
@@ -477,14 +477,14 @@ def test_packed_rows_in_parts(ranks):
             rewardops.min_returns(whole, cu_seqlens=cu),
         )
     ):
-        torch.testing.assert_close(torch.cat([f[k] for f in found]), want, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(torch.cat([f[k] for f in got]), want, rtol=1e-12, atol=1e-13)
 
 
 # ---- what all have in common -------------------------------------------------------------------------------
 
 
 def _calls(process_group, device="cpu"):
-    """Every function that takes a process group, on a little input of this rank."""
+    """Calls of every function with a process group, on a small input of this rank."""
     k = 0 if process_group is None else dist.get_rank(process_group)
     x, mask = torch.arange(12.0, device=device).view(3, 4) + k, torch.ones(3, 4, device=device)
     tokens = torch.tensor([1, 5, 7] if k else [1, 2, 0], device=device)
@@ -513,7 +513,7 @@ def _scan(name, x, where):
 
 
 def _counted(process_group):
-    """How many collectives a call makes, and whether a second one has the same bits."""
+    """The number of collectives of a call, and True if a second call has the same bits."""
     found = {}
     real = distributed._all_gather
     for name, call in _calls(process_group).items():
@@ -533,12 +533,12 @@ def _counted(process_group):
 
 
 def test_one_collective_and_the_same_bits(ranks):
-    for found in ranks.run(4, _counted):
-        assert found == dict.fromkeys(found, (1, True))
+    for got in ranks.run(4, _counted):
+        assert got == dict.fromkeys(got, (1, True))
 
 
 def _alone(process_group, device):
-    """Every call in a group of this rank alone, and without a group."""
+    """Compare every call in a group of only this rank with the call without a group."""
     if device == "cuda":
         process_group = dist.new_group([0], backend="nccl", use_local_synchronization=True)
     calls = [_calls(group, device) for group in (process_group, None)]
@@ -547,22 +547,22 @@ def _alone(process_group, device):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_group_of_one_rank(ranks, device):
-    """The same code on NCCL, where there is a GPU."""
-    (found,) = ranks.run(1, _alone, device)
-    for name, (ours, want) in found.items():
+    """The same code runs on NCCL if there is a GPU."""
+    (got,) = ranks.run(1, _alone, device)
+    for name, (ours, want) in got.items():
         torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _compiled(process_group):
-    """Every call as one graph, against eager; by name, what differs."""
-    found = []
+    """Compare every call as one graph with eager; return the differences by name."""
+    got = []
     for name, call in _calls(process_group).items():
-        if name == "linear_token_stats":  # reads how many tokens count
+        if name == "linear_token_stats":  # reads the number of valid tokens
             continue
         torch._dynamo.reset()
         if not torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(), call()):
-            found.append(name)
-    return found
+            got.append(name)
+    return got
 
 
 def test_collectives_are_part_of_a_compiled_graph(ranks):
@@ -610,14 +610,14 @@ WRONG = [
 
 
 def _errors(process_group):
-    found = []
+    got = []
     for call, kind, message in WRONG:
         with pytest.raises(kind, match=message) as error:
             call(process_group)
-        found.append(str(error.value))
-    return found
+        got.append(str(error.value))
+    return got
 
 
 def test_wrong_arguments_are_named(ranks):
-    """On every rank, before a collective that others would wait in."""
+    """Errors are raised on every rank, before any collective in which others would wait."""
     assert len(ranks.run(2, _errors)[0]) == len(WRONG)

@@ -1,4 +1,4 @@
-"""One list of families: every table has them all, and every op has tests of its name."""
+"""One list of families: every table has all of them, and every op has a test class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPS = [
 
 
 def family_of(file: Path) -> str:
-    """Of ``test_<family>.py`` or ``test_<family>_<theme>.py``."""
+    """The family of ``test_<family>.py`` or ``test_<family>_<theme>.py``."""
     name = file.stem.removeprefix("test_")
     return max((f for f in FAMILIES if f"{name}_".startswith(f"{f}_")), key=len, default=name)
 

@@ -1,4 +1,4 @@
-"""Whole API calls at random, on every backend: 500 here, ``REWARDOPS_FUZZ_CALLS=10000`` for a nightly run."""
+"""Random API calls on every backend: 500 here, ``REWARDOPS_FUZZ_CALLS=10000`` for a nightly run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_argument_is_in_the_table():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_calls(target, name):
-    """Valid ones agree with the specification, forward and backward; invalid ones are refused by name."""
+    """Valid calls agree with the specification, forward and backward; invalid calls name the argument."""
     each, size = max(CALLS // len(FUNCTIONS), 2), LARGE
     if target.interpreted or target.backend == "reference":
         if name.startswith("advantages."):
@@ -63,12 +63,12 @@ def test_calls(target, name):
 
 
 def spoil(monkeypatch, op, change):
-    """Have an implementation's tensor come out changed, on the backend under test alone."""
+    """Change a result tensor of an implementation, only on the backend under test."""
     plain = dispatch._implementation
 
     def implementation(backend, family, name):
-        found = plain(backend, family, name)
-        return (lambda *args: change(found(*args), args)) if (backend, name) == ("cpp", op) else found
+        original = plain(backend, family, name)
+        return (lambda *args: change(original(*args), args)) if (backend, name) == ("cpp", op) else original
 
     monkeypatch.setattr(dispatch, "_implementation", implementation)
 

@@ -1,4 +1,4 @@
-"""Imports go down only, lazy ones and those for type checkers included: `docs/architecture.md` has the floors."""
+"""Imports only go down, also lazy ones and those for type checkers; `docs/architecture.md` lists the floors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Backends, and the products of hidden states in blocks that they share.
+# Backends, and the blocked matmuls of hidden states that they share.
 BACKENDS = (
     "rewardops.cpp", "rewardops.cuda", "rewardops.triton_kernels", "rewardops.core.chunked", "rewardops.core.heads",
 )  # fmt: skip
 
-# The floors of the package, from the ground up: a module imports from its own floor and from those below.
+# The floors of the package, from the ground up: a module imports from its floor and the floors below.
 FLOORS = (
     ("rewardops.core",),
     ("rewardops.reference",),
@@ -29,7 +29,7 @@ FLOORS = (
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name, `triton_kernels/` under the name that it is installed by."""
+    """Every module of the package by its name, `triton_kernels/` under its installed name."""
     folders = {"rewardops": ROOT / "rewardops", "rewardops.triton_kernels": ROOT / "triton_kernels",
                "benchmarks": ROOT / "benchmarks"}  # fmt: skip
     names = {}
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of the package that a module names in an import statement, wherever it stands."""
+    """The modules of the package in a module's import statements, at any depth."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -87,9 +87,9 @@ def test_imports_go_down(graph):
 
 
 def test_no_circles(graph):
-    """A module that can be peeled off imports nothing that is left; what is left at the end is circles."""
+    """Repeatedly remove modules that import none of the others; the rest would be circles."""
     left = {name: set(targets) for name, targets in graph.items()}
-    # A package's own file is imported with each of its modules; who imports it by name is counted.
+    # A package's `__init__` is imported with each of its modules; only imports by name count.
     while True:
         done = {name for name, targets in left.items() if not targets & left.keys()}
         if not done:

@@ -1,4 +1,4 @@
-"""Bad arguments are named, with what came and what was wanted, before any kernel runs."""
+"""Errors of invalid arguments name the argument, its value and the valid values, before any kernel runs."""
 
 from __future__ import annotations
 
@@ -147,16 +147,16 @@ def test_num_tokens_must_be_told_where_it_cannot_be_read():
     )
     with pytest.raises(Exception, match="num_tokens: got None"):
         fn(F(2), T([0, 3, 5]))
-    told = torch.compile(
+    compiled = torch.compile(
         lambda r, cu: R.group_advantages(r, group_size=2, cu_seqlens=cu, num_tokens=5),
         fullgraph=True,
         backend="eager",
     )
-    assert told(T([0.0, 1.0]), T([0, 3, 5])).shape == (5,)
+    assert compiled(T([0.0, 1.0]), T([0, 3, 5])).shape == (5,)
 
 
 def test_bad_offsets_never_become_a_read_out_of_bounds(target):
-    """Where their values cannot be checked, as in a compiled graph, they are clamped."""
+    """Offsets whose values cannot be checked, as in a compiled graph, are clamped."""
     if target.backend == "reference":
         pytest.skip("the specification indexes, and torch checks the index")
     for offsets in ([0, 900, 5], [-7, 3, 5], [4, 1, 3], [2**31 - 1, -(2**31), 99]):

@@ -1,4 +1,4 @@
-"""The list of planted faults fits the sources, its page the list; and what plants and judges them does that."""
+"""The list of planted faults fits the sources, its page fits the list, and the tool plants and judges faults."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_every_text_occurs_once():
 
 def test_every_family_and_backend_has_faults():
     tested = {Path(fault.tests).stem.removeprefix("test_") for fault in FAULTS}
-    assert set(FAMILIES) - {"shaping"} <= tested  # which has no kernels
+    assert set(FAMILIES) - {"shaping"} <= tested  # shaping has no kernels
     kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/include/rewardops/cuda").glob("*.cuh")}
     assert kernels - {fault.file for fault in FAULTS} <= {
         "csrc/include/rewardops/cuda/block.cuh",
-        "csrc/include/rewardops/cuda/td.cuh",  # scans, by scan.cuh
+        "csrc/include/rewardops/cuda/td.cuh",  # tested through scan.cuh
     }
 
 
@@ -63,20 +63,20 @@ def test_the_page_is_of_this_list():
     ],
 )
 def test_verdicts(code, output, caught_by, judged):
-    found = verdict(FAULTS[0], subprocess.CompletedProcess([], code, stdout=output))
-    assert found.caught_by == caught_by
-    assert (found.error is None) is judged
+    got = verdict(FAULTS[0], subprocess.CompletedProcess([], code, stdout=output))
+    assert got.caught_by == caught_by
+    assert (got.error is None) is judged
 
 
 @pytest.mark.slow
 def test_a_fault_in_a_copy(tmp_path):
-    """Planted, caught, and taken out again."""
+    """A fault is planted, caught and removed."""
     fault = next(f for f in FAULTS if f.file == "rewardops/core/rows.py")
     source = (ROOT / fault.file).read_text()
     copy = Copy(tmp_path)
     copy.must_pass([fault])
-    found = copy.judge(fault)
-    assert found.caught_by == "tests/system/test_layout.py::test_expand_spreads_rows_over_both_layouts", (
-        found.error
+    got = copy.judge(fault)
+    assert got.caught_by == "tests/system/test_layout.py::test_expand_spreads_rows_over_both_layouts", (
+        got.error
     )
     assert (copy.root / fault.file).read_text() == source

@@ -1,4 +1,4 @@
-"""The wheel: built in isolation, complete, and without what does not belong in it."""
+"""The wheel: built in isolation, complete, and without files that do not belong to it."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def run(*command, cwd, **env):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from the sdist, so that that is known to be complete, in an environment without torch."""
+    """The wheel, built from the sdist (which tests that it is complete) in an environment without torch."""
     out = tmp_path_factory.mktemp("dist")
-    # Without CUDA C++, which takes minutes: the development install has it.
+    # Without CUDA C++, which takes minutes; the development install has it.
     run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out, REWARDOPS_CUDA="0")
-    (found,) = out.glob("*.whl")
-    return found
+    (path,) = out.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """A fresh environment with the wheel in it, and torch and Triton by a path entry."""
+    """Python of a fresh environment with the wheel, and with torch and Triton on its path."""
     home = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", home, cwd=home)
     python = home / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
-    # A plain path entry: the development install of this package over there is not followed.
+    # A plain path entry does not follow the development install of this package there.
     (site / "torch_from_here.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 

@@ -1,4 +1,4 @@
-"""Threads and processes: calls at once, forks, data loaders, the number of threads, two builds at once."""
+"""Threads and processes: concurrent calls, forks, data loaders, the number of threads, concurrent builds."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ needs_cpp = pytest.mark.skipif(native.compiled_module() is None, reason="the com
 
 
 def both_ways(call):
-    """Outputs and gradients of a call, without a NaN."""
+    """Outputs and gradients of a call, checked to have no NaN."""
     xs = [x.detach().clone().requires_grad_() for x in call.inputs]
     outputs = call.fn(*xs)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else [o for o in outputs if o is not None]
     smooth = [o for o in outputs if o.requires_grad]
     ups = [o.detach().cos() for o in smooth]
-    found = torch.autograd.grad(smooth, xs, ups, allow_unused=True) if smooth else ()
-    return [t.detach().nan_to_num(7) for t in (*outputs, *found) if t is not None]
+    grads = torch.autograd.grad(smooth, xs, ups, allow_unused=True) if smooth else ()
+    return [t.detach().nan_to_num(7) for t in (*outputs, *grads) if t is not None]
 
 
 def same(found, wanted):
@@ -38,7 +38,7 @@ def same(found, wanted):
 
 
 def large_calls(layout):
-    """On rows and tokens enough for several threads; without products, whose bits and threads are the vendor's."""
+    """Calls large enough for several threads; without matmuls, whose bits and threads are the vendor's."""
     batch = calls.make_batch(96, 200, 32, layout=layout, dtype=torch.float32)
     return [call for call in calls.calls(batch) if not call.op.startswith("linear")]
 
@@ -65,20 +65,20 @@ def test_the_number_of_threads_does_not_show(layout, restored_threads):
 
 @needs_cpp
 def test_threads_at_once():
-    """Every thread calls every op, forward and backward, each from another one on."""
-    made = large_calls("packed")
-    want = [both_ways(call) for call in made]
+    """Every thread calls every op, forward and backward, each starting at a different op."""
+    batch_calls = large_calls("packed")
+    want = [both_ways(call) for call in batch_calls]
 
     def work(first):
-        order = [(first + k) % len(made) for k in range(len(made))]
-        return [made[k].name for k in order if not same(both_ways(made[k]), want[k])]
+        order = [(first + k) % len(batch_calls) for k in range(len(batch_calls))]
+        return [batch_calls[k].name for k in order if not same(both_ways(batch_calls[k]), want[k])]
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, (0, 20, 40))) == [[], [], []]
 
 
 def test_use_backend_is_of_the_process():
-    """On every thread; of those that are open the last one opened holds, in whatever order they close."""
+    """The context holds on every thread; the last one opened wins, whatever the order of closing."""
     default, served = dispatch.backend_for("cpu"), []
     opened, closed = threading.Event(), threading.Event()
 
@@ -99,8 +99,8 @@ def test_use_backend_is_of_the_process():
     assert dispatch.backend_for("cpu") == default
 
 
-# In a process of its own, which has no threads yet; between two counts nothing but the kernel, as torch's loops
-# start threads too.
+# In a separate process without threads; only the kernel runs between two counts, as torch's loops start # threads
+# too.
 COUNT_THREADS = """
 import os, sys, torch
 from rewardops.core import dispatch, native
@@ -124,7 +124,7 @@ print([started(n) for n in (1, 3, 5)])
 @needs_cpp
 @pytest.mark.parametrize("threads", ["torch", "pool"])
 def test_set_num_threads(threads):
-    """A loop has the threads that torch may use, no more and no fewer, the caller among them."""
+    """A loop uses exactly the number of threads of torch, including the caller."""
     out = run_python(COUNT_THREADS, threads)
     assert out.strip() == "[0, 2, 2]"
 
@@ -173,7 +173,7 @@ assert torch.equal(run(), want)
 
 @needs_cpp
 def test_forks():
-    """A child computes, forward and backward, whoever used OpenMP before: its runtime hangs there."""
+    """A forked child computes, forward and backward, even after OpenMP use (whose runtime would hang)."""
     run_python(FORK)
 
 
@@ -198,7 +198,7 @@ def collated(samples):
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_data_loader_workers(how):
-    rewardops.discounted_returns(torch.rand(400, 500))  # on torch's threads, before there is a worker
+    rewardops.discounted_returns(torch.rand(400, 500))  # uses torch's threads before any worker exists
     want = list(DataLoader(Rollouts(), 3, collate_fn=collated))
     loader = DataLoader(
         Rollouts(),
@@ -208,15 +208,15 @@ def test_data_loader_workers(how):
         multiprocessing_context=how,
         timeout=300,
     )
-    found = list(loader)
-    assert len(found) == len(want) == 2
-    for a, b in zip(found, want, strict=True):
+    got = list(loader)
+    assert len(got) == len(want) == 2
+    for a, b in zip(got, want, strict=True):
         assert same(a, b)
 
 
 # ---- two builds at once ------------------------------------------------------------------------------------
 
-# Stands for a compiler or for cmake: says when it starts and ends, and takes its time over its output.
+# A fake compiler or cmake: logs its start and end, and writes its output slowly.
 TOOL = """#!/bin/sh
 echo "start $*" >> {log}
 out=/dev/null
@@ -247,7 +247,7 @@ def assert_one_after_the_other(log):
 
 
 def test_cuda_on_host_is_built_once(tmp_path):
-    """By processes that build it at once: the first compiles, the others find what it made."""
+    """Of processes that build at once, the first compiles and the others reuse its result."""
     log, source = tmp_path / "log", tmp_path / "kernel.cu"
     make_tool(tmp_path / "bin" / "c++", log)
     source.touch()
@@ -267,7 +267,7 @@ def test_cuda_on_host_is_built_once(tmp_path):
 
 
 def test_builds_of_a_checkout_wait_for_each_other(tmp_path):
-    """They share its build folder."""
+    """Builds share the build folder, so they run one after another."""
     checkout, log = tmp_path / "checkout", tmp_path / "log"
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (checkout / "rewardops").mkdir(parents=True, exist_ok=True)

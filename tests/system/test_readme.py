@@ -1,4 +1,4 @@
-"""The README's two training steps run, and agree."""
+"""The README's two training steps run and agree."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_no_report(module):
     assert "Sanitizer" not in done.stderr
 
 
-# row_sums gets a number of tokens, or an address, that is off by so much.
+# The row lengths passed to row_sums are wrong by this many tokens, or bytes.
 WRONG = """
 import sanitized
 sanitized.load()

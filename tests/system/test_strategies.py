@@ -1,4 +1,4 @@
-"""The strategies of `rewardops.testing`: what they draw is what they say, and awkward enough."""
+"""The strategies of `rewardops.testing`: draws match their descriptions and are awkward enough."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def test_rows_are_a_layout(rows, data):
     values = rows.take(torch.rand(rows.batch, rows.width))
     assert tuple(values.shape) == rows.shape
     mask = None if rows.mask is None else data.draw(some.mask_forms(rows.mask))
-    found = checks.token_layout("values", values, mask, rows.cu_seqlens)
-    assert found.batch == rows.batch
-    assert torch.equal(found.valid(values.device), rows.valid)
-    counted = found.expand(torch.arange(rows.batch))[rows.valid]
+    got = checks.token_layout("values", values, mask, rows.cu_seqlens)
+    assert got.batch == rows.batch
+    assert torch.equal(got.valid(values.device), rows.valid)
+    counted = got.expand(torch.arange(rows.batch))[rows.valid]
     assert rows.live.tolist() == [b in counted.tolist() for b in range(rows.batch)]
 
 
@@ -51,8 +51,8 @@ def test_steps_never_fall(rows, data):
     steps = data.draw(some.steps(rows))
     assert tuple(steps.shape) == rows.shape
     if steps.dtype is not torch.bool:
-        found = checks.token_layout("steps", steps.float(), rows.mask, rows.cu_seqlens)
-        checks.check_step_ids(steps.long(), found, "steps")
+        got = checks.token_layout("steps", steps.float(), rows.mask, rows.cu_seqlens)
+        checks.check_step_ids(steps.long(), got, "steps")
 
 
 @given(some.rows(), st.data())

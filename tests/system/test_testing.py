@@ -1,4 +1,4 @@
-"""The kit that kernels are held to: a sound one passes, and each known fault is caught by the case meant for it."""
+"""The testing kit: a correct kernel passes, and each known fault is caught by its case."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def entropy_kernel(x, out, stride, vocab, BLOCK: tl.constexpr, FAULT: tl.constex
 
 @triton.jit
 def entropy_of_blocks_kernel(x, top, order, sums, vocab, BLOCK: tl.constexpr):
-    """Blocks that add to their row's sums whenever they are done."""
+    """A kernel whose blocks add to their row's sums in the order in which they finish."""
     block = tl.load(order + tl.program_id(1))
     row = tl.program_id(0)
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -125,14 +125,14 @@ def test_atomics_are_caught():
     }
     report = check_op(entropy_by_atomics, plain, cases, raises=False)
     assert any("other bits" in text for text in report.faults), report
-    assert not any("the budget is" in text for text in report.faults), report  # nothing else gives it away
+    assert not any("the budget is" in text for text in report.faults), report  # the only fault
 
 
 # ---- functions with gradients ------------------------------------------------------------------------------
 
 
 class Centred(torch.autograd.Function):
-    """Rewards less the mean of their group; ``wrong`` forgets the mean's own gradient."""
+    """Rewards minus the mean of their group; ``wrong`` omits the gradient of the mean."""
 
     @staticmethod
     def forward(ctx, rewards, groups, wrong):
@@ -334,10 +334,10 @@ def test_command():
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["config"]["torch"] == torch.__version__
-    assert {row["backend"] for row in found["rows"]} == {"reference"}
-    assert all(row["opcheck"] and not row["faults"] for row in found["rows"])
+    got = json.loads(run.stdout)
+    assert got["config"]["torch"] == torch.__version__
+    assert {row["backend"] for row in got["rows"]} == {"reference"}
+    assert all(row["opcheck"] and not row["faults"] for row in got["rows"])
     bad = subprocess.run([*command, "verify", "--op", "gea"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "op: got 'gea'" in bad.stderr

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import rewardops
 from rewardops.testing import calls, evaluate, same_bits
 
-# Their products are made in the precision of autocast; everything else is left alone by it.
+# Their matmuls run in the precision of autocast; autocast leaves all other ops alone.
 PRODUCTS = ("linear_token_stats", "linear_token_stats_partial", "linear_token_loss")
 # Plain tensor arithmetic, which has derivatives of every order.
 TWICE = (
@@ -53,7 +53,7 @@ def loss_of(fn):
 
 def gradients(fn, inputs):
     xs = leaves(inputs)
-    loss_of(fn)(*xs).backward()  # and not autograd.grad, which reentrant checkpoints refuse
+    loss_of(fn)(*xs).backward()  # not autograd.grad, which reentrant checkpoints do not support
     return [x.grad for x in xs]
 
 
@@ -72,36 +72,36 @@ def test_autocast_changes_products_alone(backend, layout):
     for call in calls.calls(calls.make_batch(layout=layout, dtype=torch.float32)):
         inputs = call.inputs
         with torch.autocast("cpu", torch.bfloat16):
-            found = evaluate(call.fn, inputs, backend=backend)
+            got = evaluate(call.fn, inputs, backend=backend)
         if call.op in PRODUCTS:
             inputs = [x.bfloat16() for x in inputs]
         want = evaluate(call.fn, inputs, backend=backend)
-        assert [o.dtype for o in found.outputs] == [o.dtype for o in want.outputs], call.name
+        assert [o.dtype for o in got.outputs] == [o.dtype for o in want.outputs], call.name
         if call.op in PRODUCTS:
             want = want._replace(gradients=[g.float() for g in want.gradients])
         if call.op == "linear_token_stats_partial":
-            # The parts' gradients of the hidden states are float32 under autocast when they are added up.
-            found, want = (x._replace(gradients=x.gradients[1:]) for x in (found, want))
-        assert same_bits(found, want), call.name
+            # Under autocast the parts' gradients of the hidden states are summed in float32.
+            got, want = (x._replace(gradients=x.gradients[1:]) for x in (got, want))
+        assert same_bits(got, want), call.name
 
 
 def test_products_under_autocast_are_a_linear_layers(generator):
-    """In autocast's dtype but for float64; the backward pass, outside of it, in that of the forward."""
+    """Matmuls run in autocast's dtype except for float64; the backward pass runs in the dtype of the forward."""
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (5, 11))
     tokens = torch.arange(5)
-    for given, used in (
+    for dtype, used in (
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.bfloat16),
         (torch.float64,) * 2,
     ):
         want = gradients(lambda h, w: rewardops.linear_token_stats(h, w, tokens)[:2],
-                         [hidden.to(given).to(used), weight.to(given).to(used)])  # fmt: skip
-        xs = leaves([hidden.to(given), weight.to(given)])
+                         [hidden.to(dtype).to(used), weight.to(dtype).to(used)])  # fmt: skip
+        xs = leaves([hidden.to(dtype), weight.to(dtype)])
         with torch.autocast("cpu", torch.bfloat16):
             stats = rewardops.linear_token_stats(*xs, tokens)[:2]
         assert all(s.dtype == (torch.float64 if used is torch.float64 else torch.float32) for s in stats)
-        found = torch.autograd.grad(sum((s * s).sum() for s in stats), xs)
-        assert_equal(found, [w.to(given) for w in want], given)
+        got = torch.autograd.grad(sum((s * s).sum() for s in stats), xs)
+        assert_equal(got, [w.to(dtype) for w in want], dtype)
 
 
 def test_logits_of_inference_mode_are_written_over():
@@ -122,13 +122,13 @@ def test_logits_of_inference_mode_are_written_over():
 def test_func_grad(layout):
     for call in smooth(layout):
         places = tuple(range(len(call.inputs)))
-        found = torch.func.grad(loss_of(call.fn), places)(*call.inputs)
-        assert_equal(found, gradients(call.fn, call.inputs), call.name)
+        got = torch.func.grad(loss_of(call.fn), places)(*call.inputs)
+        assert_equal(got, gradients(call.fn, call.inputs), call.name)
 
 
 @LAYOUTS
 def test_vmap(layout):
-    """Over any dimension, nested, and around and inside of a gradient: slice by slice."""
+    """vmap over any dimension, nested, around and inside a gradient, equals slice by slice."""
     for call in smooth(layout):
         loss, places = loss_of(call.fn), tuple(range(len(call.inputs)))
         slices = [[x * scale for x in call.inputs] for scale in (1.0, 0.9)]
@@ -154,14 +154,14 @@ def test_vmap_over_nothing_says_so():
 def test_second_derivatives_are_right_or_refused(layout):
     for call in smooth(layout):
         if "_and_grad" in call.name:
-            continue  # once_differentiable, of the test's own function
+            continue  # the test's own function is once_differentiable
         if call.name in TWICE:
             assert torch.autograd.gradgradcheck(call.fn, leaves(call.inputs), fast_mode=True), call.name
             continue
         xs = leaves(call.inputs)
-        found = torch.autograd.grad(loss_of(call.fn)(*xs), xs, create_graph=True)
-        # Beside a term with a gradient of its own, where a lost graph would go unnoticed.
-        penalty = sum((g * g).sum() for g in found) + sum(x.sum() for x in xs)
+        got = torch.autograd.grad(loss_of(call.fn)(*xs), xs, create_graph=True)
+        # Added to another differentiable term, where a lost graph would go unnoticed.
+        penalty = sum((g * g).sum() for g in got) + sum(x.sum() for x in xs)
         with pytest.raises(RuntimeError, match=r"rewardops::\w+: a second derivative was asked for"):
             torch.autograd.grad(penalty, xs)
 
@@ -221,13 +221,13 @@ def block(generator):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(fn, reentrant, block):
     hidden, weight, tokens = block
-    found = gradients(lambda h, w: checkpoint(fn, h, w, tokens, use_reentrant=reentrant), [hidden, weight])
-    assert_equal(found, gradients(lambda h, w: fn(h, w, tokens), [hidden, weight]), reentrant)
+    got = gradients(lambda h, w: checkpoint(fn, h, w, tokens, use_reentrant=reentrant), [hidden, weight])
+    assert_equal(got, gradients(lambda h, w: fn(h, w, tokens), [hidden, weight]), reentrant)
 
 
 @BLOCKS
 def test_saved_tensor_hooks(fn, block):
-    """Offloaded, and handed back as they are: a second backward pass finds what the first one found."""
+    """Saved tensors are offloaded and returned unchanged: a second backward pass equals the first."""
     hidden, weight, tokens = block
     want = gradients(lambda h, w: fn(h, w, tokens), [hidden, weight])
     for hooks in (
@@ -242,7 +242,7 @@ def test_saved_tensor_hooks(fn, block):
 
 
 def test_a_checkpoint_that_shares_logits(block):
-    """Another op of the checkpoint reads the logits after token_stats would have written over them."""
+    """Another op in the checkpoint reads the logits after a possible overwrite by token_stats."""
     hidden, weight, tokens = block
 
     def fn(hidden, weight, inplace):
@@ -251,8 +251,8 @@ def test_a_checkpoint_that_shares_logits(block):
         return rewardops.token_stats(logits, tokens, inplace_backward=inplace)[0].sum() + square.sum()
 
     want = gradients(lambda h, w: fn(h, w, False), [hidden, weight])
-    found = gradients(lambda h, w: checkpoint(fn, h, w, True, use_reentrant=False), [hidden, weight])
-    assert_equal(found, want, "checkpoint")
+    got = gradients(lambda h, w: checkpoint(fn, h, w, True, use_reentrant=False), [hidden, weight])
+    assert_equal(got, want, "checkpoint")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(lambda h, w: fn(h, w, True), [hidden, weight])
 
@@ -272,12 +272,12 @@ def test_what_is_written_over_is_not_read_again(fn, block):
 
 @pytest.mark.parametrize("name", ["token_stats", "linear_token_loss", "gae", "group_advantages on tokens"])
 def test_compiled_twice_at_most(name):
-    """Left to itself, torch.compile learns at the second size which sizes vary (test_dispatch has dynamic=True)."""
+    """By default torch.compile detects varying sizes at the second size (test_dispatch has dynamic=True)."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda fn, *xs: fn(*xs), fullgraph=True, backend="aot_eager")
     for k, size in enumerate(((6, 7, 11), (8, 9, 14), (12, 5, 23), (5, 13, 17))):
-        made = calls.calls(calls.make_batch(*size, dtype=torch.float32))
-        (call,) = (call for call in made if call.name == name)
+        batch_calls = calls.calls(calls.make_batch(*size, dtype=torch.float32))
+        (call,) = (call for call in batch_calls if call.name == name)
         with torch.compiler.set_stance("default" if k < 2 else "fail_on_recompile"):
             compiled(call.fn, *leaves(call.inputs))
 
@@ -289,8 +289,8 @@ def test_compiled_around_a_checkpoint(block):
         return checkpoint(stats_of(True), h, w, tokens, use_reentrant=False)
 
     torch._dynamo.reset()
-    found = gradients(torch.compile(fn, fullgraph=True, backend="aot_eager"), [hidden, weight])
-    for a, b in zip(found, gradients(fn, [hidden, weight]), strict=True):
+    got = gradients(torch.compile(fn, fullgraph=True, backend="aot_eager"), [hidden, weight])
+    for a, b in zip(got, gradients(fn, [hidden, weight]), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -309,15 +309,15 @@ def test_export(generator):
     assert [n.target for n in exported.graph.nodes if "rewardops" in str(n.target)] == [
         torch.ops.rewardops.token_stats.default
     ]
-    given = arguments(5)
-    assert torch.equal(exported.module()(*given), Model()(*given))
+    inputs = arguments(5)
+    assert torch.equal(exported.module()(*inputs), Model()(*inputs))
 
 
 # ---- DistributedDataParallel -------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
-    """A model that hands over per-token statistics, as it would in a trainer: the logits never leave it."""
+    """A model that returns per-token statistics, as in a trainer: the logits stay inside."""
 
     def __init__(self):
         super().__init__()
@@ -341,7 +341,7 @@ def policy_gradients(model, rows):
 
 
 def ddp_rank(rank, folder):
-    """A rank's half of the batch. The process ends here: a process group that is torn down beside DDP may hang."""
+    """Run a rank's half of the batch, then exit: destroying a process group beside DDP may hang."""
     torch.manual_seed(0)
     store = torch.distributed.FileStore(os.path.join(folder, "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -353,14 +353,14 @@ def ddp_rank(rank, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_ddp(tmp_path):
-    """The gradients of two ranks are the mean of what one process makes of the halves."""
+    """The gradients of two ranks equal the mean of one process's gradients of the halves."""
     code = "import os, sys, torch._dynamo, test_torch as t; t.ddp_rank(int(os.fork() > 0), sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
     subprocess.run(command, cwd=Path(__file__).parent, timeout=300, check=True)
     torch.manual_seed(0)
     want = policy_gradients(Policy(), [0, 1, 2, 3])
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"rank{rank}")
-        assert found.keys() == want.keys()
+        got = torch.load(tmp_path / f"rank{rank}")
+        assert got.keys() == want.keys()
         for name, grad in want.items():
-            torch.testing.assert_close(found[name], grad / 2, msg=name)
+            torch.testing.assert_close(got[name], grad / 2, msg=name)

@@ -1,8 +1,8 @@
-"""Whole API calls at random: valid ones agree with the specification, invalid ones are refused by name.
+"""Random API calls: valid calls agree with the specification, invalid calls raise errors that name the argument.
 
-``python tests/tools/fuzz.py --calls 10000`` fuzzes every function on a backend; ``tests/system/test_fuzz.py`` does
-the same with fewer calls. Arguments are drawn by ``fuzz_arguments.py`` through hypothesis, so what fails comes out
-small.
+``python tests/tools/fuzz.py --calls 10000`` fuzzes every function on a backend; ``tests/system/test_fuzz.py``
+does the same with fewer calls. Arguments are drawn by ``fuzz_arguments.py`` through hypothesis, which shrinks
+failures.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PLACES = ("dense", "rows apart", "columns first", "every other")
 
 
 def placed(x: Tensor, how: str) -> Tensor:
-    """The same numbers, differentiably, lying otherwise in memory; between them NaN."""
+    """The same values in another memory layout, with NaN in the gaps; differentiable."""
     if x.dim() == 0 or how == "dense":
         return x
     if how == "columns first":
@@ -62,18 +62,18 @@ def placed(x: Tensor, how: str) -> Tensor:
 
 
 class Runner:
-    """A call as a function of its floating-point tensors, on any device; ``plain`` for what sets the budget."""
+    """A call as a function of its floating-point tensors; ``plain`` selects the computation for the budget."""
 
     def __init__(self, call: Call, plain: bool = False) -> None:
         self.call, self.plain = call, plain
-        self.names: list[tuple[str, str | None]] = []  # of an argument, and its key there
+        self.names: list[tuple[str, str | None]] = []  # (argument, key in it)
         self.inputs: list[Tensor] = []
         for name, value in call.arguments.items():
             for key, x in value.items() if isinstance(value, dict) else [(None, value)]:
                 if isinstance(x, Tensor) and x.is_floating_point() and name != "mask":
                     self.names.append((name, key))
                     self.inputs.append(x)
-        # By the call alone, so that a failure stays one.
+        # Seeded by the call alone, so that failures reproduce.
         self.seed = zlib.crc32(repr(call).encode())
 
     def __call__(self, *leaves: Tensor) -> list[Tensor]:
@@ -85,7 +85,7 @@ class Runner:
                 arguments[name] = x
             else:
                 arguments[name][key] = x
-        torch.manual_seed(self.seed)  # for what draws numbers of its own
+        torch.manual_seed(self.seed)  # for ops that draw random numbers
         return flat((PLAIN if self.plain else CHECKED)[self.call.name](**arguments))
 
 
@@ -105,7 +105,7 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def merged(**arguments: Any) -> Any:
-    """Of :func:`token_stats_partial`, what its records are for: their sums are relative to their largest logit."""
+    """Statistics merged from :func:`token_stats_partial`, as sums in records are relative to their maximum."""
     outputs = arguments.get("outputs", ("logprob", "entropy"))
     return rewardops.merge_token_stats(rewardops.token_stats_partial(**arguments)[None], outputs=outputs)
 
@@ -113,14 +113,14 @@ def merged(**arguments: Any) -> Any:
 def of_the_part(
     *, tokens: Tensor, vocab_start: int = 0, vocab_size: int | None = None, **arguments: Any
 ) -> Any:
-    """:func:`merged`, by the statistics of the columns that are there."""
+    """The reference for :func:`merged`: statistics of the columns of the part."""
     width = arguments["logits"].shape[-1]
     size = width if vocab_size is None else min(vocab_size - vocab_start, width)
     if size < 1:
         return merged(tokens=tokens, vocab_start=vocab_start, vocab_size=vocab_size, **arguments)
-    own = tokens.long() - vocab_start
-    own = torch.where((own >= 0) & (own < size), own, -1).masked_fill(tokens == -100, -100)
-    return rewardops.token_stats(tokens=own, vocab_size=size, **arguments)
+    ids = tokens.long() - vocab_start
+    ids = torch.where((ids >= 0) & (ids < size), ids, -1).masked_fill(tokens == -100, -100)
+    return rewardops.token_stats(tokens=ids, vocab_size=size, **arguments)
 
 
 def _counts(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,7 +133,7 @@ def by_logits(
     logit_scale: float = 1.0, chunk_tokens: int | None = None, chunk_vocab: int | None = None,
     num_tokens: int | None = None, **arguments: Any,
 ) -> Any:  # fmt: skip
-    """:func:`linear_token_stats`, all logits at once."""
+    """The reference for :func:`linear_token_stats`, from all logits at once."""
     valid = _counts(tokens, arguments.get("mask"))[..., None]
 
     def logits(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -148,7 +148,7 @@ def by_logits(
 def loss_by_logits(
     *, coefficients: Mapping[str, Tensor], outputs: Sequence[str] = (), **arguments: Any
 ) -> Any:
-    """:func:`linear_token_loss` likewise."""
+    """The reference for :func:`linear_token_loss`, from all logits at once."""
     stats = by_logits(outputs=[*coefficients, *outputs], **arguments)
     valid = _counts(arguments["tokens"], arguments.get("mask"))
     terms = (torch.where(valid, c * getattr(stats, name), 0).sum() for name, c in coefficients.items())
@@ -156,7 +156,7 @@ def loss_by_logits(
 
 
 def linear_merged(**arguments: Any) -> Any:
-    """The same of :func:`linear_token_stats_partial`."""
+    """Statistics merged from :func:`linear_token_stats_partial`."""
     outputs = arguments.get("outputs", ("logprob", "entropy"))
     return rewardops.merge_token_stats(
         rewardops.linear_token_stats_partial(**arguments)[None], outputs=outputs
@@ -164,7 +164,7 @@ def linear_merged(**arguments: Any) -> Any:
 
 
 CHECKED = {**FUNCTIONS, "token_stats_partial": merged, "linear_token_stats_partial": linear_merged}
-# The specification of some computes in float64 whatever the inputs: no budget for what does not.
+# References that compute in float64 for any input dtype: they give no budget for lower precision.
 PLAIN = {
     **FUNCTIONS,
     "token_stats_partial": of_the_part,
@@ -176,7 +176,7 @@ PLAIN = {
 
 # ---- valid calls -------------------------------------------------------------------------------------------
 
-# Of these some results are not per token, whatever their shape.
+# Functions with results that are not per token, whatever their shape.
 NOT_PER_TOKEN = {
     "budget_advantages", "budget_returns", "entropy_reward", "grpo_s_rewards", "merge_token_stats", "prefix_lcp",
     "row_mean", "row_sum", "segment_reduce", "tdpo_terms", "tree_advantages", "tree_values", "unlikeliness_rewards",
@@ -184,15 +184,15 @@ NOT_PER_TOKEN = {
 }  # fmt: skip
 
 
-# These draw numbers of their own, and on a device others than on the host.
+# Functions that draw random numbers, which differ between device and host.
 RANDOM = {"clip_cov_mask"}
 
 
 def eager_of(run: Runner, inputs: Sequence[Tensor]) -> Outcome:
-    """What sets the budget: the computation in the precision of the inputs.
+    """The outcome that sets the budget: the computation in the precision of the inputs.
 
-    float64 has no better yardstick than itself. Where terms cancel, what is left is noise, and as large as the
-    result moves with inputs that are smaller by next to nothing (which keeps their order, and what is equal).
+    For float64 there is no higher precision. Where terms cancel, the noise is measured instead: the change of the
+    result when inputs are scaled down by a few units in the last place (which keeps order and ties).
     """
     if any(x.dtype is torch.float64 for x in inputs):
         nudged = [x * (1 - 2**-40) if x.dtype is torch.float64 else x for x in inputs]
@@ -201,12 +201,12 @@ def eager_of(run: Runner, inputs: Sequence[Tensor]) -> Outcome:
 
 
 def noise_of(run: Runner, exact: Outcome) -> Outcome:
-    """How far rounding takes the plain computation, as an outcome that is so far from the exact one.
+    """The rounding noise of the plain computation, as an outcome at that distance from the exact one.
 
-    Eager's error is one draw. Where results are few and terms cancel it says little: it may be 0 by luck. This is
-    4 times the worst of 8 draws: of the call with all inputs smaller by a few units in the last place. Of gradients
-    it is no less than a unit in the last place of 1, which is what the upstream gradients are about; and so of
-    statistics of logits, which are made of terms of about 1.
+    Eager's error is a single draw. With few results and cancelling terms it may be 0 by chance. The noise is 4
+    times the worst of 8 draws, each with all inputs scaled down by a few units in the last place. For gradients
+    it is at least a unit in the last place of 1, the magnitude of the upstream gradients; likewise for statistics
+    of logits, whose terms are about 1.
     """
     wide = any(x.dtype is torch.float64 for x in run.inputs)
     unit = torch.finfo(torch.float64 if wide else torch.float32).eps
@@ -224,10 +224,10 @@ def noise_of(run: Runner, exact: Outcome) -> Outcome:
 
 
 def check_valid(call: Call, backend: str, device: torch.device | str = "cpu") -> bool:
-    """The result of a call, and its gradients: the specification's; and 0, untouched, where masked.
+    """Check that results and gradients of a call agree with the specification, and are 0 where masked.
 
     Returns:
-        Whether it took more than one look at eager's rounding to tell.
+        True if one draw of eager's rounding was not enough.
     """
     run, valid = Runner(call), call.batch.rows.valid if call.takes("mask") else None
     exact = evaluate(run, run.inputs, backend="reference", dtype=torch.float64)
@@ -243,19 +243,19 @@ def check_valid(call: Call, backend: str, device: torch.device | str = "cpu") ->
         for (name, _), gradient in zip(run.names, ours.gradients, strict=False):
             if call.kind(name).per_token:
                 assert not _behind(valid, gradient).any(), f"gradient of {name}: not 0 where masked"
-    noisy = not all(found.error.passes for found in compare(ours, exact, eager))
-    for found in compare(ours, exact, noise_of(run, exact)) if noisy else ():
-        assert found.error.passes, found.error.fault
+    noisy = not all(comparison.error.passes for comparison in compare(ours, exact, eager))
+    for comparison in compare(ours, exact, noise_of(run, exact)) if noisy else ():
+        assert comparison.error.passes, comparison.error.fault
     return noisy
 
 
 def _behind(valid: Tensor, x: Tensor) -> Tensor:
-    """What a mask hides of values per token; nothing of other shapes."""
+    """The masked elements of per-token values; none for other shapes."""
     return x.cpu()[~valid] if x.shape[: valid.dim()] == valid.shape else x.new_zeros(0)
 
 
 def debuggable(call: Call) -> bool:
-    """Whether :func:`rewardops.debug` has nothing to say: ids in range, no NaN for rows that have no token."""
+    """True if :func:`rewardops.debug` accepts the call: ids in range, no NaN for rows without a token."""
     tokens, valid = call["tokens"], call.batch.rows.valid
     if not call.batch.rows.live.all():
         return False
@@ -267,12 +267,12 @@ def debuggable(call: Call) -> bool:
 
 # ---- invalid calls -----------------------------------------------------------------------------------------
 
-CHECKS = {"path_ends"}  # ops that check: it finds cycles
+CHECKS = {"path_ends"}  # ops that are checks: it finds cycles
 
 
 @contextlib.contextmanager
 def no_kernels() -> Iterator[None]:
-    """Nothing runs before all arguments are checked, but for the ops that check them."""
+    """A context in which no op may run except CHECKS: arguments are checked before any kernel runs."""
     plain = dispatch._implementation
 
     def implementation(backend: str, family: str, op: str) -> Any:
@@ -284,7 +284,7 @@ def no_kernels() -> Iterator[None]:
 
 
 def spoiled(call: Call) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The call with each of its arguments, given or not, made invalid in each way."""
+    """Invalid variants of a call: each argument, passed or not, replaced by each invalid value."""
     for name, needed in parameters(call.name).items():
         for what, bad in call.kind(name).wrong(call, call[name], needed):
             yield name, what, {**call.arguments, name: bad}
@@ -292,7 +292,7 @@ def spoiled(call: Call) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def fault_of(function: str, name: str, arguments: dict[str, Any]) -> str | None:
-    """What is wrong with how a call is refused that is invalid by one argument; None if nothing is."""
+    """The fault in the rejection of a call with one invalid argument; None if it is right."""
     arguments = {k: torch.Generator() if isinstance(v, Fresh) else v for k, v in arguments.items()}
     try:
         with no_kernels():
@@ -306,7 +306,7 @@ def fault_of(function: str, name: str, arguments: dict[str, Any]) -> str | None:
 
 
 def check_invalid(call: Call) -> int:
-    """Every way to spoil an argument of a valid call is refused, by name. How many there are."""
+    """Check that every invalid variant of a valid call is rejected by name; return their number."""
     count = 0
     for name, what, arguments in spoiled(call):
         count += 1
@@ -320,11 +320,11 @@ def check_invalid(call: Call) -> int:
 
 @dataclasses.dataclass
 class Tally:
-    """What was run."""
+    """Counts of the calls run."""
 
     valid: int = 0
     invalid: int = 0
-    noisy: int = 0  # valid ones of which one look at eager's rounding did not tell
+    noisy: int = 0  # valid calls for which one draw of eager's rounding was not enough
 
 
 def fuzz(
@@ -338,7 +338,7 @@ def fuzz(
     shrink: bool = True,
     **size: int,
 ) -> None:
-    """``count`` calls of a function, and each spoiled in every way; raises on the smallest that fails."""
+    """Run ``count`` calls of a function and all invalid variants; raise on the smallest failure."""
     on_device = torch.device(device).type != "cpu"
     if on_device and name in RANDOM:
         return

@@ -1,7 +1,7 @@
-"""Kinds of arguments: how a valid one is drawn, and what it must not be.
+"""Kinds of arguments: strategies for valid values, and lists of invalid values.
 
-A kind draws from the call so far, and spoils a call that is whole. What is drawn of tensors comes from
-:mod:`rewardops.testing.strategies`.
+A kind draws a value given the arguments drawn so far, and lists invalid values for a complete call. Tensors come
+from :mod:`rewardops.testing.strategies`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What the arguments of a call have in common."""
+    """Sizes and layout shared by the arguments of a call."""
 
     rows: some.Rows
     labels: Tensor
@@ -39,7 +39,7 @@ class Batch:
 
 
 class Call(Protocol):
-    """A function and its arguments, as far as they are drawn."""
+    """A function and the arguments drawn so far."""
 
     batch: Batch
     arguments: dict[str, Any]
@@ -48,7 +48,7 @@ class Call(Protocol):
         """An argument, or ABSENT."""
 
     def setting(self, name: str) -> Any:
-        """An argument that is given, or that a preset gives to the function behind it, or ABSENT."""
+        """An argument of the call, or one that the preset fixes for its function, or ABSENT."""
 
     def takes(self, name: str) -> bool: ...
 
@@ -84,49 +84,49 @@ STRANGERS = {
 
 
 def strangers(*but: str) -> Bad:
-    """Values of every type, but for some."""
+    """Values of all types except some."""
     assert set(but) <= set(STRANGERS)
     return ((what, value) for what, value in STRANGERS.items() if what not in but)
 
 
 def longer(x: Tensor, dim: int = 0) -> Tensor:
-    """One more along a dimension, all zeros."""
+    """Append zeros of length 1 along a dimension."""
     return x.new_zeros([n + (k == dim % max(x.dim(), 1)) for k, n in enumerate(x.shape)] if x.dim() else 3)
 
 
 def first_as(x: Tensor, number: float) -> Tensor:
-    """The first element replaced."""
-    found = x.clone()
-    found.view(-1)[:1] = number
-    return found
+    """A copy with the first element replaced."""
+    copy = x.clone()
+    copy.view(-1)[:1] = number
+    return copy
 
 
 class Kind:
     """A kind of argument."""
 
-    per_token = False  # a value per token: what the mask hides is NaN, and gets no gradient
-    joined = True  # its shape follows from other arguments, and not they from its
+    per_token = False  # a value per token: NaN where masked, without gradient
+    joined = True  # its shape follows from other arguments, not the reverse
 
     def draw(self, draw: some.Draw, call: Call, needed: bool) -> Any:
         """A valid value, or ABSENT."""
         raise NotImplementedError
 
     def wrong(self, call: Call, value: Any, needed: bool) -> Bad:
-        """What it is named and a value, instead of ``value`` (which may be ABSENT), that makes the call invalid."""
+        """Pairs (name, value): values in place of ``value`` (which may be ABSENT) that make the call invalid."""
         raise NotImplementedError
 
 
 class Made(Kind):
-    """``make`` draws it, or returns None where it is not to be given; ``bad`` spoils it."""
+    """An argument by two functions: ``make`` draws it, or None to omit it; ``bad`` lists invalid values."""
 
     def __init__(self, make: Make, bad: Callable[[Call, Any], Bad], *, must: When = never) -> None:
         self.make, self.bad, self.must = make, bad, must
 
     def draw(self, draw, call, needed):
-        made = self.make(call)
-        if made is None or not (needed or self.must(call) or draw(st.booleans())):
+        strategy = self.make(call)
+        if strategy is None or not (needed or self.must(call) or draw(st.booleans())):
             return ABSENT
-        return draw(made)
+        return draw(strategy)
 
     def wrong(self, call, value, needed):
         yield from self.bad(call, value)
@@ -140,11 +140,10 @@ class Array(Made):
 
     Args:
         dtypes: "float", "integer", or "real" for either.
-        joined: whether its shape follows from other arguments; else theirs follow from it.
-        longer_in: the dimension that is to be no longer.
-        any_rank: whether a tensor of any rank will do, where no other argument is joined to it.
-        also: strangers that will do in its place.
-        must: for which calls it has to be given, if ``make`` gives one.
+        joined: True if its shape follows from other arguments; else theirs follow from it.
+        longer_in: the dimension that must not be longer.
+        any_rank: True if any rank is valid when no other argument is joined to it.
+        also: values of other types that are valid. must: True for calls that require it, if ``make`` returns one.
     """
 
     def __init__(
@@ -181,13 +180,13 @@ class Array(Made):
             yield "five dimensions", value.new_zeros((1,) * 5)
 
     def is_joined_to(self, call: Call) -> bool:
-        """Whether the shape of another argument that is given follows from this one's."""
-        given = (call.kind(k) for k, v in call.arguments.items() if isinstance(v, Tensor))
-        return any(kind.joined for kind in given if isinstance(kind, (Array, Mask, Offsets, Labels)))
+        """True if the shape of another argument of the call follows from this one's."""
+        kinds = (call.kind(k) for k, v in call.arguments.items() if isinstance(v, Tensor))
+        return any(kind.joined for kind in kinds if isinstance(kind, (Array, Mask, Offsets, Labels)))
 
 
 def per_token(*kinds: str, **options: Any) -> Array:
-    """Numbers of some kinds, NaN where masked."""
+    """Per-token numbers of some kinds, NaN where masked."""
 
     def make(call):
         rows = call.batch.rows
@@ -198,7 +197,7 @@ def per_token(*kinds: str, **options: Any) -> Array:
 
 
 def per_row(*kinds: str, **options: Any) -> Array:
-    """Numbers of some kinds, NaN for rows that have no token."""
+    """Per-row numbers of some kinds, NaN for rows without a token."""
 
     def make(call):
         plain = some.numbers((call.batch.size,), kinds or some.REWARDS, dtype=call.batch.dtype)
@@ -224,8 +223,10 @@ class Rewards(Array):
     def _rewards(self, call: Call) -> st.SearchStrategy[Tensor]:
         several = st.integers(0, 3)
         channels = {"never": st.none(), "maybe": st.none() | several, "always": several}[self.channels]
-        made = channels.flatmap(lambda c: some.rewards(call.batch.size, channels=c, dtype=call.batch.dtype))
-        return made.map(lambda x: dead_as_nan(call, x))
+        strategy = channels.flatmap(
+            lambda c: some.rewards(call.batch.size, channels=c, dtype=call.batch.dtype)
+        )
+        return strategy.map(lambda x: dead_as_nan(call, x))
 
     def wrong(self, call, value, needed):
         for what, bad in super().wrong(call, value, needed):
@@ -238,7 +239,7 @@ class Rewards(Array):
 
 
 class Mask(Kind):
-    """``one_of_two``: the function cannot do without a mask or offsets."""
+    """``mask``; with ``one_of_two`` the function requires a mask or offsets."""
 
     def __init__(self, one_of_two: bool = False) -> None:
         self.one_of_two = one_of_two
@@ -263,8 +264,8 @@ class Offsets(Kind):
     """``cu_seqlens``"""
 
     def draw(self, draw, call, needed):
-        found = call.batch.rows.cu_seqlens
-        return ABSENT if found is None else found
+        offsets = call.batch.rows.cu_seqlens
+        return ABSENT if offsets is None else offsets
 
     def wrong(self, call, value, needed):
         yield from strangers("None", "a tensor")
@@ -278,7 +279,7 @@ class Offsets(Kind):
         yield "another device", value.to("meta")
         yield "a first entry of 1", first_as(value, 1)
         if call["mask"] is ABSENT and call["num_tokens"] is ABSENT and call.takes("num_tokens"):
-            return  # the offsets alone say how many tokens there are
+            return  # only the offsets determine the number of tokens
         last, total = torch.tensor(len(value) - 1), int(value[-1])
         yield "a last entry too many", value.index_fill(0, last, total + 1)
         if len(value) > 2:
@@ -286,10 +287,10 @@ class Offsets(Kind):
 
 
 class Labels(Kind):
-    """``groups``; where they are not given, a ``group_size`` is.
+    """``groups``; without them the call has a ``group_size``.
 
     Args:
-        when: for which calls there are groups. spare: for which they may be left out.
+        when: True for calls with groups. spare: True for calls that may omit them.
     """
 
     def __init__(self, when: When = always, spare: When = never) -> None:
@@ -322,7 +323,7 @@ class Labels(Kind):
 
 
 class GroupSize(Kind):
-    """Of contiguous groups, where their labels are not given."""
+    """``group_size`` of contiguous groups, for calls without labels."""
 
     def draw(self, draw, call, needed):
         if call["groups"] is not ABSENT or not call.kind("groups").when(call):
@@ -356,9 +357,9 @@ class Number(Kind):
     """A number within bounds.
 
     Args:
-        values: to draw from. none: whether None will do. infinite: whether infinities will.
-        least, most: bounds that belong to it; above, below: that do not.
-        given: whether always. when: for which calls it is looked at. also: strangers that will do in its place.
+        values: values to draw from. none: None is valid. infinite: infinities are valid. least, most: inclusive
+            bounds; above, below: exclusive bounds. given: always passed. when: True for calls that check it.
+            also: values of other types that are valid.
     """
 
     def __init__(
@@ -397,7 +398,7 @@ class Number(Kind):
 
 
 class Whole(Made):
-    """An int of at least ``least``, and at most what ``most`` says."""
+    """An int of at least ``least`` and at most ``most``."""
 
     def __init__(
         self, make: Make, least: int, most: Callable[[Call], int] | None = None, **options: Any
@@ -413,7 +414,7 @@ class Whole(Made):
 
 
 class Choice(Kind):
-    """One of some names. ``also``: strangers that will do in their place."""
+    """One of some names. ``also``: values of other types that are valid."""
 
     def __init__(
         self, names: Callable[[Call], Sequence[str]] | Sequence[str], also: Sequence[str] = ()
@@ -443,7 +444,7 @@ class Flag(Kind):
 
 
 class Either(Kind):
-    """A number, or a tensor of them: ``outside`` is no such number, ``read`` says at which tokens they are read."""
+    """A number, or a tensor of numbers. ``outside``: an invalid number; ``read``: the tokens that read it."""
 
     def __init__(self, number: Number, array: Array, outside: float, read: Callable[[Call], Tensor]) -> None:
         self.number, self.array, self.outside, self.read = number, array, outside, read
@@ -456,7 +457,7 @@ class Either(Kind):
         if not isinstance(value, Tensor):
             return
         for what, bad in self.array.wrong(call, value, True):
-            # A longer or deeper one may fit in another meaning.
+            # A longer tensor, or one of higher rank, may be valid in another meaning.
             if what.startswith("of ") or what == "another device":
                 yield what, bad
         yield "too long", value.new_ones((*value.shape[:-1], 1000 + call.batch.size)) * 0.5
@@ -470,7 +471,7 @@ class Either(Kind):
 
 
 class Outputs(Kind):
-    """Names of statistics: those that compare two models only where the second, ``ref``, is given."""
+    """Names of statistics; those of two models only if ``ref``, the second, is in the call."""
 
     def __init__(self, ref: str = "ref_logits", but: Sequence[str] = (), empty: bool = False) -> None:
         self.ref, self.but, self.empty = ref, but, empty
@@ -482,8 +483,8 @@ class Outputs(Kind):
         if not needed and not draw(st.booleans()):
             return ABSENT
         names = [n for n in OUTPUTS if n not in self.but and not (self._single(call) and n in REF_OUTPUTS)]
-        found = draw(st.lists(st.sampled_from(names), min_size=0 if self.empty else 1, max_size=4))
-        return draw(st.sampled_from((tuple, list)))(found)
+        drawn = draw(st.lists(st.sampled_from(names), min_size=0 if self.empty else 1, max_size=4))
+        return draw(st.sampled_from((tuple, list)))(drawn)
 
     def wrong(self, call, value, needed):
         yield from strangers()
@@ -504,9 +505,9 @@ class Coefficients(Kind):
     def draw(self, draw, call, needed):
         single = call[self.ref] is ABSENT
         names = [n for n in OUTPUTS if n != "is_top1" and not (single and n in REF_OUTPUTS)]
-        found = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
+        drawn = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
         values = per_token("normal").make(call)
-        return {n: draw(values) for n in found}
+        return {n: draw(values) for n in drawn}
 
     def wrong(self, call, value, needed):
         yield from strangers()

@@ -1,10 +1,10 @@
-"""Plants the faults of `faults.py` in a copy of the checkout, one at a time, and runs the tests that should see it.
+"""Plant the faults of `faults.py` in a copy of the checkout, one at a time, and run the tests that should catch it.
 
     python tests/tools/mutations.py [--list] [--only SUBSTRING] [--markdown FILE]
 
-A fault is caught when a test's assertion fails; a fault that no test sees is a hole in the suite. What does not run
-at all (a text that is not there, code that does not compile, tests that crash or take too long) proves nothing, and
-is an error of the list. All of it runs on the CPU: Triton interpreted, CUDA C++ by `tests/cuda_on_host`.
+A fault is caught when a test's assertion fails; a fault that no test catches is a gap in the suite. A run without
+a verdict (missing text, code that does not compile, tests that crash or time out) proves nothing, and is an error
+of the list. Everything runs on the CPU: Triton interpreted, CUDA C++ by `tests/cuda_on_host`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ from typing import NamedTuple
 from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 600.0  # seconds of a build or of a run of tests
+LIMIT = 600.0  # seconds for a build or a test run
 LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "*.so", ".*")
-# What a failing test says in pytest's summary where it saw a wrong result, and not an exception by the way.
+# Text in pytest's summary of a failed assertion, as opposed to another exception.
 SEEN = re.compile(
     r"^FAILED (?P<test>.+?) - (assert |AssertionError|Failed: DID NOT RAISE|.*GradcheckError)", re.M
 )
 
 
 class FaultyList(Exception):
-    """The list of faults, or the checkout as it is, does not let a fault be judged."""
+    """A fault cannot be judged, because of the list of faults or the unchanged checkout."""
 
 
 class Outcome(NamedTuple):
-    """``caught_by``: the first failing test, None where the fault survived. ``error``: why it was not judged."""
+    """The outcome of a fault.
+
+    ``caught_by``: the first failing test, None if the fault survived. ``error``: why it was not judged.
+    """
 
     fault: Fault
     caught_by: str | None = None
@@ -51,31 +54,31 @@ class Outcome(NamedTuple):
 
 def planted(source: str, fault: Fault) -> str:
     """The file's text with the fault in it."""
-    found = source.count(fault.text)
-    if found != 1:
+    count = source.count(fault.text)
+    if count != 1:
         raise FaultyList(
-            f"{fault.file} has the text of '{fault.name}' {found} times, want once: {fault.text!r}"
+            f"{fault.file} has the text of '{fault.name}' {count} times, want once: {fault.text!r}"
         )
     return source.replace(fault.text, fault.instead)
 
 
 class Copy:
-    """A copy of the checkout to plant faults in, whose package is the one that is imported there."""
+    """A copy of the checkout for planting faults; Python imports the package of the copy there."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.build = folder / "checkout", folder / "build"
         shutil.copytree(ROOT, self.root, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        # An editable install says that this lies in the checkout it was made from.
+        # An editable install points to the original checkout.
         link = self.root / "rewardops" / "triton_kernels"
         if not link.exists():
             link.symlink_to("../triton_kernels")
-        # No bytecode is written, so none of a source that has changed since can be read.
-        own = {
+        # Without bytecode files, none can be stale.
+        settings = {
             "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400",
             "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1",
         }  # fmt: skip
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("REWARDOPS_", "PYTEST_"))}
-        self.env = kept | own
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("REWARDOPS_", "PYTEST_"))}
+        self.env = inherited | settings
         self.check_imports()
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +103,7 @@ class Copy:
                 raise FaultyList(f"the tests of {self.root} would import {origin}")
 
     def compile(self) -> None:
-        """The C++ module, as far as its sources have changed; unoptimised, which takes a tenth of the time."""
+        """Compile changed sources of the C++ module, unoptimised, which takes a tenth of the time."""
         import pybind11
 
         if not self.build.exists():
@@ -116,7 +119,7 @@ class Copy:
         self.must(sys.executable, "tests/cuda_on_host/build.py")
 
     def prepare(self, faults: Iterable[Fault]) -> None:
-        """Compile what these faults need, without those planted before; nothing that is up to date."""
+        """Compile what these faults need, with earlier faults removed; skip what is up to date."""
         if self.build.exists() or any(f.compiled for f in faults):
             self.compile()
         if any(f.on_host for f in faults):
@@ -127,7 +130,7 @@ class Copy:
         return self.run(sys.executable, "-m", "pytest", *options, file, "-k", select)
 
     def must_pass(self, faults: list[Fault]) -> None:
-        """The selections of all faults in the unchanged copy: only then does a failure show a fault."""
+        """Check that the tests of all faults pass in the unchanged copy: otherwise a failure shows nothing."""
         for file in dict.fromkeys(f.tests for f in faults):
             selects = dict.fromkeys(f.select for f in faults if f.tests == file)
             done = self.test(file, " or ".join(f"({s})" for s in selects))
@@ -135,7 +138,7 @@ class Copy:
                 raise FaultyList(f"{file} does not pass without a fault\n{done.stdout[-4000:]}")
 
     def judge(self, fault: Fault) -> Outcome:
-        """Plant a fault, run its tests, take it out again."""
+        """Plant a fault, run its tests, remove it."""
         path = self.root / fault.file
         source = path.read_text()
         try:
@@ -149,7 +152,7 @@ class Copy:
 
 
 def verdict(fault: Fault, done: subprocess.CompletedProcess[str]) -> Outcome:
-    """What a run of the tests of a planted fault says."""
+    """The outcome from a test run with a planted fault."""
     seen = SEEN.search(done.stdout)
     if done.returncode == 1 and seen:
         return Outcome(fault, caught_by=seen["test"])

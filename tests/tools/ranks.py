@@ -1,4 +1,4 @@
-"""Processes that make a process group, kept for all tests of a module: a test's function runs on every rank."""
+"""Processes of a process group, reused by all tests of a module: a test's function runs on every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ TIMEOUT = 60
 class Ranks:
     """``run(n, fn, *args)`` calls ``fn(process_group, *args)`` on the first ``n`` ranks; returns what they return.
 
-    ``fn`` is a function of a module, ``args`` and results can be pickled. After a failure they are of no more use.
+    ``fn`` is a module-level function; ``args`` and results must be picklable. After a failure the processes are
+    unusable.
     """
 
     def __init__(self, size: int, folder: Path) -> None:
@@ -35,18 +36,18 @@ class Ranks:
     def run(self, count: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         for end in self._ends[:count]:
             end.send((count, fn, args))
-        found: dict[int, Any] = {}
-        while len(found) < count:
-            waiting = {end: k for k, end in enumerate(self._ends[:count]) if k not in found}
+        results: dict[int, Any] = {}
+        while len(results) < count:
+            waiting = {end: k for k, end in enumerate(self._ends[:count]) if k not in results}
             ready = wait(list(waiting), TIMEOUT)
             if not ready:
                 raise TimeoutError(f"no answer from ranks {sorted(waiting.values())}")
             for end in ready:
                 rank = waiting[end]
-                found[rank], error = end.recv()
+                results[rank], error = end.recv()
                 if error is not None:  # others may be waiting for this rank
                     raise AssertionError(f"rank {rank}: {error}")
-        return [found[k] for k in range(count)]
+        return [results[k] for k in range(count)]
 
     def close(self) -> None:
         for process in self._processes:
@@ -57,7 +58,7 @@ class Ranks:
 def _serve(rank: int, size: int, store: Path, commands: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    # Every rank takes part in making a group, its members or not.
+    # Every rank participates in creating a group, members and others.
     groups = {n: dist.new_group(list(range(n))) for n in range(1, size + 1)}
     while True:
         count, fn, args = commands.recv()

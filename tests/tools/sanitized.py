@@ -1,4 +1,4 @@
-"""The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer: built, and fuzzed in a process of its own.
+"""The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer: built, and fuzzed in a separate process.
 
 ``python tests/tools/sanitized.py`` takes the arguments of ``tests/tools/fuzz.py``.
 """
@@ -17,36 +17,36 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "sanitized"
-MODULE = "REWARDOPS_SANITIZED_MODULE"  # for the child: where it lies
+MODULE = "REWARDOPS_SANITIZED_MODULE"  # for the child process: the path of the module
 
 
 def tool(name: str) -> str | None:
-    """A program of this environment, or of the system."""
+    """The path of a program in this environment, or in the system."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 
 def runtimes() -> list[str]:
-    """The libraries that must be loaded first; none where the compiler does not bring them."""
+    """The sanitizer runtimes to preload; empty if the compiler has none."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    found = []
+    libraries = []
     for name in ("libasan.so", "libubsan.so") if compiler else ():
         path = subprocess.run(
             [str(compiler), f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         if os.path.isabs(path):
-            found.append(path)
-    return found if len(found) == 2 else []
+            libraries.append(path)
+    return libraries if len(libraries) == 2 else []
 
 
 def why_not() -> str | None:
-    """Why it cannot be built here; None where it can."""
+    """The reason why the module cannot be built here; None if it can."""
     if not (tool("cmake") and tool("ninja")):
         return "no cmake, or no ninja"
     return None if runtimes() else "the compiler has no address or undefined behaviour sanitizer"
 
 
 def build(source: Path = ROOT, folder: Path = BUILD) -> Path:
-    """The module, whatever has changed compiled anew; several processes may call this at once."""
+    """Build the module, recompiling changed sources; safe to call from several processes at once."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ def build(source: Path = ROOT, folder: Path = BUILD) -> Path:
 
 
 def run(module: Path, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """A command of this interpreter in which ``load`` finds the module; it ends at the first report."""
+    """Run a Python command in which ``load`` finds the module; it ends at the first report."""
     env = {
         **os.environ,
         "LD_PRELOAD": os.pathsep.join(runtimes()),
-        "ASAN_OPTIONS": "detect_leaks=0",  # torch's and Python's
+        "ASAN_OPTIONS": "detect_leaks=0",  # leaks of torch and Python
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         MODULE: str(module),
     }
@@ -83,7 +83,7 @@ def run(module: Path, *command: str, timeout: float = 600) -> subprocess.Complet
 
 
 def load() -> None:
-    """Take the module for ``rewardops._C``, before anything imports that."""
+    """Use the module as ``rewardops._C``, before the first import."""
     spec = importlib.util.spec_from_file_location("rewardops._C", os.environ[MODULE])
     assert spec is not None
     assert spec.loader is not None

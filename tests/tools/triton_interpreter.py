@@ -1,4 +1,4 @@
-"""Triton's interpreter, as it is but in a third of the time."""
+"""Triton's interpreter with the same results, in a third of the time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """From here on in this process; what kernels compute is the same but for the order of scans.
+    """Patch the interpreter of this process; kernels compute the same, except for the order of scans.
 
-    The interpreter patches the language anew at each call of a device function, which is half of its time: once a
-    launch will do. It scans and reduces element by element; a warp does by doubling.
+    The interpreter patches the language at each call of a device function, which is half of its time: once per
+    launch suffices. It scans and reduces element by element, a warp by doubling.
     """
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
@@ -29,21 +29,21 @@ def hasten() -> None:
 
 
 def _scan(self, tensors):
-    """``ScanOps.generic_scan``: Hillis and Steele's, each step one call of the combination on whole blocks."""
-    found, dtypes = [x.handle.data for x in tensors], [x.dtype for x in tensors]
-    place = np.indices(found[0].shape)[self.axis]
+    """``ScanOps.generic_scan``: Hillis and Steele's scan; each step calls the combination once on whole blocks."""
+    arrays, dtypes = [x.handle.data for x in tensors], [x.dtype for x in tensors]
+    place = np.indices(arrays[0].shape)[self.axis]
     distance = 1
-    while distance < found[0].shape[self.axis]:
-        both = [np.roll(x, distance, self.axis) for x in found] + found
+    while distance < arrays[0].shape[self.axis]:
+        both = [np.roll(x, distance, self.axis) for x in arrays] + arrays
         both = self.combine_fn.fn(*map(self.to_tensor, both, dtypes * 2))
         both = both if isinstance(both, tuple) else (both,)
-        found = [np.where(place < distance, x, y.handle.data) for x, y in zip(found, both, strict=True)]
+        arrays = [np.where(place < distance, x, y.handle.data) for x, y in zip(arrays, both, strict=True)]
         distance *= 2
-    return [self.to_tensor(*x) for x in zip(found, dtypes, strict=True)]
+    return [self.to_tensor(*x) for x in zip(arrays, dtypes, strict=True)]
 
 
 def _reduce(self, tensors):
-    """``ReduceOps.generic_reduce``: the last of a scan."""
+    """``ReduceOps.generic_reduce``: the last element of a scan."""
     if self.axis is None or self.keep_dims:
         raise NotImplementedError("tl.reduce of all axes, or with keep_dims")
     last = [np.take(x.handle.data, -1, self.axis) for x in _scan(self, tensors)]
