@@ -314,6 +314,5 @@ def _arguments(
         softcap=options.softcap / logit_scale,
     )
     chunks = _count("chunk_tokens", chunk_tokens, 1), _count("chunk_vocab", chunk_vocab, 1)
-    return LinearArgs(
-        *_autocast(hidden, weight, bias, ref_hidden, ref_weight, ref_bias), *options, *chunks, hint
-    )
+    sides = _autocast(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    return LinearArgs._make([*sides, *options, *chunks, hint])

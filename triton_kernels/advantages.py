@@ -209,7 +209,7 @@ def _options(a: AdvantagesArgs, unmasked: int) -> dict[str, Any]:
     join, warps = (unmasked, 4) if a.mask is None else (JOIN_MASKED, 8)
     return {
         "BASELINE": BASELINES.index(a.baseline), "SCALE": SCALES.index(a.scale), "RAW": a.raw,
-        "HAS_MASK": a.mask is not None, "JOIN": join, "num_warps": warps, **BITS,
+        "HAS_MASK": a.mask is not None, "JOIN": join, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
         rewards, groups, pointer(values, rewards), pointer(lengths, rewards), pointer(mask, rewards), rows.cu, out,
         inv_scale, numerators, rows.batch, stride(mask), rows.width, rows.total, stride(out) if tokens else 0,
         *pair(a.quantile), *pair(a.eps), a.ddof, parts, TOKENS=tokens, PACKED=rows.packed, BLOCK=BLOCK,
-        **_options(a, JOIN),
+        **_options(a, JOIN), **BITS,
     )  # fmt: skip
     return out, inv_scale, numerators
 
@@ -264,6 +264,6 @@ def group_advantages_backward(
         inv_scale.contiguous(), numerator.contiguous(), pointer(mask, rewards), rows.cu, out, baseline_grads,
         rows.batch, stride(mask), rows.width, rows.total, *pair(a.quantile), *pair(a.eps), a.ddof,
         TOKENS=tokens, PACKED=rows.packed, HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None,
-        **_options(a, JOIN_BACKWARD),
+        **_options(a, JOIN_BACKWARD), **BITS,
     )  # fmt: skip
     return out, baseline_grads

@@ -108,13 +108,13 @@ def largest(a: LargestArgs) -> Tensor:
     room, prefix = wanted.clone(), torch.zeros_like(wanted)
     inputs = (values, pointer(mask, values), rows.cu, scopes, prefix)
     sizes = (rows.width, rows.total, stride(values), stride(mask))
-    flags = {"PACKED": rows.packed, "HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": 4, **BITS}
+    flags = {"PACKED": rows.packed, "HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": 4}
     parts = splits(values, rows.batch, max(1, cdiv(rows.width, BLOCK)))
     bits = 64 if values.dtype is torch.float64 else 32
     for shift in range(bits - DIGIT, -1, -DIGIT):
         counts = torch.zeros((rows.batch, 1 << DIGIT), dtype=torch.int64, device=values.device)
         digits_kernel[(rows.batch, parts)](
-            *inputs, counts, *sizes, shift, parts, FIRST=shift == bits - DIGIT, DIGIT=DIGIT, **flags
+            *inputs, counts, *sizes, shift, parts, FIRST=shift == bits - DIGIT, DIGIT=DIGIT, **flags, **BITS
         )
         # The largest digit such that enough keys have it or a larger one; keys with a larger digit are all chosen.
         onward = counts.flip(1).cumsum(1).flip(1)
@@ -124,12 +124,12 @@ def largest(a: LargestArgs) -> Tensor:
         prefix.copy_(prefix << DIGIT | digit)
     before = torch.empty_like(scopes)
     arguments = (*inputs, torch.where(wanted > 0, room, 0), before, out, *sizes, stride(out))
-    chosen_kernel[(rows.batch,)](*arguments, WRITE=False, **flags)
+    chosen_kernel[(rows.batch,)](*arguments, WRITE=False, **flags, **BITS)
     # The earliest ties are chosen: the number of ties in the scope's earlier rows, for each row.
     order = scopes.argsort(stable=True)
     sums = before[order].cumsum(0) - before[order]
     first = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), scopes[order][1:] != scopes[order][:-1]])
     start = torch.where(first, sums, 0).cummax(0).values
     before.index_copy_(0, order, sums - start)
-    chosen_kernel[(rows.batch,)](*arguments, WRITE=True, **flags)
+    chosen_kernel[(rows.batch,)](*arguments, WRITE=True, **flags, **BITS)
     return out.view(torch.bool)

@@ -18,7 +18,7 @@ _TYPES = {
 
 
 @functools.cache
-def tensor_count(record: type[NamedTuple]) -> int:
+def tensor_count(record: Any) -> int:
     """The number of leading fields that are tensors, or None."""
     return sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(record).values())
 
@@ -49,9 +49,10 @@ def packer(names: Sequence[str], record: type[NamedTuple] | None) -> Callable[[S
 
 def save_record(ctx: Any, args: Any, *results: Tensor | None) -> None:
     """Save a record, and results of the forward pass, for the backward pass."""
-    count = tensor_count(type(args))
+    record: Any = type(args)
+    count = tensor_count(record)
     ctx.save_for_backward(*args[:count], *results)
-    ctx.record, ctx.scalars = type(args), args[count:]
+    ctx.record, ctx.scalars = record, args[count:]
 
 
 def saved_record(ctx: Any) -> tuple[Any, list[Any]]:

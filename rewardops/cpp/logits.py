@@ -9,9 +9,9 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from ..core.native import compiled_module
+from ..core.native import compiled_module, fresh
 from ..reference.logits import OUTPUTS, RECORD, TokenStatsArgs, accumulator, saved_rows, with_gradient
-from .memory import address, dense, fresh, threads
+from .memory import address, dense, threads
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_ROWS = (0, 0, 1, 0, 0)

@@ -36,7 +36,7 @@ def _fake_gradients(args: LinearArgs, needs: Sequence[bool]) -> list[Tensor]:
         args.hidden.new_empty(0)
         if t is None or not need
         else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip(args, needs, strict=False)
+        for t, need in zip(args[:6], needs, strict=False)
     ]
 
 

@@ -102,12 +102,14 @@ def _setup_broadcast(ctx, inputs, output) -> None:  # type: ignore[no-untyped-de
     ctx.num_steps = steps.shape[1]
 
 
+def _gradient_broadcast(ctx, grad):  # type: ignore[no-untyped-def]
+    return {"steps": segment_reduce(grad, *ctx.saved_tensors, ctx.num_steps, "sum")[0]}
+
+
 segment_broadcast = define(
     "segments",
     "segment_broadcast(Tensor steps, Tensor ids, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
     fake=lambda steps, ids, *_: steps.new_empty(ids.shape),
     setup_context=_setup_broadcast,
-    backward=lambda ctx, grad: {
-        "steps": segment_reduce(*SegmentsArgs(grad, *ctx.saved_tensors, ctx.num_steps, "sum"))[0]
-    },
+    backward=_gradient_broadcast,
 )
