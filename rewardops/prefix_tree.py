@@ -19,8 +19,8 @@ from .core.groups import GroupSize, Labels
 from .core.settings import may_read
 from .ops import advantages
 from .ops import prefix_tree as ops
-from .ops.advantages import check_group_scale
 from .ops.forest import Forest, TokenRows, checked_rewards, checked_weights
+from .ops.group_spec import check_group_scale
 from .reference.advantages import AdvantagesArgs
 
 __all__ = [

@@ -13,7 +13,7 @@ from .advantages import group_advantages
 from .core import checks
 from .core.settings import may_read
 from .ops import tree as ops
-from .ops.advantages import check_group_scale
+from .ops.group_spec import check_group_scale
 from .reference.tree import REDUCES, TreeArgs
 
 __all__ = ["tree_advantages", "tree_values"]

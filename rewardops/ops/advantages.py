@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core import checks
 from ..core.dispatch import define
 from ..core.records import save_record, saved_record, schema_of
-from ..reference.advantages import SCALES, AdvantagesArgs
+from ..reference.advantages import AdvantagesArgs
 
 _ARGS = schema_of(AdvantagesArgs)
 
@@ -62,8 +61,3 @@ group_advantages = define(
     setup_context=_setup,
     backward=_gradient,
 )
-
-
-def check_group_scale(scale: str, eps: float, ddof: int) -> None:
-    checks.check_choice("scale", scale, SCALES)
-    checks.check_eps_ddof(eps, ddof)

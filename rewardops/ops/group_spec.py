@@ -1,0 +1,158 @@
+"""Groups, baseline, scale and token layout of group advantages, validated; and the op called with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.groups import Labels, group_ids
+from ..core.rows import Layout
+from ..core.settings import may_read
+from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs, live_rows
+from .advantages import group_advantages
+from .segments import row_counts
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Validated arguments of :func:`group_advantages`: groups, baseline, scale, token layout. Launches nothing."""
+
+    ids: Tensor
+    rows: Layout | None
+    baseline: str
+    quantile: float
+    scale: str
+    eps: float
+    ddof: int
+    raw: bool
+    lengths: Tensor | None
+    baseline_values: Tensor | None
+
+    @staticmethod
+    def of(
+        rewards: Tensor,
+        groups: Labels,
+        *,
+        group_size: object = None,
+        baseline: str | float | Tensor = "mean",
+        scale: str = "std",
+        eps: float = 1e-6,
+        ddof: int = 1,
+        singleton: str = "zero",
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_tokens: int | None = None,
+        name: str = "rewards",
+    ) -> GroupSpec:
+        """Validate the arguments of a call with ``rewards`` ``[B]``, which errors name ``name``."""
+        checks.check_rewards(rewards, name)
+        ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
+        kind, quantile, values = _baseline(baseline, rewards)
+        check_group_scale(scale, eps, ddof)
+        checks.check_choice("singleton", singleton, ("zero", "raw"))
+        if singleton == "raw" and scale == "batch_std":
+            raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
+        rows = checks.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
+        if kind == "length_weighted":
+            _check_lengths(lengths, rows, rewards)
+        elif lengths is not None:
+            raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
+        return GroupSpec(
+            ids, rows, kind, quantile, scale, float(eps), ddof, singleton == "raw", lengths, values
+        )
+
+    def weights(self) -> Tensor | None:
+        """``[B]``, the lengths that weigh rewards in the baseline; None for other baselines."""
+        if self.baseline != "length_weighted":
+            return None
+        if self.lengths is not None:
+            return self.lengths.detach()
+        assert self.rows is not None
+        return row_counts(self.rows, self.ids.device)
+
+    def live(self) -> Tensor:
+        """``[B]``, rows that have a token; all rows where there are no tokens."""
+        where = (None, None) if self.rows is None else (self.rows.mask, self.rows.cu_seqlens)
+        return live_rows(self.ids, *where)
+
+    def by_row(self) -> GroupSpec:
+        """These arguments for rows of one token, ``[B, 1]``, masked where the row has no token."""
+        live = self.live()[:, None]
+        return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.weights())
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Advantages ``[B]``, or written to the tokens."""
+        values = () if self.baseline_values is None else (self.baseline_values,)
+        rewards, *values_wide = checks.promote(rewards, *values)
+        weights, rows = self.weights(), self.rows
+        args = AdvantagesArgs(
+            rewards,
+            self.ids,
+            values_wide[0] if values_wide else None,
+            None if weights is None else weights.to(rewards.dtype),
+            None if rows is None else rows.mask,
+            None if rows is None else rows.cu_seqlens,
+            -1 if rows is None or rows.cu_seqlens is None else rows.shape[0],
+            self.baseline,
+            self.quantile,
+            self.scale,
+            self.eps,
+            self.ddof,
+            self.raw,
+        )
+        out: Tensor = group_advantages(*args)[0]
+        return out
+
+    def to_tokens(self, values: Tensor) -> Tensor:
+        """Per-row values ``[B]`` unchanged, or written to the tokens of their rows."""
+        if self.rows is None:
+            return values
+        # Every row is a group of its own: the kernel writes the tokens in its only pass.
+        alone = torch.arange(len(values), device=values.device)
+        return replace(
+            self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None
+        ).advantages(values)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def check_group_scale(scale: str, eps: float, ddof: int) -> None:
+    checks.check_choice("scale", scale, SCALES)
+    checks.check_eps_ddof(eps, ddof)
+
+
+def _baseline(baseline: str | float | Tensor, rewards: Tensor) -> tuple[str, float, Tensor | None]:
+    """Validate a baseline: its name, quantile and values."""
+    if isinstance(baseline, Tensor):
+        checks.check_float("baseline", _per_row("baseline", baseline, rewards))
+        return "values", 0.0, baseline
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
+        if not 0 <= baseline <= 1:
+            raise ValueError(f"baseline: got {baseline}, want a quantile from 0 to 1, a name or a tensor")
+        return "quantile", float(baseline), None
+    checks.check_choice("baseline", baseline, [b for b in BASELINES if b not in ("quantile", "values")])
+    return str(baseline), 0.0, None
+
+
+def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
+    tensor = checks.check_tensor(name, value)
+    checks.check_shape(name, tensor, rewards.shape, "one per row of rewards")
+    checks.check_device(name, tensor, rewards.device, "rewards")
+    return tensor
+
+
+def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor) -> None:
+    if lengths is None:
+        if rows is None:
+            raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
+        return
+    lengths = _per_row("lengths", lengths, rewards)
+    if lengths.dtype not in (*checks.INTEGERS, *checks.FLOATS):
+        raise TypeError(f"lengths: got dtype {lengths.dtype}, want integer or float")
+    if may_read(lengths) and bool((lengths < 0).any()):
+        raise ValueError("lengths: got a value below 0, want none")
