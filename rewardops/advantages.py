@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import entropy as entropy_family
 from .core import checks, distributed
 from .core.groups import GroupSize, Labels, group_ids
-from .ops.group_spec import GroupSpec
+from .ops.group_spec import (
+    AllOptions,
+    BaselineOptions,
+    FixedOptions,
+    GroupOptions,
+    GroupSpec,
+    GrpoSOptions,
+    GtpoOptions,
+    ReinforceOptions,
+)
 from .ops.segments import row_counts, row_sums
 from .ops.td import last_tokens, step_ends, sums_between
 from .returns import softmin_rewards
@@ -20,60 +30,6 @@ from .td import discounted_returns, factor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from typing_extensions import TypedDict, Unpack
-
-    class RowOptions(TypedDict, total=False):
-        """Options of :func:`group_advantages` that every preset takes."""
-
-        group_size: GroupSize
-        eps: float
-        ddof: int
-        singleton: str
-
-    class GroupOptions(RowOptions, total=False):
-        """Options of :func:`group_advantages` for the baseline and the scale."""
-
-        baseline: str | float | Tensor
-        scale: str
-        lengths: Tensor | None
-
-    class PlaceOptions(TypedDict, total=False):
-        """Options of :func:`group_advantages` for weights, the layout of the tokens, and ranks."""
-
-        weights: Sequence[float] | Tensor | None
-        mask: Tensor | None
-        cu_seqlens: Tensor | None
-        num_tokens: int | None
-        process_group: ProcessGroup | None
-        max_per_rank: int | None
-
-    class FixedOptions(RowOptions, PlaceOptions, total=False):
-        """Options of presets that fix both the baseline and the scale."""
-
-    class BaselineOptions(FixedOptions, total=False):
-        """Options of presets that fix the scale."""
-
-        baseline: str | float | Tensor
-        lengths: Tensor | None
-
-    class AllOptions(GroupOptions, PlaceOptions, total=False):
-        """All options of :func:`group_advantages`."""
-
-    class EntropyOptions(TypedDict, total=False):
-        """Options that GTPO and GRPO-S share."""
-
-        entropy_floor: float
-        entropy_grad: bool
-
-    class GtpoOptions(EntropyOptions, total=False):
-        alpha1: float
-        alpha2: float
-
-    class GrpoSOptions(EntropyOptions, total=False):
-        beta1: float
-        beta2: float
-        positive: float | None
-
 
 __all__ = [
     "advantages_to_tokens", "dr_grpo", "gdpo", "gpg", "group_advantages", "grpo", "grpo_s", "gtpo", "lite_ppo",
@@ -535,7 +491,7 @@ def reinforce_plus_plus_baseline(
     ddof: int = 1,
     eps: float = 1e-8,
     process_group: ProcessGroup | None = None,
-    **options: Any,  # options of dr_grpo, except those above
+    **options: Unpack[ReinforceOptions],
 ) -> Tensor:
     """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens."""
     tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}

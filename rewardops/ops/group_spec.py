@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ..core import checks
-from ..core.groups import Labels, group_ids
+from ..core.groups import GroupSize, Labels, group_ids
 from ..core.rows import Layout
 from ..core.settings import may_read
 from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs, live_rows
 from .advantages import group_advantages
 from .segments import row_counts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -156,3 +162,82 @@ def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor)
         raise TypeError(f"lengths: got dtype {lengths.dtype}, want integer or float")
     if may_read(lengths) and bool((lengths < 0).any()):
         raise ValueError("lengths: got a value below 0, want none")
+
+
+# ---- options of the presets --------------------------------------------------------------------------------
+
+
+class RowOptions(TypedDict, total=False):
+    """Options of :func:`group_advantages` that every preset takes."""
+
+    group_size: GroupSize
+    eps: float
+    ddof: int
+    singleton: str
+
+
+class GroupOptions(RowOptions, total=False):
+    """Options of :func:`group_advantages` for the baseline and the scale."""
+
+    baseline: str | float | Tensor
+    scale: str
+    lengths: Tensor | None
+
+
+class PlaceOptions(TypedDict, total=False):
+    """Options of :func:`group_advantages` for weights, the layout of the tokens, and ranks."""
+
+    weights: Sequence[float] | Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    num_tokens: int | None
+    process_group: ProcessGroup | None
+    max_per_rank: int | None
+
+
+class FixedOptions(RowOptions, PlaceOptions, total=False):
+    """Options of presets that fix both the baseline and the scale."""
+
+
+class BaselineOptions(FixedOptions, total=False):
+    """Options of presets that fix the scale."""
+
+    baseline: str | float | Tensor
+    lengths: Tensor | None
+
+
+class AllOptions(GroupOptions, PlaceOptions, total=False):
+    """All options of :func:`group_advantages`."""
+
+
+class ReinforceOptions(TypedDict, total=False):
+    """Options of :func:`dr_grpo` that REINFORCE++-baseline passes on."""
+
+    group_size: GroupSize
+    singleton: str
+    baseline: str | float | Tensor
+    lengths: Tensor | None
+    weights: Sequence[float] | Tensor | None
+    max_per_rank: int | None
+
+
+class EntropyOptions(TypedDict, total=False):
+    """Options that GTPO and GRPO-S share."""
+
+    entropy_floor: float
+    entropy_grad: bool
+
+
+class GtpoOptions(EntropyOptions, total=False):
+    """Options of GTPO."""
+
+    alpha1: float
+    alpha2: float
+
+
+class GrpoSOptions(EntropyOptions, total=False):
+    """Options of GRPO-S."""
+
+    beta1: float
+    beta2: float
+    positive: float | None
