@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// What runs on the CPU and inside CUDA kernels.
+// Marks functions that run on the CPU and inside CUDA kernels.
 #ifdef __CUDACC__
 #define REWARDOPS_BOTH __host__ __device__
 #else
