@@ -51,7 +51,8 @@ $(VENV)/.peers: $(INSTALLED) benchmarks/requirements-peers.txt
 bench: venv
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# The script for a GPU. It needs python3 with torch, Triton, pybind11 and pytest, cmake, ninja and a GPU; no network, no virtual environment.
+# The script for a GPU. It needs python3 with torch, Triton, pybind11 and pytest, cmake and ninja; no network and no
+# virtual environment.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
