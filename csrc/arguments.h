@@ -65,7 +65,7 @@ Tokens<T> tokens(const py::handle& tuple) {
   return out;
 }
 
-// (batch, width, address of cu_seqlens, number of packed tokens, whether the offsets are int64)
+// (batch, width, address of cu_seqlens, number of packed tokens, true if the offsets are int64)
 inline Rows rows(const py::handle& tuple) {
   Reader r(tuple);
   Rows out{};

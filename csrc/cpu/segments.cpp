@@ -10,7 +10,7 @@ namespace {
 // The running reduction of one segment.
 struct Reduced {
   double value = 0;
-  double kept = -1;    // as SegmentsArgs::kept
+  double kept = -1;    // see SegmentsArgs::kept
   int64_t count = 0, zeros = 0;
 
   void take(Reduce op, double x, int64_t t) {

@@ -29,7 +29,7 @@ struct Rows {
     const int64_t begin = offset(row), end = offset(row + 1);
     return end > begin ? end - begin : 0;
   }
-  // Where a row starts in an array of the given row stride (packed arrays have none).
+  // Offset of a row's first token in an array with this row stride (packed arrays have none).
   REWARDOPS_BOTH int64_t start(int64_t row, int64_t stride) const { return cu ? offset(row) : row * stride; }
 };
 

@@ -35,7 +35,7 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
     return *value = 0;
   };
   const double none = std::numeric_limits<double>::quiet_NaN();
-  // Where the token's log-probability is NaN, so is its gradient.
+  // A token's log-probability that is NaN has a gradient of NaN.
   const double logprob = a.grads[kLogprob] && !found ? none : up(kLogprob);
   const double entropy = up(kEntropy), sum_sq = up(kSumSq), moment = up(kSumSqLogprob);
   policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) -

@@ -20,7 +20,7 @@ struct TdRow {
   const uint8_t* mask;
   const T *rewards, *values, *rho, *trace;
   const double *gammas, *lambdas;  // per token, or null
-  double gamma, lambda;            // of the row
+  double gamma, lambda;            // values of the whole row
   double decay;                    // gamma * lambda
 
   TdRow(const TdArgs<T>& args, int64_t row)

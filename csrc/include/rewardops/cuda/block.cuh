@@ -40,7 +40,7 @@ struct Cluster {
   __device__ int rank() const { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
   __device__ int size() const { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
   __device__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  // The same address in the dynamic shared memory of the block with a given rank.
+  // The same address in the dynamic shared memory of another block of the cluster.
   template <typename T>
   __device__ T* at(T* shared, int rank) const {
     return cooperative_groups::this_cluster().map_shared_rank(shared, static_cast<unsigned>(rank));

@@ -43,7 +43,7 @@ struct Shared {
   int rows[kListed];                       // the list; -1 for rows that are not members
   T rewards[kListed];
   double partial[kWarps][kReduced];
-  RewardSummary summaries[2];              // of the group, and of all rows; shared memory saves registers
+  RewardSummary summaries[2];              // group, and all rows; in shared memory to save registers
   double upstream[2][2];                   // sums over the members, see sum_upstream
   T results[3][kRows];                     // results of the block's rows
 };

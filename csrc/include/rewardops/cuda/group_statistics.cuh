@@ -100,7 +100,7 @@ __device__ void find_ranked(const Members<T, kBackward>& members, int rank, bool
 // statistic lies between.
 enum Ranked { kHighest, kLowest, kBelow, kAbove };
 
-// The advantages of a group: inv_scale * numerator, where the numerator, reward less baseline, is
+// The advantages of a group: inv_scale * numerator, where the numerator, reward minus baseline, is
 // gain * (reward - low - baseline) unless the group is `flat` or `alone`.
 struct GroupStatistics {
   double inv_scale = 1;               // 1 / (scale + eps); 0 where all rewards that the scale depends on are equal

@@ -50,7 +50,7 @@ struct StepRow {
   // A step ends at the last valid token in front of another id. Tokens with an id below 0 belong to no step.
   __device__ unsigned id_ends(const Tile& tile) {
     __shared__ int64_t leftmost[kWarps];  // the id of a warp's leftmost valid token
-    __shared__ int any[kWarps];           // whether the warp has a valid token
+    __shared__ int any[kWarps];           // 1 if the warp has a valid token
     int64_t id[kItems];
     load_items(ids, tile, valid, int64_t{-1}, id);
     const int64_t next = first_valid(mask, tile.high, size);

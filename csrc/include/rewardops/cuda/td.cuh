@@ -76,7 +76,7 @@ struct TdRow {
   const uint8_t* mask;
   const T *rho_row, *trace_row;
   const double *gammas, *lambdas;  // per token, or null
-  double gamma, lambda;            // of the row
+  double gamma, lambda;            // values of the whole row
   int64_t size, valid_end;         // valid_end: one past the last valid token, if masked tokens before it are steps
   bool decay;
   unsigned valid, steps;  // bits of the thread's tokens
