@@ -59,7 +59,7 @@ struct StepRow {
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i)
       if (is_valid(i)) first = id[i];
-    // Tiles are walked from the right: lanes and warps to the right have lower numbers.
+    // Where tiles are walked from the right (kReversed), lanes and warps to the right have lower numbers.
     const unsigned some = __ballot_sync(kAll, valid != 0);
     const int outer = kReversed ? 31 - __clz(static_cast<int>(some)) : __ffs(static_cast<int>(some)) - 1;
     const int64_t of_warp = __shfl_sync(kAll, first, outer < 0 ? 0 : outer);
