@@ -1,4 +1,4 @@
-# One command for each thing; CONTRIBUTING.md lists them.
+# One command for each task; CONTRIBUTING.md lists them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ lint: venv
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-# All but what is marked slow: builds of wheels and sanitizers, compilers, planted faults, other instruction sets.
+# All tests except those marked slow: builds of wheels and sanitizers, compilers, planted faults, other instruction sets.
 quick: venv
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow" $(ARGS)
 
@@ -35,11 +35,11 @@ check: venv
 	$(if $(FAMILY),,$(error FAMILY: got none, want one of rewardops/core/families.py))
 	$(BIN)/python -m pytest -q $(wildcard tests/ops/test_$(FAMILY).py tests/ops/test_$(FAMILY)_*.py) $(if $(BACKEND),-k $(BACKEND)) $(ARGS)
 
-# With what takes too long for every change: more Triton targets, more sanitizers, 10,000 fuzzed calls.
+# All tests, with checks that take too long for every change: more Triton targets, more sanitizers, 10,000 fuzzed calls.
 thorough: export REWARDOPS_THOROUGH = 1
 thorough: test
 
-# Inside the training frameworks, which are installed beside it: see benchmarks/requirements-peers.txt.
+# Tests inside the training frameworks, whose packages are installed first: see benchmarks/requirements-peers.txt.
 integrations: $(VENV)/.peers
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope tests/integrations $(ARGS)
 
@@ -51,7 +51,8 @@ $(VENV)/.peers: $(INSTALLED) benchmarks/requirements-peers.txt
 bench: venv
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Needs python3 with torch, Triton, pybind11 and pytest, cmake, ninja and a GPU; no network, no virtual environment.
+# The script for a GPU. It needs python3 with torch, Triton, pybind11 and pytest, cmake and ninja; no network and no
+# virtual environment.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """CMakeLists.txt is the one build description; this only calls it."""
+    """Build the extension with CMake; the build description is CMakeLists.txt."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -41,18 +41,18 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
 
     def copy_file(self, infile: str, outfile: str, *args: object, **kwargs: object) -> tuple[str, bool]:
-        """Into the checkout, all at once: processes import the module meanwhile."""
+        """Copy the module into the checkout atomically: running processes may import it at any time."""
         made = f"{outfile}.tmp"
         shutil.copy2(infile, made)
         os.replace(made, outfile)
         return outfile, True
 
 
-# One build at a time in a checkout: they share its build folder. The lock is the checkout's own directory.
+# One build at a time in a checkout, as builds share its build folder. The lock is on the checkout's directory.
 checkout = os.open(ROOT, os.O_RDONLY)
 fcntl.flock(checkout, fcntl.LOCK_EX)
 try:
-    # Never a top-level triton_kernels: Triton ships a package of that name, and others import it.
+    # Not a top-level triton_kernels: Triton ships a package of that name, which other packages import.
     setup(
         packages=[*find_packages(include=["rewardops", "rewardops.*"]), "rewardops.triton_kernels"],
         package_dir={"rewardops.triton_kernels": "triton_kernels"},

@@ -1,5 +1,5 @@
-// From the arguments of a Python call, tuples of addresses and sizes, to the argument records of the kernels. The callers
-// in rewardops/cpp have checked the arguments and allocated the outputs.
+// Converts the arguments of a Python call, tuples of addresses and sizes, to the argument records of the kernels. The
+// callers in rewardops/cpp have checked the arguments and allocated the outputs.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,8 +26,8 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A Python tuple, read from its first element to its last: numbers, enums and addresses as they are, the tuples within it
-// by the functions of the same name below.
+// A cursor over a Python tuple, from its first element to its last. It reads numbers, enums and addresses itself;
+// nested tuples are read by the functions of the same name below.
 class Reader {
  public:
   explicit Reader(const py::handle& tuple) : tuple_(tuple.cast<py::tuple>()) {}
@@ -37,7 +37,7 @@ class Reader {
     if constexpr (std::is_enum_v<V>) return static_cast<V>(next<int>());
     else return next().cast<V>();
   }
-  // 0 is null.
+  // An address; 0 is null.
   template <typename T>
   T* pointer() { return at<T>(next<Address>()); }
   template <typename T, size_t N>
@@ -65,7 +65,7 @@ Tokens<T> tokens(const py::handle& tuple) {
   return out;
 }
 
-// (batch, width, address of cu_seqlens, number of packed tokens, whether the offsets are int64)
+// (batch, width, address of cu_seqlens, number of packed tokens, true if the offsets are int64)
 inline Rows rows(const py::handle& tuple) {
   Reader r(tuple);
   Rows out{};

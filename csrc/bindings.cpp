@@ -23,7 +23,7 @@ using namespace rewardops::cpu;
 
 namespace {
 
-// Rows per range, so that a range is long enough for a thread to be woken for it.
+// Rows per range, so that the work of a range outweighs waking a thread.
 int64_t row_grain(int64_t row_bytes) {
   constexpr int64_t kWorth = 32768;
   return row_bytes >= kWorth ? 1 : kWorth / (row_bytes + 1) + 1;
@@ -126,13 +126,13 @@ void group_advantages_backward(const py::tuple& shape, bool tokens_given, const 
 
 // ---- scans along rows: td and returns -----------------------------------------------------------------------
 
-// The number of chunks that rows are scanned in. It depends on their shape alone, so that results do not depend on the
+// The number of chunks in which rows are scanned. It depends on the shape alone, so that results do not depend on the
 // number of threads.
 int64_t chunks_of(const Rows& r, int64_t longest) {
   return r.batch <= 16 && longest >= 2 * kScanChunk ? (longest + kScanChunk - 1) / kScanChunk : 1;
 }
 
-// Decides how a scan of rows of up to `longest` tokens is run. Returns the memory that `a.state` points to.
+// Divides a scan of rows of up to `longest` tokens into chunks. Returns the memory that `a.state` points to.
 template <typename Args>
 std::vector<double> plan_scan(Args& a, int64_t longest) {
   a.stream = too_large_for_caches(a.rows.batch * longest * static_cast<int64_t>(sizeof(*a.rewards.data)));
@@ -174,7 +174,7 @@ void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
   const TypedKernels<T>& k = kernels().of<T>();
   const py::gil_scoped_release release;
   if (which == "extremes") {
-    // An extreme is exact in any number of chunks: there are several only where whole rows would leave threads idle.
+    // An extreme is exact for any number of chunks: several are used only where whole rows would leave threads idle.
     if (a.rows.batch >= threads) a.chunks = 1;
     return run_scan(k.extremes, a, threads);
   }

@@ -1,1 +1,1 @@
-"""The Triton backend: a file per family, and files by theme; imported as ``rewardops.triton_kernels``."""
+"""The Triton backend: files per family, and files of shared code; imported as ``rewardops.triton_kernels``."""

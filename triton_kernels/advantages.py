@@ -33,16 +33,16 @@ from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
 from .segments import row_sums
 
-# Rows joined at once; fewer where their masks have to be read too.
+# Rows joined at once; fewer where masks are read too.
 JOIN = 128 if INTERPRETED else 1024
-JOIN_BACKWARD = 128 if INTERPRETED else 512  # the sizes at which ptxas keeps everything in registers
+JOIN_BACKWARD = 128 if INTERPRETED else 512  # the size at which ptxas keeps everything in registers
 JOIN_MASKED = 128
 BLOCK = 256 if INTERPRETED else 1024
 
 
 @triton.jit
 def numerator(reward, baseline, s, best, BASELINE: tl.constexpr):
-    """Reward minus baseline, by the group's statistics ``s``; ``best``: the group's first row of highest reward."""
+    """Reward minus baseline, from the group's statistics ``s``; ``best``: its first row of highest reward."""
     if BASELINE == NO_BASELINE:
         value = reward
     elif BASELINE == VALUES:
@@ -68,13 +68,13 @@ def group_advantages_kernel(
     ACC: tl.constexpr = tl.float64
     b = tl.program_id(0)
     group = GroupRows(tl.load(labels + b), rewards, labels, batch, mask, mask_stride, cu, width, total)
-    # A row without a valid token is not a member; it has no token to write to either.
+    # A row without a valid token is not a member, and has no token to write.
     row = b + tl.zeros([1], tl.int32)
     nonempty = with_valid_token(row, row < batch, group, TOKENS, PACKED, HAS_MASK)
     nonempty = tl.max(nonempty.to(tl.int32), 0) > 0
     reward = tl.load(rewards + b).to(ACC)
     if SCALE == NO_SCALE and not RAW and (BASELINE == NO_BASELINE or BASELINE == VALUES):
-        # The group is not needed.
+        # The advantage does not depend on the group.
         value = reward
         if BASELINE == VALUES:
             value = reward - tl.load(baselines + b).to(ACC)
@@ -118,7 +118,7 @@ def group_advantages_backward_kernel(
     BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_INV: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Program b: the gradient of row b's reward, and of its given baseline."""
+    """Program b: the gradients of row b's reward, and of its baseline where that is an argument."""
     ACC: tl.constexpr = tl.float64
     REWARD: tl.constexpr = rewards.dtype.element_ty
     b = tl.program_id(0)
@@ -136,7 +136,7 @@ def group_advantages_backward_kernel(
     if SCALE == RANGE:
         lowest = first_with_reward(s.low, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
     # Sums of upstream gradients over the rows whose numerator contains the baseline, and the gradient of the
-    # inverse scale, which with "batch_std" is that of all rows. Rows that do not count have inverse scale 0.
+    # inverse scale, which with "batch_std" is that of all rows. Rows that are not members have inverse scale 0.
     grad_sum = tl.zeros([], ACC)
     inv_scale_grad = tl.zeros([], ACC)
     if SCALE == BATCH_STD:
@@ -167,7 +167,7 @@ def group_advantages_backward_kernel(
     if HAS_GRAD:
         grad = tl.load(grads + b, mask=counts, other=0.0).to(ACC)
     reward = tl.load(rewards + b).to(ACC)
-    # The gradients of the numerator's own reward, and of the baseline, in this row's reward.
+    # Derivatives by this row's reward: of its own numerator, and of the baseline.
     gain = s.gain
     weight = tl.zeros([], ACC)
     if BASELINE == MEAN or BASELINE == LEAVE_ONE_OUT:
@@ -204,8 +204,8 @@ def group_advantages_backward_kernel(
 
 
 def _options(a: AdvantagesArgs, unmasked: int) -> dict[str, Any]:
-    """Keywords of either launch; ``unmasked``: rows joined at once where no mask has to be read."""
-    # Eight warps: a tile of masks held by four does not fit into registers.
+    """Keyword arguments of both launches; ``unmasked``: rows joined at once where no mask is read."""
+    # Eight warps: a tile of masks does not fit into the registers of four.
     join, warps = (unmasked, 4) if a.mask is None else (JOIN_MASKED, 8)
     return {
         "BASELINE": BASELINES.index(a.baseline), "SCALE": SCALES.index(a.scale), "RAW": a.raw,

@@ -26,7 +26,7 @@ def expm1_negative(x):
 
 @triton.jit
 def log1p(x):
-    """ln(1 + x). The rounding error of 1 + x is known, and corrected for (Kahan)."""
+    """ln(1 + x), corrected for the rounding error of 1 + x (Kahan)."""
     rounded = 1.0 + x
     change = rounded - 1.0
     return tl.where(change == 0.0, x, tl.log(rounded) * (x / tl.where(change == 0.0, 1.0, change)))
@@ -34,7 +34,7 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    """By e^2x, and near 0, where that cancels, by a rational function (Cephes)."""
+    """tanh x by e^2x; near 0, where that cancels, by a rational function (Cephes)."""
     a = tl.abs(x)
     z = a * a
     p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3

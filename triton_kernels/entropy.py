@@ -22,7 +22,7 @@ BLOCK = 256 if INTERPRETED else 512
 
 @triton.jit
 def weight_of(entropy, floor, right):
-    """Weight of a token: its entropy (at least ``floor``) in a right row, the inverse in a wrong one."""
+    """Weight of a token: its entropy (at least ``floor``) in a right row, the inverse of that in a wrong row."""
     h = tl.where(entropy < floor, floor, entropy)
     return tl.where(right, h, 1.0 / h)
 

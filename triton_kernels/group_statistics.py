@@ -1,4 +1,4 @@
-"""Statistics of a group's rewards: what a baseline, a scale and their gradients need, in float64."""
+"""Statistics of a group's rewards, in float64: the inputs of baselines, scales and their gradients."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Moments(NamedTuple):
     mean_above: Any  # mean of reward - low
     std: Any  # 0 unless requested
     mean_abs: Any  # mean of |reward|
-    differ: Any  # bool: whether any two rewards differ
+    differ: Any  # bool: any two rewards differ
 
 
 class GroupStatistics(NamedTuple):
-    """Baseline and scale of a group, and what their gradients need; float64 unless noted."""
+    """Baseline and scale of a group, and the inputs of their gradients; float64 unless noted."""
 
     begin: Any  # int32: all members lie in the rows [begin, end), whole blocks
     end: Any
@@ -50,15 +50,15 @@ class GroupStatistics(NamedTuple):
     low: Any  # smallest reward; NaN if a reward is NaN
     high: Any  # largest reward; likewise
     mean_above: Any  # mean of reward - low; weighted by length for the baseline "length_weighted"
-    differ: Any  # bool: whether any two rewards differ
+    differ: Any  # bool: any two rewards differ
     below: Any  # an order statistic as baseline is below + fraction * (above - below):
     above: Any  # two rewards of neighbouring rank,
-    fraction: Any  # and the way from one to the other
+    fraction: Any  # and the relative position between the two, in [0, 1)
     length: Any  # sum of the members' lengths, for "length_weighted"
     gain: Any  # factor of reward - mean: n / (n - 1) for "leave_one_out", else 1
     inv_scale: Any  # 1 / (scale + eps); 0 where no rewards differ, 1 without a scale
-    raw: Any  # bool: a group of one, whose reward stays as it is
-    scale_size: Any  # of the rewards that the scale comes from, the group's or the batch's: size,
+    raw: Any  # bool: a group of one, whose advantage is its reward
+    scale_size: Any  # the rewards that the scale comes from, the group's or the batch's: size,
     scale_low: Any  # low
     scale_mean_above: Any  # and mean_above,
     scale: Any  # and the scale itself, without eps
@@ -72,9 +72,10 @@ def reward_moments(
 ):  # fmt: skip
     """``Moments`` of a group, or of ``EVERYONE``; ``SQUARES`` requests the standard deviation.
 
-    Rewards are centred on the smallest one first: rewards near 1000 keep their differences. Equal rewards are
-    detected by comparison: their computed std is rounding error, not 0. All labels are read once, after that only
-    the blocks between the group's first and last row. Float64 costs little here, and gradients cancel.
+    Rewards are centred on the smallest one first: rewards near 1000 keep the digits of their differences. Equal
+    rewards are detected by comparison: their computed std is rounding error, not 0. All labels are read once; later
+    passes read only the blocks between the group's first and last row. Float64 costs little here, and gradients
+    cancel.
     """
     ACC: tl.constexpr = tl.float64
     low = tl.full([], float("inf"), ACC)
@@ -105,7 +106,7 @@ def reward_moments(
         magnitude += tl.sum(tl.abs(r), 0)
         differ += tl.sum((chosen & (r != low)).to(tl.int32), 0)
     size = count.to(ACC)
-    # A NaN has no rank: minimum and maximum may have passed over it, the sum has not.
+    # A NaN may be missing from minimum and maximum, but not from the sum.
     low = tl.where(magnitude == magnitude, low, magnitude)
     high = tl.where(magnitude == magnitude, high, magnitude)
     mean_above = above / tl.maximum(size, 1.0)
@@ -124,7 +125,7 @@ def reward_moments(
 
 @triton.jit
 def sort_key(r):
-    """Signed integers in the order of the numbers; 0 and -0 are one number."""
+    """Signed integer keys in the order of the numbers; 0 and -0 have the same key."""
     if r.dtype == tl.float64:
         key = (r + 0.0).to(tl.int64, bitcast=True)
         return tl.where(key < 0, key ^ 0x7FFFFFFFFFFFFFFF, key)
@@ -209,7 +210,7 @@ def group_statistics(
     moments = reward_moments(group, ddof, SCALE == STD, False, TOKENS, PACKED, HAS_MASK, JOIN)
     begin, end, size, low, high, mean_above, std, mean_abs, differ = moments
     raw = RAW and size == 1.0
-    source = moments  # of the rewards that the scale comes from
+    source = moments  # moments of the rewards that the scale comes from
     scale = std
     if SCALE == BATCH_STD:
         source = reward_moments(group, ddof, True, True, TOKENS, PACKED, HAS_MASK, JOIN)
@@ -247,7 +248,7 @@ def group_statistics(
         elif BASELINE == SECOND:
             rank = tl.maximum(count - 2, 0)
         else:
-            # In the precision of the rewards, as torch.quantile.
+            # The rank is computed in the precision of the rewards, as in torch.quantile.
             at = quantile * tl.maximum(size - 1.0, 0.0).to(group.rewards.dtype.element_ty)
             rank = at.to(tl.int32)
             fraction = (at - rank.to(at.dtype)).to(ACC)

@@ -20,12 +20,12 @@ LOOK = tl.constexpr(16)  # tokens of a mask read at once: one read finds a valid
 class GroupRows(NamedTuple):
     """The label of a group, and the pointers and sizes by which its members are read."""
 
-    label: Any  # of the group
+    label: Any  # label of the group
     rewards: Any  # pointer, [B]
     labels: Any  # pointer, [B]
     batch: Any  # B, the number of rows
     mask: Any  # pointer to bytes, [tokens]
-    mask_stride: Any  # between padded rows; 0 for packed ones
+    mask_stride: Any  # stride between padded rows; 0 for packed ones
     cu: Any  # pointer to the offsets of packed rows, [B + 1]
     width: Any  # tokens of a padded row
     total: Any  # tokens of all rows
@@ -33,7 +33,7 @@ class GroupRows(NamedTuple):
 
 @triton.jit
 def next_member(groups, label, after, batch, BLOCK: tl.constexpr):
-    """The first row behind ``after`` with that label; ``batch`` where there is none."""
+    """The first row after row ``after`` with that label; ``batch`` where there is none."""
     start = (after + 1) // BLOCK * BLOCK
     member = start * 0 + batch
     while (start < batch) & (member == batch):
@@ -49,7 +49,7 @@ def next_member(groups, label, after, batch, BLOCK: tl.constexpr):
 def with_valid_token(
     rows, chosen, group, TOKENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr
 ):  # fmt: skip
-    """Select those of the chosen rows that have a valid token. Masks of other rows are not read."""
+    """Select the chosen rows that have a valid token. Masks of other rows are not read."""
     selected = chosen
     if TOKENS:
         if PACKED:
@@ -81,8 +81,8 @@ def members(
     start, group, EVERYONE: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     JOIN: tl.constexpr,
 ):  # fmt: skip
-    """The indices of a block of rows, and which of them are members: in the group (or ``EVERYONE``: in the batch),
-    and with a valid token."""
+    """The indices of a block of rows, and flags of the members: rows of the group (``EVERYONE``: of the batch) that
+    have a valid token."""
     rows = start + tl.arange(0, JOIN)
     chosen = rows < group.batch
     if not EVERYONE:

@@ -15,7 +15,7 @@ from .launch import BITS, cdiv, pair, pointer, unpair
 
 BLOCK = 1024
 
-# An estimator is its index in the table of the specification.
+# Indices of estimators in the table of the specification.
 K1 = tl.constexpr(ESTIMATORS.index("k1"))
 ABS = tl.constexpr(ESTIMATORS.index("abs"))
 K2 = tl.constexpr(ESTIMATORS.index("k2"))
@@ -26,10 +26,10 @@ BINARY_TV = tl.constexpr(ESTIMATORS.index("binary_tv"))
 
 
 class Limits(NamedTuple):
-    """Clamps; infinite where there is none."""
+    """Limits of the clamps; infinite without a clamp."""
 
-    difference: Any  # of the log-probabilities
-    value: Any  # of the estimate
+    difference: Any  # clamp of the difference of log-probabilities
+    value: Any  # clamp of the estimate
 
 
 class Estimate(NamedTuple):
@@ -68,7 +68,7 @@ def sign(x):
 
 @triton.jit
 def clamp(x, limit):
-    """A NaN stays."""
+    """Clamp x to [-limit, limit]; a NaN stays NaN."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
@@ -121,7 +121,7 @@ def estimate_kl(logprob, ref, limits, ESTIMATOR: tl.constexpr, TERMS: tl.constex
         inside = not_clamped & (tl.abs(value) <= limits.value)
         slope = tl.where(inside, slope, 0.0)
         if ESTIMATOR == K1_PLUS or ESTIMATOR == K3_PLUS:
-            slope = difference  # straight through: the gradient of k2
+            slope = difference  # straight-through estimator: the gradient of k2
         by_logprob = slope
         by_ref = -slope
     return Estimate(clamp(value, limits.value), by_logprob, by_ref)

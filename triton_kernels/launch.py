@@ -1,4 +1,4 @@
-"""Launch policy: how many programs fill a device, compiler options, and scalars passed without loss of digits."""
+"""Launch policy: number of programs, compiler options, and scalar arguments without loss of digits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Where kernels are interpreted, small blocks keep small inputs fast, and give them several blocks.
+# In the interpreter, small blocks keep small inputs fast, and divide them into several blocks.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 # Compiler options that decide bits, passed at every launch: their defaults differ between versions of Triton.
@@ -41,17 +41,17 @@ def splits(tensor: Tensor, programs: int, blocks: int, per_multiprocessor: int =
 
 
 def pair(value: float) -> tuple[float, float]:
-    """A scalar as two float32 parts: kernels receive floats as float32, and float64 inputs need more."""
+    """A scalar as two float32 parts: kernels receive floats as float32, which is too little for float64 inputs."""
     high = float(np.float32(value))
     return high, 0.0 if math.isinf(high) else float(np.float32(value - high))
 
 
 @triton.jit
 def unpair(high, low, DTYPE: tl.constexpr):
-    """The scalar of which ``pair`` returned the parts; an infinity has no low part."""
+    """The scalar from the two parts that ``pair`` returned; an infinity has no low part."""
     return tl.full([], high, DTYPE) + tl.full([], low, DTYPE)
 
 
 def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """The tensor, or another to point at in its place: kernels do not read an argument that is None."""
+    """The tensor, or if it is None another one as a placeholder, which kernels do not read."""
     return other if tensor is None else tensor

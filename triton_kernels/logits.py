@@ -1,7 +1,7 @@
 """Token statistics on the GPU: one read of the logits forward, one read and one write backward.
 
-A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward, and as much again for a reference's;
-what is written per row, and the records of a row that is split over programs, are negligible.
+A row of V logits of e bytes moves V * e bytes forward and 2 * V * e backward, and as much again for a reference.
+The outputs of a row, and the records of a row that is split over programs, are negligible.
 
 This file launches the kernels, which are in ``logits_forward``, ``logits_records`` (merges the parts of a row),
 ``logits_jsd`` and ``logits_backward``.
@@ -24,15 +24,15 @@ from .logits_records import Outputs, token_stats_combine
 from .logits_rows import bits
 
 WARPS = 8
-MAX_PARTS = 64  # of a row; their records are merged at once
+MAX_PARTS = 64  # parts of a row, at most; their records are merged at once
 
 # ---- launches ------------------------------------------------------------------------------------------------
 
 
 def _block(logits: Tensor, crowded: bool) -> int:
-    """Elements of a row that a program takes at once: 32 bytes a thread, two loads of the widest kind in flight.
+    """Elements of a row that a program processes at once: 32 bytes per thread, two 16-byte loads in flight.
 
-    Half of that where two rows are read together, which also makes two, or where the softcap takes registers.
+    Half of that where two rows are read together, which also gives two loads, or where the softcap takes registers.
     """
     return 1024 if INTERPRETED else (16 if crowded else 32) * 32 * WARPS // logits.element_size()
 
@@ -42,7 +42,7 @@ def _unit_stride(logits: Tensor) -> Tensor:
 
 
 def _strides(logits: Tensor) -> tuple[int, int, int]:
-    """Rows of the leading dimensions: number of inner rows, outer stride, inner stride."""
+    """Layout of the leading dimensions: number of inner rows, outer stride, inner stride."""
     if logits.dim() == 2:
         return max(logits.shape[0], 1), 0, logits.stride(0)
     return max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
@@ -51,7 +51,7 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
 class TokenStatsLaunch:
     """Launches of the kernels for one batch of rows, and the arguments that they have in common.
 
-    Where a tensor is missing, a kernel gets another one to point at, and does not read it.
+    In place of a missing tensor a kernel receives another one as a placeholder, which it does not read.
     """
 
     def __init__(self, a: TokenStatsArgs) -> None:
@@ -82,13 +82,13 @@ class TokenStatsLaunch:
     def forward(
         self, outputs: Sequence[str], results: dict[str, Tensor], saved: Tensor, record: Tensor | None
     ) -> None:
-        """Write statistics to ``results`` and what the backward pass needs to ``saved``; or only a record."""
+        """Write statistics to ``results`` and the inputs of the backward pass to ``saved``; or only a record."""
         if not self.count:
             return
-        # The dtype of the missing ones is that of the accumulation.
+        # Placeholders have the dtype of the accumulation.
         missing = self.logits.new_empty(1, dtype=accumulator(self.logits))
         out = [results.get(name, missing) for name in Outputs._fields]
-        # A row a program; where rows are fewer than two to a multiprocessor, several programs a row.
+        # One program per row; with fewer than two rows per multiprocessor, several programs per row.
         few = self.count < 2 * multiprocessors(self.logits)
         each, parts = self.parts(2) if few else (max(self.blocks, 1), 1)
         whole = saved if record is None else record
@@ -130,7 +130,7 @@ class TokenStatsLaunch:
     ) -> None:
         """Write the gradients of logits to ``out`` and ``ref_out``, from those of statistics or of records.
 
-        ``saved`` is what the forward pass saved; with ``grad_record`` it is the records.
+        ``saved`` holds the saved statistics of the forward pass, or with ``grad_record`` the records.
         """
         if not self.count:
             return
@@ -149,12 +149,12 @@ class TokenStatsLaunch:
 
 
 def _present(outputs: Sequence[str], grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """The upstream gradients that exist, by output."""
+    """The upstream gradients that are not None, by output."""
     return {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
 
 
 def _empty(a: TokenStatsArgs, to_logits: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
-    """Memory for the gradients of both models' logits; of size 0 for those not needed."""
+    """Memory for the gradients of both models' logits; size 0 for a gradient that is not needed."""
     ref = a.logits if a.ref_logits is None else a.ref_logits
     return a.logits.new_empty(a.logits.shape if to_logits else 0), ref.new_empty(ref.shape if to_ref else 0)
 
@@ -163,10 +163,10 @@ def _empty(a: TokenStatsArgs, to_logits: bool, to_ref: bool) -> tuple[Tensor, Te
 
 
 def token_stats(a: TokenStatsArgs, inplace: bool) -> list[Tensor]:
-    """Return what is saved, ``[saved_rows, ...]``, and the outputs."""
+    """Return the saved statistics ``[saved_rows, ...]``, then the outputs."""
     launch = TokenStatsLaunch(a)
     acc, shape = accumulator(a.logits), a.tokens.shape
-    # Zeros: not every row of it is filled.
+    # Zeros, as not every row is written.
     saved = a.logits.new_zeros((saved_rows(launch.has_ref), *shape), dtype=torch.float64)
     results = {
         name: a.logits.new_empty(shape, dtype=torch.uint8 if name == "is_top1" else acc)
@@ -193,7 +193,7 @@ def token_stats_partial(a: TokenStatsArgs) -> Tensor:
 def token_stats_backward(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of both models' logits; empty for those not needed."""
+    """The gradients of both models' logits; empty if not needed."""
     out, ref_out = _empty(a, to_logits, to_ref)
     token_stats_backward_to(grads, saved, a, out if to_logits else None, ref_out if to_ref else None)
     return out, ref_out
@@ -202,7 +202,7 @@ def token_stats_backward(
 def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
-    """Write the gradient of the logits over them; return that of the reference's."""
+    """Overwrite the logits with their gradient; return the gradient of the reference's logits."""
     launch = TokenStatsLaunch(a)
     ref_out = launch.ref.new_empty(launch.ref.shape if to_ref else 0)
     out = launch.logits
@@ -215,7 +215,7 @@ def token_stats_backward_(
 def token_stats_partial_backward(
     grad_record: Tensor, record: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of both models' logits from that of their records; empty for those not needed."""
+    """The gradients of both models' logits from that of their records; empty if not needed."""
     out, ref_out = _empty(a, to_logits, to_ref)
     token_stats_partial_backward_to(
         grad_record, record, a, out if to_logits else None, ref_out if to_ref else None
@@ -228,7 +228,7 @@ token_stats_and_grad, token_stats_and_grad_ = with_gradient(
 )
 
 
-# ---- for blocks of logits that a product has just written: gradients go where the caller wants them ----------
+# ---- blocks of logits from a matmul: gradients are written to memory of the caller ---------------------------
 
 
 def token_stats_backward_to(
@@ -238,12 +238,12 @@ def token_stats_backward_to(
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
-    """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
+    """:func:`token_stats_backward` with results in ``out`` and ``ref_out``, which may overlap the logits."""
     TokenStatsLaunch(a).backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
 
 
 def token_stats_partial_backward_to(
     grad_record: Tensor, record: Tensor, a: TokenStatsArgs, out: Tensor | None, ref_out: Tensor | None
 ) -> None:
-    """As :func:`token_stats_partial_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
+    """:func:`token_stats_partial_backward` with results in ``out`` and ``ref_out``, likewise."""
     TokenStatsLaunch(a).backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())

@@ -46,7 +46,7 @@ from .logits_rows import (
 
 
 class Terms(NamedTuple):
-    """A block of one model's columns."""
+    """Terms of the gradient in a block of one model's columns."""
 
     distance: Any
     exponential: Any  # e^distance
@@ -79,7 +79,7 @@ def side_gradient(
 
 @triton.jit
 def unscaled(grad, x, inv, cap, CAPPED: tl.constexpr):
-    """From scaled logits to the stored ones x: 1 / temperature, and the slope of the softcap."""
+    """The gradient of the stored logits x: that of the scaled ones, times 1 / temperature and the cap's slope."""
     grad = grad * inv
     if CAPPED:
         grad = grad * cap_slope(x, cap)
@@ -104,8 +104,8 @@ def token_stats_backward_kernel(
 ):  # fmt: skip
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n.
 
-    From the gradients of the statistics and ``saved`` ``[len(SAVED), N]``; with ``OF_RECORD`` from ``grad_record``,
-    and ``saved`` is the records ``[N, len(RECORD)]``.
+    Inputs are the gradients of the statistics and ``saved`` ``[len(SAVED), N]``. With ``OF_RECORD`` they are
+    ``grad_record`` and, as ``saved``, the records ``[N, len(RECORD)]``.
     """
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     # Any field of a record may have a gradient.
@@ -149,7 +149,7 @@ def token_stats_backward_kernel(
             policy, ref = sides_of_record(grad_record + n.to(tl.int64) * FIELDS, found, HAS_REF)
         else:
             softmax = softmax_of_saved(saved, SAVED_SHIFT, SAVED_TOTAL, n, count, ACC)
-            ref_softmax = softmax  # as above
+            ref_softmax = softmax  # likewise
             if HAS_REF:
                 ref_softmax = softmax_of_saved(saved, SAVED_REF_SHIFT, SAVED_REF_TOTAL, n, count, ACC)
             grads = Gradients(
@@ -161,7 +161,7 @@ def token_stats_backward_kernel(
         ref_on = folded(ref, ref_softmax, policy.on_gap, softmax, False, False, PAIRED, ACC)
         for start in range(begin, end, BLOCK):
             column = start + lanes
-            # A mask on the last block alone: without one the loads and stores are 16 bytes wide.
+            # Only the last block has a mask: without one, loads and stores are 16 bytes wide.
             if start < full:
                 z = tl.load(row + column).to(ACC)
                 x = z

@@ -1,4 +1,4 @@
-"""Coefficients of a row's gradient, of both models: from upstream gradients and what the forward pass saved."""
+"""Coefficients of a row's gradient for both models, from upstream gradients and saved statistics."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from .logits_rows import (
     split,
 )
 
-# ---- what coefficients are made of -------------------------------------------------------------------------
+# ---- records -----------------------------------------------------------------------------------------------
 
 
 class Gradients(NamedTuple):
-    """Pointers to the upstream gradients ``[N]`` of the outputs; a pointer of a missing one is not used."""
+    """Pointers to the upstream gradients ``[N]`` of the outputs; the pointer of a missing one is not used."""
 
     logprob: Any
     entropy: Any
@@ -113,8 +113,8 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def softmax_of_record(shift, inv, ACC: tl.constexpr):
-    """From a record's shift, a scaled logit, and the inverse temperature."""
-    # Rounds to the very logit that it was. Where all are -inf any shift leaves them without mass.
+    """The `Softmax` of a record, from its shift, a scaled logit, and the inverse temperature."""
+    # The quotient rounds to the original logit. Where all logits are -inf, any shift leaves them without mass.
     shift = tl.where(shift == float("-inf"), 0.0, shift / inv).to(ACC)
     one = tl.full([], 1.0, tl.float64)
     return Softmax(shift, one, tl.log(one))
@@ -147,7 +147,7 @@ def sides_of_record(grad, found, HAS_REF: tl.constexpr):
 
 @triton.jit
 def softmax_of_saved(saved, SHIFT: tl.constexpr, TOTAL: tl.constexpr, n, count, ACC: tl.constexpr):
-    """From the saved rows of a model's shift and total."""
+    """The `Softmax` of a model, from the saved rows of its shift and total."""
     total = tl.load(saved_at(saved, TOTAL, n, count))
     return Softmax(tl.load(saved_at(saved, SHIFT, n, count)).to(ACC), total, tl.log(total))
 
@@ -163,7 +163,7 @@ def upstream(grad, n, HAS_GRAD: tl.constexpr):
 
 @triton.jit
 def finite_part(grad, value):
-    """An infinite divergence does not change with the logits: it has no gradient."""
+    """The gradient of a divergence; 0 where its value is infinite, as that does not change with the logits."""
     return tl.where(tl.abs(value) == float("inf"), 0.0, grad)
 
 
@@ -175,7 +175,7 @@ def sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS: tl.const
     ref_mean_gap = zero
     on_mixed = zero
     ref_on_mixed = zero
-    # Where the token's log-probability is NaN, so is its gradient.
+    # A token's log-probability that is NaN has a gradient of NaN.
     on_token = upstream(grads.logprob, n, LOGPROB & GRADS)
     if LOGPROB & GRADS:
         on_token = tl.where(found, on_token, float("nan"))
@@ -227,8 +227,8 @@ def folded(
 ):  # fmt: skip
     """The coefficients of a side's exponentials and distances.
 
-    Totals are folded in in float64, and with them the constants of log p = distance - log total: near the largest
-    logit, where the mass is, distances are small and carry no rounding error of these.
+    Totals and the constants of log p = distance - log total are folded in, in float64. Near the largest logit,
+    where the mass is, distances are small, and free of the rounding errors of these constants.
     """
     on_p = side.on_p
     on_square = side.on_square
@@ -238,7 +238,7 @@ def folded(
     if SQUARE_LOG:
         on_square -= side.on_square_log * softmax.log_total
     if PAIRED:
-        # log p - log q = d - d' + log (other total / total); less its mean it is small where the mass is.
+        # log p - log q = d - d' + log (other total / total); minus its mean it is small where the mass is.
         mean_gap, rounding = split(mean_gap - (other.log_total - softmax.log_total), ACC)
         on_p -= side.on_gap * rounding.to(tl.float64)
     total = softmax.total

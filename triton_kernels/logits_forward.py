@@ -1,4 +1,4 @@
-"""Token statistics, forward: running sums over the blocks of a row, or of a part of it, to its record."""
+"""Token statistics, forward: running sums over the blocks of a row or of a part of it, and its record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .logits_rows import (
 class Sums(NamedTuple):
     """Running sums of a row's logits z and of the reference's x, relative to the largest so far.
 
-    With y = z - shift, u = x - ref_shift and s = 1 / temperature, all but the two shifts in float64.
+    Definitions: y = z - shift, u = x - ref_shift and s = 1 / temperature. All sums are float64; the shifts are not.
     """
 
     shift: Any  # the largest z
@@ -64,13 +64,13 @@ def rescaling(old, new, scale):
 
 @triton.jit
 def unless_infinite(old, new):
-    """The new value of a divergence; once infinite it stays so."""
+    """The new value of a divergence; an infinite one stays infinite."""
     return tl.where(old == float("inf"), old, new)
 
 
 @triton.jit
 def exponent_of(y, scale):
-    """In powers of two, bounded, so that 0 times it is 0."""
+    """Exponent of two of a term, bounded, so that 0 times it is 0."""
     exponent = y * scale
     return tl.where(exponent < -2000.0, -2000.0, exponent)
 
@@ -79,8 +79,8 @@ def exponent_of(y, scale):
 def sum_terms(terms, x, top, shift):
     """The sum of the terms of logits x, whose largest is ``top``.
 
-    The terms of the row's largest logit are exactly 1. They are summed apart from the rest: otherwise they would
-    swallow the digits of a peaked row's tail, which are all that its entropy is made of.
+    The terms of the row's largest logit are exactly 1. They are summed apart from the rest, to keep the digits
+    of the tail: in a peaked row the entropy depends on the tail alone.
     """
     apart = tl.zeros([], tl.float64)
     if (top == shift) & (top > float("-inf")):
@@ -94,7 +94,7 @@ def sum_terms(terms, x, top, shift):
 def accumulate(
     z, x, inside, origin, sums, scale, WANT: tl.constexpr, HAS_REF: tl.constexpr, TAIL: tl.constexpr
 ):
-    """The sums with a block of logits z, and of the reference's x, added."""
+    """Add a block of logits z, and of the reference's x, to the sums."""
     shift, total, weighted, squares, squares_weighted, distance, ref_shift, ref_total, kl, reverse = sums
     top = tl.max(z, 0)
     if top > shift:
@@ -107,7 +107,7 @@ def accumulate(
             reverse -= ref_total * gap
         total *= factor
         shift = top
-    # While all logits have been -inf there is nothing to shift by, and every term is 2^-inf.
+    # While all logits are -inf, there is no finite shift, and every term is 2^-inf.
     base = tl.where(shift == float("-inf"), 0.0, shift)
     if HAS_REF:
         ref_top = tl.max(x, 0)
@@ -126,7 +126,7 @@ def accumulate(
         ref_total += sum_terms(ref_term, x, ref_top, ref_shift)
         if KL & WANT:
             broken = (x == float("-inf")) & (z > float("-inf"))
-            # In float64: beside the largest logit's term the others would lose their last places.
+            # Sums in float64: next to the largest logit's term the others would lose their last places.
             kl += tl.sum(tl.where(broken, float("inf"), term * (y - u)).to(tl.float64), 0)
         if REVERSE_KL & WANT:
             broken = (z == float("-inf")) & (x > float("-inf"))
@@ -156,7 +156,7 @@ def accumulate(
 def record_of(sums, origin, width, token, ref_token, found, inv):
     """The record of sums over ``width`` columns: scaled logits, nats."""
     shift = sums.shift.to(tl.float64)
-    # From the origin to the maximum; what is -inf stays so.
+    # The origin moves to the maximum; a distance of -inf stays -inf.
     moved = tl.where(shift == float("-inf"), 0.0, (origin.to(tl.float64) - shift) * width)
     return Record(
         shift * inv, sums.total, sums.weighted * LN2, sums.squares, (sums.distance + moved) * inv,

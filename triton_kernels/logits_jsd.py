@@ -22,7 +22,7 @@ from .logits_rows import (
     split,
 )
 
-# Places in a pair of divergences: the policy's, and the reference's.
+# Positions in a pair of divergences: the policy's, and the reference's.
 POLICY, REFERENCE, SIDES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 

@@ -1,4 +1,4 @@
-"""Records of token statistics: what they hold, how those of a row's parts merge, the statistics of a whole row."""
+"""Records of token statistics: their fields, the merge of a row's parts, and the statistics of a whole row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .logits_rows import (
     saved_at,
 )
 
-# Each field's place in a record.
+# Position of each field in a record.
 FIELDS = tl.constexpr(len(RECORD))
 AT_SHIFT, AT_TOTAL, AT_WEIGHTED, AT_SQUARES, AT_SQUARES_WEIGHTED, AT_DISTANCE, AT_COLUMNS = places(
     RECORD, "shift", "total", "weighted", "squares", "squares_weighted", "distance", "columns"
@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
     sum_p2: Any
     sum_p2_logp: Any
     mean_logit: Any
-    is_top1: Any  # of bytes
+    is_top1: Any  # pointer to bytes
     ref_logprob: Any
     kl: Any
     reverse_kl: Any
@@ -63,7 +63,7 @@ class Outputs(NamedTuple):
 class Record(NamedTuple):
     """Sums over columns of a row, in scaled logits and nats, float64; fields as in ``reference.logits.RECORD``.
 
-    With y = z - shift and u = x - ref_shift, z the scaled logits and x the reference's.
+    Definitions: y = z - shift and u = x - ref_shift, with z the scaled logits and x the reference's.
     """
 
     shift: Any  # the largest scaled logit
@@ -76,7 +76,7 @@ class Record(NamedTuple):
     found: Any  # 1 where the token is among the columns, 0 elsewhere
     ref_shift: Any  # the largest scaled logit of the reference
     ref_total: Any  # sum e^u
-    ref_token: Any  # the token's in the reference
+    ref_token: Any  # scaled logit of the token in the reference
     kl: Any  # sum e^y (y - u)
     reverse: Any  # sum e^u (u - y)
     squares_weighted: Any  # sum e^2y y
@@ -87,7 +87,7 @@ assert Outputs._fields == tuple(name for name in OUTPUTS if name != "jsd")
 assert Record._fields == RECORD
 
 
-# ---- a record as it is stored ------------------------------------------------------------------------------
+# ---- stored records ----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def nan_unless(NEEDED: tl.constexpr, value):
 
 @triton.jit
 def stored(r, WANT: tl.constexpr, HAS_REF: tl.constexpr):
-    """A record as it is stored: NaN for sums that no output needs, 0 for those of a missing reference."""
+    """The stored form of a record: NaN for sums that no output needs, 0 for sums of a missing reference."""
     ref_shift = r.ref_shift
     kl = r.kl
     reverse = r.reverse
@@ -128,7 +128,7 @@ def store_record(at, r):
 
 @triton.jit
 def store_masked(n, out, record, WANT: tl.constexpr, TO_RECORD: tl.constexpr):
-    """Zeros for a masked row. What is saved of it is zero from the start."""
+    """Write zeros for a masked row. Its saved statistics are zeros already."""
     if TO_RECORD:
         field = tl.arange(0, 16)
         tl.store(record + n.to(tl.int64) * FIELDS + field, 0.0, mask=field < FIELDS)
@@ -140,7 +140,7 @@ def store_masked(n, out, record, WANT: tl.constexpr, TO_RECORD: tl.constexpr):
 
 @triton.jit
 def finish(n, count, out, saved, shift, ref_shift, r, WANT: tl.constexpr, HAS_REF: tl.constexpr):
-    """Write a row's statistics from its record, and from its shifts as the logits have them (not scaled)."""
+    """Write a row's statistics from its record, and from its shifts in unscaled logits."""
     ACC: tl.constexpr = out.logprob.dtype.element_ty
     nan = float("nan")
     empty = r.shift == float("-inf")  # no column has any mass
@@ -194,14 +194,14 @@ def finish(n, count, out, saved, shift, ref_shift, r, WANT: tl.constexpr, HAS_RE
 
 @triton.jit
 def part_rescaling(part, whole):
-    """Difference of a part's shift to the row's, and the factor of its sums; 0 and 0 where it has no mass."""
+    """The part's shift minus the row's, and the factor of the part's sums; both 0 for a part without mass."""
     gap = tl.where(part == float("-inf"), 0.0, part - tl.where(whole == float("-inf"), 0.0, whole))
     return gap, tl.where(part == float("-inf"), 0.0, tl.exp(gap))
 
 
 @triton.jit
 def sum_rescaled(factor, value):
-    """Sum over the parts. Finite values of parts without mass do not count; what is infinite stays so."""
+    """Sum over the parts. Finite values of parts without mass are dropped; infinite values stay infinite."""
     value = tl.where((factor == 0.0) & (tl.abs(value) < float("inf")), 0.0, value)
     return tl.sum(tl.where(value == float("inf"), value, factor * value), 0)
 

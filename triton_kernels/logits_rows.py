@@ -1,7 +1,7 @@
-"""Rows of logits: where they lie, which of them count, temperature and softcap; names of outputs and saved rows.
+"""Rows of logits: addresses, masks, temperature and softcap; names of outputs and saved rows.
 
-In the files of this family run-time values that travel together are named tuples; constexpr flags are passed beside
-them.
+In the files of this family, run-time values that belong together form named tuples; constexpr flags are passed
+separately.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def places(names: Sequence[str], *wanted: str) -> Iterator[tl.constexpr]:
     return (tl.constexpr(names.index(name)) for name in wanted)
 
 
-# Each output's bit in a set of outputs (see `bits`).
+# Bit of each output in a set of outputs (see `bits`).
 LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, SUM_SQ_LOGPROB, MEAN_LOGIT, IS_TOP1, REF_LOGPROB, KL, REVERSE_KL, JSD = (
     tl.constexpr(1 << place.value)
     for place in places(
@@ -39,7 +39,7 @@ LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, SUM_SQ_LOGPROB, MEAN_LOGIT, IS_TOP1, REF_LO
 )  # fmt: skip
 MOMENTS = tl.constexpr(SUM_SQ.value | SUM_SQ_LOGPROB.value)
 
-# Each saved statistic's row.
+# Row of each saved statistic.
 SAVED_SHIFT, SAVED_TOTAL, SAVED_ENTROPY, SAVED_SUM_SQ, SAVED_SUM_SQ_LOGPROB = places(
     SAVED, "shift", "total", "entropy", "sum_p2", "sum_p2_logp"
 )
@@ -49,7 +49,7 @@ SAVED_REF_SHIFT, SAVED_REF_TOTAL, SAVED_KL, SAVED_REVERSE_KL, SAVED_MIXED_KL, SA
 
 
 def bits(outputs: Sequence[str]) -> int:
-    """A set of outputs as a kernel takes it: bit k for ``OUTPUTS[k]``."""
+    """A set of outputs as an integer: bit k for ``OUTPUTS[k]``."""
     return sum(1 << OUTPUTS.index(name) for name in outputs)
 
 
@@ -63,7 +63,7 @@ def saved_at(saved, ROW: tl.constexpr, n, count):
 
 
 class Columns(NamedTuple):
-    """The columns of a row that one program takes."""
+    """The columns of a row that one program processes."""
 
     begin: Any
     full: Any  # end of the whole blocks; a part of a block follows up to `end`
@@ -75,7 +75,7 @@ class Columns(NamedTuple):
 def columns_of(part, blocks, vocab, BLOCK: tl.constexpr):
     """Blocks [part * blocks, (part + 1) * blocks) of a row.
 
-    The tail is apart: without a mask the loads and stores of whole blocks are 16 bytes wide.
+    The tail is separate: whole blocks need no mask, so that their loads and stores are 16 bytes wide.
     """
     begin = part * blocks * BLOCK
     end = tl.minimum(begin + blocks * BLOCK, vocab)

@@ -1,8 +1,8 @@
 """Prefix trees on the GPU.
 
-A row finds its place among its group's rows by comparing itself with each up to their first difference; the tokens
-that it shares with its neighbours determine the tree. Moved for that: the tokens that pairs share, from the cache
-mostly. Sums over subtrees are by node, over its rows in order.
+The place of a row among its group's rows comes from comparisons with each of them, up to the first difference.
+The common prefixes of neighbours determine the tree. Memory traffic: the tokens that pairs share, mostly from the
+cache. Sums over subtrees are computed per node, over its rows in order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "subtree_sums_backward",
 ]  # fmt: skip
 
-BLOCK = 128 if INTERPRETED else 512  # tokens at once
+BLOCK = 128 if INTERPRETED else 512  # tokens processed at once
 
 
 class Enclosing(NamedTuple):
@@ -88,9 +88,9 @@ def places_kernel(
     tokens, members, group_begin, group_end, cu, first, lengths, order, shared, width, total, tokens_stride,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: the place of row b among all rows, and what it shares with the row before it.
+    """Program b: the place of row b among all rows, and its common prefix with the row before it.
 
-    Of the rows before it in lexicographic order, the last one is the one that shares most.
+    Among all rows before it in lexicographic order, the last one has the longest common prefix with it.
     """
     b = tl.program_id(0)
     x = first_valid(tokens, cu, first, b, width, total, tokens_stride, PACKED)
@@ -101,7 +101,7 @@ def places_kernel(
     for k in range(begin, tl.load(group_end + b)):
         j = tl.load(members + k)
         other_length = tl.load(lengths + j)
-        # Is row j before row b? Before an empty row: rows that are not empty, and empty ones by number.
+        # True if row j is before row b. Empty rows come last, in the order of their numbers.
         before = (other_length > 0) | (j < b)
         if length > 0:
             before = (other_length > 0) & (j < b)
@@ -136,7 +136,7 @@ def last_below(shared, upto, depth, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_up_to(shared, begin, batch, depth, BELOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The first position from ``begin`` that shares less than ``depth`` (BELOW) or just that; else ``batch``."""
+    """The first position from ``begin`` that shares less than ``depth`` (BELOW) or equals it; else ``batch``."""
     start = begin // BLOCK * BLOCK
     position = begin * 0 + batch
     while (start < batch) & (position == batch):
@@ -175,7 +175,7 @@ def nodes_kernel(
     """Program p: the nodes p and batch + p."""
     p = tl.program_id(0).to(tl.int64)
     nodes = TreeNodes(begin_out, end_out, depth_out, parent_out)
-    # The prefix at which the rows at p - 1 and p part, unless an earlier position has the same.
+    # The prefix at which the rows at p - 1 and p diverge, unless an earlier position has the same one.
     depth = tl.load(shared + p)
     begin = p * 0
     end = p * 0
@@ -188,7 +188,7 @@ def nodes_kernel(
         parent, _ = enclosing(shared, begin, end, batch, BLOCK)
     store_node(nodes, p, TreeNodes(begin, end, depth, parent), is_first)
 
-    # What the row at p shares with no other.
+    # The tokens that the row at p shares with no other row.
     row = tl.load(order + p)
     length = tl.load(lengths + row)
     parent, depth = enclosing(shared, p, p + 1, batch, BLOCK)
@@ -225,7 +225,7 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["batch", "most"])
 def prefix_lcp_kernel(order, lengths, shared, rank, lcp, batch, most):
-    """Program p: what the row at p shares with the rows of its group, from its neighbours on."""
+    """Program p: the common prefixes of the row at p with the rows of its group, from its neighbours outwards."""
     p = tl.program_id(0).to(tl.int64)
     row = tl.load(order + p)
     target = lcp + row * most
@@ -309,7 +309,7 @@ def subtree_sums_backward_kernel(
     node = tl.load(leaf + b)
     weight = tl.full([], 1.0, tl.float64)
     if HAS_WEIGHTS:
-        weight = tl.load(weights + b, mask=node >= 0, other=0.0)  # a row without a token may have any
+        weight = tl.load(weights + b, mask=node >= 0, other=0.0)  # the weight of an empty row is arbitrary
     by_x = tl.zeros([CHANNELS], tl.float64)
     by_weight = tl.zeros([CHANNELS], tl.float64)
     length = tl.load(lengths + b)

@@ -1,6 +1,6 @@
 """Returns on the GPU: the smallest or largest step reward to come, and gradients that are compositions of scans.
 
-Moved forward: rewards, mask and steps once, one write. Blocks are walked from the right and read in decreasing
+Memory traffic, forward: rewards, mask and steps once, one write. Blocks are read from the right, in decreasing
 time, so that every reverse scan is a forward one.
 """
 
@@ -50,7 +50,7 @@ class Smallest(NamedTuple):
     """The smallest step reward of adjacent tokens."""
 
     value: Any
-    any: Any  # int32, whether a step ends there; without one the value means nothing
+    any: Any  # int32: 1 if a step ends there, else 0 and the value is meaningless
 
 
 @triton.jit
@@ -62,12 +62,12 @@ def smaller(a, a_any, b, b_any):
 
 @triton.jit
 def smallest_behind(state, row, c, chunks, STAGE: tl.constexpr, ACC: tl.constexpr):
-    """The smallest of the chunks that follow chunk c, from their aggregates."""
+    """The smallest reward in the chunks after chunk c, from their aggregates."""
     value = tl.zeros([], ACC)
     any_step = tl.zeros([], tl.int32)
     if STAGE == RESUMED:
         for k in range(c + 1, chunks):
-            # The nearest chunk last, so that its NaN is met last.
+            # The nearest chunk is last, so that its NaN is combined last.
             record = record_of(state, row, chunks + c - k, chunks)
             value, any_step = smaller(
                 value, any_step, tl.load(record + VALUE).to(ACC), tl.load(record + ANY).to(tl.int32)
@@ -148,7 +148,7 @@ def extreme_returns(a: ReturnsArgs, largest: bool) -> Tensor:
 
 
 def _ends(a: ReturnsArgs) -> tuple[Layout, Tensor]:
-    """The layout, and which tokens end a step."""
+    """The layout, and flags of the tokens that end a step."""
     rows = Layout(batch_of(a.rewards.shape, a.cu_seqlens), tuple(a.rewards.shape), a.mask, a.cu_seqlens)
     if a.steps is None:
         return rows, rows.valid(a.rewards.device)
@@ -156,14 +156,14 @@ def _ends(a: ReturnsArgs) -> tuple[Layout, Tensor]:
 
 
 def extreme_returns_backward(grad: Tensor, returns: Tensor, a: ReturnsArgs, largest: bool) -> Tensor:
-    """At a step end that attains the extreme, the sum of upstream gradients since the previous such end."""
+    """At a step end that attains the extreme: the sum of upstream gradients since the previous such end."""
     rows, ends = _ends(a)
     attains = ends & ((a.rewards == returns) | (a.rewards.isnan() & returns.isnan()))
     return sums_between(prefix_scan, grad, attains, rows)
 
 
 def softmin_returns_backward(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, temperature: float) -> Tensor:
-    """``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``, and at step ends ``exp(-r / T - log_sum) S``."""
+    """At step ends ``exp(-r / T - log_sum) S``, with ``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``."""
     rows, ends = _ends(a)
     zeros, beyond = torch.zeros_like(log_sums), log_sums.new_zeros(rows.batch)
     change, _ = td_scan(

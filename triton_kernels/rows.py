@@ -28,12 +28,12 @@ class Rows:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor with unit stride along the row, copied if need be; padded rows may have any stride."""
+    """The tensor with unit stride along the row, copied if necessary; padded rows may have any stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def stride(tensor: Tensor | None) -> int:
-    """Distance between padded rows; 0 for packed ones, which their offsets place."""
+    """Stride between padded rows; 0 for packed ones, which have offsets."""
     return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
 
 
@@ -49,7 +49,7 @@ def output(like: Tensor, shape: torch.Size | tuple[int, ...], packed: bool, dtyp
 
 @triton.jit
 def row_bounds(cu, row, width, total, PACKED: tl.constexpr):
-    """Offset and length of a row, clamped: wrong offsets never cause an access out of bounds."""
+    """Offset and length of a row, clamped: wrong offsets cannot cause an access out of bounds."""
     if PACKED:
         begin = tl.load(cu + row).to(tl.int64)
         end = tl.load(cu + row + 1).to(tl.int64)
@@ -64,7 +64,7 @@ def row_bounds(cu, row, width, total, PACKED: tl.constexpr):
 
 @triton.jit
 def load_valid(mask, offset, inside, HAS_MASK: tl.constexpr):
-    """Whether each of the tokens at these offsets is inside its row and valid."""
+    """Flags of the tokens at these offsets: true if inside the row and valid."""
     valid = inside
     if HAS_MASK:
         valid = inside & (tl.load(mask + offset, mask=inside, other=0) != 0)

@@ -1,6 +1,6 @@
 """Scans along rows on the GPU: affine maps in float64, a block of tokens at a time with a carry.
 
-Where a scan runs against time, blocks are read in decreasing time, so that every reverse scan is a forward one.
+For a scan against time, blocks are read in decreasing time, so that every reverse scan is a forward one.
 A few long rows are cut into chunks: a pass for the aggregates of the chunks, one program a row for the carries, a
 pass to write.
 """
@@ -21,14 +21,12 @@ from .rows import Rows, row_bounds
 CHUNK = 256 if INTERPRETED else 16384
 
 # Stages of a scan.
-WHOLE = tl.constexpr(0)  # the row in one piece
-AGGREGATES = tl.constexpr(1)  # of every chunk, and nothing else
-RESUMED = tl.constexpr(2)  # every chunk from what the chunks before it left
+WHOLE = tl.constexpr(0)  # a row at once
+AGGREGATES = tl.constexpr(1)  # only the aggregate of every chunk
+RESUMED = tl.constexpr(2)  # every chunk, from the carry of the chunks before it
 
-# Fields of a chunk's record in `state`.
-SHIFT = tl.constexpr(
-    0
-)  # of the chunk's map; after the pass for the carries, the value that the chunk starts with
+# Fields of a chunk's record in `state`: its map. After the pass for the carries, SHIFT is the chunk's start value.
+SHIFT = tl.constexpr(0)
 SLOPE = tl.constexpr(1)
 FIELDS = tl.constexpr(2)
 
@@ -36,11 +34,11 @@ FIELDS = tl.constexpr(2)
 class Row(NamedTuple):
     """A row of tokens, and the part of it that a program scans."""
 
-    number: Any  # among the rows, int64
-    offset: Any  # of its first token where rows are packed, else 0
-    length: Any  # in tokens
-    begin: Any  # the part: its first token
-    end: Any  # and one past its last
+    number: Any  # number of the row, int64
+    offset: Any  # offset of its first token for packed rows, else 0
+    length: Any  # number of tokens
+    begin: Any  # first token of the part
+    end: Any  # one past the last token of the part
 
 
 class Map(NamedTuple):
@@ -52,7 +50,7 @@ class Map(NamedTuple):
 
 @triton.jit
 def row_part(cu, b, c, width, total, STAGE: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """Row b with its chunk c; in stage WHOLE with all of its tokens."""
+    """Row b with its chunk c as part; in stage WHOLE with all of its tokens."""
     offset, length = row_bounds(cu, b, width, total, PACKED)
     begin = length * 0
     end = length
@@ -64,7 +62,7 @@ def row_part(cu, b, c, width, total, STAGE: tl.constexpr, CHUNK: tl.constexpr, P
 
 @triton.jit
 def at_row(tokens, row, stride):
-    """Pointer to the row's first token; ``stride`` is between padded rows, 0 for packed ones."""
+    """Pointer to the row's first token; ``stride`` is that between padded rows, 0 for packed ones."""
     return tokens + row.offset + row.number * stride
 
 
@@ -87,7 +85,7 @@ def latest(a, a_valid, b, b_valid):
 
 @triton.jit
 def times(factor, value):
-    """0 where the factor is, whatever the value."""
+    """The product, but 0 where the factor is 0, whatever the value."""
     return factor * tl.where(factor == 0.0, 0.0, value)
 
 
@@ -108,9 +106,9 @@ def scan_start(record, STAGE: tl.constexpr):
 
 @triton.jit
 def scan_block(slope, shift, carry, STAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """The scanned values of a block of maps behind ``carry``, and the carry for the next block.
+    """The scanned values of a block of maps after ``carry``, and the carry for the next block.
 
-    The slope of a carry is kept in stage AGGREGATES only.
+    The slope of a carry is computed in stage AGGREGATES only.
     """
     slope, shift = tl.associative_scan((slope, shift), 0, compose)
     values = shift + times(slope, carry.shift)
@@ -128,7 +126,7 @@ def store_map(record, aggregate):
 
 @triton.jit(do_not_specialize=["chunks"])
 def linear_carries_kernel(state, chunks, REVERSE: tl.constexpr):
-    """Program b: from the aggregate of every chunk of a row to the carry that each starts with."""
+    """Program b: replaces the aggregates of the chunks of row b by the carries that they start with."""
     records = state + tl.program_id(0).to(tl.int64) * chunks * FIELDS
     carry = tl.zeros([], tl.float64)
     for k in range(0, chunks):
@@ -146,19 +144,19 @@ def linear_carries_kernel(state, chunks, REVERSE: tl.constexpr):
 
 
 def chunks_of(rows: Rows, like: Tensor) -> int:
-    """How many chunks each row is scanned in: several where rows alone do not fill the device."""
+    """The number of chunks of a row in a scan: several where rows alone do not fill the device."""
     if rows.batch >= multiprocessors(like) or rows.width < 2 * CHUNK:
         return 1
     return cdiv(rows.width, CHUNK)
 
 
 def new_state(batch: int, chunks: int, like: Tensor) -> Tensor:
-    """Room for a record per chunk of every row."""
+    """Memory for one record per chunk of every row."""
     return torch.empty((batch, chunks, FIELDS.value), dtype=torch.float64, device=like.device)
 
 
 def scan_in_stages(launch: Callable[[int], None], state: Tensor, reverse: bool) -> None:
-    """Launch a linear scan over rows: in one piece, or in the stages that its chunks need."""
+    """Launch a linear scan over rows: whole rows in one stage, or chunks in three."""
     batch, chunks, _ = state.shape
     if chunks == 1:
         launch(WHOLE.value)

@@ -22,7 +22,7 @@ def row_sums_kernel(
     values, mask, cu, sums, values_stride, mask_stride, width, total,
     COUNT: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: sum or count of the valid tokens of row b. Each lane has its own sum, in float64."""
+    """Program b: sum or count of the valid tokens of row b. Lanes have separate sums, in float64."""
     b = tl.program_id(0)
     base, length = row_bounds(cu, b, width, total, PACKED)
     lanes = tl.zeros([BLOCK], tl.float64)
@@ -61,7 +61,7 @@ def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 # ---- steps -------------------------------------------------------------------------------------------------
 
-SEGMENTS = 16  # of a program
+SEGMENTS = 16  # segments per program
 # Indices of the reductions in the table of the specification.
 SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (
     tl.constexpr(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
@@ -80,8 +80,8 @@ def segment_reduce_kernel(
 ):  # fmt: skip
     """Program (b, k): the segments [k * SEGMENTS, (k + 1) * SEGMENTS) of row b, in float64.
 
-    The state of a segment is saved for the backward pass: the count for a mean; for a product that of the nonzero
-    values, or 0 if several are 0; for min, max, first and last the position of the selected token.
+    The state of a segment is saved for the backward pass. For a mean it is the count. For a product it is that of
+    the nonzero values, or 0 if several are 0. For min, max, first and last it is the selected token's position.
     """
     b = tl.program_id(0)
     row = b.to(tl.int64)

@@ -16,12 +16,12 @@ from .launch import BITS, INTERPRETED, cdiv, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
 
 BLOCK = 256 if INTERPRETED else 512
-DIGIT = 8  # bits of a key
+DIGIT = 8  # bits per digit of a key
 
 
 @triton.jit
 def sort_key(x):
-    """Unsigned integers in the order of the numbers, NaN the largest; 0 and -0 are one number."""
+    """Unsigned integer keys in the order of the numbers, NaN the largest; 0 and -0 have the same key."""
     x = x + 0.0
     if x.dtype == tl.float64:
         bits = x.to(tl.uint64, bitcast=True)
@@ -55,7 +55,7 @@ def digits_kernel(
         if not FIRST:
             counted = counted & ((moved >> DIGIT) == prefix)
         digit = tl.where(counted, (moved & (BINS - 1)).to(tl.int32), 0)
-        # Elements that do not count are in bin 0.
+        # Elements that are not counted go to bin 0.
         digit_counts += tl.histogram(digit, BINS)
         digit_counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
     tl.atomic_add(
@@ -104,7 +104,7 @@ def largest(a: LargestArgs) -> Tensor:
     if not rows.batch or not values.numel():
         return out.view(torch.bool)
     scopes, wanted = a.scopes.contiguous(), a.wanted
-    # Per scope: the least chosen key's digits so far, and how many of the keys with these digits are to be chosen.
+    # Per scope: the least chosen key's digits so far, and the number of keys to choose among those that match.
     room, prefix = wanted.clone(), torch.zeros_like(wanted)
     inputs = (values, pointer(mask, values), rows.cu, scopes, prefix)
     sizes = (rows.width, rows.total, stride(values), stride(mask))

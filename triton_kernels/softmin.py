@@ -1,7 +1,7 @@
-"""Soft minima over step rewards on the GPU: of the steps still to come at every token, and of a whole row.
+"""Soft minima over step rewards on the GPU: over the steps still to come at every token, and over a whole row.
 
-Moved forward: rewards, mask and steps once, and two writes of the returns; thrice, and one write, of the rewards.
-Blocks are read in decreasing time, as in ``returns``.
+Memory traffic, forward: returns take one read of rewards, mask and steps, and two writes; transformed rewards
+take three reads, and one write. Blocks are read in decreasing time, as in ``returns``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ BLOCK = 64 if INTERPRETED else 1024
 class Future(NamedTuple):
     """The steps that end at a token or later, in float64."""
 
-    top: Any  # the largest exponent, of -reward / temperature
+    top: Any  # the largest exponent -reward / temperature
     mass: Any  # sum of exp(exponent - top)
     count: Any
 
 
 @triton.jit
 def log_add(a, x, b, y):
-    """Associative combine: of sums ``x e^a`` and ``y e^b`` the larger exponent, and the sum relative to it."""
+    """Associative combine: the larger exponent of ``x e^a`` and ``y e^b``, and their sum relative to it."""
     top = tl.maximum(a, b)
     left = tl.where(a == top, x, tl.where(x == 0.0, 0.0, x * tl.exp(a - top)))
     right = tl.where(b == top, y, tl.where(y == 0.0, 0.0, y * tl.exp(b - top)))
@@ -41,7 +41,7 @@ def log_add(a, x, b, y):
 
 @triton.jit
 def steps_to_come(later, exponents, ends, BLOCK: tl.constexpr):
-    """The future at every token of a block, and that of the next block; ``later`` is that behind the block."""
+    """The future at every token of a block, and the carry for the next block; ``later``: this block's carry."""
     one = ends.to(tl.float64)
     tops, masses = tl.associative_scan((exponents, one), 0, log_add)
     tops, masses = log_add(later.top, later.mass, tops, masses)
@@ -116,7 +116,7 @@ def softmin_kernel(
     inverse = unpair(inv_high, inv_low, ACC)
     smallest = tl.full([], float("inf"), ACC)
     mass = tl.zeros([], ACC)
-    mean = tl.zeros([], ACC)  # of gradient times reward under the weights
+    mean = tl.zeros([], ACC)  # weighted mean of gradient times reward
     for stage in tl.static_range(3):
         next_id = tl.full([], NO_STEP, tl.int64)
         for done in range(0, row.length, BLOCK):

@@ -1,4 +1,4 @@
-"""Which tokens end a step on the GPU: every valid one, those that flags mark, or those before another step id."""
+"""Step ends on the GPU: every valid token, tokens that flags mark, or tokens before another step id."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from .rows import as_bytes, dense, load_valid
 from .scans import latest
 
-# How steps come.
-TOKENS = tl.constexpr(0)  # every valid token ends one
+# Representations of steps.
+TOKENS = tl.constexpr(0)  # every valid token ends a step
 FLAGS = tl.constexpr(1)
 IDS = tl.constexpr(2)  # a step ends at the last valid token before another id
 
-# The step id of tokens that belong to no step (as any id below 0), and of the end of a row.
+# Step id of tokens outside steps (like any id below 0), and of the end of a row.
 NO_STEP = tl.constexpr(-1)
 
 
 @triton.jit
 def step_ends(steps, mask, at, end, valid, next_id, KIND: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Which tokens of a block end a step, and the next valid token's id for the next block.
+    """Flags of the tokens of a block that end a step, and the next valid token's id for the next block.
 
     For ids the positions ``at`` decrease from ``end - 1`` on, and ``next_id`` is the id of the earliest valid token
     in the blocks so far.
@@ -53,7 +53,7 @@ def step_id_after(steps, mask, end, length, HAS_MASK: tl.constexpr, BLOCK: tl.co
         valid = load_valid(mask, at, at < length, HAS_MASK)
         first = tl.min(tl.where(valid, at, length), 0)
         if first < length:
-            # That of a token in no step is like the end of the row.
+            # The id of a token outside steps is like the end of the row.
             next_id = tl.load(steps + first)
             start = length
         start += BLOCK

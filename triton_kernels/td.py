@@ -1,7 +1,7 @@
 """Discounted sums and temporal differences on the GPU: launches of the scans in float64.
 
-Moved forward: rewards, values and mask once, and two writes; backward: the gradients and mask once, one write, and
-one more read and write for the values.
+Memory traffic, forward: rewards, values and mask once, and two writes. Backward: the gradients and mask once, one
+write, and one more read and write for the values.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Upstream(NamedTuple):
 
 @triton.jit
 def load_upstream(upstream, at, valid, GRAD: tl.constexpr, THROUGH: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of the scan: its result is the advantage, and a part of the return."""
+    """The upstream gradient of the scan's result, which is the advantage, and a term of the return."""
     up = tl.zeros([BLOCK], tl.float64)
     if GRAD:
         up += tl.load(upstream.advantages + at, mask=valid, other=0.0).to(tl.float64)
@@ -58,7 +58,8 @@ def td_backward_kernel(
 ):  # fmt: skip
     """Program (b, c), options as in ``td_kernel``: ``u[t] = g[t] + s[t-]`` with ``s = factor (g + s[t-])``.
 
-    The scan over s runs one token behind. ``passed`` is rho u in float64, holes and all, for the values' gradient.
+    The scan over s runs one token behind. ``passed`` is rho u in float64 at all tokens, masked ones included, for
+    the values' gradient.
     """
     b = tl.program_id(0)
     c = tl.program_id(1)
@@ -76,7 +77,7 @@ def td_backward_kernel(
     carry = scan_start(record, STAGE)
     for start in range(row.begin, row.end, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        # The token whose map is scanned at this place: the one before, or for an aggregate the token itself.
+        # The token whose map is scanned at this position: the one before, or for an aggregate the token itself.
         t = at if STAGE == AGGREGATES else at - 1
         inside = (t >= row.begin) & (t < row.end)
         valid = load_valid(mask, t, inside, HAS_MASK)
@@ -113,7 +114,7 @@ def td_values_kernel(
     THROUGH: tl.constexpr, VALUES: tl.constexpr, BOOT: tl.constexpr, GAMMA: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b: gamma rho u of the token before, less the token's own rho u, plus the gradient of its return."""
+    """Program b: gamma rho u of the token before, minus the token's own rho u, plus the gradient of its return."""
     b = tl.program_id(0)
     row = row_part(cu, b, b, width, total, WHOLE, 0, PACKED)
     passed = at_row(passed, row, out_stride)
@@ -123,7 +124,7 @@ def td_values_kernel(
     gamma = load_discount(gamma_high, gamma_low, gammas, row, gammas_stride, GAMMA)
     steps_end = end_of_steps(mask, row.length, DECAY, HAS_MASK, BLOCK)
     carry = tl.zeros([], tl.float64)
-    # One place more than there are tokens: what follows the row.
+    # One position beyond the last token: the bootstrap value after the row.
     for start in range(0, row.length + 1, BLOCK):
         at = start + tl.arange(0, BLOCK)
         valid = load_valid(mask, at, at < row.length, HAS_MASK)

@@ -23,23 +23,23 @@ from .scans import (
     times,
 )
 
-# How a discount comes.
+# Representations of a discount.
 NUMBER = tl.constexpr(0)
 PER_ROW = tl.constexpr(1)
 PER_TOKEN = tl.constexpr(2)
 
 
 class Discount(NamedTuple):
-    """A discount of a row."""
+    """A discount, gamma or lambda, of a row."""
 
-    value: Any  # in float64; means nothing where the discount is per token
+    value: Any  # float64; meaningless where the discount is per token
     tokens: Any  # pointer to the row's discounts, read where it is per token
 
 
 class Lookahead(NamedTuple):
     """The values that the tokens of a block look ahead to."""
 
-    ahead: Any  # of the block, in float64
+    ahead: Any  # next values of the block, float64
     carry: Any  # the value that the latest token of the next block looks ahead to
 
 
@@ -68,7 +68,7 @@ def discount_at(discount, at, valid, KIND: tl.constexpr):
 
 @triton.jit
 def end_of_steps(mask, length, DECAY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """One past the last token that is a step: the last valid one under DECAY, else the last of the row."""
+    """One past the last token that is a step: with DECAY the last valid one, else the last of the row."""
     end = length
     if DECAY and HAS_MASK:
         end = length * 0
@@ -84,7 +84,7 @@ def value_after(
     values, mask, end, length, bootstrap,
     DECAY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The value that the token before ``end`` looks ahead to; ``length`` is where the row ends."""
+    """The value that the token before ``end`` looks ahead to; ``length`` is the end of the row."""
     value = bootstrap
     done = end >= length
     start = end
@@ -108,12 +108,12 @@ def look_ahead(
     values, mask, v, at, valid, row, steps_end, bootstrap, carry,
     DECAY: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The value after every token of a block in decreasing time, whose own values are ``v``."""
+    """The `Lookahead` of a block in decreasing time with values ``v``."""
     later = at + 1
     later_valid = load_valid(mask, later, (at >= row.begin) & (later < row.end), HAS_MASK)
     later_v = tl.load(values + later, mask=later_valid, other=0.0).to(tl.float64)
     if DECAY:
-        # Beyond the row the bootstrap, in the next chunk the carry.
+        # Beyond the row it is the bootstrap value, beyond the chunk the carry.
         ahead = tl.where(later < steps_end, later_v, bootstrap)
         ahead = tl.where(later == row.end, carry, ahead)
     else:
@@ -141,7 +141,7 @@ def td_kernel(
     LAMBDA: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, STAGE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, c): row b, or its chunk c. STAGE as in ``scans``; GAMMA and LAMBDA: how the discount comes."""
+    """Program (b, c): row b, or its chunk c. STAGE as in ``scans``; GAMMA, LAMBDA: representations of discounts."""
     b = tl.program_id(0)
     c = tl.program_id(1)
     row = row_part(cu, b, c, width, total, STAGE, CHUNK, PACKED)

@@ -1,4 +1,4 @@
-"""Values of trees given by their parents on the GPU: a launch per level, a program per node."""
+"""Values of trees, as arrays of parents, on the GPU: a launch per level, a program per node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .launch import BITS, pair, pointer, unpair
 
 __all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
 
-CHILDREN = 16  # read at once
+CHILDREN = 16  # children read at once
 
 # Reductions by their index in REDUCES.
 MEAN = tl.constexpr(0)
@@ -34,7 +34,7 @@ def tree_values_kernel(
     depth, children, starts, visits, values, slope, level, temperature_high, temperature_low,
     REDUCE: tl.constexpr, HAS_VISITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program n: the value of node n of this level from its children's, and its derivatives by them."""
+    """Program n: the value of node n of this level from its children's values, and the derivatives by these."""
     n = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts + n)
     end = tl.load(starts + n + 1)
@@ -68,7 +68,7 @@ def tree_values_kernel(
             elif REDUCE != MEAN:
                 w = counts.to(tl.float64)
             if (REDUCE == MAX) | (REDUCE == MIN):
-                # Children are in ascending order: of equal ones the first.
+                # Children are in ascending order: ties go to the first one.
                 hit = tl.where(counts & (sign * v == largest), start + lane, end)
                 first = tl.min(hit, 0)
                 chosen = tl.where((chosen < 0) & (first < end), first, chosen)
@@ -108,7 +108,7 @@ def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
     up, children = torch.where(depth > 0, parent, -1).sort(stable=True)
     starts = torch.searchsorted(up, torch.arange(nodes + 1, device=parent.device))
     if max_depth < 0:
-        max_depth = int(depth.max())  # on the CPU
+        max_depth = int(depth.max())  # a number on the CPU
     visits = None if a.visits is None else a.visits.contiguous()
     for level in range(max_depth - 1, -1, -1):
         tree_values_kernel[(nodes,)](

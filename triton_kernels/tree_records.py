@@ -30,9 +30,9 @@ class TreeNodes(NamedTuple):
     """The nodes of a forest: tensors ``[2 B]``, pointers to them, or the fields of one node."""
 
     begin: Any  # the first position of the rows that share it
-    end: Any  # and one past their last
-    depth: Any  # of its last state, -1 where there is no node
-    parent: Any  # -1 at the top
+    end: Any  # one past the last position of these rows
+    depth: Any  # depth of its last state, -1 where there is no node
+    parent: Any  # parent node; -1 at a root
 
 
 @triton.jit
@@ -43,5 +43,5 @@ def power(log2_gamma, exponent):
 
 
 def log2_pair(gamma: float) -> tuple[float, float]:
-    # For 0 a number whose every multiple is the logarithm of 0 as well, and no infinity.
+    # For gamma = 0 a finite number: exp2 of every multiple of it is 0, and 0 times it is 0.
     return pair(math.log2(gamma) if gamma > 0 else -1e5)

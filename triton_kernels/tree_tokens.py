@@ -1,6 +1,6 @@
 """Values of a prefix tree's nodes written to the tokens of its rows on the GPU, and the gradient.
 
-Moved: one write of each token, or one read on the way back.
+Memory traffic: one write per token forward, one read per token backward.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .launch import BITS, INTERPRETED, cdiv, pointer, splits, unpair
 from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
 from .tree_records import TreeNodes, TreeRows, log2_pair, power
 
-BLOCK = 128 if INTERPRETED else 512  # tokens at once
+BLOCK = 128 if INTERPRETED else 512  # tokens processed at once
 
-# The states whose values a token takes: the one before it, the one after it (neither name), or their difference.
+# States of a token: the one before it, the one after it (neither name), or the difference of their values.
 BEFORE = tl.constexpr(AT.index("before"))
 STEP = tl.constexpr(AT.index("step"))
 
 
 class NodeValues(NamedTuple):
-    """One channel of the nodes, and the way up: pointers and sizes."""
+    """Pointers and sizes: one channel of the nodes, their depths and parents."""
 
     value: Any  # [2 B, C], discounted to the node's depth
     scaled: Any  # [2 B, C], times the row's factor, discounted to the row's end
@@ -42,7 +42,7 @@ class Path(NamedTuple):
 
     leaf: Any  # its deepest node, -1 for an empty row
     length: Any  # tokens of the row
-    factor: Any  # of ``scaled`` in this channel; 1 for the derivative by it
+    factor: Any  # factor of ``scaled`` in this channel; 1 for the derivative by the factor
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def values_of(
             if DECAY:
                 value = value * power(nodes.log2_gamma, depth - state)
             result = tl.where(in_node, value, result)
-        # Nodes further up hold no state of this block.
+        # Nodes nearer the root have no state in this block.
         node = tl.where(above >= lowest, up, -1)
     return result
 
@@ -190,7 +190,7 @@ def rows_backward_kernel(
     AT: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, c): the gradients of row b's base and factor, summed over its tokens."""
+    """Program (b, c): the gradients of row b's bias and factor, summed over its tokens."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64)
     begin, _ = row_bounds(cu, b, width, total, PACKED)

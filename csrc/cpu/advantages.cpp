@@ -43,7 +43,7 @@ struct Statistics {
   bool broken() const { return std::isnan(mean_abs); }  // a reward is NaN: there is no order and no mean
   bool differs = false;          // the rewards are not all equal
   Pick low, high, below, above;  // the extremes, and the two rewards between which an order statistic lies
-  double part = 0;               // its distance from `below`, as a part of the distance of the two
+  double part = 0;               // (order statistic - below) / (above - below), in [0, 1)
 };
 
 template <typename T, typename Members>
@@ -81,7 +81,7 @@ void moments_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& 
   s.std = s.differs ? std::sqrt(square / (degrees > 1 ? degrees : 1)) : 0.0;
 }
 
-// What the baseline needs beyond the moments: an order statistic, or the mean by length.
+// Statistics of the baseline beyond the moments: an order statistic, or the mean weighted by length.
 template <typename T, typename Members>
 void baseline_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
   if (a.baseline == Baseline::length_weighted) {
@@ -99,7 +99,7 @@ void baseline_of(const AdvantagesArgs<T>& a, const Members& members, Statistics&
     case Baseline::max: rank = s.count - 1; break;
     case Baseline::second_max: rank = s.count > 1 ? s.count - 2 : 0; break;
     case Baseline::quantile: {
-      // In the precision of the rewards, as the other backends compute it.
+      // The rank is computed in the precision of the rewards, as on the other backends.
       const T at = static_cast<T>(a.quantile) * static_cast<T>(s.count - 1);
       rank = static_cast<int64_t>(std::floor(at));
       s.part = at - std::floor(at);
@@ -116,7 +116,7 @@ void baseline_of(const AdvantagesArgs<T>& a, const Members& members, Statistics&
   s.above = s.part > 0 ? find(a, members, values[rank + 1]) : s.below;
 }
 
-// The groups of a batch, and how advantages are relative to them.
+// The groups of a batch, and the baseline and scale that make advantages relative to them.
 template <typename T>
 class GroupStatistics {
  public:
@@ -149,10 +149,10 @@ class GroupStatistics {
     return s;
   }
 
-  // A group of one whose advantage is the reward itself.
+  // True for a group of one whose advantage is the reward itself.
   bool raw(const Statistics& s) const { return a_.raw && s.count == 1; }
 
-  // The factor of row b's numerator: gain * (reward - baseline).
+  // Factor of row b's numerator, which is gain * (reward - baseline).
   double gain(const Statistics& s, int64_t b) const {
     if (raw(s)) return 1.0;
     if (a_.baseline == Baseline::leave_one_out) return s.count > 1 ? double(s.count) / double(s.count - 1) : 0.0;
@@ -256,7 +256,7 @@ void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
   for (int64_t g = 0; g < groups.count(); ++g) {
     const Statistics s = groups.statistics(g);
     const bool counts = s.inv_scale != 0;
-    double total = 0, through = 0;  // second_max: the best row's alone
+    double total = 0, through = 0;  // second_max: `through` of the best row alone
     if (counts)
       groups.rows(g, [&](int64_t b) {
         if (!groups.live(b)) return;

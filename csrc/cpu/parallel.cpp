@@ -1,6 +1,6 @@
 // Loops run on the threads of torch's OpenMP runtime where there is one. Elsewhere they run on a small pool of this
-// module's, and so they do in forked children, in which an OpenMP runtime that was used before the fork hangs. The
-// module does not link OpenMP: that would bring a second runtime into the process.
+// module. Forked children use the pool too: an OpenMP runtime that was used before the fork hangs in them. The module
+// does not link OpenMP, which would load a second runtime into the process.
 #include "parallel.h"
 
 #include <pthread.h>

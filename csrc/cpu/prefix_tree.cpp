@@ -1,4 +1,4 @@
-// The prefix tree of each group of rows, what pairs of rows share, and sums over subtrees.
+// The prefix tree of each group of rows, common prefixes of pairs of rows, and sums over subtrees.
 #include "prefix_tree.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) { return ke
 int64_t common_prefix(const int64_t* a, const int64_t* b, int64_t n) { return kernels().common_prefix8(a, b, n); }
 
 // Builds the tree of a group top down: finds the prefix that all rows of a piece share, then divides the piece by the
-// next token. A row's shared tokens are read once, and of the others only the first.
+// next token. A row's shared tokens are read once; of its other tokens only the first is read.
 template <typename Token>
 class Builder {
  public:
@@ -52,7 +52,7 @@ class Builder {
  private:
   struct Row {
     Token next;    // the token after the prefix that the rows of the piece share
-    bool goes_on;  // there is such a token
+    bool goes_on;  // the next token exists
     int64_t row;
     bool operator<(const Row& other) const {
       return goes_on != other.goes_on ? other.goes_on : goes_on && next < other.next;
@@ -75,7 +75,7 @@ class Builder {
     if (a_.skip && to > from) without_holes(b, from, to);
   }
 
-  // Copies a row that has holes, or does not begin at its first column.
+  // Copies a row that has masked tokens inside, or does not begin at its first column.
   void without_holes(int64_t b, int64_t from, int64_t to) {
     const uint8_t* mask = a_.mask.row(a_.rows, b);
     if (!mask || (from == 0 && !std::memchr(mask, 0, to))) return;
@@ -119,7 +119,7 @@ class Builder {
       if (rows_[k].goes_on) rows_[k].next = tokens(rows_[k].row)[depth];
     }
     std::stable_sort(rows_.begin() + piece.begin, rows_.begin() + piece.end);
-    int64_t from = piece.begin;  // rows that end here come first, and get no node of their own
+    int64_t from = piece.begin;  // rows that end here come first, and have no node of their own
     while (from < piece.end && !rows_[from].goes_on) ++from;
     int64_t second = from > piece.begin ? piece.begin + 1 : piece.end;
     for (int64_t k = from + 1; k < piece.end && second == piece.end; ++k)
@@ -143,7 +143,7 @@ class Builder {
   const MutableTree& tree_;
   std::vector<Row> rows_;
   std::vector<Piece> pieces_;
-  std::unordered_map<int64_t, std::vector<Token>> moved_;  // the valid tokens of rows with holes
+  std::unordered_map<int64_t, std::vector<Token>> moved_;  // the valid tokens of rows that have masked tokens inside
 };
 
 }  // namespace
@@ -158,7 +158,7 @@ void prefix_tree(const PrefixTreeArgs<Token>& a, int threads) {
   std::fill(a.tree.parent, a.tree.parent + a.tree.nodes(), -1);
   const GroupIndex index(a.groups, batch);
   const int64_t groups = index.view().count;
-  // By label, so that the tree does not depend on the order of the rows.
+  // Groups are sorted by label, so that the tree does not depend on the order of the rows.
   std::vector<int64_t> by_label(groups), base(groups);
   std::iota(by_label.begin(), by_label.end(), 0);
   std::sort(by_label.begin(), by_label.end(), [&](int64_t g, int64_t h) {
@@ -195,7 +195,7 @@ void prefix_lcp(const PrefixLcpArgs& a, int threads) {
       };
       const int64_t length = tree.length[row];
       put(p, length > 0 ? length : -1);
-      // Two rows share the minimum of what the neighbouring rows between them share.
+      // The common prefix of two rows is the shortest one of the neighbouring rows between them.
       int64_t least = length;
       for (int64_t q = p; tree.shared[q] >= 0; --q) put(q - 1, least = std::min(least, tree.shared[q]));
       least = length;

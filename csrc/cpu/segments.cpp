@@ -7,10 +7,10 @@
 namespace rewardops::cpu {
 namespace {
 
-// The reduction of one segment, of its tokens so far.
+// The running reduction of one segment.
 struct Reduced {
   double value = 0;
-  double kept = -1;    // as SegmentsArgs::kept
+  double kept = -1;    // see SegmentsArgs::kept
   int64_t count = 0, zeros = 0;
 
   void take(Reduce op, double x, int64_t t) {
@@ -18,7 +18,7 @@ struct Reduced {
     switch (op) {
       case Reduce::sum:
       case Reduce::mean: value += x; return;
-      // The earliest of equals; a NaN stays.
+      // Ties go to the earliest token; a NaN stays.
       case Reduce::min: if (fresh || (value == value && !(x >= value))) value = x, kept = static_cast<double>(t); return;
       case Reduce::max: if (fresh || (value == value && !(x <= value))) value = x, kept = static_cast<double>(t); return;
       case Reduce::first: if (fresh) value = x, kept = static_cast<double>(t); return;

@@ -10,7 +10,7 @@
 namespace rewardops::cpu {
 namespace {
 
-// An integer in the order of the numbers: NaN is the largest; 0 and -0 are equal.
+// An integer key in the order of the numbers: NaN is the largest; 0 and -0 are equal.
 inline uint32_t sort_key(float x) {
   x += 0.0f;
   uint32_t u;
@@ -35,9 +35,9 @@ struct Piece {
   int64_t row, begin, end;
 };
 
-// A radix select over the pieces of one scope: a histogram of the first digit of all keys, then of each further digit of
-// the keys that match the digits selected so far, then one pass that writes. Each share of the pieces has counts of its
-// own.
+// A radix select over the pieces of one scope: a histogram of the first digit of all keys, then of each further digit
+// of the keys that match the digits selected so far, then one pass that writes. Each share of the pieces has its own
+// counts.
 template <typename T>
 class Scope {
   using Key = decltype(sort_key(T{}));
@@ -93,7 +93,7 @@ class Scope {
     }
   }
 
-  // Without branches, which would be mispredicted: masked tokens are counted in a bin of their own, which is dropped.
+  // No branches, which would be mispredicted: masked tokens are counted in a separate bin, which is dropped.
   void count_first(int shift) {
     each_share([&](int64_t share) {
       std::vector<int64_t> counts(kBins + 1, 0);

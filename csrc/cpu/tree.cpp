@@ -7,8 +7,8 @@
 namespace rewardops::cpu {
 namespace {
 
-// The nodes, but for those on a cycle, with every child before its parent; `children` becomes the number of children of
-// each node.
+// The nodes in an order with every child before its parent, without those on a cycle. `children` becomes the number of
+// children of each node.
 std::vector<int64_t> upwards(int64_t nodes, const int64_t* parent, std::vector<int64_t>& children) {
   const auto has_parent = [&](int64_t n) { return parent[n] >= 0 && parent[n] < nodes; };
   children.assign(nodes, 0);
@@ -33,8 +33,9 @@ std::vector<int64_t> upwards(int64_t nodes, const int64_t* parent, std::vector<i
   return order;
 }
 
-// The children of a node so far. For a mean: the sums of weight * value and of weights. For a soft maximum: those of
-// e * value and of e, with e relative to the largest value. For an extreme: the first child that attains it.
+// Running reduction of a node's children. For a mean: the sums of weight * value and of weights. For a soft maximum:
+// the sums of e * value and of e, with e relative to the largest value. For an extreme: the first child that attains
+// it.
 struct State {
   double sum = 0, weight = 0, largest = -std::numeric_limits<double>::infinity();
   int64_t chosen = -1;
@@ -78,7 +79,7 @@ void tree_values(const TreeArgs& a) {
         break;
       }
       default:
-        // Children come in any order; the first of equal ones is chosen.
+        // Children come in any order; ties go to the first one.
         if (s.chosen < 0 || sign * v > sign * a.values[s.chosen] || (v == a.values[s.chosen] && n < s.chosen))
           s.chosen = n;
     }
@@ -114,7 +115,7 @@ bool path_ends(int64_t nodes, const int64_t* step, int64_t* out) {
   for (int64_t n = 0; n < nodes; ++n) {
     int64_t m = n;
     for (; out[m] == unknown && step[m] != m; m = step[m]) out[m] = passed;
-    if (out[m] == passed) return false;  // this walk has met itself: all others have ended
+    if (out[m] == passed) return false;  // the walk is back on its own path: a cycle
     const int64_t end = out[m] == unknown ? m : out[m];
     out[m] = end;
     for (int64_t k = n; k != m; k = step[k]) out[k] = end;

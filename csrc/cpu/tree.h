@@ -1,4 +1,4 @@
-// Values of given trees, from the leaves up.
+// Values of trees whose parents are arguments, from the leaves up.
 #pragma once
 
 #include "rewardops/tree.h"
@@ -7,7 +7,7 @@ namespace rewardops::cpu {
 
 void tree_values(const TreeArgs& a);
 
-// From the gradient of the values to that of the leaves' rewards, `out`.
+// The gradient of the leaves' rewards, to `out`, from the gradient of the values.
 void tree_values_backward(int64_t nodes, const int64_t* parent, const double* slope, const double* grad, double* out);
 
 // The end of the path that follows `step` from each node: the first node that is its own step. False if a path never

@@ -22,7 +22,7 @@ Span span_of(const TreeView& tree, int64_t row, int64_t n, At at) {
   return {std::max<int64_t>(low - shift, 0), std::min(high + 1 - shift, tree.length[row])};
 }
 
-// The value of a node for one row: the node's own, plus the row's, discounted from the row's end.
+// The value of a node for one row: the value of the node, plus the value of the row discounted from the row's end.
 template <typename T>
 double value_of(const NodeTokensArgs<T>& a, int64_t row, int64_t n, int64_t c) {
   double value = a.values ? a.values[n * a.channels + c] : 0.0;
@@ -54,7 +54,7 @@ void nodes_to_tokens(const NodeTokensArgs<T>& a, int threads) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t width = a.rows.size(b), first = tree.first[b], length = tree.length[b];
       const uint8_t* mask = a.mask.row(a.rows, b);
-      // A row without its holes is written to the front of its memory first, then moved to its valid tokens.
+      // The valid tokens' values are written to the front of the row first, then moved to their places.
       const bool moved = a.skip && mask && length > 0 && std::memchr(mask, 0, length);
       const bool holes = !a.skip && mask && length > 0 && std::memchr(mask + first, 0, length);
       for (int64_t c = 0; c < channels; ++c) {
@@ -111,7 +111,7 @@ void nodes_to_tokens_backward(const NodeTokensArgs<T>& args, int threads) {
   }
   const TreeView& tree = a.tree;
   const int64_t channels = a.channels;
-  // The gradient that a node gets from the tokens of one row: the discounted sum of their upstream gradients.
+  // Gradient of a node from the tokens of one row: the discounted sum of their upstream gradients.
   const auto from_row = [&](int64_t row, int64_t n, int64_t c) {
     const uint8_t* mask = a.mask.row(a.rows, row);
     const T* grad = a.grad.row(a.rows, row) + c * a.plane + tree.first[row];

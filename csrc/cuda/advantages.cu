@@ -12,7 +12,7 @@ namespace {
 
 using namespace advantages;
 
-// Blocks that the device runs at once.
+// The number of blocks that the device runs at once.
 template <typename T>
 int64_t resident(void (*kernel)(AdvantagesArgs<T>, int)) {
   static const int blocks = [&] {
@@ -28,7 +28,7 @@ int64_t checked_batch(const Rows& rows) {
   throw std::runtime_error("group_advantages: " + std::to_string(rows.batch) + " rows are too many");
 }
 
-// Rows of a block: more than one if there are more rows than the device runs blocks at once. Neighbours share the
+// Rows per block: more than one if there are more rows than the device runs blocks at once. Neighbours share the
 // search for members.
 int rows_of_block(int64_t batch, int64_t blocks) {
   return static_cast<int>(std::clamp<int64_t>(batch / blocks, 1, kRows));

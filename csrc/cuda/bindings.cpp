@@ -1,4 +1,4 @@
-// Bindings of the launchers, like csrc/bindings.cpp for the CPU. The stream follows the arguments of the CPU's
+// Bindings of the launchers, like csrc/bindings.cpp for the CPU. The stream follows the arguments of the CPU
 // function.
 #include "cuda/bindings.h"
 
@@ -106,7 +106,7 @@ void common_prefixes(int64_t batch, Address tree_rows, Address groups, int64_t m
   prefix_lcp(a, by_label_of(by_label, begin, end), stream_of(stream));
 }
 
-// The backward op if `gradients` are given, else the forward op.
+// The backward op if there are `gradients`, else the forward op.
 template <typename T>
 void on_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes, int64_t channels,
                int64_t plane, const py::tuple& given, int where, double gamma, bool skip, const py::tuple& tokens,

@@ -13,12 +13,12 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// A grid whose first dimension, the only one of any length, may be cut into clusters of `cluster` blocks.
+// A grid. Its first dimension, the only one of unlimited length, may be cut into clusters of `cluster` blocks.
 struct Grid {
   int64_t x;
   unsigned y = 1;
   unsigned threads = 256;
-  size_t shared = 0;  // dynamic, in bytes
+  size_t shared = 0;  // bytes of dynamic shared memory
   unsigned cluster = 1;
 };
 
@@ -45,7 +45,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, v
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }
 
-// An attribute of the current device, which the callers set.
+// An attribute of the current device; callers have selected the device.
 inline int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -10,10 +10,10 @@ namespace {
 
 using logits::Terms;
 
-constexpr int64_t kMostBlocks = 8;  // of a cluster that every device with clusters can launch
-constexpr int64_t kMostRows = 8;    // that a cluster takes one after the other
+constexpr int64_t kMostBlocks = 8;  // blocks of the largest cluster that every device with clusters can launch
+constexpr int64_t kMostRows = 8;    // rows that a cluster takes in sequence, at most
 constexpr int64_t kWaves = 16;      // with fewer waves of clusters, a cluster takes fewer rows
-constexpr int kAllShared = 100;     // per cent of a multiprocessor's memory to be shared, not cache: two blocks
+constexpr int kAllShared = 100;     // per cent of a multiprocessor's memory as shared memory, none as cache: two blocks
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -42,7 +42,7 @@ void run(const TokenStatsAndGradArgs& a, int blocks, void* stream) {
   launch(name, kernel, grid, stream, a, static_cast<int>(slices.packs * logits::kPack<T>));
 }
 
-// With a softcap, which takes registers and time, one kernel serves all statistics.
+// With a softcap, whose registers and time dominate, one kernel serves all statistics.
 template <typename T>
 void run(const TokenStatsAndGradArgs& a, int blocks, void* stream) {
   const auto wanted = [&](Output o) { return a.outputs[o] || a.coefficients[o]; };

@@ -11,7 +11,7 @@ namespace {
 
 using namespace trees;
 
-constexpr int64_t kMostY = 65535;  // of a grid
+constexpr int64_t kMostY = 65535;  // length of a grid's second dimension, at most
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -5,8 +5,8 @@
 
 namespace rewardops::cuda {
 
-// Sorts rows by label. Each row is compared with all others: for batches of some thousands. `out` is [3, B], the arrays
-// of a ByLabel.
+// Sorts rows by label. Each row is compared with all others, which suits batches of some thousands. `out` is [3, B],
+// the arrays of a ByLabel.
 void rows_by_label(const int64_t* groups, int64_t batch, int64_t* out, void* stream);
 
 // Work space: codes [B]; moved, as many elements as `a.tokens` has, if rows skip masked tokens.

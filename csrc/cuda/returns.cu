@@ -27,8 +27,8 @@ void td_scan_by(const TdArgs<T>& a, const ScanLaunch& how) {
   else scan<TdForward<T, false, kSimple>>("td_scan", a, how);
 }
 
-// The usual case, with one gamma and lambda per row and no importance weights, has kernels with fewer registers; in
-// double it takes the general ones.
+// The usual case, with one gamma and lambda per row and no importance weights, has kernels with fewer registers. In
+// double it uses the general kernels.
 template <typename T>
 void td_scan(const TdArgs<T>& a, const ScanLaunch& how) {
   if constexpr (sizeof(T) == sizeof(float))

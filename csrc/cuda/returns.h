@@ -7,13 +7,13 @@ namespace rewardops::cuda {
 
 // The launch of a scan.
 struct ScanLaunch {
-  int threads;     // of a block
-  int64_t chunks;  // tiles of the longest row, each a block that looks back; 0: a block walks its row
+  int threads;     // threads per block
+  int64_t chunks;  // tiles of the longest row, each a block that looks back; 0: one block walks a whole row
   void* state;     // scan_state bytes of zeros, if there are chunks
   void* stream;
 };
 
-// The multiprocessors of the current device.
+// The number of multiprocessors of the current device.
 int multiprocessors();
 // The bytes of ScanLaunch::state.
 int64_t scan_state(int64_t batch, int64_t chunks);

@@ -14,8 +14,8 @@ struct GtpoArgs {
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
   double alpha1, alpha2;       // weights of the reward, and of the entropy's share
-  double threshold;            // rows of a reward above it are right
-  double floor;                // the smallest entropy that counts
+  double threshold;            // rows with a reward above it are right
+  double floor;                // lower bound of the entropy
   Tokens<const T> grad;        // [tokens]; null in the forward pass
   Tokens<T> out;               // [tokens]: the shaped rewards, or the gradient in the entropy
 };

@@ -5,7 +5,7 @@
 
 namespace rewardops {
 
-// In the order of rewardops.reference.kl.ESTIMATORS.
+// Estimators, in the order of rewardops.reference.kl.ESTIMATORS.
 enum class KlEstimator : int { k1 = 0, abs = 1, k2 = 2, k3 = 3, k1_plus = 4, k3_plus = 5, binary_kl = 6, binary_tv = 7 };
 
 // Arrays of N tokens each. The estimate is clamped, weighted by exp(logprob - old_logprob) and scaled.
@@ -13,7 +13,7 @@ template <typename T>
 struct TokenKlArgs {
   const T *logprob, *ref_logprob;
   const uint8_t* mask;     // null: every token is valid
-  const T* old_logprob;    // of the sampling policy; null: no importance weights
+  const T* old_logprob;    // log-probabilities of the sampling policy; null: no importance weights
   const T* rewards;        // forward: added to the estimate; may be null
   KlEstimator estimator;
   T largest_d, largest_value;  // clamps of |logprob - ref_logprob| and of |estimate|

@@ -27,11 +27,11 @@ struct LogitsArgs {
   LogitsRows ref_logits;       // [N, V]; may be null
   const uint8_t* mask;         // [N]; null: every token is valid
   const double* temperatures;  // [N]; may be null
-  double temperature;          // of all rows, where temperatures is null
+  double temperature;          // temperature of all rows, where temperatures is null
   double softcap;              // 0 for none
   int64_t first;               // the id of column 0, in a shard of the vocabulary
-  int64_t vocab;               // columns that count; the rest of V is padding
-  double beta;                 // of the Jensen-Shannon divergence: the reference's weight in the mixture
+  int64_t vocab;               // columns of the vocabulary; the rest of V is padding
+  double beta;                 // weight of the reference in the mixture of the Jensen-Shannon divergence
 
   REWARDOPS_BOTH bool masked(int64_t n) const { return (mask && !mask[n]) || tokens[n] == kIgnored; }
   REWARDOPS_BOTH double temperature_of(int64_t n) const { return temperatures ? temperatures[n] : temperature; }
@@ -64,7 +64,7 @@ struct TokenStatsBackwardArgs {
   LogitsArgs in;
   int64_t count;                       // N
   const void* grads[kOutputs];         // [N] each, in the type of the outputs; each may be null
-  const double* saved;                 // of the forward pass
+  const double* saved;                 // saved by the forward pass
   const double *grad_record, *record;  // partial statistics: [N, kFields], instead of grads and saved
   int64_t width;                       // columns of the gradients; those beyond vocab become 0
   LogitsRows grad_logits, grad_ref;    // [N, width]; either may be null, or be the logits themselves
@@ -77,7 +77,7 @@ struct TokenStatsAndGradArgs {
   LogitsArgs in;
   int64_t count;                              // N
   float* outputs[kPolicyOutputs];             // [N] each; each may be null; is_top1 is 0 or 1
-  const float* coefficients[kPolicyOutputs];  // [N] each, of the loss; each may be null
+  const float* coefficients[kPolicyOutputs];  // [N] each, coefficients of the loss; each may be null
   int64_t width;                              // columns of the gradient; those beyond vocab become 0
   LogitsRows grad;                            // [N, width]; may be the logits themselves
 };

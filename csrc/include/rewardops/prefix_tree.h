@@ -8,9 +8,10 @@
 namespace rewardops {
 
 // A tree of fixed size, whatever the tokens. Position p holds row order[p]: groups by label, then rows in lexicographic
-// order. Node p < batch is the prefix at which the rows at p - 1 and p part, if it is the first such place of its
-// rows; node batch + p is what row order[p] shares with no row. A node holds the rows at the positions [begin, end).
-// Its states are the prefixes longer than its parent's depth, up to its own; depth is -1 where there is no node.
+// order. Node p < batch is the prefix at which the rows at p - 1 and p diverge, if p is the first such place of the
+// node's rows. Node batch + p holds the tokens that row order[p] shares with no other row. The rows of a node are at
+// the positions [begin, end). Its states are the prefixes longer than its parent's depth, up to its own; depth is -1
+// where there is no node.
 template <typename I>
 struct Tree {
   int64_t batch;
@@ -31,12 +32,12 @@ struct PrefixTreeArgs {
   const int64_t* groups;        // [B], labels
   Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
   Rows rows;
-  bool skip;                    // a row is its valid tokens only, not all from its first to its last valid one
+  bool skip;                    // a row is its valid tokens alone, not all from its first to its last valid one
   MutableTree tree;             // out
 };
 
-// Rows by label, ascending within a group: the group of row b is rows[begin[b]], ..., rows[end[b] - 1]. An argument on
-// GPUs, where a kernel of its own computes it.
+// Rows by label, ascending within a group: the group of row b is rows[begin[b]], ..., rows[end[b] - 1]. On GPUs
+// this is an argument, which a separate kernel computes.
 struct ByLabel {
   const int64_t *rows, *begin, *end;  // [B]
 };
@@ -50,11 +51,11 @@ struct PrefixLcpArgs {
   int32_t *members, *lcp;  // [B, most], out
 };
 
-// Over a node's rows: the sum of weight * gamma^(length - depth) * x, or of weight * (x - centre)^2.
+// Sums over a node's rows: of weight * gamma^(length - depth) * x, or of weight * (x - centre)^2.
 struct SubtreeArgs {
   const double* x;        // [B, C]
   const double* weights;  // [B]; null for ones
-  const double* centre;   // [2B, C]; null for the first of the two sums
+  const double* centre;   // [2B, C]; null for the first of these sums
   TreeView tree;
   double gamma;
   int64_t channels;       // C
@@ -64,13 +65,14 @@ struct SubtreeArgs {
   double* grad_weights;   // backward: [B]; may be null
 };
 
-// The state of a token: the prefix up to and including it (after), or without it (before). step is the difference of the
-// values of the two.
+// The state of a token: the prefix up to and including it (after), or without it (before). step: the value after minus
+// the value before.
 enum class At : int { after = 0, before = 1, step = 2 };
 
-// Per token: row_bias + gamma^(depth - state) * (values + row_factor * gamma^(length - depth) * scaled_values), of the
-// row and of the node of the token's state. A node's value is discounted from the node's depth, a row's from the row's end. Beyond the
-// depth of the row's leaf, which the caller may have moved towards the root, the value stays the same.
+// Values of tokens: row_bias + gamma^(depth - state) * (values + row_factor * gamma^(length - depth) * scaled_values),
+// for the token's row and the node of its state. A node's value is discounted from the node's depth, a row's from the
+// row's end. Beyond the depth of the row's leaf, which the caller may have moved towards the root, the value stays the
+// same.
 template <typename T>
 struct NodeTokensArgs {
   const double *values, *scaled_values;  // [2B, C]; values may be null, scaled_values and row_factor together
@@ -78,7 +80,7 @@ struct NodeTokensArgs {
   TreeView tree;
   Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
   Rows rows;
-  bool skip;                       // as in PrefixTreeArgs
+  bool skip;                       // same as in PrefixTreeArgs
   At at;
   double gamma;
   int64_t channels;                // C

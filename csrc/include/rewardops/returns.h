@@ -8,7 +8,7 @@
 
 namespace rewardops {
 
-// What ends a step of a row.
+// The tokens that end a step: every valid token, those with a flag, or the last one of each id.
 enum class Steps : int { every_token = 0, flags = 1, ids = 2 };
 
 // [tokens] stands for [B, T], or [N] for packed rows.
@@ -18,7 +18,7 @@ struct ReturnsArgs {
   Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
   Rows rows;
   Steps kind;
-  Tokens<const uint8_t> flags;     // [tokens], of step ends; only with Steps::flags
+  Tokens<const uint8_t> flags;     // [tokens], 1 at step ends; only with Steps::flags
   Tokens<const int64_t> ids;       // [tokens], a step's id, below 0 outside steps; only with Steps::ids
   Tokens<const T> grad;            // backward: [tokens]
   Tokens<const T> returns;         // backward of the extremes: [tokens]
@@ -30,7 +30,7 @@ struct ReturnsArgs {
   Tokens<T> out;                   // [tokens]: the returns or rewards, or the gradient in the rewards
   bool stream;                     // CPU: the outputs are too large for the caches
   int64_t chunks;                  // CPU: chunks of a row; 1 for whole rows
-  double* state;                   // CPU: [B, chunks, 2], memory to work in; null for whole rows
+  double* state;                   // CPU: [B, chunks, 2], workspace; null for whole rows
 };
 
 }  // namespace rewardops

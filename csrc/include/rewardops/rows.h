@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// What runs on the CPU and inside CUDA kernels.
+// Marks functions that run on the CPU and inside CUDA kernels.
 #ifdef __CUDACC__
 #define REWARDOPS_BOTH __host__ __device__
 #else
@@ -29,7 +29,7 @@ struct Rows {
     const int64_t begin = offset(row), end = offset(row + 1);
     return end > begin ? end - begin : 0;
   }
-  // Where a row starts in an array of the given row stride (packed arrays have none).
+  // Offset of a row's first token in an array with this row stride (packed arrays have none).
   REWARDOPS_BOTH int64_t start(int64_t row, int64_t stride) const { return cu ? offset(row) : row * stride; }
 };
 

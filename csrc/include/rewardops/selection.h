@@ -12,7 +12,7 @@ struct LargestArgs {
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
   const int64_t* scopes;       // [B], the scope of each row, from 0
-  const int64_t* wanted;       // [scopes], how many tokens of each scope to select
+  const int64_t* wanted;       // [scopes], the number of tokens to select in each scope
   Tokens<uint8_t> out;         // [tokens], 1 where selected
 };
 

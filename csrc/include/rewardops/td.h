@@ -17,7 +17,7 @@ struct TdArgs {
   const double *row_gammas, *row_lambdas;       // [B]; null: not per row
   Tokens<const uint8_t> mask;                   // [tokens]; null: every token is valid
   Rows rows;
-  double gamma, lam;                            // where they are given neither per token nor per row
+  double gamma, lam;                            // used where neither per-token nor per-row arrays exist
   bool decay;                                   // masked tokens are steps of reward and value 0
   bool backward;
   Tokens<T> out, returns;                       // forward, [tokens]: y, and y + values; returns may be null
@@ -26,7 +26,7 @@ struct TdArgs {
   T* grad_bootstrap;                            // backward, [B]; may be null
   bool stream;                                  // CPU: the outputs are too large for the caches
   int64_t chunks;                               // CPU: chunks of a row; 1 for whole rows
-  double* state;                                // CPU: [B, chunks, 2], memory to work in; null for whole rows
+  double* state;                                // CPU: [B, chunks, 2], workspace; null for whole rows
 };
 
 }  // namespace rewardops

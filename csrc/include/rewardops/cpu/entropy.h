@@ -14,7 +14,7 @@ struct GtpoBlock {
   double through[2][kGtpoBlock];  // upstream gradient times weight
 };
 
-// Right rows weigh by the entropy, wrong ones by its inverse.
+// Weight of a token: the entropy in a right row, its inverse in a wrong row.
 template <typename T>
 inline T gtpo_weight(T entropy, T floor, bool right) {
   const T h = entropy < floor ? floor : entropy;

@@ -1,7 +1,7 @@
 // The table of the kernels that exist once per instruction set.
 //
 // Raw pointers and sizes only. A kernel works on the items [begin, end) of its outermost loop and keeps no state: the
-// launcher may split the items over threads in any way, without an effect on the result.
+// launcher may split the items over threads in any way, with the same result.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 namespace rewardops::cpu {
 
-// Tokens per chunk, where a few long rows are scanned in chunks: the same for any number of threads.
+// Tokens per chunk, where a few long rows are scanned in chunks; independent of the number of threads.
 constexpr int64_t kScanChunk = 1 << 15;
 // Positions per item of gtpo.
 constexpr int64_t kGtpoBlock = 512;
@@ -33,7 +33,7 @@ struct Scan {
   void (*joins)(const Args&, int64_t begin, int64_t end);       // items: rows; may be null
 };
 
-// The kernels that loop over items and exist for float and double: X(name, arguments). A new one is named here alone, and
+// The kernels that loop over items and exist for float and double: X(name, arguments). A new kernel is added here, and
 // its header is included in kernels.cpp.
 #define REWARDOPS_TYPED_KERNELS(X)             \
   X(token_kl, TokenKlArgs)                     /* items: tokens */ \

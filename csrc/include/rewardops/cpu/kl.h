@@ -9,8 +9,8 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-// (e^x - 1 - x) / x^2 on |x| < 1 by its Taylor series. Unrolled:
-// a loop inside would keep the loop over tokens from becoming SIMD code.
+// (e^x - 1 - x) / x^2 on |x| < 1 by its Taylor series. The series is unrolled:
+// an inner loop would keep the loop over tokens from becoming SIMD code.
 inline double exp_series(double x) {
   double y = 1;
 #pragma GCC unroll 20
@@ -32,8 +32,8 @@ inline double expm1(double x) {
   return near ? small : large;
 }
 
-// With x = n ln 2 + r: 2^n (e^r - 1 - r) + ((2^n - 1) + (2^n r - x)), whose brackets are exact where they cancel. In
-// halves, as 2^128 is no number. kLinear: less x.
+// With x = n ln 2 + r: 2^n (e^r - 1 - r) + ((2^n - 1) + (2^n r - x)), whose brackets are exact where they cancel. The
+// power is applied in halves, as 2^128 overflows. kLinear: minus x.
 template <bool kLinear>
 inline float exp_less(float x) {
   float c = x < -87.0f ? -87.0f : x;
@@ -54,13 +54,13 @@ inline T clamped(T x, T largest) {
   return x > largest ? largest : (x < -largest ? -largest : x);
 }
 
-// a - b of probabilities a = b e^d and b, also where they are close.
+// a - b of probabilities a = b e^d and b, accurate also where they are close.
 template <typename T>
 inline T gap(T d, T a, T b) {
   return d > -1 && d < 1 ? b * expm1(d) : a - b;
 }
 
-// log of own / rest, of what remains beside a and b, also where that is close.
+// log(own / rest) of own = 1 - a and rest = 1 - b, with apart = a - b; accurate also where they are close.
 template <typename T>
 inline T log_rest(T apart, T own, T rest) {
   const T change = -apart / rest;
@@ -72,8 +72,8 @@ struct KlTerm {
   T value, on_logprob, on_ref;
 };
 
-// The estimate and its slopes, d = logprob - ref_logprob clamped where asked. What is not used costs nothing once
-// this is inlined.
+// The estimate and its slopes, d = logprob - ref_logprob with its clamp, if any. Unused results cost nothing once the
+// function is inlined.
 template <KlEstimator kind, typename T>
 inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
   const T whole = logprob - ref;
@@ -115,7 +115,7 @@ inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
     }
     const bool inside = whole <= largest_d && whole >= -largest_d && value <= largest_value && value >= -largest_value;
     slope = inside ? slope : T{0};
-    // Straight through: the gradient of k2.
+    // Straight-through estimator: the gradient of k2.
     if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = whole;
     return {clamped(value, largest_value), slope, -slope};
   }
@@ -176,7 +176,7 @@ inline void kl_of(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
     a.old_logprob ? kl_backward<kind, true, true>(a, begin, end) : kl_backward<kind, false, true>(a, begin, end);
 }
 
-// Forward, or backward where there is a gradient.
+// The forward pass, or the backward pass where there is an upstream gradient.
 template <typename T>
 void token_kl(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
   switch (a.estimator) {

@@ -23,7 +23,7 @@ inline int terms_of(const TokenStatsArgs& a) {
   return terms;
 }
 
-// Partial statistics of a row, to be merged with those of other parts of it.
+// Partial statistics of a part of a row, to be merged with those of the other parts.
 template <typename T>
 inline void write_record(const TokenStatsArgs& a, int64_t n) {
   using Acc = typename AccOf<T>::type;
@@ -52,7 +52,7 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   r[kFieldReverse] = !(a.terms & kTermReverse) ? none : s.reverse_broken ? broken : s.reverse / t;
 }
 
-// Outputs of a row, and what the backward pass needs to know of it.
+// Outputs of a row, and the statistics that the backward pass reads.
 template <typename T>
 inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   using Acc = typename AccOf<T>::type;

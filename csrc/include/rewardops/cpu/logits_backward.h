@@ -35,7 +35,7 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
     return *value = 0;
   };
   const double none = std::numeric_limits<double>::quiet_NaN();
-  // Where the token's log-probability is NaN, so is its gradient.
+  // A token's log-probability that is NaN has a gradient of NaN.
   const double logprob = a.grads[kLogprob] && !found ? none : up(kLogprob);
   const double entropy = up(kEntropy), sum_sq = up(kSumSq), moment = up(kSumSqLogprob);
   policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) -
@@ -84,8 +84,8 @@ struct Normaliser {
 };
 
 // The coefficients of a side in the accumulation type, for terms in e^distance. The normalisers are folded into them in
-// double, and with them the constants of log p = distance - log total. Near the largest logit, where the mass is,
-// distances are small and nearly free of rounding, and so are the gaps less their mean.
+// double, together with the constants of log p = distance - log total. Near the largest logit, where the mass is,
+// distances are small and nearly free of rounding, and so are the gaps minus their mean.
 template <typename Acc>
 struct Gradient {
   using L = Lanes<Acc>;
@@ -110,7 +110,7 @@ struct Gradient {
     const double mean = mean_of(s, total, other_total), rounding = mean - static_cast<double>(static_cast<Acc>(mean));
     return s.on_p - s.on_gap * rounding - (s.on_log == 0 ? 0 : s.on_log * std::log(total));
   }
-  // As Inverse::distance. -inf becomes a distance that is as good, and causes no inf - inf.
+  // The distance as Inverse::distance computes it. -inf becomes a finite distance without mass: no inf - inf arises.
   L distance(L x) const {
     const L y = larger(furthest, x - shift);
     return fma(y, high, y * low);
@@ -121,7 +121,7 @@ struct Gradient {
     return fma(inner(d, e), e, on_one);
   }
   L inner(L d, L e) const { return fma(fma(on_square_distance, d, on_square), e, fma(on_distance, d, on_e)); }
-  // From this side's distances and their exponentials, and the other's.
+  // The gradient, from the distances of this side and of the other one, and their exponentials.
   L pair(L d, L e, L other, L other_e) const {
     const L sum = fma(on_gap, d - other - mean_gap, inner(d, e));
     return fma(on_other, other_e, fma(sum, e, on_one));
@@ -150,7 +150,7 @@ inline void block_gradients(const Gradient<Acc>& policy, const Gradient<Acc>& re
   }
 }
 
-// Gradients of a block of scaled logits become those of the stored ones: 1 / temperature, and the softcap's slope.
+// Turns gradients of scaled logits into gradients of stored logits: 1 / temperature, and the softcap's slope.
 template <typename T, typename Acc>
 inline void store_block(const Acc* g, const Acc* slope, int64_t n, Acc factor, T* out) {
   const auto narrowed = [](Acc x) {
@@ -215,7 +215,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   if (a.record) {
     const double* r = a.record + n * kFields;
     gather_record(a.grad_record + n * kFields, found, in.ref_logits.data, policy, ref);
-    // Rounds to the very logit it was. Where all are -inf any shift gives them no mass.
+    // The product rounds to the original logit. Where all logits are -inf, any shift leaves them without mass.
     norm.shift = std::isinf(r[kFieldShift]) ? 0 : r[kFieldShift] * t;
     ref_norm.shift = std::isinf(r[kFieldRefShift]) ? 0 : r[kFieldRefShift] * t;
   } else {
@@ -238,7 +238,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     const auto load = [&](const LogitsRows& rows, Acc* buffer) {
       const Acc* x = load_block(rows, n, start, count, in.softcap, buffer);
       if (padded == count || x == buffer) return x;
-      std::memcpy(buffer, x, count * sizeof(Acc));  // so that full lanes may be read
+      std::memcpy(buffer, x, count * sizeof(Acc));  // padded, so that full lanes may be read
       return static_cast<const Acc*>(buffer);
     };
     const Acc* z = load(in.logits, z_buffer);
@@ -251,7 +251,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
       g[column - start] += static_cast<Acc>(policy.on_token);
       if (write_ref) h[column - start] += static_cast<Acc>(ref.on_token);
     }
-    // Both slopes before either gradient is stored, which may be over the logits. The buffers are free by now.
+    // Both slopes before either gradient is stored, which may overwrite the logits. The buffers are free by now.
     const Acc* slope = slopes_of(in.logits, n, start, count, in.softcap, z_buffer);
     const Acc* ref_slope = write_ref ? slopes_of(in.ref_logits, n, start, count, in.softcap, x_buffer) : nullptr;
     if (write_policy) store_block(a.grad_logits, n, start, g, slope, count, logp.inverse.high);

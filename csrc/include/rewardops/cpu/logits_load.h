@@ -25,7 +25,7 @@ inline int64_t columns_of_block(const LogitsArgs& in, int64_t start) {
   return in.vocab - start < kLogitsBlock ? in.vocab - start : kLogitsBlock;
 }
 
-// The column of a row's token, and whether it is one of this shard's.
+// The column of a row's token; `found` is true if the token is in this shard.
 struct TokenColumn {
   int64_t column;
   bool found;

@@ -7,7 +7,7 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-// From two log-probabilities and their mixture m = beta q + (1 - beta) p: log p - log m and log q - log m.
+// log p - log m and log q - log m, from two log-probabilities; the mixture is m = beta q + (1 - beta) p.
 template <typename Acc>
 struct Mixture {
   Acc excess, ref_excess;
@@ -29,7 +29,7 @@ struct Inverse {
   explicit Inverse(double temperature)
       : high(static_cast<Acc>(1.0 / temperature)),
         low(static_cast<Acc>(1.0 / temperature - static_cast<double>(high))) {}
-  // From the row's largest logit to x; -inf becomes a distance that is as good, and causes no inf - inf.
+  // Distance from the row's largest logit to x; -inf becomes a finite one without mass: no inf - inf arises.
   Acc distance(Acc x, Acc shift) const {
     const Acc y = x - shift;
     const Acc c = y < Acc(-1e30) ? Acc(-1e30) : y;
@@ -37,7 +37,7 @@ struct Inverse {
   }
 };
 
-// What turns the logits of a row into log-probabilities.
+// Normalisation of a row: turns its logits into log-probabilities.
 template <typename Acc>
 struct LogSoftmax {
   Inverse<Acc> inverse;

@@ -1,7 +1,7 @@
 // Sums over the columns of one row of logits, and over two rows together where there is a reference.
 //
-// A row is summed in blocks. A block is summed quickly first, relative to the largest logit so far. If it turns out to
-// hold a logit as large (or -inf, or NaN), which happens a few times a row, it is summed again exactly. Sums are float
+// A row is summed in blocks. A block is summed quickly first, relative to the largest logit so far. A block with a
+// logit as large (or -inf, or NaN), which happens a few times a row, is summed again exactly. Sums are float
 // over the 64 terms of a lane and double beyond; exponents are powers of two until the end.
 #pragma once
 
@@ -15,7 +15,7 @@ constexpr int64_t kAhead = 2 * kLogitsBlock;  // columns from a load to its pref
 
 // ---- the sums of a row --------------------------------------------------------------------------------------
 
-// Sums beside the total.
+// Bits of the sums that are optional; the total is always computed.
 enum Term : int { kTermEntropy = 1, kTermSquares = 2, kTermMean = 4, kTermKl = 8, kTermReverse = 16,
                   kTermSquareLogs = 32 };  // kTermSquareLogs needs kTermSquares
 constexpr int kPolicyTerms = kTermEntropy | kTermSquares | kTermSquareLogs | kTermMean;
@@ -24,12 +24,12 @@ constexpr int kAllTerms = kPolicyTerms | kTermKl | kTermReverse;
 // With y = z - shift, u = x - ref_shift (z the logits, x the reference's) and e^ relative to the temperature:
 struct Sums {
   double shift = -infinity<double>(), ref_shift = -infinity<double>();  // the largest logits so far
-  double total = 0, ref_total = 0;  // of e^y, e^u
-  double weighted = 0;              // of e^y y, in powers of two
-  double squares = 0;               // of e^2y
-  double squares_weighted = 0;      // of e^2y y, in powers of two
-  double origin = 0, distance = 0;  // of z - origin, the row's first logit (0 where that is not finite)
-  double kl = 0, reverse = 0;       // of e^y (y - u), e^u (u - y)
+  double total = 0, ref_total = 0;  // sums of e^y, e^u
+  double weighted = 0;              // sum of e^y y, in powers of two
+  double squares = 0;               // sum of e^2y
+  double squares_weighted = 0;      // sum of e^2y y, in powers of two
+  double origin = 0, distance = 0;  // sum of z - origin, the row's first logit (0 if not finite)
+  double kl = 0, reverse = 0;       // sums of e^y (y - u), e^u (u - y)
   bool kl_broken = false, reverse_broken = false;  // a column with mass on one side and none on the other
 
   bool empty() const { return shift == -infinity<double>(); }  // no column has any mass
@@ -66,7 +66,7 @@ inline Acc largest_of(const Acc* x, int64_t n) {
   return top.largest();
 }
 
-// Exponents of two relative to a shift. Where a product and a sum are one instruction, with one rounding, the shift is
+// Exponents of two relative to a shift. With fused multiply-add, which rounds once, the shift is
 // scaled beforehand and rounded down, by `off`: no logit as large as the shift has a negative exponent.
 template <typename Acc>
 struct Exponents {
@@ -86,10 +86,10 @@ struct Exponents {
 
 // ---- one row ------------------------------------------------------------------------------------------------
 //
-// The loops below hold their sums one by one. As members of a struct, lanes of double are contracted to other fused
-// operations, which gives other bits.
+// The loops below hold their sums in separate variables. As members of a struct, lanes of double are contracted to
+// other fused operations, which gives other bits.
 
-// The quick way: full lanes of one row. Where a logit reaches the shift, or is -inf or NaN, nothing is added and the
+// Fast path: full lanes of one row. Where a logit reaches the shift, or is -inf or NaN, nothing is added and the
 // result is false.
 template <int kTerms, typename T, typename Acc>
 inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
@@ -125,7 +125,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
   return true;
 }
 
-// The exact way: full lanes of one row, of any logits up to the shift.
+// Exact path: full lanes of one row, any logits up to the shift.
 template <int kTerms, typename Acc>
 inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
@@ -134,8 +134,8 @@ inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
   L total = zero, weighted = zero, squares = zero, square_logs = zero, ones = zero;
   for (int64_t k = 0; k < n; k += L::kWidth) {
     const L y = L::load(x + k) - shift, exponent = larger(low, y * scales), e = exp2(exponent);
-    // The terms of the largest logit are exactly 1. Summed apart from the rest they do not swallow the digits of a
-    // peaked row's tail, which are all that its entropy is made of.
+    // The terms of the largest logit are exactly 1. They are summed apart from the rest, to keep the digits of
+    // the tail: in a peaked row the entropy depends on the tail alone.
     total = total + if_zero(y, zero, e);
     ones = ones + if_zero(y, one, zero);
     if (kTerms & kTermEntropy) weighted = fma(e, exponent, weighted);
@@ -163,7 +163,7 @@ inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums
   if (kTerms & kTermMean)
     for (int64_t k = 0; k < n; ++k) sums.distance += static_cast<double>(buffer[k]) - sums.origin;
   if (sums.empty()) {
-    // All -inf so far, which has no mass; a NaN among them must still show.
+    // All logits so far are -inf, without mass; a NaN among them must still reach the sums.
     for (int64_t k = 0; k < n; ++k) sums.total += buffer[k] == buffer[k] ? 0.0 : static_cast<double>(buffer[k]);
     return;
   }
@@ -215,7 +215,7 @@ inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums&
     L::load_two(x + k, &xs[0], &xs[1]);
     for (int i = 0; i < 2; ++i) {
       const L exponent = exponents.of(zs[i]), ref_exponent = ref_exponents.of(xs[i]);
-      // Before scaling, and each from its own shift: that is exact where it matters.
+// Differences are taken before scaling, each from its own shift: exact near the largest logits.
       const L e = exp2(exponent), r = exp2(ref_exponent), gap = (zs[i] - shift) - (xs[i] - ref_shift);
       below = both_negative(both_negative(below, exponent), ref_exponent);
       total = total + e;
@@ -280,7 +280,7 @@ inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, S
   if (kTerms & kTermReverse) sums.reverse += reverse.sum();
 }
 
-// A block of both rows, from the buffers.
+// Adds a block of both rows, from the buffers.
 template <int kTerms, typename Acc>
 inline void add_pair_block(Acc* z, Acc* x, int64_t n, Acc scale, Sums& sums) {
   constexpr Acc kNone = -infinity<Acc>();
@@ -328,7 +328,7 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
   return sums;
 }
 
-// The sums of a row for some terms: each combination that is common has loops of its own, the others one for all.
+// The sums of a row for a set of terms. Each common combination has its own loops; all others share one.
 template <typename T>
 inline Sums sums_of(const LogitsArgs& in, int64_t n, int terms, double temperature) {
   if (in.ref_logits.data) {

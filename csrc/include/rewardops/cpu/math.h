@@ -78,13 +78,13 @@ inline float exp_remainder(float r) {
   return y * r * r;
 }
 
-// e^r there, within one ulp.
+// e^r on |r| <= ln 2 / 2, within one ulp.
 inline float exp_reduced(float r) { return exp_remainder(r) + r + 1.0f; }
 
-constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: beside it an integer lies in the last bits
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it moves an integer to the last bits
 
 inline float round_to_integer(float x) { return (x + kMagic) - kMagic; }
-// Of such a number. NaN, of which a conversion is undefined, gives any.
+// The integer in the last bits of x + kMagic; any integer for NaN, whose conversion would be undefined.
 inline int32_t integer_of(float n) { return static_cast<int32_t>(bits<uint32_t>(n + kMagic) - 0x4b400000u); }
 
 inline float reduce(float x, float n) {
@@ -93,7 +93,7 @@ inline float reduce(float x, float n) {
 
 inline float power_of_two(int32_t n) { return bits<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
-// e^x for x <= 0; results under the smallest normal float are 0, which keeps subnormals out of hot loops.
+// e^x for x <= 0; results under the smallest normal float are 0, so that no subnormals reach hot loops.
 inline float exp_flushed(float x) {
   const float c = x < kFlush ? kFlush : x;  // NaN passes
   const float n = round_to_integer(c * 1.44269504f);
@@ -102,7 +102,7 @@ inline float exp_flushed(float x) {
 }
 inline double exp_flushed(double x) { return std::exp(x); }
 
-// e^x for any x: subnormal and infinite results included.
+// e^x for any x, with subnormal and infinite results.
 inline float exp_any(float x) {
   float c = x < -104.0f ? -104.0f : x;
   c = c > 89.0f ? 89.0f : c;
@@ -130,7 +130,7 @@ inline float tanh_any(float x) {
 }
 inline double tanh_any(double x) { return std::tanh(x); }
 
-// 1 - tanh^2 x to its own last places, where tanh x has come near 1 too.
+// 1 - tanh^2 x to full relative accuracy, also where tanh x is near 1.
 inline float tanh_slope(float x) {
   const float e = exp_flushed(x < 0.0f ? 2.0f * x : -2.0f * x);
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
@@ -143,7 +143,7 @@ inline double tanh_slope(double x) {
 // ln x for normal x > 0 (Cephes), within one ulp.
 inline float log_positive(float x) {
   const uint32_t u = bits<uint32_t>(x);
-  const int32_t k = static_cast<int32_t>(u - 0x3f3504f3u) >> 23;  // so that the rest lies in [sqrt(1/2), sqrt(2))
+  const int32_t k = static_cast<int32_t>(u - 0x3f3504f3u) >> 23;  // x / 2^k lies in [sqrt(1/2), sqrt(2))
   const float f = bits<float>(u - (static_cast<uint32_t>(k) << 23)) - 1.0f;
   const float n = static_cast<float>(k);
   const float z = f * f;
@@ -162,7 +162,7 @@ inline float log_positive(float x) {
 }
 inline double log_positive(double x) { return std::log(x); }
 
-// e^x - 1 for x <= 0, also where e^x is near 1; -1 for -inf.
+// e^x - 1 for x <= 0, accurate also where e^x is near 1; -1 for -inf.
 inline float expm1_negative(float x) {
   const float c = x < -0.5f ? -0.5f : x;
   float y = 1.9875691500e-4f;
@@ -176,7 +176,7 @@ inline float expm1_negative(float x) {
 }
 inline double expm1_negative(double x) { return std::expm1(x); }
 
-// ln(1 + x) for x > -1, also where x is small: the error of 1 + x is known (Kahan).
+// ln(1 + x) for x > -1, accurate also where x is small: the error of 1 + x is known (Kahan).
 inline float log1p_any(float x) {
   const float u = 1.0f + x;
   const float off = u - 1.0f;
@@ -184,7 +184,7 @@ inline float log1p_any(float x) {
 }
 inline double log1p_any(double x) { return std::log1p(x); }
 
-// ln of the smallest value that exp_flushed tells from 0.
+// ln of the smallest value for which exp_flushed is not 0.
 inline float flush_limit(float) { return kFlush; }
 inline double flush_limit(double) { return -745.2; }
 

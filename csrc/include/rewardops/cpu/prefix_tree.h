@@ -11,7 +11,7 @@ template <typename Token>
 int64_t common_prefix(const Token* a, const Token* b, int64_t n) {
   constexpr int64_t kBlock = 256 / sizeof(Token);
   int64_t t = 0;
-  // A block differs or it does not: no early exit inside, so that the compare is SIMD.
+  // No early exit inside a block, so that its comparison becomes SIMD code.
   for (; t + kBlock <= n; t += kBlock) {
     Token difference = 0;
 #pragma omp simd reduction(| : difference)

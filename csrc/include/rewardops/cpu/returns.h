@@ -20,7 +20,7 @@ struct Sixteen<float> {
 #else
 #define REWARDOPS_PICK16(v, ...) __builtin_shuffle(v, v, I{__VA_ARGS__})
 #endif
-  // Moved to the left. The last numbers stay: the extreme of a number and itself is that number.
+  // Numbers move to the left. The last ones stay: the extreme of a number and itself is that number.
   static V moved1(V v) { return REWARDOPS_PICK16(v, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15); }
   static V moved2(V v) { return REWARDOPS_PICK16(v, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15, 15); }
   static V moved4(V v) { return REWARDOPS_PICK16(v, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15, 15, 15, 15); }
@@ -71,8 +71,8 @@ struct ExtremeCarry {
   bool begun = false;
 };
 
-// Tokens [begin, end) of row b, from the right. The carry comes from the steps after them, and goes on to those before
-// them; without `store` nothing else is computed. A NaN stays in all returns before it.
+// Tokens [begin, end) of row b, from the right. The carry comes from the steps after them, and becomes that for the
+// tokens before them; without `store` nothing else is computed. A NaN stays in all returns before it.
 template <bool kLargest, typename T>
 inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, bool store,
                            ExtremeCarry<T>& carry) {
@@ -93,7 +93,7 @@ inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, in
     const T* r = rewards + at;
     const bool full = all_valid(steps.mask ? steps.mask + at : nullptr, n), every = full && !steps.ids && !steps.flags;
     if (!every || !carry.begun) steps.ends_of(at, n, ends);
-    T nans = 0;  // 0, or NaN where there is one
+    T nans = 0;  // NaN if a reward is NaN, else 0
     if (every) {
 #pragma omp simd reduction(+ : nans)
       for (int64_t i = 0; i < n; ++i) {
@@ -190,7 +190,7 @@ void extremes_chunks(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
 // ---- backward -----------------------------------------------------------------------------------------------
 
 // The gradient at a step end that attains the extreme, so that its reward is the return there, is the sum of upstream
-// gradients since the previous such end; ties go to the earliest. Returns the sum that is left; `taken` becomes true if
+// gradients since the previous such end; ties go to the earliest. Returns the sum that remains; `taken` becomes true if
 // any step end attains the extreme.
 template <typename T>
 inline double extremes_backward_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, double sum,

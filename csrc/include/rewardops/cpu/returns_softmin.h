@@ -22,7 +22,7 @@ void softmin_returns(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t t = steps.size - 1; t >= 0; --t) {
       if (steps.ends_step(t)) {
         const double u = -static_cast<double>(rewards[t]) / a.temperature;
-        // +inf and NaN pass through; -inf, which has no mass, must not be subtracted from itself.
+        // +inf and NaN propagate; -inf, which has no mass, must not be subtracted from itself.
         if (u > top || u != u) {
           total = count && top > -infinity<double>() ? total * std::exp(top - u) + 1 : 1;
           top = u;
@@ -40,8 +40,8 @@ void softmin_returns(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// grad r[j] = sum over the tokens t up to step j of grad[t] exp(-r[j] / T - log_sum[t]), as a sum that is carried from
-// one step to the next, relative to that step's log_sum, which only falls.
+// grad r[j] = sum over the tokens t up to step j of grad[t] exp(-r[j] / T - log_sum[t]), as a running sum from one
+// step to the next, relative to that step's log_sum, which only falls.
 template <typename T>
 void softmin_returns_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
@@ -50,7 +50,7 @@ void softmin_returns_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
     const T* grad = a.grad.row(a.rows, b);
     const double* log_sums = a.log_sums.row(a.rows, b);
     T* out = a.out.row(a.rows, b);
-    // Step ends, found from the right, as ones in the output until its values replace them.
+    // Step ends, from the right: marked by ones in the output, until its values replace them.
     for (int64_t t = steps.size - 1; t >= 0; --t) out[t] = steps.ends_step(t);
     double sum = 0, pending = 0, before = 0;
     bool first = true;
@@ -74,7 +74,7 @@ void softmin_returns_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
 // The normaliser of the weights exp(-r / T) of a row's steps.
 struct Softmin {
   double low = infinity<double>();  // the smallest reward
-  double total = 0;                 // of exp((low - r) / T)
+  double total = 0;                 // sum of exp((low - r) / T)
 };
 
 // f(first token, tokens, positions of step ends among them, how many) for each block of a row, from the right.
@@ -137,7 +137,7 @@ void softmin_rewards_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
     const T* grad = a.grad.row(a.rows, b);
     T* out = a.out.row(a.rows, b);
     const Softmin s = softmin_row(a, b, rewards);
-    double mean = 0;  // of grad * reward under the weights
+    double mean = 0;  // weighted mean of grad * reward
     if (a.through_weights)
       each_step_block(a, b, [&](int64_t at, int64_t, const int32_t* places, int64_t count) {
         for (int64_t k = 0; k < count; ++k) {

@@ -1,4 +1,4 @@
-// Steps of a row: which tokens are valid, and which end a step.
+// Steps of a row: flags of valid tokens and of step ends.
 #pragma once
 
 #include "rewardops/cpu/kernels.h"
@@ -8,7 +8,7 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-// The tokens of one row, walked from the right: which are valid, and which end a step.
+// Walks the tokens of one row from the right, and tells valid tokens and step ends.
 template <typename T>
 struct StepRow {
   const uint8_t *mask, *flags;
@@ -33,7 +33,7 @@ struct StepRow {
     return end;
   }
 
-  // Starts the walk at any token `end`: the id of the valid token there or after it is known from here on.
+  // Starts the walk at any token `end`: sets `following` to the id of the valid token there or after it.
   void start(int64_t end) {
     following = -1;
     if (!ids) return;

@@ -1,7 +1,7 @@
 // Scans of a block in registers, eight numbers at a time, in either direction of time.
 //
-// A step of the scan is a map y -> x + a y, and maps compose: over distances 1, 2 and 4 within a register, then the
-// carry of the one before. Only the carry makes registers wait for each other, so long rows run at the speed of many.
+// A step of the scan is a map y -> x + a y, and maps compose: over distances 1, 2 and 4 within a register, then
+// with the carry of the register before. Only the carry is sequential, so long rows are as fast as many short ones.
 #pragma once
 
 #include "rewardops/cpu/kernels.h"
@@ -38,7 +38,7 @@ inline int64_t live_tokens(const uint8_t* mask, int64_t n) {
   return n;
 }
 
-// The block before this one, while this one is worked on: the hardware looks ahead upwards.
+// Prefetches the block to the left of the current one: the hardware prefetches upwards only.
 template <typename T>
 inline void prefetch_before(const T* block) {
   if (!block) return;
@@ -52,7 +52,7 @@ inline void prefetch_before(const T* block) {
 #define REWARDOPS_PICK(a, b, ...) __builtin_shuffle(a, b, EightInts{__VA_ARGS__})
 #endif
 
-// Which way the carry comes: from later tokens, or from earlier ones.
+// Direction of the carry: from later tokens, or from earlier ones.
 struct FromRight {
   template <int k>
   static Eight moved(Eight v, Eight fill) {
@@ -76,10 +76,10 @@ struct FromLeft {
   static constexpr bool kReverse = false;
 };
 
-// What n numbers are padded to. The padding lies where the scan starts, and must hold x = 0 and a = 1 there.
+// n rounded up to full registers. The padding lies where the scan starts, and must hold x = 0 and a = 1.
 inline int64_t padded_to_eight(int64_t n) { return (n + kEight - 1) / kEight * kEight; }
 
-// m y, and 0 where m is, whatever y: what is not discounted to is not looked at.
+// m y, but 0 where m is 0, whatever y: a NaN behind a discount of 0 has no effect.
 inline Eight weighed(Eight m, Eight y) {
   const EightInts none = m == splat_eight(0);
   return m * (none ? splat_eight(0) : y);
@@ -106,7 +106,7 @@ inline double scan_maps(double* x, const double* a, int64_t padded, double carry
   return c[0];
 }
 
-// The same where every a is one number.
+// The same scan with one number for all a.
 template <typename Way>
 inline double scan_map(double* x, double a, int64_t padded, double carry) {
   if (a == 0) return x[Way::kReverse ? 0 : padded - 1];
@@ -128,7 +128,7 @@ inline double scan_map(double* x, double a, int64_t padded, double carry) {
   return c[0];
 }
 
-// 0 where the factor is, whatever the value.
+// The product, but 0 where the factor is 0, whatever the value.
 inline double times(double factor, double value) { return factor == 0 ? 0 : factor * value; }
 
 // The tokens of an item, counted over rows x chunks.
@@ -141,7 +141,7 @@ struct Chunk {
   }
 };
 
-// From (value, factor) of every chunk of a row to the carry that each starts with.
+// Turns (value, factor) of every chunk of a row into the carry that the chunk starts with.
 inline void linear_carries(double* state, int64_t chunks, bool reverse) {
   double carry = 0;
   for (int64_t k = 0; k < chunks; ++k) {

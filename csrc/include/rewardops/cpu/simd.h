@@ -1,4 +1,4 @@
-// Lanes<T>: as many numbers as a hot loop works on at once, on every instruction set by the same code.
+// Lanes<T>: the numbers that a hot loop processes at once, with the same code on every instruction set.
 //
 // For the few loops that a compiler does not turn into good SIMD code by itself. 16 floats (one register of
 // AVX-512, two of AVX2) or 8 doubles; where there are no such registers, arrays that the compiler splits.
@@ -16,7 +16,7 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-// While one is alive, results too small for a normal number are 0: some machines take a hundred cycles for each.
+// Scope in which subnormal results become 0: some machines take a hundred cycles for each.
 struct FlushSubnormals {
 #if defined(__SSE__)
   unsigned before = _mm_getcsr();
@@ -37,7 +37,7 @@ struct Lanes;
 template <typename T, int N>
 struct Array {
   static constexpr int64_t kWidth = N;
-  static constexpr bool kFused = false;  // whether fma rounds once
+  static constexpr bool kFused = false;  // fma rounds once
   T v[N];
 
   template <typename F>
@@ -50,14 +50,14 @@ struct Array {
   static Lanes<T> splat(T x) { return each([=](int) { return x; }); }
   template <typename From>
   static Lanes<T> load(const From* x) { return each([=](int i) { return static_cast<T>(widen(x[i])); }); }
-  // Two at once, in any order that is the same for every row.
+  // Loads two at once, in any order that is the same for every row.
   template <typename From>
   static void load_two(const From* x, Lanes<T>* a, Lanes<T>* b) {
     *a = load(x);
     *b = load(x + N);
   }
   void store(T* x) const { std::memcpy(x, v, sizeof(v)); }
-  // Bitwise: the sign of the result is set where it is in both.
+  // Bitwise and: the sign of the result is set where both signs are.
   bool all_negative() const {
     bool all = true;
     for (int i = 0; i < N; ++i) all = all && std::signbit(v[i]);
@@ -114,7 +114,7 @@ REWARDOPS_ARRAY_LANES(float, 16)
 inline Lanes<float> rounded(Lanes<float> x) {
   return Lanes<float>::each([&](int i) { return round_to_integer(x.v[i]); });
 }
-// y 2^n for integers n <= 126; 0 for what is no normal number.
+// y 2^n for integers n <= 126; 0 for results below the normal numbers.
 inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) {
   return Lanes<float>::each([&](int i) {
     const float c = n.v[i] < -125.0f ? 0.0f : n.v[i];
@@ -147,7 +147,7 @@ struct Lanes<float> {
     *a = load(x);
     *b = load(x + 16);
   }
-  // Even and odd columns: an instruction each, where taking them in order needs two.
+  // Even and odd columns take one instruction each; columns in order would take two.
   static void load_two(const bfloat16* x, Lanes* a, Lanes* b) {
     const __m512i raw = _mm512_loadu_si512(x);
     *a = {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16))};
@@ -271,17 +271,17 @@ inline Lanes<float> polynomial(Lanes<float> x, const float (&coefficients)[kTerm
   return y;
 }
 
-// 2^x for x <= 126, 0 for what is no normal number; NaN, or 0, for -inf. Within 1.9e-7. Minimax polynomials with the
-// constant exactly 1, so that 2^0 is.
+// 2^x for x <= 126, 0 for results below the normal numbers; NaN, or 0, for -inf. Within 1.9e-7. Minimax polynomials
+// with the constant exactly 1, so that 2^0 is exact.
 inline Lanes<float> exp2(Lanes<float> x) {
 #if defined(__AVX512F__)
-  // On [0, 1): scalef takes the integer below x by itself.
+  // Polynomial on [0, 1): scalef handles the integer part.
   static constexpr float kCoefficients[] = {1.867130166e-3f, 9.017029777e-3f, 5.579991266e-2f,
                                             2.401644439e-1f, 6.931512952e-1f, 1.0f};
   const __m512 f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   return {_mm512_scalef_ps(polynomial({f}, kCoefficients).v, x.v)};
 #else
-  // On [-1/2, 1/2].
+  // Polynomial on [-1/2, 1/2].
   static constexpr float kCoefficients[] = {1.326465281e-3f, 9.671511129e-3f, 5.550733954e-2f,
                                             2.402224243e-1f, 6.931470037e-1f, 1.0f};
   const Lanes<float> n = rounded(x);
@@ -289,7 +289,7 @@ inline Lanes<float> exp2(Lanes<float> x) {
 #endif
 }
 
-// e^x for x <= 0, 0 for what is no normal number, -inf too; within an ulp (Cephes), as exp_flushed.
+// e^x for x <= 0, 0 for results below the normal numbers and for -inf; within an ulp (Cephes), as exp_flushed.
 inline Lanes<float> exp(Lanes<float> x) {
   using L = Lanes<float>;
   static constexpr float kCoefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
@@ -301,8 +301,8 @@ inline Lanes<float> exp(Lanes<float> x) {
   return scaled(y, n);
 }
 
-// Writes an output from a buffer. Streamed past the caches where it would not fit into them: storing a line there
-// reads it first.
+// Writes an output from a buffer. Outputs too large for the caches are streamed past them: a cached store reads the
+// line first.
 template <typename T>
 inline void store_out(T* out, const T* from, int64_t n, bool stream) {
 #if defined(__AVX2__)

@@ -1,6 +1,6 @@
 // Discounted sums of rewards and of temporal differences: discounted returns, GAE, lambda-returns, V-trace.
 //
-// Over the valid tokens of a row, with t+ the next of them:
+// Definition over the valid tokens of a row, with t+ the next valid token:
 //   delta[t] = rho[t] (r[t] + gamma[t] V[t+] - V[t]),  y[t] = delta[t] + gamma[t] lambda[t] trace[t] y[t+]
 // With `decay` a masked token before the last valid one is a step as well, of reward and value 0.
 #pragma once
@@ -12,7 +12,7 @@ namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
-// A row, and its coefficients as they apply to a block.
+// A row, and its coefficients for a block.
 template <typename T>
 struct TdRow {
   const TdArgs<T>& a;
@@ -20,7 +20,7 @@ struct TdRow {
   const uint8_t* mask;
   const T *rewards, *values, *rho, *trace;
   const double *gammas, *lambdas;  // per token, or null
-  double gamma, lambda;            // of the row
+  double gamma, lambda;            // values of the whole row
   double decay;                    // gamma * lambda
 
   TdRow(const TdArgs<T>& args, int64_t row)
@@ -33,9 +33,9 @@ struct TdRow {
   bool simple() const { return !rho && !trace && !gammas && !lambdas; }
   bool valid(int64_t t) const { return !mask || mask[t]; }
 
-  // One past the last valid token: what follows is no part of the row.
+  // One past the last valid token, where the row ends.
   int64_t live() const { return live_tokens(mask, a.rows.size(b)); }
-  // The value that token `end - 1` looks ahead to.
+  // Next value V[t+] of token `end - 1`.
   double value_after(int64_t end, int64_t live) const {
     if (!values) return 0;
     if (end >= live) return a.bootstrap ? static_cast<double>(a.bootstrap[b]) : 0;
@@ -45,7 +45,7 @@ struct TdRow {
   }
   double gamma_at(int64_t t) const { return gammas ? gammas[t] : gamma; }
   double rho_at(int64_t t) const { return rho ? static_cast<double>(rho[t]) : 1; }
-  // How much of y[t+] is in y[t].
+  // Factor of y[t+] in y[t].
   double factor_at(int64_t t) const {
     return gamma_at(t) * (lambdas ? lambdas[t] : lambda) * (trace ? static_cast<double>(trace[t]) : 1);
   }
@@ -54,10 +54,10 @@ struct TdRow {
 struct TdBlock {
   alignas(64) double x[kScanBlock];
   alignas(64) double factor[kScanBlock];
-  alignas(64) double next[kScanBlock + kEight];  // V[t+], one further on
+  alignas(64) double next[kScanBlock + kEight];  // V[t+], shifted by one place
 };
 
-// Fills a block's factors; whether they are all `decay`.
+// Fills a block's factors; returns true if all are `decay`.
 template <typename T>
 inline bool fill_factors(const TdRow<T>& row, int64_t begin, int64_t n, bool full, TdBlock& s) {
   const bool uniform = row.simple() && (full || row.a.decay);
@@ -79,7 +79,8 @@ inline double scan_block(const TdRow<T>& row, bool uniform, int64_t n, TdBlock& 
   return uniform ? scan_map<Way>(s.x, row.decay, n, carry) : scan_maps<Way>(s.x, s.factor, padded_to_eight(n), carry);
 }
 
-// The temporal differences of a block; `ahead` is the value after it and becomes that after the one before.
+// Computes the temporal differences of a block; `ahead` is the value after the block, and becomes that after the block
+// before.
 template <typename T>
 inline void fill_differences(const TdRow<T>& row, int64_t begin, int64_t n, bool full, TdBlock& s, double* ahead) {
   const T* r = row.rewards + begin;
@@ -103,7 +104,7 @@ inline void fill_differences(const TdRow<T>& row, int64_t begin, int64_t n, bool
     s.x[n - 1] = static_cast<double>(r[n - 1]) + gamma * after - static_cast<double>(v[n - 1]);
     *ahead = v[0];
   } else if (row.simple() && row.gamma != 0) {
-    // The value of the next valid token: a scan that starts anew at each. With `decay` it is that of the next token.
+    // The value of the next valid token: a scan that restarts at each valid token. With `decay`: of the next token.
     for (int64_t i = 0; i < n; ++i) {
       const double value = v[i];
       s.next[i] = m[i] ? value : 0.0;
@@ -158,14 +159,14 @@ inline void store_zeros(const TdRow<T>& row, Tokens<T> out, int64_t begin, int64
   if (out.data && end > begin) std::memset(out.row(row.a.rows, row.b) + begin, 0, (end - begin) * sizeof(T));
 }
 
-// Tokens [begin, end) of a row of `live` tokens, from the carry y[end]. Without `store` only the aggregate is wanted:
-// y[begin] for a carry of 0, and by how much the carry is multiplied on the way.
+// Tokens [begin, end) of a row of `live` tokens, from the carry y[end]. Without `store` only the aggregate is computed:
+// y[begin] for a carry of 0, and the factor by which the carry is multiplied.
 template <typename T>
 inline double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t live, double carry, bool store,
                        double* product) {
   TdBlock s;
   double ahead = row.value_after(end, live);
-  // The ragged block comes first, so that the others end where registers do.
+  // The partial block comes first, so that all others consist of full registers.
   for (int64_t stop = end; stop > begin;) {
     const int64_t left = stop - begin, n = left % kScanBlock ? left % kScanBlock : kScanBlock, at = stop - n;
     prefetch_before(row.rewards + at);
@@ -188,8 +189,8 @@ inline double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t 
 
 // ---- backward: the same sums, from the left -----------------------------------------------------------------
 //
-// u[t] = g[t] + factor[t-] u[t-], with t- the valid token before, g all that comes from above:
-//   grad r[t] = rho[t] u[t],  grad V[t] = gamma[t-] rho[t-] u[t-] - rho[t] u[t] + (what comes from the returns).
+// u[t] = g[t] + factor[t-] u[t-], with t- the valid token before, g the upstream gradient of y:
+//   grad r[t] = rho[t] u[t],  grad V[t] = gamma[t-] rho[t-] u[t-] - rho[t] u[t] + (the gradient of the return).
 
 // s.x becomes u of [begin, end) from the carry factor[t-] u[t-]; `passed` is gamma[t-] rho[t-] u[t-], before and after.
 template <typename T>
@@ -209,7 +210,7 @@ inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end,
       up[i] = valid ? sum : 0;
     }
     const bool uniform = fill_factors(row, at, n, full, s);
-    // s[t] = factor[t] (g[t] + s[t-]): what token t hands on.
+    // s[t] = factor[t] (g[t] + s[t-]): the carry from token t to the next.
     if (uniform) for (int64_t i = 0; i < n; ++i) s.x[i] = times(row.decay, up[i]);
     else for (int64_t i = 0; i < n; ++i) s.x[i] = times(s.factor[i], up[i]);
     const double before = carry;
@@ -246,7 +247,7 @@ inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end,
 
 // ---- items: rows, or rows times chunks ----------------------------------------------------------------------
 
-// Writes tokens [begin, end) of a row, whose own end is `live`, from their carry. Returns what a backward pass hands on.
+// Writes tokens [begin, end) of a row that ends at `live`, from their carry. Returns the carry of a backward pass.
 template <typename T>
 inline double td_stretch(const TdRow<T>& row, int64_t live, int64_t begin, int64_t end, double carry) {
   const TdArgs<T>& a = row.a;
@@ -270,7 +271,7 @@ void td_rows(const TdArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// A few long rows, in chunks: `a.state` holds for each its aggregate, then its carry. Items: rows x chunks.
+// A few long rows, in chunks: `a.state` holds the aggregate of each chunk, then its carry. Items: rows x chunks.
 template <typename T>
 void td_aggregates(const TdArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
@@ -286,7 +287,7 @@ void td_aggregates(const TdArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// What the first valid token of a chunk has from the one before it is added afterwards.
+// td_joins adds the value gradient that a chunk's first valid token gets from the token before the chunk.
 template <typename T>
 void td_chunks(const TdArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
@@ -301,7 +302,7 @@ void td_carries(const TdArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) linear_carries(a.state + 2 * b * a.chunks, a.chunks, !a.backward);
 }
 
-// The values' gradients across chunks, and that of what follows the row. Items: rows.
+// Adds the values' gradients across borders of chunks, and the bootstrap's. Items: rows.
 template <typename T>
 void td_joins(const TdArgs<T>& a, int64_t begin, int64_t end) {
   if (!a.backward) return;
@@ -314,7 +315,7 @@ void td_joins(const TdArgs<T>& a, int64_t begin, int64_t end) {
       int64_t t = c * kScanChunk;
       const int64_t to = t + kScanChunk < live ? t + kScanChunk : live;
       if (!a.decay) while (t < to && !row.valid(t)) ++t;
-      if (t == to) continue;  // a chunk of holes hands on what it got
+      if (t == to) continue;  // a chunk without valid tokens passes its carry on
       if (a.grad_values.data && row.valid(t)) {
         T& value = a.grad_values.row(a.rows, b)[t];
         value = static_cast<T>(static_cast<double>(value) + passed);

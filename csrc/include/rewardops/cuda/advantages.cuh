@@ -1,4 +1,4 @@
-// Group-relative advantages: from rewards and labels per row to advantages of rows or of all their tokens; and back.
+// Group-relative advantages of rows, or of all their tokens, from rewards and labels per row; and the gradients.
 //
 // group_advantages_kernel: a block serves a few neighbouring rows, or a part of the tokens of one. It reads the labels
 //   of all rows once, lists the members of its rows' groups in shared memory, reduces each of those groups once, and
@@ -6,13 +6,13 @@
 //   rows are shared between blocks.
 // row_sums_kernel, group_advantages_backward_kernel: the gradients of tokens, summed by row; then the same reductions.
 //
-// Moved, for 512 rows of 8192 tokens in float32: 4.2 MB of mask and 16.8 MB of tokens, 21 MB or 4.9 us at 4.3 TB/s, in
-// either direction. For 8192 rows of 1024: 42 MB or 9.8 us. On top, from the L2 cache: the labels, 8 bytes for each
-// row and block, 2 MB and 27 MB in all, and a sector of mask for each member; all of it ahead of the first store, so
-// that it costs latency: about 3 us. Per row alone the latency is all there is.
+// Bytes, for 512 rows of 8192 tokens in float32: 4.2 MB of mask and 16.8 MB of tokens, 21 MB or 4.9 us at 4.3 TB/s, in
+// either direction. For 8192 rows of 1024: 42 MB or 9.8 us. Besides, from the L2 cache: the labels, 8 bytes for each
+// row and block, 2 MB and 27 MB in all, and a sector of mask for each member. All of these reads precede the first
+// store, so that they cost latency: about 3 us. Without tokens, this latency is the whole cost.
 //
-// Why not Triton: a program cannot list the members that it has found. It reads labels and masks again for each pass
-// over a group (3 for a std, 35 for a median, 67 in float64) and each row of it, and all labels for every row: 537 MB
+// Why not Triton: a program cannot keep a list of the members. It reads labels and masks again for each pass over a
+// group (3 for a std, 35 for a median, 67 in float64) and each row of it, and all labels for every row: 537 MB
 // from L2 for the 8192 rows.
 #pragma once
 
@@ -23,7 +23,7 @@ namespace rewardops::cuda::advantages {
 
 // ---- tokens ------------------------------------------------------------------------------------------------
 
-// Writes part blockIdx.y of the tokens of `rows` rows from `first` on: a row's value to valid tokens, 0 to masked ones.
+// Writes part blockIdx.y of the tokens of `rows` rows, from row `first` on: the row's value, or 0 at masked tokens.
 template <typename T>
 __device__ void write_tokens(const AdvantagesArgs<T>& a, const T* values, int first, int rows) {
   const auto parts = static_cast<int>(gridDim.y), part = static_cast<int>(blockIdx.y);
@@ -31,7 +31,7 @@ __device__ void write_tokens(const AdvantagesArgs<T>& a, const T* values, int fi
   for (int k = 0; k < rows; ++k) {
     const int row = first + k;
     const T value = values[k];
-    // Zeros, of groups of equal rewards, need no mask.
+    // Rows of zeros, as in groups of equal rewards, need no mask.
     const uint8_t* mask = value == 0 ? nullptr : a.mask.row(a.rows, row);
     const RowChunks<T> line(a.out.row(a.rows, row), mask, a.rows.size(row));
     // Each row starts with another warp, so that short ones are shared evenly.

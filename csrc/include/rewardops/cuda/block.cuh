@@ -10,7 +10,7 @@ namespace rewardops::cuda {
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of a block; scans and logits launch fewer where rows are short
+constexpr int kThreads = 256;  // threads per block; scans and logits launch fewer where rows are short
 constexpr int kWarps = kThreads / kWarp;
 
 __device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
@@ -40,7 +40,7 @@ struct Cluster {
   __device__ int rank() const { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
   __device__ int size() const { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
   __device__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  // The same place in the dynamic shared memory of the block of a rank.
+  // The same address in the dynamic shared memory of another block of the cluster.
   template <typename T>
   __device__ T* at(T* shared, int rank) const {
     return cooperative_groups::this_cluster().map_shared_rank(shared, static_cast<unsigned>(rank));
@@ -63,11 +63,11 @@ struct Max {
     return a < b ? b : a;
   }
 };
-// The larger of two numbers; NaN is ignored.
+// The larger of two numbers; a NaN is ignored.
 struct MaxNumber {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
-// The smaller of two numbers; NaN if one of them is.
+// The smaller of two numbers; NaN if either is NaN.
 struct MinOrNan {
   __device__ double operator()(double a, double b) const { return b < a || b != b ? b : a; }
 };

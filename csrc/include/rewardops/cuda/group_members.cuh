@@ -10,12 +10,12 @@
 
 namespace rewardops::cuda::advantages {
 
-constexpr int kBlocks = 2;       // of a multiprocessor, at least
-constexpr int kRows = 64;        // of a block, at most
-constexpr int64_t kMostRows = int64_t{1} << 30;  // of a batch: rows are 32-bit numbers, places of tokens 64-bit ones
+constexpr int kBlocks = 2;       // blocks per multiprocessor, at least
+constexpr int kRows = 64;        // rows per block, at most
+constexpr int64_t kMostRows = int64_t{1} << 30;  // rows per batch: their numbers have 32 bits, offsets of tokens 64
 constexpr int kListed = 2048;    // members at once; larger groups are searched for again in each pass over them
 constexpr int kAhead = 4;        // labels that a thread loads at once
-constexpr int kLook = 8;         // tokens that decide for nearly every row whether it has a valid one
+constexpr int kLook = 8;         // leading tokens that are searched first: nearly every row has a valid one there
 constexpr int kReduced = 4;      // numbers reduced over a block at once, at most
 static_assert(kRows <= kThreads);
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -23,35 +23,35 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // The rewards of a set of rows.
 struct RewardSummary {
   double n;           // their number
-  double low, high;   // the smallest and the largest; NaN where one is
+  double low, high;   // the smallest and the largest; NaN if a reward is NaN
   double mean_above;  // the mean of reward - low
-  double std;         // 0 if not wanted
+  double std;         // 0 if not requested
   double mean_abs;    // the mean of |reward|
-  bool differs;       // whether not all are equal
+  bool differs;       // any two rewards differ
 };
 
 // The block's shared memory.
 template <typename T>
 struct Shared {
-  int64_t labels[kRows], unsorted[kRows];  // of the block's rows: distinct and ascending; one a row
-  bool first[kRows];                       // whether row k is the first one of its label
-  int sizes[kRows], starts[kRows];         // of the groups: members, and place in the list
+  int64_t labels[kRows], unsorted[kRows];  // labels of the block's rows: distinct and ascending; one per row
+  bool first[kRows];                       // row k is the first row of its label
+  int sizes[kRows], starts[kRows];         // per group: number of members, and place in the list
   int counts[kWarps][kRows];               // members of each group among a warp's part of the batch
   int places[kWarps][kRows];               // the place in the list of the warp's next member of each group
-  int spans[kWarps][2];                    // the range of rows in which a warp has found members
+  int spans[kWarps][2];                    // the range of rows that holds a warp's members
   int last_end;                            // one past the last member of all
   int rows[kListed];                       // the list; -1 for rows that are not members
   T rewards[kListed];
   double partial[kWarps][kReduced];
-  RewardSummary summaries[2];              // of the group, of all rows; in shared memory to save registers
+  RewardSummary summaries[2];              // group, and all rows; in shared memory to save registers
   double upstream[2][2];                   // sums over the members, see sum_upstream
-  T results[3][kRows];                     // of the block's rows
+  T results[3][kRows];                     // results of the block's rows
 };
 
-// ---- which rows are members --------------------------------------------------------------------------------
+// ---- members -----------------------------------------------------------------------------------------------
 
-// Whether the lane's row is `chosen` and has a valid token. A lane looks at the first tokens of its row; rows that have
-// none among them are searched by the whole warp, one after the other.
+// True if the lane's row is `chosen` and has a valid token. A lane reads the first tokens of its row. Rows without a
+// valid one among these are searched by the whole warp, in sequence.
 template <typename T>
 __device__ bool has_token(const AdvantagesArgs<T>& a, int row, bool chosen) {
   if (!a.tokens_given) return chosen;
@@ -72,17 +72,17 @@ __device__ bool has_token(const AdvantagesArgs<T>& a, int row, bool chosen) {
   return any;
 }
 
-// Whether the lane's row is a member. The backward pass knows from the forward pass: rows without a valid token, and
-// rows whose group's scale is 0, have an inverse scale of 0.
+// True if the lane's row is a member. The backward pass reads this from the forward pass: rows without a valid token,
+// and rows whose group's scale is 0, have an inverse scale of 0.
 template <bool kBackward, typename T>
 __device__ bool is_member(const AdvantagesArgs<T>& a, int row, bool chosen) {
   if constexpr (kBackward) return chosen && a.inv_scale[row] != 0;
   else return has_token(a, row, chosen);
 }
 
-// Fills the list with `size` rows and their rewards, -1 for rows that are not members: the rows that it holds already
-// (from < 0), or those from row `from` on, of which only those of `group` are members (-1: of any group). Not inlined,
-// as every pass over a large set calls it.
+// Fills the list with `size` rows and their rewards, -1 for rows that are not members. The rows are those already in
+// the list (from < 0), or those from row `from` on, of which only rows of `group` are members (-1: of any group). Not
+// inlined, as every pass over a large set calls it.
 template <bool kBackward, typename T>
 __noinline__ __device__ void fill_list(const AdvantagesArgs<T>& a, Shared<T>& shared, int size, int from, int group) {
   __syncthreads();
@@ -109,8 +109,8 @@ struct Member {
   T reward;
 };
 
-// A set of rows: the part [begin, end) of the list. A set that the list cannot hold is searched for anew in every pass:
-// among the first `large` rows of the batch, those of `group`, which go into the list one window after the other.
+// A set of rows: the part [begin, end) of the list. A set that the list cannot hold is searched again in every pass:
+// the rows of `group` among the first `large` rows of the batch, which enter the list window by window.
 template <typename T, bool kBackward>
 struct Members {
   const AdvantagesArgs<T>& a;
@@ -248,7 +248,7 @@ __device__ void count_members(const AdvantagesArgs<T>& a, Shared<T>& shared, int
   __syncthreads();
 }
 
-// Whether an advantage depends on the rewards of other rows.
+// True if an advantage depends on the rewards of other rows.
 template <typename T>
 __device__ bool is_relative(const AdvantagesArgs<T>& a) {
   return a.scale != Scale::none || a.raw || (a.baseline != Baseline::none && a.baseline != Baseline::values);
@@ -260,7 +260,7 @@ template <typename T, bool kBackward>
 class Sets {
  public:
   Members<T, kBackward> members;
-  bool whole = false;  // whether the set is all rows
+  bool whole = false;  // the set is all rows
 
   __device__ Sets(const AdvantagesArgs<T>& a, Shared<T>& shared, int first, int rows)
       : members{a, shared, 0, 0, 0, -1}, first_(first), rows_(rows) {}
@@ -300,7 +300,7 @@ class Sets {
     fill_list<kBackward>(members.a, members.shared, size, from, -1);
   }
 
-  // Lists the members of as many groups as there is space for. A group larger than the list is not listed.
+  // Lists the members of as many groups as fit. A group larger than the list is not listed.
   __device__ void list_groups() {
     Shared<T>& shared = members.shared;
     int size = 0;
@@ -324,8 +324,8 @@ class Sets {
 
   int first_, rows_;
   int groups_ = -1;  // the number of groups; -1: not known yet
-  int group_ = 0;    // the next one
-  int listed_ = 0;   // one past the last one in the list
+  int group_ = 0;    // the next group
+  int listed_ = 0;   // one past the last group in the list
 };
 
 }  // namespace rewardops::cuda::advantages

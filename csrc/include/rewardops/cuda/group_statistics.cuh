@@ -11,9 +11,9 @@ namespace rewardops::cuda::advantages {
 
 // ---- rewards of a set --------------------------------------------------------------------------------------
 
-// Summarizes the rewards of a set, the std only if `squares`. Rewards are centred on the smallest one first: those near
-// 1000 keep the digits of their differences. Equal rewards are detected by comparison: their computed std is a rounding
-// error, not 0.
+// Summarizes the rewards of a set, the std only if `squares`. Rewards are centred on the smallest one first, so that
+// rewards near 1000 keep the digits of their differences. Equal rewards are detected by comparison: their computed std
+// is rounding error, not 0.
 template <typename T, bool kBackward>
 __device__ void summarize(const Members<T, kBackward>& members, int ddof, bool squares, RewardSummary& result) {
   using M = const Member<T>&;
@@ -52,7 +52,7 @@ __device__ void summarize(const Members<T, kBackward>& members, int ddof, bool s
 
 // ---- order statistics --------------------------------------------------------------------------------------
 
-// Integers in the order of floating-point numbers; both zeros have the same one.
+// An integer in the order of the floating-point numbers; both zeros have the same one.
 template <typename T>
 struct Key {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -96,22 +96,22 @@ __device__ void find_ranked(const Members<T, kBackward>& members, int rank, bool
 
 // ---- statistics of a group ---------------------------------------------------------------------------------
 
-// The rewards that gradients of ranked baselines and ranges go to: the group's extremes, and the two that an order
+// The rewards that receive gradients of ranked baselines and ranges: the group's extremes, and the two that an order
 // statistic lies between.
 enum Ranked { kHighest, kLowest, kBelow, kAbove };
 
-// The advantages of a group: inv_scale * numerator, where the numerator, reward less baseline, is
+// The advantages of a group: inv_scale * numerator, where the numerator, reward minus baseline, is
 // gain * (reward - low - baseline) unless the group is `flat` or `alone`.
 struct GroupStatistics {
   double inv_scale = 1;               // 1 / (scale + eps); 0 where all rewards that the scale depends on are equal
   double gain = 1;                    // n / (n - 1) for the mean of the others, else 1
   double low = 0;                     // the reward that others are centred on first: the smallest, or kBelow
-  double baseline = 0;                // less `low`
+  double baseline = 0;                // baseline minus `low`
   bool flat = false;                  // the rewards are equal, or there is only one: numerators are 0
   bool alone = false;                 // a group of one whose numerator is its reward
   double share = 0;                   // d baseline / d reward, times gain; of weighted baselines per unit of length
-  double part = 0;                    // how far the order statistic lies from kBelow to kAbove, in [0, 1)
-  int earliest[4] = {-1, -1, -1, -1};  // the earliest row of each Ranked reward; -1 for none, or not wanted
+  double part = 0;                    // position of the order statistic between kBelow and kAbove, in [0, 1)
+  int earliest[4] = {-1, -1, -1, -1};  // the earliest row of each Ranked reward; -1 for none, or not requested
 };
 
 template <typename T>
@@ -120,7 +120,7 @@ __device__ bool is_ranked(const AdvantagesArgs<T>& a) {
          a.baseline == Baseline::second_max;
 }
 
-// The rewards that an order statistic lies between, and how far it lies from `below` to `above`.
+// The two rewards around an order statistic, and its position between `below` and `above`, in [0, 1).
 template <typename T, bool kBackward>
 __device__ void find_ranks(const AdvantagesArgs<T>& a, const Members<T, kBackward>& members, double& below,
                            double& above, double& part) {
@@ -133,7 +133,7 @@ __device__ void find_ranks(const AdvantagesArgs<T>& a, const Members<T, kBackwar
   const double last = max(group.n - 1, 0.0);
   double at = floor(last / 2);
   if (a.baseline == Baseline::quantile) {
-    // In the precision of the rewards, as torch.quantile.
+    // The rank is computed in the precision of the rewards, as in torch.quantile.
     at = static_cast<T>(a.quantile) * static_cast<T>(last);
     part = max(at - floor(at), 0.0);
   }
@@ -197,7 +197,7 @@ __device__ GroupStatistics statistics_of(const AdvantagesArgs<T>& a, const Membe
 
 // ---- a member's advantage, and its derivatives -------------------------------------------------------------
 
-// Reward less baseline.
+// Reward minus baseline.
 template <typename T>
 __device__ double numerator(const AdvantagesArgs<T>& a, const GroupStatistics& s, const Member<T>& m) {
   if (s.alone || a.baseline == Baseline::none) return m.reward;

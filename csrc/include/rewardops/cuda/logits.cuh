@@ -4,7 +4,7 @@
 // largest logit and writes the sums to the shared memory of all blocks. Each block merges all parts in the same order,
 // so all have the same bits, and computes its slice of the gradient from the logits in shared memory.
 //
-// Bytes: 2 e V for a row of V logits of e bytes, read and written; the outputs per token are negligible beside that.
+// Bytes: 2 e V for a row of V logits of e bytes, read and written; the outputs per token are negligible.
 // 8192 rows of 151,936 are 4.98 GB in bfloat16 and 9.96 GB in float32: 1.16 and 2.32 ms at 4.3 TB/s. A forward and a
 // backward pass read the row twice: 1.74 and 3.47 ms. Arithmetic: two powers of two an element, 20 instructions in
 // all; while its 4 bytes in bfloat16 are moved, an H200 issues 28.
@@ -19,7 +19,7 @@ namespace rewardops::cuda::logits {
 
 constexpr double kLn2 = 0.6931471805599453;
 
-// The sums that are computed beside the total, and that the gradient depends on. moments: of p^2, and the mean logit.
+// The sums that are computed besides the total, and that the gradient depends on. moments: sums of p^2 and of logits.
 enum class Terms : int { total, entropy, moments };
 
 // ---- from logits to exponents ------------------------------------------------------------------------------
@@ -47,18 +47,18 @@ struct Exponent {
   __device__ float of(float z) const { return (z - shift) * scale; }
 };
 
-// An exponent as a factor: finite, so that 0 times it is 0. It drops NaN, which the power of two carries on.
+// An exponent as a factor: finite, so that 0 times it is 0. It drops NaN, which the power of two propagates.
 __device__ inline float bounded(float exponent) { return fmaxf(exponent, -2000.0f); }
 
 // ---- sums --------------------------------------------------------------------------------------------------
 
 // The sums of a part of a row, relative to its largest logit; t is the exponent of a column.
 struct alignas(16) Sums {
-  double total = 0;        // of 2^t
-  double weighted = 0;     // of 2^t t
-  double squares = 0;      // of 2^2t
-  double square_logs = 0;  // of 2^2t t
-  double logits = 0;       // of the logits themselves
+  double total = 0;        // sum of 2^t
+  double weighted = 0;     // sum of 2^t t
+  double squares = 0;      // sum of 2^2t
+  double square_logs = 0;  // sum of 2^2t t
+  double logits = 0;       // sum of the logits themselves
   float shift = -INFINITY;
 };
 
@@ -73,8 +73,8 @@ __device__ void add_lanes(Sums& part) {
   part.logits = reduce_lanes(part.logits, Add());
 }
 
-// The sums of the thread's columns of a slice. The terms of the largest logit are exactly 1. A thread that has it
-// counts them apart from the float sums, whose digits are left to the tail: in a peaked row the entropy depends on the
+// The sums of the thread's columns of a slice. The terms of the largest logit are exactly 1. Its thread
+// counts them apart from the float sums, to keep the digits of the tail: in a peaked row the entropy depends on the
 // tail alone.
 template <Terms kTerms, bool kHasTop, typename T, bool kCapped>
 __device__ void sum_columns(const T* slice, int count, const Exponent& exponent, const Softcap<kCapped>& capped,
@@ -163,13 +163,13 @@ struct alignas(16) Side {
 // The token of a row.
 struct Token {
   int64_t n;
-  int column;   // -1 where it is not in the vocabulary
-  float logit;  // of that column, with the softcap applied
+  int column;   // -1 where the token is not in the vocabulary
+  float logit;  // logit of that column, after the softcap
   double temperature;
 };
 
-// By one warp: writes a row's statistics if `write`, and returns the coefficients of its gradient. `coefficient`, of
-// lane o: the loss's coefficient of output o.
+// Writes a row's statistics if `write`, and returns the coefficients of its gradient; called by one warp.
+// `coefficient` in lane o: the loss's coefficient of output o.
 __device__ inline Side finish(const TokenStatsAndGradArgs& a, const Sums& row, const Token& token, float coefficient,
                               bool write) {
   const double none = NAN, t = token.temperature, shift = row.shift;
@@ -207,7 +207,7 @@ __device__ inline Side finish(const TokenStatsAndGradArgs& a, const Sums& row, c
   return g;
 }
 
-// Writes the gradient of a slice; `token` is the token's column in the slice, where it has one there.
+// Writes the gradient of a slice; `token` is the token's column in the slice, if it has one.
 template <Terms kTerms, typename T, bool kCapped>
 __device__ void store_gradient(const T* slice, int count, T* out, int token, const Side& g, float scale,
                                const Softcap<kCapped>& capped) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Softcap<kCapped> capped{static_cast<float>(a.in.softcap)};
   auto* const shared = dynamic_shared<unsigned char>();
   auto& side = *reinterpret_cast<Side*>(shared);
-  auto* parts = reinterpret_cast<Sums*>(shared + sizeof(Side));  // of two rows in turn: one barrier a row
+  auto* parts = reinterpret_cast<Sums*>(shared + sizeof(Side));  // two rows in turn: one barrier a row suffices
   auto* const slice = reinterpret_cast<T*>(shared + shared_before_slice(blocks, warps));
   int turn = 0;
   cluster.sync();  // all blocks have started: their shared memory may be written
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto scale = static_cast<float>(1.4426950408889634 / token.temperature);
     float coefficient = 0;
     if (warp() == 0) {
-      // Loaded here, to arrive before the parts are summed. In place, the gradient overwrites the logits later.
+      // Loaded early, to arrive before the parts are summed. In place, the gradient overwrites the logits later.
       if (token.column >= 0) token.logit = widened(row[token.column]);
       if (lane() < kPolicyOutputs && a.coefficients[lane()]) coefficient = a.coefficients[lane()][n];
     }

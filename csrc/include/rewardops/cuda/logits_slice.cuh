@@ -13,7 +13,7 @@
 namespace rewardops::cuda::logits {
 
 constexpr int kPackBytes = 16;
-constexpr int kInFlight = 8;  // packs that a thread loads before it waits for one
+constexpr int kInFlight = 8;  // packs that a thread loads before it waits for the first
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 
@@ -46,7 +46,8 @@ struct Widened {
   float at[kPack<T>];
   __device__ explicit Widened(const Vector<T> pack) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      // The upper half of a float: one instruction each; the conversion function takes two for every other one.
+      // bfloat16 is the upper half of a float: one instruction each. The conversion function takes two for every other
+      // one.
       uint32_t words[kPack<T> / 2];
       memcpy(words, &pack, sizeof(pack));
 #pragma unroll
@@ -73,7 +74,7 @@ template <typename T>
 __device__ float load_slice(const T* row, int count, T* slice) {
   float top = -INFINITY;
   if (!aligned<kPack<T>>(row)) {
-    __syncthreads();  // other threads may still use the columns of the row before
+    __syncthreads();  // other threads may still read the columns of the previous row
 #pragma unroll 8
     for (int k = static_cast<int>(threadIdx.x); k < count; k += threads()) slice[k] = row[k];
     __syncthreads();

@@ -1,18 +1,18 @@
 // Prefix trees of groups of rows, and common prefixes.
 //
-// Contract: as prefix_tree and prefix_lcp of rewardops/reference/prefix_tree.py, exactly.
+// Contract: exactly as prefix_tree and prefix_lcp of rewardops/reference/prefix_tree.py.
 //
 // Bytes, for B = 1024 rows of T = 8192 in groups of 16 that share a prompt of 512 tokens (int64):
 //   rows_kernel     up to 8 KB of mask and 4 KB of tokens a row, the leader's from L2: 12 MB, 2.9 us at 4.3 TB/s
 //   places_kernel   16 orders a row, and a sector or two of each row of a pair that these leave open: 1 MB
 // Tree, labels and orders stay in L2: by_label_kernel reads 8 MB there, nodes_kernel and prefix_lcp_kernel less than 1
-// MB; these take what a launch takes.
+// MB; the time of these is that of a launch.
 //
 // Why not Triton: there a program compares its row with one member after the other, 512 tokens at a time, and reads the
-// common prefix of a group once for each pair: 130 MB here. A warp can leave a loop alone, and votes can spread the
-// rest of the work over threads. Here a whole block first compares each row with one row of its group, the leader. That
-// decides the order of two rows and their common prefix, except for rows that leave the leader's path at the same token
-// on the same side.
+// common prefix of a group once for each pair: 130 MB here. In CUDA a warp leaves a loop independently of others, and
+// votes distribute the remaining work over threads. A whole block first compares each row with one row of its group,
+// the leader. That decides the order of two rows and their common prefix, except for rows that leave the leader's path
+// at the same token on the same side.
 #pragma once
 
 #include <climits>
@@ -23,11 +23,11 @@
 
 namespace rewardops::cuda::trees {
 
-constexpr int kBlocks = 4;                // of a multiprocessor
-constexpr int kFew = 4;                   // tokens that most rows differ in
-constexpr int kTile = kThreads * kItems;  // tokens of a block at once
+constexpr int kBlocks = 4;                // blocks per multiprocessor
+constexpr int kFew = 4;                   // leading tokens, in which most rows differ
+constexpr int kTile = kThreads * kItems;  // tokens that a block processes at once
 
-// ---- rows without their masked tokens ----------------------------------------------------------------------
+// ---- valid tokens to the front -----------------------------------------------------------------------------
 
 // A number of valid tokens, as the map of a scan.
 struct Count {
@@ -44,7 +44,7 @@ struct WithoutHoles {
   Tokens<const Word> from;
   Tokens<Word> to;
   int64_t plane;            // elements between the channels
-  int64_t *first, *length;  // outputs: of the rows of valid tokens; or null
+  int64_t *first, *length;  // outputs: first token and length of the moved rows; or null
 };
 
 // Block (b, c): channel c of row b.
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // ---- the tree ----------------------------------------------------------------------------------------------
 
-// Warp b: sorts row b in among the rows by label, and finds the range of its group there.
+// Warp b: the place of row b among the rows by label, and the range of its group there.
 __global__ void __launch_bounds__(kThreads, kBlocks)
     by_label_kernel(const int64_t* groups, int64_t batch, int64_t* rows, int64_t* begin, int64_t* end) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarps + warp();
@@ -104,7 +104,7 @@ struct Span {
   int64_t first, length;
 };
 
-// The tokens of row b, from its first valid one to its last; by the block.
+// The tokens of row b, from its first valid one to its last; called by the whole block.
 template <typename Token>
 __device__ Span span_of(const PrefixTreeArgs<Token>& a, int64_t b) {
   if (a.skip) return {0, a.tree.length[b]};
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (!a.skip) a.tree.first[b] = own.first, a.tree.length[b] = own.length;
 }
 
-// The common prefix of two rows that share `from` tokens, or from + kFew where it is longer.
+// Length of the common prefix of two rows that share `from` tokens, or from + kFew if it is longer.
 template <typename Token>
 __device__ int64_t few_more(const Token* x, const Token* y, int64_t from, int64_t limit) {
   int same = 0;
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     int64_t same = -1, limit = -1, other_length = 0;
     bool ahead = false, open = false;
     if (code.empty()) {
-      ahead = j != b && (!theirs.empty() || j < b);  // empty rows come last, by number
+      ahead = j != b && (!theirs.empty() || j < b);  // empty rows come last, in the order of their numbers
     } else if (!theirs.empty() && theirs.code != code.code) {
       const bool by_theirs = theirs.common() <= code.common();
       same = by_theirs ? theirs.common() : code.common();
@@ -223,7 +223,7 @@ struct Equals {
   __device__ bool operator()(int64_t shared) const { return shared == depth; }
 };
 
-// Searches, by a warp, among the lengths of the common prefixes of neighbouring rows (Tree::shared).
+// Searches by a warp among the lengths of the common prefixes of neighbouring rows (Tree::shared).
 struct Shares {
   const int64_t* shared;
   int64_t batch;
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) nodes_kernel(const __grid_c
 // ---- common prefixes ---------------------------------------------------------------------------------------
 
 // The common prefixes of the row at p with the rows on one side of it (kStep) in its group, `members`. The common
-// prefix of two rows is the shortest one of the neighbours from one to the other. A lane takes a position.
+// prefix of two rows is the shortest one of the neighbouring rows between them. Each lane takes a position.
 template <int kStep>
 __device__ void walk_group(const PrefixLcpArgs& a, const int64_t* members, int64_t size, int64_t p, int64_t length,
                            int32_t* lcp) {

@@ -1,10 +1,10 @@
-// The smallest, largest or soft smallest step reward still to come, and their gradients.
+// The minimum, maximum or soft minimum of the step rewards still to come, and their gradients.
 //
 // Contract: as extreme_returns, softmin_returns and their backward ops in rewardops/reference/returns.py.
 //
 // Bytes of a float32 token: reward 4 and mask 1 read (and flags 1 or step ids 8), return 4 written: 9. For B = 1024,
 // T = 8192 that is 75 MB, 18 us at 4.3 TB/s. Backward: gradient, reward, return 12 and mask 1 read, 4 written: 17,
-// 33 us; the soft minimum writes, and reads back, 8 bytes more: the logarithm of its sum.
+// 33 us. The soft minimum writes, and reads back, 8 bytes more: the logarithm of its sum.
 //
 // Why not Triton alone: a few long rows are one pass here and not two, and the backward passes are one kernel each,
 // where Triton needs a scan or two and a handful of tensor operations.
@@ -27,7 +27,7 @@ struct StepRow {
   const T* rewards_row;
   int64_t size;
   unsigned valid, ends;  // bits of the thread's tokens
-  T rewards[kItems];     // of the step ends; 0 elsewhere
+  T rewards[kItems];     // rewards of step ends; 0 elsewhere
 
   __device__ StepRow(const ReturnsArgs<T>& a, int64_t b)
       : kind(a.kind), mask(a.mask.row(a.rows, b)), flags(a.flags.row(a.rows, b)), ids(a.ids.row(a.rows, b)),
@@ -50,16 +50,16 @@ struct StepRow {
   // A step ends at the last valid token in front of another id. Tokens with an id below 0 belong to no step.
   __device__ unsigned id_ends(const Tile& tile) {
     __shared__ int64_t leftmost[kWarps];  // the id of a warp's leftmost valid token
-    __shared__ int any[kWarps];           // whether it has one
+    __shared__ int any[kWarps];           // 1 if the warp has a valid token
     int64_t id[kItems];
     load_items(ids, tile, valid, int64_t{-1}, id);
     const int64_t next = first_valid(mask, tile.high, size);
-    int64_t following = next < size ? ids[next] : -1;  // of the tokens to the right of the tile, which no thread has
+    int64_t following = next < size ? ids[next] : -1;  // id of the next valid token to the right of the tile
     int64_t first = -1;
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i)
       if (is_valid(i)) first = id[i];
-    // Lanes and warps to the right are those of lower numbers where tiles are walked from the right.
+    // Where tiles are walked from the right (kReversed), lanes and warps to the right have lower numbers.
     const unsigned some = __ballot_sync(kAll, valid != 0);
     const int outer = kReversed ? 31 - __clz(static_cast<int>(some)) : __ffs(static_cast<int>(some)) - 1;
     const int64_t of_warp = __shfl_sync(kAll, first, outer < 0 ? 0 : outer);
@@ -84,14 +84,14 @@ struct StepRow {
       result |= (id[i] >= 0 && id[i] != following) << i;
       following = id[i];
     }
-    __syncthreads();  // before the next tile writes what is read here
+    __syncthreads();  // the next tile overwrites the shared memory that is read here
     return result;
   }
 };
 
 // ---- extremes ----------------------------------------------------------------------------------------------
 
-// The smallest reward so far, if there is any; NaN if one of them is. The largest is the smallest of the negated ones.
+// The smallest reward so far, if any; NaN if any reward is NaN. The largest is the smallest of the negated ones.
 template <typename T>
 struct Smallest {
   T value;
@@ -139,7 +139,7 @@ struct ExtremesForward : StepRow<T, true> {
   __device__ void end(const State&) const {}
 };
 
-// The sum of the gradients since the last token that took it.
+// The sum of the gradients since the last step end that received it.
 struct Pending {
   double sum;
   int taken, none;
@@ -205,7 +205,7 @@ struct ExtremesBackward : StepRow<T, false> {
 
 // ---- soft minima -------------------------------------------------------------------------------------------
 
-// A sum of exponentials, mass * e^top, and their number.
+// A sum of exponentials, mass * e^top, and the number of its terms.
 struct LogSum {
   double top, mass, count;
 
@@ -268,7 +268,7 @@ struct SoftminForward : StepRow<T, true> {
   __device__ void end(const State&) const {}
 };
 
-// A sum relative to e^log, which falls from token to token. A part of it that has underflowed to 0 stays 0.
+// A sum relative to e^log, where log falls from token to token. A part that has underflowed to 0 stays 0.
 struct Falling {
   double sum, log;
   int any, none;

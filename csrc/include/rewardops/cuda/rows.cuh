@@ -1,13 +1,13 @@
-// How threads take the tokens of a row: where its arrays are aligned, by packs of one load or store.
+// Division of the tokens of a row among threads. Where arrays are aligned, a pack is one load or store.
 //
 // RowTiles    tiles of a block, kItems tokens a thread; scans and trees
 // RowChunks   chunks of a warp, several packs of each lane in flight, for rows that are dealt out to all warps of
 //             several blocks; advantages
 // for_packs   the columns of a slice, by all threads of a block; logits
 //
-// They stay apart because which thread sums which tokens, and in which order, decides the bits of a sum. They also
-// differ in what they are for: a scan needs tiles in the order of time; tokens that depend on nothing beside them need
-// many loads in flight instead, and no barrier; for_packs works on shared memory too, and its packs depend on the type.
+// They stay separate because the assignment of tokens to threads, and their order, decide the bits of a sum. They also
+// have different purposes. A scan needs tiles in the order of time. Independent tokens need many loads in flight
+// instead, and no barrier. for_packs works on shared memory too, and its packs depend on the type.
 #pragma once
 
 #include <type_traits>
@@ -16,14 +16,14 @@
 
 namespace rewardops::cuda {
 
-constexpr int kItems = 4;  // tokens of a thread at once: 16 bytes of float
+constexpr int kItems = 4;  // tokens per thread at once: 16 bytes of float
 
 // ---- tiles of a block --------------------------------------------------------------------------------------
 
 // The thread's tokens [first, first + kItems) of a tile; those outside [low, high) do not exist.
 struct Tile {
   int64_t low, high, first;
-  bool packs;  // all of them exist, and are aligned in every array
+  bool packs;  // all tokens exist, and are aligned in every array
 
   __device__ bool inside(int i) const { return first + i >= low && first + i < high; }
 };
@@ -35,9 +35,9 @@ struct Tile {
 template <typename Index, bool kReverse = false>
 struct RowTiles {
   Index low, high, start, full;
-  bool packs;  // there is a place where all arrays are aligned
+  bool packs;  // all arrays are aligned at a common place
 
-  // aligned_at(t): whether every array can be read by packs from token t on.
+  // aligned_at(t): true if every array can be read by packs from token t on.
   template <typename Aligned>
   __device__ static RowTiles of(Index low, Index high, Index full, Aligned aligned_at) {
     Index at = 0;
@@ -55,8 +55,8 @@ struct RowTiles {
   }
   // Tile k.
   __device__ Tile tile(Index k) const { return items(tile_start(k) + static_cast<Index>(threadIdx.x) * kItems); }
-  // Tile k of a scan, which has the same tokens. But the threads of the first tile count from the row's first token,
-  // and read packs only if that is aligned: a token on another thread would change the bits of the sums.
+  // Tile k of a scan, with the same tokens. Threads of the first tile, though, count from the row's first token, and
+  // read packs only if that is aligned: a token on another thread would change the bits of the sums.
   __device__ Tile scan_tile(Index k) const {
     const Index from = k ? tile_start(k) : low, end = tile_start(k + 1), to = end < high ? end : high;
     const Index own = static_cast<Index>(threadIdx.x) * kItems;
@@ -69,7 +69,7 @@ struct RowTiles {
   }
 };
 
-// Whether a row and its mask, which may be null, are aligned at token t.
+// True if a row and its mask, which may be null, are aligned at token t.
 template <typename T>
 __device__ bool aligned_with(const T* row, const uint8_t* mask, int t) {
   return aligned<kItems>(row + t) && (!mask || aligned<kItems>(mask + t));
@@ -77,7 +77,7 @@ __device__ bool aligned_with(const T* row, const uint8_t* mask, int t) {
 
 // ---- tokens of a thread ------------------------------------------------------------------------------------
 
-// Bit i: whether the thread's token i is valid.
+// Bits of the thread's tokens: bit i is 1 if token i is valid.
 __device__ inline unsigned load_valid(const uint8_t* mask, const Tile& tile) {
   unsigned valid = 0;
   if (tile.packs && !mask) return (1u << kItems) - 1;
@@ -125,13 +125,13 @@ __device__ void store_items(T* row, const Tile& tile, unsigned valid, const V (&
 // A row: `lead` tokens up to where `data` is aligned, packs, and less than a pack. The mask may be aligned elsewhere.
 template <typename T>
 struct RowChunks {
-  static constexpr int kInFlight = 4;                              // packs of a lane
-  static constexpr int kPacks = kWarp * kInFlight;                 // of a chunk
-  static constexpr int kTokens = kPacks * kItems;                  // of a chunk
+  static constexpr int kInFlight = 4;                              // packs per lane
+  static constexpr int kPacks = kWarp * kInFlight;                 // packs per chunk
+  static constexpr int kTokens = kPacks * kItems;                  // tokens per chunk
   static constexpr int kStride = kWarp * kItems;                   // tokens between a lane's packs
 
   T* data;
-  const uint8_t* mask;  // null: all are valid
+  const uint8_t* mask;  // null: every token is valid
   int64_t size, lead, packs;
   bool mask_packs;      // the mask of a pack can be read at once
 
@@ -154,8 +154,9 @@ struct RowChunks {
     using Plain = Pack<std::remove_const_t<T>, kItems>;
     return reinterpret_cast<std::conditional_t<std::is_const_v<T>, const Plain, Plain>*>(data + t);
   }
-  // Visits the chunks `chunk`, `chunk + step`, ... by the lanes of a warp: on_token(t) for a single token, on_packs(t,
-  // std::integral_constant N) for the packs at t, t + kStride, ..., N of them. Single tokens are in chunk 0.
+  // Visits the chunks `chunk`, `chunk + step`, ... with the lanes of a warp: on_token(t) for a single token,
+  // on_packs(t, std::integral_constant N) for the packs at t, t + kStride, ..., N of them. Single tokens are in chunk
+  // 0.
   template <typename OnToken, typename OnPacks>
   __device__ void visit(int64_t chunk, int64_t step, OnToken on_token, OnPacks on_packs) const {
     for (; chunk == 0 || chunk * kPacks < packs; chunk += step) {
@@ -176,8 +177,8 @@ struct RowChunks {
 
 // ---- columns of a slice ------------------------------------------------------------------------------------
 
-// Deals `count` columns out to the block's threads: packs of kPack, then single columns; all of them single where they
-// are not `aligned`. Packs are counted from the first column, so that a column's thread depends on its number alone.
+// Distributes `count` columns over the block's threads: packs of kPack, then single columns; only single ones if not
+// `aligned`. Packs are counted from the first column, so that a column's thread depends on the column's number alone.
 template <int kPack, typename OnPack, typename OnOne>
 __device__ void for_packs(int count, bool aligned, OnPack on_pack, OnOne on_one) {
   int k = static_cast<int>(threadIdx.x);

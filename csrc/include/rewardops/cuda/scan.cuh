@@ -1,13 +1,13 @@
 // Scans along rows. A block walks a row tile by tile, in one direction of time, with a carried state; or each tile is a
-// block of its own, and looks back for the state in front of it. A family defines state and map: the map of some
-// neighbouring tokens takes the state in front of them to the state behind them.
+// separate block, and looks back for the state in front of it. A family defines state and map: the map of adjacent
+// tokens takes the state in front of them to the state behind them.
 //
 // A problem P is one row:
 //   P::Map                     a map, POD; Map::identity(), Map::then(first, second)
 //   P::State                   a state, POD; Map::apply(state, map)
-//   P::kReverse                whether the walk goes from the right to the left
+//   P::kReverse                true if the walk goes from the right to the left
 //   p.size                     the number of tokens
-//   p.aligned_at(t)            whether every array of it can be read by packs of kItems from token t on
+//   p.aligned_at(t)            true if every array can be read by packs of kItems from token t on
 //   p.load(tile)               reads the thread's tokens into p; returns their map
 //   p.store(tile, before)      writes their results; `before` is the state in front of them
 //   p.start()                  the state in front of the row's first token
@@ -20,12 +20,12 @@
 
 namespace rewardops::cuda {
 
-constexpr int64_t kSlotBytes = 128;  // of a tile that later ones look back to
+constexpr int64_t kSlotBytes = 128;  // bytes of the slot of a tile, to which later tiles look back
 
-// How a scan is spread over the device.
+// Distribution of a scan over the device.
 struct ScanGrid {
   int64_t batch;
-  int64_t chunks;   // tiles of the longest row, each a block; 0: a block walks its row
+  int64_t chunks;   // tiles of the longest row, each a block; 0: one block walks a whole row
   void* state;      // [1 + batch * chunks] slots, zeros at first; slot 0 counts tickets. Null without chunks
 };
 
@@ -72,19 +72,19 @@ __device__ Map scan_block(const Map& mine, Map* warps, Map& total) {
 
 // ---- tiles that look back ----------------------------------------------------------------------------------
 
-// What a tile publishes for those behind it.
+// State that a tile publishes for the tiles behind it.
 template <typename Map, typename State>
 struct Slot {
-  int ready;     // 0: nothing yet; 1: map; 2: map and behind
-  Map map;       // of the tile's tokens
+  int ready;     // published so far: 0: nothing; 1: map; 2: map and behind
+  Map map;       // map of the tile's tokens
   State behind;  // the state behind the tile
 };
 
 using Flag = ::cuda::atomic_ref<int, ::cuda::thread_scope_device>;
 
-// The state in front of tile k of a row, whose slots these are; called by the first warp. The state behind the nearest
-// tile that has published one, with the maps of the tiles in between applied to it one after the other. Those tiles
-// apply them in the same order, so the bits do not depend on which tile it is.
+// The state in front of tile k of a row with these slots; called by the first warp. It is the state behind the nearest
+// tile that has published one, with the maps of the tiles in between applied to it in sequence. Those tiles apply them
+// in the same order, so the bits do not depend on which tile is the nearest.
 template <typename Map, typename State>
 __device__ State look_back(Slot<Map, State>* slots, int64_t k) {
   const int64_t other = k - 1 - lane();
@@ -118,7 +118,7 @@ __device__ RowTiles<int64_t, P::kReverse> tiles_of(const P& p) {
 template <typename P>
 __device__ void walk(P& p) {
   using Map = typename P::Map;
-  __shared__ Map warps[2][kWarps];  // of two tiles, so that one barrier a tile is enough
+  __shared__ Map warps[2][kWarps];  // two tiles in turn: one barrier a tile suffices
   const auto row = tiles_of(p);
   const int64_t tiles = row.tiles();
   typename P::State carry = p.start();
@@ -132,7 +132,7 @@ __device__ void walk(P& p) {
   p.end(carry);
 }
 
-// Scans tile k of row b by a block of its own.
+// Scans tile k of row b by a separate block.
 template <typename P>
 __device__ void look(P& p, int64_t k, const ScanGrid& grid, int64_t b) {
   using Map = typename P::Map;
@@ -167,9 +167,9 @@ __device__ void look(P& p, int64_t k, const ScanGrid& grid, int64_t b) {
   if (k == tiles - 1) p.end(Map::apply(earlier, total));
 }
 
-// A block draws a ticket for its tile, in order: the first tiles of all rows, then the second ones. So every tile that
-// it looks back to has been started, and waiting for it cannot deadlock.
-// At least two blocks a multiprocessor where maps are small: without a number ptxas spills to make room for a third.
+// A block draws a ticket for its tile, in order: the first tiles of all rows, then the second ones. So every tile to
+// which it looks back has been started, and waiting for that tile cannot deadlock.
+// At least two blocks per multiprocessor where maps are small: without this bound ptxas spills to fit a third one.
 template <typename P, typename Args>
 __global__ void __launch_bounds__(kThreads, sizeof(typename P::Map) > 16 ? 1 : 2)
     scan_kernel(const __grid_constant__ Args args, const __grid_constant__ ScanGrid grid) {

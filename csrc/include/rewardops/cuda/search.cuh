@@ -8,15 +8,15 @@
 
 namespace rewardops::cuda {
 
-// ---- who searches ------------------------------------------------------------------------------------------
+// ---- teams -------------------------------------------------------------------------------------------------
 
-// Threads that search together. least(x, none): the smallest x of all of them; `none` is larger than any result.
+// Threads that search together. least(x, none): the smallest x of all threads; `none` is larger than any result.
 struct ByWarp {
   __device__ static int rank() { return lane(); }
   static constexpr int kSize = kWarp;
   __device__ static unsigned least(unsigned x, unsigned) { return __reduce_min_sync(kAll, x); }
 };
-// A block of kThreads. Most steps of a search find nothing: a vote with a single barrier comes first, so this is not a
+// A block of kThreads. Most steps of a search have no hit: a vote with a single barrier comes first, so this is not a
 // reduction of block.cuh.
 struct ByBlock {
   __device__ static int rank() { return static_cast<int>(threadIdx.x); }
@@ -33,7 +33,7 @@ struct ByBlock {
   }
 };
 
-// ---- what is searched --------------------------------------------------------------------------------------
+// ---- sources -----------------------------------------------------------------------------------------------
 
 // The distance from the 16-byte boundary below an address, in elements.
 template <typename T>
@@ -50,7 +50,7 @@ __device__ Pack<T, 16 / sizeof(T)> load_pack(const T* address) {
   return pack;
 }
 
-// A source: one(t) is whether element t is a hit; pack(t) has bit i for element t + i, by loads of 16 bytes, and needs
+// A source: one(t) is true if element t is a hit; pack(t) has bit i for element t + i, by loads of 16 bytes, and needs
 // a boundary at t; off(t) is the number of elements between t and the last boundary up to it, -1 where there is none.
 
 // The elements that pass a test. kBackwards: element t is data[-1 - t].
@@ -120,7 +120,7 @@ __device__ int64_t first_hit(const Source& source, int64_t from, int64_t limit) 
   return limit;
 }
 
-// Whether any byte of [begin, end) is not 0; by a warp. Not first_hit, which finds the place of the hit too: with it
+// True if any byte of [begin, end) is not 0; by a warp. first_hit would determine the place of the hit too: with it
 // group_advantages_kernel has 126 registers instead of 74, and a multiprocessor two blocks instead of three.
 __device__ inline bool any_set(const uint8_t* begin, const uint8_t* end) {
   using Bytes = Pack<uint64_t, 2>;
@@ -141,7 +141,7 @@ __device__ inline bool any_set(const uint8_t* begin, const uint8_t* end) {
   return false;
 }
 
-// first_hit for a block of any size, an element a thread: for scans, which have no registers to spare for packs.
+// first_hit for a block of any size, one element per thread: for scans, whose registers do not suffice for packs.
 template <typename Source>
 __device__ int64_t first_hit_by_ones(const Source& source, int64_t limit) {
   __shared__ unsigned votes[kWarps];

@@ -29,7 +29,7 @@ struct Linear {
   __device__ static State apply(State y, const Linear& m) { return m.x + times(m.a, y); }
 };
 
-// (y, v) -> (x + a y + c v, w), where y is the carried sum and v the value of the next token; v stays where no token
+// (y, v) -> (x + a y + c v, w), where y is the carried sum and v the value of the next token; v stays if no token
 // was `seen`.
 struct Differences {
   struct State {
@@ -50,7 +50,7 @@ struct Differences {
 };
 
 // (s, p) -> (x + a s, q + b s), where s is the carried gradient of the sum and p that of the value after it; p stays
-// where no token was `seen`.
+// if no token was `seen`.
 struct Adjoints {
   struct State {
     double s, p;
@@ -76,8 +76,8 @@ struct TdRow {
   const uint8_t* mask;
   const T *rho_row, *trace_row;
   const double *gammas, *lambdas;  // per token, or null
-  double gamma, lambda;            // of the row
-  int64_t size, valid_end;         // valid_end: one past the last valid token, if masked ones before it are steps
+  double gamma, lambda;            // values of the whole row
+  int64_t size, valid_end;         // valid_end: one past the last valid token, if masked tokens before it are steps
   bool decay;
   unsigned valid, steps;  // bits of the thread's tokens
   T rho[kItems], trace[kItems];
@@ -146,7 +146,7 @@ struct TdForward : TdRow<T, kSimple> {
     if constexpr (kValues) return {0, bootstrap};
     else return 0;
   }
-  // delta = rho (r + gamma V' - V), added to factor times what is carried.
+  // delta = rho (r + gamma V' - V), added to factor times the carry.
   __device__ Map map(const Tile& tile, int i) const {
     const double rho = this->rho_at(i), reward = static_cast<double>(rewards[i]);
     if constexpr (kValues) {
@@ -184,8 +184,8 @@ struct TdForward : TdRow<T, kSimple> {
   __device__ void end(const State&) const {}
 };
 
-// With g the sum of the upstream gradients of a token and u = g + s: its reward gets rho u; its value gets p - rho u,
-// and the gradient of the return besides.
+// With g the sum of the upstream gradients of a token and u = g + s: the gradient of its reward is rho u; that of its
+// value is p - rho u plus the gradient of the return.
 template <typename T, bool kSimple>
 struct TdBackward : TdRow<T, kSimple> {
   static constexpr bool kReverse = false;

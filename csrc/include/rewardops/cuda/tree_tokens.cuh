@@ -1,9 +1,9 @@
-// Values of nodes of a prefix tree written to tokens; and back.
+// Values of nodes of a prefix tree written to tokens, and the gradients.
 //
 // Contract: as nodes_to_tokens and nodes_to_tokens_backward of rewardops/reference/prefix_tree.py; sums in double and
 // in an order that depends on the tree alone.
 //
-// Bytes, for B = 1024 rows of T = 8192: mask 1 and token 4 each, 42 MB, 9.8 us at 4.3 TB/s; the backward as much.
+// Bytes, for B = 1024 rows of T = 8192: mask 1 and token 4 each, 42 MB, 9.8 us at 4.3 TB/s; the same backward.
 //
 // Why not Triton: here the nodes of a row's path are listed once in shared memory, and not walked for every block of
 // its tokens.
@@ -13,13 +13,14 @@
 
 namespace rewardops::cuda::trees {
 
-constexpr int kNodes = 64;     // of a path at once
+constexpr int kNodes = 64;     // nodes of a path at once
 constexpr int kInFlight = 64;  // bytes of gradients that a thread loads at once
 
 // ---- values along a path -----------------------------------------------------------------------------------
 
-// Powers of gamma, as products of two or three entries of a table. They are cheap, and depend on the exponent alone:
-// the values of rows that share a prefix have the same bits, wherever their tokens lie. Exponents below 0 count as 0.
+// Powers of gamma, as products of two or three entries of a table. They are cheap, and depend on the exponent alone, so
+// that the values of rows that share a prefix have the same bits, wherever their tokens lie. Exponents below 0 count as
+// 0.
 class Powers {
  public:
   static constexpr int kEach = 256;
@@ -65,7 +66,7 @@ struct PathWindow {
   int64_t node[kNodes];
   int low, high;
   int64_t next;  // the first node of the next window; -1 where this one reaches the root
-  int count;     // of nodes
+  int count;     // number of nodes
 };
 
 // Values of the tokens of the block's row b, from the nodes of its path. Tokens are read from the right to the left.
@@ -74,7 +75,7 @@ struct PathWindow {
 template <typename T, bool kHoles, bool kFactor>
 class PathValues {
  public:
-  // For one channel; called by all threads.
+  // Prepares one channel; called by all threads.
   __device__ PathValues(const NodeTokensArgs<T>& a, int64_t b, int channel, const Powers& power, PathWindow& window)
       : a_(a), power_(power), window_(window), b_(b), channel_(channel), depth_(0), above_(INT_MAX), value_(0) {
     if (threadIdx.x == 0) {
@@ -86,12 +87,12 @@ class PathValues {
   }
 
   // Computes x, the values of the thread's tokens. `first` is the number of the first one, counted from the row's first
-  // valid token; of kHoles, only tokens of `valid` are counted. No token that any thread needs is below `lowest`.
-  // Returns whether all values are x[0].
+  // valid token; with kHoles, only tokens of `valid` are counted. No token of any thread is below `lowest`. Returns
+  // true if all values are x[0].
   __device__ bool read(int first, unsigned valid, int lowest, double (&x)[kItems]) {
     const int shift = shift_of(a_.at);
     const auto state = [&](int i) { return first + shift + (kHoles ? __popc(valid & ((1u << i) - 1)) : i); };
-    // Most tokens lie in the node that the thread has met last.
+    // Most tokens lie in the thread's current node.
     const bool met = first + shift > above_, alike = met && (power_.one() || a_.at == At::step);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) x[i] = value_;
@@ -170,8 +171,8 @@ class PathValues {
     return enters ? window_.value[n] - window_.value[n + 1] : 0;
   }
 
-  // Keeps node n for the tokens to the left. But for the discount, the values of a node's tokens are equal: those of
-  // the states above its parent's depth and, of steps, above the one into it.
+  // Makes node n the current one, for the tokens to the left. But for the discount, the values of a node's tokens are
+  // equal: those of the states above its parent's depth and, for steps, above the one into it.
   __device__ void remember(int n) {
     const bool step = a_.at == At::step;
     depth_ = window_.depth[n];
@@ -184,7 +185,7 @@ class PathValues {
   PathWindow& window_;
   const int64_t b_;
   const int channel_;
-  int depth_, above_;  // of the node that the thread has met last: its last state, and the one in front of its first
+  int depth_, above_;  // of the current node: its last state, and the one in front of its first
   double value_;
 };
 
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int before = !kHoles ? 0 : to == tiles ? length : count_valid(mask, row.tile_start(to));
   for (int k = to - 1; k >= from; --k) {
     const Tile tile = row.tile(k);
-    const int number = static_cast<int>(tile.first) - first, lowest = row.tile_start(k) - first;  // of those that count
+    const int number = static_cast<int>(tile.first) - first, lowest = row.tile_start(k) - first;  // among the valid tokens
     unsigned valid = 0;
     double x[kItems] = {};
     bool alike = true;
@@ -249,9 +250,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// ---- and back ----------------------------------------------------------------------------------------------
+// ---- gradients ---------------------------------------------------------------------------------------------
 
-// Visits the gradients of a row's tokens [from, to) by `size` threads, of which this is number `rank`: visit(t, x) with
+// Visits the gradients of a row's tokens [from, to) by `size` threads, this one with number `rank`: visit(t, x) with
 // the gradients x of the kItems tokens from t on, 0 for masked ones and those out of range. Tokens are counted from the
 // row's first valid one.
 template <typename T, typename Visit>
@@ -261,7 +262,7 @@ __device__ void visit_gradients(const T* grad, const uint8_t* mask, int from, in
   const int step = size * kItems;
   for (int at = row.start + rank * kItems; at < to;) {
     if (row.packs && at >= from && at + (kAhead - 1) * step + kItems <= to) {
-      // All of them exist: several loads are in flight.
+      // All tokens exist: several loads are in flight.
       Pack<T, kItems> packs[kAhead];
       unsigned valid[kAhead];
 #pragma unroll
@@ -287,8 +288,8 @@ __device__ void visit_gradients(const T* grad, const uint8_t* mask, int from, in
 }
 
 // Block (n, c): gradient of node n, channel c: sum over the tokens of its rows whose state lies in n. The block's
-// threads share its rows evenly, at most a row a thread; of many tokens, a row has a warp at least. (Blocks of nodes
-// that many rows share have much to read: fewer blocks at once, with more in flight each.)
+// threads are divided evenly among its rows, at most a row a thread; a row of many tokens has at least a warp. (Blocks
+// of nodes that many rows share read much: fewer blocks at once, with more loads in flight each.)
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks - 1)
     nodes_backward_kernel(const __grid_constant__ NodeTokensArgs<T> a) {
