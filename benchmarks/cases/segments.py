@@ -60,7 +60,7 @@ def place_at_step_end(d: Data) -> Case:
     )  # fmt: skip
 
 
-@register("backward", axes=AXES)
+@register("backward", axes=AXES[:-1])
 def row_sum(d: Data) -> Case:
     x, mask, where = d.per_token(), d.mask, d.where
     return d.case(
@@ -70,7 +70,7 @@ def row_sum(d: Data) -> Case:
     )  # fmt: skip
 
 
-@register("backward", axes=AXES)
+@register("backward", axes=AXES[:-1])
 def row_mean(d: Data) -> Case:
     x, mask, where = d.per_token(), d.mask, d.where
     return d.case(

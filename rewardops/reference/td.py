@@ -113,11 +113,11 @@ def td_scan_backward(
         factor = p.gamma[:, t] * p.lam[:, t] * p.trace[:, t]
         carry = torch.where(step, times(factor, u), carry)
         passed = torch.where(step, times(p.gamma[:, t], on_rewards[:, t]), passed)
-    dtype, empty = a.rewards.dtype, a.rewards.new_empty(0)
+    dtype = a.rewards.dtype
     return (
         p.tokens(on_rewards, dtype),
-        p.tokens(on_values, dtype) if to_values else empty,
-        passed.to(dtype) if to_bootstrap else empty,
+        p.tokens(on_values, dtype) if to_values else a.rewards.new_empty(0),
+        passed.to(dtype) if to_bootstrap else a.rewards.new_empty(0),
     )
 
 

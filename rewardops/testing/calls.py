@@ -142,8 +142,9 @@ class KnownLoss(torch.autograd.Function):
             vocab_size=max(1, logits.shape[-1] - 2),
             inplace=inplace,
         )
-        terms = [torch.where(mask, coefficient * getattr(stats, name), 0).sum() for name in coefficients]
-        return torch.stack(terms).sum(), grad
+        # Terms cancel: summed in float64, the loss does not depend on the order of summation.
+        terms = [torch.where(mask, coefficient * getattr(stats, name), 0).double() for name in coefficients]
+        return torch.stack(terms).sum().to(coefficient.dtype), grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:

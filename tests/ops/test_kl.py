@@ -217,12 +217,12 @@ class Test_implicit_rewards:
                         total += dense[b, t]
                         if ends[b, t]:
                             want[b, t], total = total, 0.0
-            got = rewardops.implicit_rewards(lp, ref, beta=0.5, mask=mask, segments=segments)
+            got = rewardops.implicit_rewards(lp, ref, beta=0.5, mask=mask, steps=segments)
             torch.testing.assert_close(got, want)
             lengths = torch.full((3,), 9)
             packed = rewardops.implicit_rewards(
                 pack(lp, lengths)[0], pack(ref, lengths)[0], beta=0.5, mask=pack(mask, lengths)[0],
-                segments=pack(segments, lengths)[0], cu_seqlens=pack(lp, lengths)[1],
+                steps=pack(segments, lengths)[0], cu_seqlens=pack(lp, lengths)[1],
             )  # fmt: skip
             torch.testing.assert_close(packed, pack(want, lengths)[0])
 

@@ -13,7 +13,7 @@ from rewardops.core import dispatch
 from rewardops.testing import check_backend, evaluate, pack, random_mask
 
 CUDA = True  # the `target` fixture runs the kernels in CUDA C++ as well
-HOLES = ("skip", "step")
+MASKED = ("skip", "step")
 
 
 def on(device, **given):
@@ -61,7 +61,7 @@ def draw(batch, width, generator, dtype=torch.float32):
 
 
 class Test_gae:
-    @pytest.mark.parametrize("masked", HOLES)
+    @pytest.mark.parametrize("masked", MASKED)
     @pytest.mark.parametrize("factors", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.9)], ids=str)
     def test_gae_matches_the_loop(self, target, generator, masked, factors):
         r, v, mask, boot = draw(7, 29, generator)
@@ -102,7 +102,7 @@ class Test_gae:
             want = loop(r, v, mask, gamma, lam, masked, boot)
             torch.testing.assert_close(ours.outputs[0].cpu().double(), want, rtol=2e-6, atol=2e-6)
 
-    @pytest.mark.parametrize("masked", HOLES)
+    @pytest.mark.parametrize("masked", MASKED)
     def test_masked_tokens_never_influence(self, target, generator, masked):
         r, v, mask, boot = draw(6, 30, generator)
         fn = gae(gamma=0.9, lam=0.8, mask=mask, masked=masked)
@@ -112,7 +112,7 @@ class Test_gae:
         for a, b in zip([*clean.outputs, *clean.gradients], [*ours.outputs, *ours.gradients], strict=True):
             assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("masked", HOLES)
+    @pytest.mark.parametrize("masked", MASKED)
     def test_few_long_rows_are_cut(self, target, generator, masked):
         """Chunks give the result of one piece, forward and backward, with runs of holes longer than a chunk."""
         if target.backend == "reference":
@@ -162,7 +162,7 @@ class Test_gae:
 
 
 class Test_discounted_returns:
-    @pytest.mark.parametrize("masked", HOLES)
+    @pytest.mark.parametrize("masked", MASKED)
     def test_discounted_returns(self, target, generator, masked):
         r, _, mask, boot = draw(5, 33, generator)
         none = torch.zeros_like(r)
@@ -296,7 +296,7 @@ class Test_gae_discounted_returns:
             want = torch.from_numpy(d[key]).float()
             torch.testing.assert_close(ours.cpu()[valid], want[valid], rtol=2e-4, atol=2e-4, msg=key)
 
-    @given(seed=st.integers(0, 10**6), masked=st.sampled_from(HOLES))
+    @given(seed=st.integers(0, 10**6), masked=st.sampled_from(MASKED))
     def test_property_rows(self, seed, masked):
         """Padded equals packed; a row cut in two and bootstrapped with what follows equals the row."""
         g = torch.Generator().manual_seed(seed)
@@ -351,10 +351,10 @@ class Test_gae_vtrace:
             (lambda: rewardops.gae(r, v, lam=torch.tensor(0.9)), "lam: got a tensor of no dimensions"),
             (lambda: rewardops.gae(r, v, lam=torch.full((4,), 2.0)), "lam: got a value outside 0 to 1"),
             (lambda: rewardops.gae(r, v, bootstrap=boot[:2]), r"bootstrap: got shape \[2\], want \[4\]"),
-            (lambda: rewardops.gae(r, v, masked="skip"), "masked: got 'skip', want one of 'hold', 'decay'"),
+            (lambda: rewardops.gae(r, v, masked="hold"), "masked: got 'hold', want one of 'skip', 'step'"),
             (
                 lambda: rewardops.gae(r, v, gamma=torch.ones(4, 5), mask=mask, masked="step"),
-                "gamma: got a value per token with masked='decay'",
+                "gamma: got a value per token with masked='step'",
             ),
             (lambda: rewardops.vtrace(r, v, r[:1]), r"log_ratio: got shape \[1, 5\], want \[4, 5\]"),
         ]

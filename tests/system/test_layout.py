@@ -205,7 +205,7 @@ def test_debug_checks_step_ids():
         ("values", lambda v, m: R.gae(F(2, 3), v, mask=m)),
         ("rewards", lambda r, m: R.min_returns(r, mask=m)),
         ("rewards", lambda r, m: R.discounted_returns(r, mask=m)),
-        ("values", lambda q, m: R.progress(q, mask=m)),
+        ("values", lambda q, m: R.step_progress(q, mask=m)),
         ("rewards", lambda r, m: R.group_advantages(r[:, 1], group_size=2)),
         ("rewards", lambda r, m: R.prefix_values(T([[1], [2]]), r[:, 1], group_size=2)),
     ],
