@@ -193,8 +193,8 @@ def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str)
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the precision of the ops: float64 if any of them is float64, else float32."""
-    wide = any(t.dtype is torch.float64 for t in tensors)
-    return tuple(t.to(torch.float64 if wide else torch.float32) for t in tensors)
+    dtype = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+    return tuple([t if t.dtype is dtype else t.to(dtype) for t in tensors])
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------

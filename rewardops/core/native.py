@@ -43,12 +43,15 @@ def compiled_module() -> types.ModuleType | None:
 compiled_module()
 
 
+_HUGE = 2**23  # bytes from which huge pages pay off; as in csrc/cpu/pages.cpp
+
+
 def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised CPU memory for an output of any size, in huge pages where the system has them."""
     out = torch.empty(shape, dtype=dtype)
-    module = compiled_module()
-    if module is not None:
-        module.prefer_huge_pages(out.data_ptr(), out.numel() * out.element_size())
+    size = out.nbytes
+    if size >= _HUGE and (module := compiled_module()) is not None:
+        module.prefer_huge_pages(out.data_ptr(), size)
     return out
 
 

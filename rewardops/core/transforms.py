@@ -7,6 +7,7 @@ gradient, such as a backward pass, ends the graph silently, so that second deriv
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -37,26 +38,33 @@ def may_overwrite_saved() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
-Sizes = Sequence[int | None]  # of arguments that are lists of tensors; None for the others
+# The length of each argument that is a list of tensors, None for another argument; None if no argument can be one.
+Sizes = Sequence[int | None] | None
 
 
-def _sizes(args: Iterable[Any]) -> Sizes:
+def _sizes(args: Iterable[Any]) -> list[int | None]:
     return [len(a) if isinstance(a, list) and any(isinstance(t, Tensor) for t in a) else None for a in args]
 
 
-def _flat(values: Iterable[Any], sizes: Sizes) -> list[Any]:
+def _flat(values: Sequence[Any], sizes: Sizes) -> Sequence[Any]:
     """Flatten lists of tensors among the values."""
+    if sizes is None:
+        return values
     return list(chain.from_iterable([v] if n is None else v for v, n in zip(values, sizes, strict=True)))
 
 
-def _nested(flat: Iterable[Any], sizes: Sizes) -> list[Any]:
+def _nested(flat: Sequence[Any], sizes: Sizes) -> Sequence[Any]:
     """The inverse of :func:`_flat`."""
+    if sizes is None:
+        return flat
     items = iter(flat)
     return [next(items) if n is None else list(islice(items, n)) for n in sizes]
 
 
-def _flat_gradients(grads: Iterable[Any], sizes: Sizes) -> list[Any]:
+def _flat_gradients(grads: Sequence[Any], sizes: Sizes) -> Sequence[Any]:
     """The gradients of arguments, None for each tensor of a list that has none."""
+    if sizes is None:
+        return grads
     return _flat(
         [[None] * n if n is not None and g is None else g for g, n in zip(grads, sizes, strict=True)], sizes
     )
@@ -98,11 +106,20 @@ def autograd_kernel(
     setup_context = setup_context or _save_nothing
     backward = backward or _no_gradient(name)
     names = [argument.name for argument in op._schema.arguments]
+    takes_lists = any(re.match(r"List\[.*Tensor", str(a.type)) for a in op._schema.arguments)
     makes_list = [str(r.type) for r in op._schema.returns] == ["List[Tensor]"]
 
+    # Looked up once: every call of an op comes here.
+    redispatch, guard, after_autograd = (
+        op.redispatch,
+        torch._C._AutoDispatchBelowAutograd,
+        torch._C._after_autograd_keyset,
+    )
+    any_requires_grad = torch._C._any_requires_grad
+
     def below(keyset: torch._C.DispatchKeySet, args: Iterable[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with guard():
+            return redispatch(keyset & after_autograd, *args)
 
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, sizes: Sizes, *flat: Any) -> Any:
         args = _nested(flat, sizes)
@@ -138,10 +155,10 @@ def autograd_kernel(
     )
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        reverse = torch.is_grad_enabled() and any_requires_grad(*args)
         if not reverse and forward_ad._current_level < 0:
             return below(keyset, args)
-        sizes = _sizes(args)
+        sizes = _sizes(args) if takes_lists else None
         func = torch._C._are_functorch_transforms_active()
         with enable_single_level_autograd_function() if func else contextlib.nullcontext():
             output = function.apply(keyset, sizes, *_flat(args, sizes))

@@ -17,7 +17,7 @@ class _Launch:
         per_row = [dense(t) for t in (a.rewards, a.groups, a.baseline_values, a.lengths)]
         mask = as_bytes(a.mask)
         self.tensors = (*per_row, mask)
-        rewards, *relative = (address(t) for t in per_row)
+        rewards, *relative = [address(t) for t in per_row]
         options = (BASELINES.index(a.baseline), a.quantile, SCALES.index(a.scale), a.eps, a.ddof, a.raw)
         shape = (a.rewards.shape[0], 0, 0, 0, True) if self.rows is None else self.rows.tuple
         self.args = (shape, self.rows is not None, strided(mask), rewards, (*relative, *options))
