@@ -17,6 +17,8 @@ from ..core.groups import from_host
 from ..core.rows import Layout
 from ..ops.forest import TokenRows
 
+__all__ = ["Packed", "from_nested", "offsets", "pack", "prompt_groups", "to_nested", "to_tokens", "unpack"]
+
 
 class Packed(NamedTuple):
     """Concatenated rows, the packed layout of the ops."""

@@ -24,6 +24,11 @@ import rewardops
 
 from .replacing import replace
 
+__all__ = [
+    "generalized_advantage_estimate", "patch", "reward2go", "td1_advantage_estimate", "td1_return_estimate",
+    "td_lambda_advantage_estimate", "td_lambda_return_estimate", "vtrace_advantage_estimate",
+]  # fmt: skip
+
 # ---- rows of time ------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from ..linear import linear_token_stats
 from ..logits import token_stats
 from ..prefix_tree import tempo_advantages
 
+__all__ = ["GRPOTrainer", "Rollouts"]
+
 # ---- what an estimator sees --------------------------------------------------------------------------------
 
 

@@ -30,6 +30,11 @@ from rewardops import advantages
 
 from .replacing import replace
 
+__all__ = [
+    "AdvantageInputs", "compute_advantage", "entropy_from_logits", "entropy_from_logits_with_chunking",
+    "kl_penalty", "logprobs_from_logits", "patch", "provide",
+]  # fmt: skip
+
 # ---- what an estimator reads -------------------------------------------------------------------------------
 
 _provided: ContextVar[tuple[Mapping[str, Any], ...]] = ContextVar("rewardops.integrations.verl", default=())

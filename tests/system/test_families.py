@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -43,3 +44,13 @@ def test_every_op_can_be_selected(op):
     trees = [ast.parse(file.read_text()) for file in (TESTS / "ops").glob("test_*.py")]
     classes = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert any(name.startswith("Test_") and f"_{op}_" in f"{name}_" for name in classes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_public_names_of_a_family(family):
+    """Every family lists its public names, all of them documented and its own."""
+    module = importlib.import_module(f"rewardops.{family}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        assert value.__doc__, name
+        assert value.__module__ == module.__name__, name
