@@ -432,13 +432,17 @@ def by_hand(estimator, entropy=None, counted=None, labels=GROUPS):
         values, ends = step_tensors()
         return rewardops.advantages.pure(values, ends, groups, outcome=rewards, mask=mask)
     assert estimator == "gtpo"
-    return rewardops.advantages.gtpo(rewards, entropy, groups, mask=mask, positive=0.5)
+    return rewardops.advantages.gtpo(
+        rewards, entropy, groups, mask=mask, **OURS[estimator]["advantage_options"]
+    )
 
 
 OURS = {
     "tempo": {},
     "pure": {"process_reward_func": process},
-    "gtpo": {"advantage_options": {"positive": 0.5}},
+    # Rows with equal prefixes have equal entropies but for rounding,
+    # which an eps of 1e-8 would magnify 10,000 times.
+    "gtpo": {"advantage_options": {"positive": 0.5, "eps": 1e-4}},
 }
 
 
