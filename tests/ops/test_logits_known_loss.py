@@ -9,26 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_logits import DTYPES, EVERY, POLICY, draw
 
 import rewardops
 from rewardops.testing import assert_within_budget, random_mask
 
 CUDA = True  # its kernel runs in the harness if there is no GPU
 
-EVERY = rewardops.logits.OUTPUTS
-POLICY = EVERY[:7]  # outputs that need no reference model
 TERMS = tuple(name for name in EVERY if name != "is_top1")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Found(NamedTuple):
     stats: dict[str, torch.Tensor]
     grad: torch.Tensor
-
-
-def draw(shape, vocab, generator, scale=3.0, dtype=torch.float32):
-    logits = (torch.randn(*shape, vocab, generator=generator) * scale).to(dtype)
-    return logits, torch.randint(0, vocab, shape, generator=generator)
 
 
 def draw_coefficients(names, shape, generator):

@@ -315,18 +315,22 @@ def _no_lengths(call: Call) -> bool:
     return call.setting("baseline") == "length_weighted" and {call["mask"], call["cu_seqlens"]} == {ABSENT}
 
 
-def _bad_lengths(call: Call, value: Any) -> Bad:
-    size = call.batch.size
-    yield from strangers("a tensor", *([] if _no_lengths(call) else ["None"]))
-    if call.setting("baseline") != "length_weighted":
-        yield "without a use", torch.ones(size)
-        return
+def _bad_amounts(size: int) -> Bad:
     yield "of complex numbers", torch.ones(size, dtype=torch.complex64)
     yield "one more", torch.ones(size + 1)
     yield "another rank", torch.ones(1, size)
     yield "another device", torch.ones(size, device="meta")
     if size:
         yield "negative", -torch.ones(size)
+
+
+def _bad_lengths(call: Call, value: Any) -> Bad:
+    size = call.batch.size
+    yield from strangers("a tensor", *([] if _no_lengths(call) else ["None"]))
+    if call.setting("baseline") != "length_weighted":
+        yield "without a use", torch.ones(size)
+        return
+    yield from _bad_amounts(size)
 
 
 class Baseline(Choice):
@@ -466,12 +470,7 @@ def _visits(call: Call) -> st.SearchStrategy[Any]:
 def _bad_visits(call: Call, value: Any) -> Bad:
     size = len(call["parent"])
     yield from strangers("None", "a tensor")
-    yield "of complex numbers", torch.ones(size, dtype=torch.complex64)
-    yield "one more", torch.ones(size + 1)
-    yield "another rank", torch.ones(1, size)
-    yield "another device", torch.ones(size, device="meta")
-    if size:
-        yield "negative", -torch.ones(size)
+    yield from _bad_amounts(size)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
