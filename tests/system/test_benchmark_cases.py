@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import THOROUGH
 
 import rewardops
 from rewardops.core.families import FAMILIES
@@ -27,8 +26,6 @@ LAYOUTS = {
     "packed, holes": {"layout": "packed", "density": 0.6},
     "ragged groups": {"ragged_groups": True},
 }
-# The layout that all peers support, and the most general one; `make thorough` runs all.
-SOME = tuple(LAYOUTS) if THOROUGH else ("padded", "packed, holes")
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **sizes) -> case.Case:
@@ -55,7 +52,7 @@ def test_names():
     assert sum(len(cases.names(family)) for family in cases.families()) == len(cases.names())
 
 
-@pytest.mark.parametrize("layout", SOME)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", cases.names())
 def test_variants_agree(name, layout):
     if layout == "ragged groups" and "ragged_groups" not in cases.axes(name):
