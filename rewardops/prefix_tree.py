@@ -15,7 +15,9 @@ from torch import Tensor
 
 from . import tree
 from .core import checks
+from .core.checks import Number
 from .core.groups import GroupSize, Labels
+from .core.precision import wide
 from .core.settings import may_read
 from .ops import advantages
 from .ops import prefix_tree as ops
@@ -64,7 +66,7 @@ def prefix_values(
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
     min_count: int = 1,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     leave_one_out: bool = False,
     masked: str = "prefix",
 ) -> PrefixValues:
@@ -111,7 +113,7 @@ def prefix_values(
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
     checks.check_whole("min_count", min_count, 1)
-    checks.check_fraction("gamma", gamma)
+    gamma = checks.check_fraction("gamma", gamma)
     checks.check_flag("leave_one_out", leave_one_out)
     forest, least = rows.forest(), min_count + leave_one_out
     leaf = None if least == 1 else forest.supported_by(least)
@@ -123,7 +125,7 @@ def prefix_values(
         before, after = (
             forest.tokens(value, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
         )
-    count = forest.tokens(forest.count.double()[:, None], torch.int32)[0]
+    count = forest.tokens(wide(forest.count)[:, None], torch.int32)[0]
     return PrefixValues(_shaped(before, channels), _shaped(after, channels), count)
 
 
@@ -172,7 +174,7 @@ def tvm_targets(
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
     min_count: int = 1,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     masked: str = "prefix",
 ) -> Tensor:
     """Targets of a token-level value model: the value of the prefix up to and including each token.
@@ -185,7 +187,7 @@ def tvm_targets(
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
     checks.check_whole("min_count", min_count, 1)
-    checks.check_fraction("gamma", gamma)
+    gamma = checks.check_fraction("gamma", gamma)
     forest = rows.forest()
     leaf = None if min_count == 1 else forest.supported_by(min_count)
     return _shaped(forest.tokens(forest.means(x, w, gamma), dtype, gamma=gamma, leaf=leaf), channels)
@@ -216,7 +218,7 @@ def shared_prefix_weights(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
     """
     forest = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked).forest()
-    return forest.tokens(1 / forest.count.clamp(min=1).double()[:, None], torch.float32)[0]
+    return forest.tokens(1 / wide(forest.count.clamp(min=1))[:, None], torch.float32)[0]
 
 
 # ---- advantages --------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def tempo_advantages(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: str = "std",
-    eps: float = 1e-6,
+    eps: float | Tensor = 1e-6,
     ddof: int = 1,
     td_scale: str = "group",
     masked: str = "prefix",
@@ -257,7 +259,7 @@ def tempo_advantages(
             unknown scale.
     """
     checks.check_rewards(rewards)
-    check_group_scale(scale, eps, ddof)
+    eps = check_group_scale(scale, eps, ddof)
     checks.check_choice("td_scale", td_scale, TD_SCALES)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, _ = checked_rewards(rewards, rows)
@@ -273,15 +275,15 @@ def tempo_advantages(
         baseline="mean",
         quantile=0.0,
         scale=scale,
-        eps=float(eps),
+        eps=eps,
         ddof=ddof,
         raw=False,
     )
     centred, inv_scale, _ = advantages.group_advantages(*args)
-    value, bias = forest.means(x), centred.double()
+    value, bias = forest.means(x), wide(centred)
     if td_scale == "none":
         return forest.tokens(value, dtype, at="step", row_bias=bias)[0]
-    factor = inv_scale[:, None].double()
+    factor = wide(inv_scale[:, None])
     return forest.tokens(None, dtype, at="step", row_bias=bias, scaled_values=value, row_factor=factor)[0]
 
 
@@ -333,7 +335,7 @@ def sibling_advantages(
     cu_seqlens: Tensor | None = None,
     weights: Tensor | None = None,
     scale: str = "std",
-    eps: float = 1e-6,
+    eps: float | Tensor = 1e-6,
     ddof: int = 1,
     masked: str = "prefix",
 ) -> Tensor:
@@ -356,7 +358,7 @@ def sibling_advantages(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
             unknown scale.
     """
-    check_group_scale(scale, eps, ddof)
+    eps = check_group_scale(scale, eps, ddof)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
     w = checked_weights(weights, rows)
@@ -436,7 +438,13 @@ def _shaped(planes: Tensor, channels: bool) -> Tensor:
 
 
 def _leave_one_out(
-    forest: Forest, x: Tensor, weights: Tensor | None, gamma: float, leaf: Tensor, at: str, dtype: torch.dtype
+    forest: Forest,
+    x: Tensor,
+    weights: Tensor | None,
+    gamma: Number,
+    leaf: Tensor,
+    at: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """``[C, *tokens]``: the means of the other rows; 0 where there is none."""
     sums = forest.sums(x, weights, gamma=gamma)
@@ -444,7 +452,7 @@ def _leave_one_out(
     x = torch.where(forest.live[:, None], x, 0)
     if weights is None:
         others = (forest.count - 1)[:, None]
-        share = torch.where(others > 0, 1 / others.clamp(min=1).double(), 0)
+        share = torch.where(others > 0, 1 / wide(others.clamp(min=1)), 0)
         minus = -share.expand(sums.shape)
         return forest.tokens(
             sums * share, dtype, at=at, scaled_values=minus, row_factor=x, gamma=gamma, leaf=leaf
@@ -453,10 +461,8 @@ def _leave_one_out(
     totals = forest.totals(weights[:, 0])
     minus = -torch.ones_like(sums)
     summed = forest.tokens(
-        sums, torch.float64, at=at, scaled_values=minus, row_factor=x * weights, gamma=gamma, leaf=leaf
+        sums, sums.dtype, at=at, scaled_values=minus, row_factor=x * weights, gamma=gamma, leaf=leaf
     )
     minus = -torch.ones_like(totals)
-    remaining = forest.tokens(
-        totals, torch.float64, at=at, scaled_values=minus, row_factor=weights, leaf=leaf
-    )
+    remaining = forest.tokens(totals, totals.dtype, at=at, scaled_values=minus, row_factor=weights, leaf=leaf)
     return torch.where(remaining > 0, summed / torch.where(remaining > 0, remaining, 1), 0).to(dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import checks, distributed, row_parts
+from .core.precision import wide
 from .core.rows import Layout, batch_of
 from .ops import returns as ops
 from .ops import td
@@ -76,7 +77,7 @@ def softmin_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     steps: Tensor | None = None,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     mean: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -92,13 +93,13 @@ def softmin_returns(
         The layout of ``rewards``; float32 (float64 for float64); 0 where masked, and where no step is left.
         Differentiable in ``rewards``, with the weights ``softmax(-r / T)`` over the steps that are left.
     """
-    checks.check_positive("temperature", temperature)
+    temperature = checks.check_positive("temperature", temperature)
     checks.check_flag("mean", mean)
     args = _prepare(rewards, mask, cu_seqlens, steps, process_group)
     if process_group is None:
-        out: Tensor = ops.softmin_returns(*args, float(temperature), mean)[0]
+        out: Tensor = ops.softmin_returns(*args, temperature, mean)[0]
         return out
-    alone = ops.softmin_returns(*args, float(temperature), False)[0]
+    alone = ops.softmin_returns(*args, temperature, False)[0]
 
     def softer(part: Tensor, later: Tensor) -> Tensor:
         return -temperature * torch.logaddexp(-part / temperature, -later / temperature)
@@ -115,7 +116,7 @@ def softmin_rewards(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     steps: Tensor | None = None,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     through_weights: bool = True,
 ) -> Tensor:
     """PURE's transform of step rewards: ``r*_k = w_k r_k`` with ``w = softmax(-r / temperature)``.
@@ -139,10 +140,10 @@ def softmin_rewards(
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a
             temperature that is not above 0.
     """
-    checks.check_positive("temperature", temperature)
+    temperature = checks.check_positive("temperature", temperature)
     checks.check_flag("through_weights", through_weights)
     args = _prepare(rewards, mask, cu_seqlens, steps)
-    out: Tensor = ops.softmin_rewards(*args, float(temperature), through_weights)
+    out: Tensor = ops.softmin_rewards(*args, temperature, through_weights)
     return out
 
 
@@ -202,9 +203,9 @@ def _with_later_steps(
     rows = Layout(batch_of(returns.shape, args.cu_seqlens), tuple(returns.shape), args.mask, args.cu_seqlens)
     valid = rows.valid(returns.device)
     ends = valid if args.steps is None else args.steps & valid
-    number = td.td_scan(*TdArgs(ends.double(), mask=args.mask, cu_seqlens=args.cu_seqlens))[0]
+    number = td.td_scan(*TdArgs(wide(ends), mask=args.mask, cu_seqlens=args.cu_seqlens))[0]
     first = td.first_tokens(rows, returns.device)
-    part = row_parts.StepsPart(*(td.at_marked(x, first, rows) for x in (number, returns.double())))
+    part = row_parts.StepsPart(*(td.at_marked(x, first, rows) for x in (number, wide(returns))))
     later = row_parts.join_later(process_group, part, join)
     left, after = rows.expand(later.number), rows.expand(later.result).to(returns.dtype)
     out = torch.where(number > 0, torch.where(left > 0, join(returns, after), returns), after)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .core import checks, distributed, row_parts
+from .core.checks import Number
+from .core.precision import wide, widest
 from .core.rows import Layout
+from .core.scalars import smaller
 from .core.settings import may_read
 from .ops import td as ops
 from .reference.td import TdArgs
@@ -86,8 +90,9 @@ def gae(
 
     Args:
         rewards, values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        gamma, lam: 0 to 1; a number, or a tensor with one per row ``[B]`` or per token (where both fit: per row).
-            No gradient flows into them.
+        gamma: 0 to 1; a number, or a tensor with one value, one per row ``[B]`` or one per token (where both fit:
+            per row). No gradient flows into it.
+        lam: as gamma, but at least 0: above 1 it is a weight, such as an importance ratio (as in rlax).
         bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
         mask: the shape of ``rewards``; bool, integer or float 0/1; masked tokens may lie between valid ones.
         cu_seqlens: ``[B + 1]`` for packed rows.
@@ -174,14 +179,12 @@ def vtrace(
     bounds = []
     clips = {"rho_clip": rho_clip, "trace_clip": trace_clip, "advantage_rho_clip": advantage_rho_clip}
     for name, clip in clips.items():
-        if clip is not None:
-            checks.check_non_negative(name, clip)
-        bounds.append(ratio if clip is None else ratio.clamp(max=clip))
+        bounds.append(ratio if clip is None else smaller(ratio, checks.check_non_negative(name, clip)))
     rho, trace, advantage_rho = bounds
     options = (gamma, lam, mask, cu_seqlens, "skip")
     rows, (excess, targets) = scan(rewards, values, bootstrap, *options, rho, trace)
     scale = lam
-    if isinstance(lam, Tensor):
+    if isinstance(lam, Tensor) and lam.dim():
         scale = lam.detach().to(excess.dtype)
         scale = rows.expand(scale) if tuple(lam.shape) == (rows.batch,) else scale
     carried = excess * scale
@@ -204,22 +207,21 @@ def factor(
     device: torch.device,
     other: str,
     masked: str = "skip",
-) -> tuple[float, Tensor | None]:
-    """Validate a discount: a number gives ``(value, None)``, a tensor ``(1.0, float64 tensor)``.
+    most: float = 1.0,
+) -> tuple[Number, Tensor | None]:
+    """Validate a discount from 0 to ``most``: a number gives ``(value, None)``, a tensor ``(1.0, tensor)``.
 
     The tensor is per row, ``[B, 1]``, or per token of ``other``.
     """
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1, or a tensor")
-        return float(value), None
+    limits = f"from 0 to {most:g}" if most < math.inf else "of at least 0"
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        number = checks.check_number(name, value, f"a number {limits}, or a tensor")
+        if not (isinstance(number, Tensor) or (0 <= number <= most and number < math.inf)):
+            raise ValueError(f"{name}: got {value!r}, want a number {limits}, or a tensor")
+        return number, None
     if value.dtype not in (*checks.FLOATS, *checks.INTEGERS, torch.bool):
         raise TypeError(f"{name}: got dtype {value.dtype}, want float, integer or bool")
     checks.check_device(name, value, device, other)
-    if value.dim() == 0:
-        raise ValueError(
-            f"{name}: got a tensor of no dimensions, want a number, or a value per row or per token"
-        )
     if tuple(value.shape) == (rows.batch,):
         factors = value.detach()[:, None]
     elif tuple(value.shape) == rows.shape:
@@ -234,9 +236,9 @@ def factor(
     if may_read(factors):
         per_row = tuple(value.shape) == (rows.batch,)
         read = factors if rows.mask is None or per_row else factors[rows.mask]
-        if not bool(((read >= 0) & (read <= 1)).all()):
-            raise ValueError(f"{name}: got a value outside 0 to 1")
-    return 1.0, factors.to(torch.float64)
+        if not bool(((read >= 0) & (read <= most) & (read < math.inf)).all()):
+            raise ValueError(f"{name}: got a value that is not {limits}")
+    return 1.0, wide(factors)
 
 
 def scan(
@@ -262,7 +264,7 @@ def scan(
         checks.check_like(values_name, values, rewards, name)
         checks.check_values(values_name, values, rows.mask)
     gamma_value, gammas = factor("gamma", gamma, rows, rewards.device, name, masked)
-    lam_value, lambdas = factor("lam", lam, rows, rewards.device, name, masked)
+    lam_value, lambdas = factor("lam", lam, rows, rewards.device, name, masked, math.inf)
     if bootstrap is not None:
         checks.check_rows("bootstrap", bootstrap, rows.batch, rewards.device, name)
         if values is None:
@@ -321,10 +323,10 @@ def _part(
     advantages = scan(rewards, values, torch.zeros_like(after), *options)[1][0]
     growth = scan(zeros, None, torch.ones_like(after), *options)[1][0]
     first = ops.first_tokens(rows, device)
-    if isinstance(lam, Tensor) and tuple(lam.shape) != (rows.batch,):
-        trace = ops.at_marked(lam.double(), ops.last_tokens(rows, device), rows)
+    if isinstance(lam, Tensor) and tuple(lam.shape) not in ((), (rows.batch,)):
+        trace = ops.at_marked(wide(lam), ops.last_tokens(rows, device), rows)
     else:
-        trace = torch.as_tensor(lam, dtype=torch.float64, device=device).expand(rows.batch)
+        trace = torch.as_tensor(lam, dtype=widest(device), device=device).expand(rows.batch)
     at_first = (first, advantages, growth, zeros if values is None else values)
-    live, advantage, grows, value = (ops.at_marked(x.double(), first, rows) for x in at_first)
+    live, advantage, grows, value = (ops.at_marked(wide(x), first, rows) for x in at_first)
     return row_parts.ScanPart(live, advantage, grows, value, trace)

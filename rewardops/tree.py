@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .advantages import group_advantages
 from .core import checks
+from .core.precision import wide, widest
 from .core.settings import may_read
 from .ops import tree as ops
 from .ops.group_spec import check_group_scale
@@ -28,7 +29,7 @@ def tree_values(
     *,
     reduce: str = "mean",
     visits: Tensor | str | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     max_depth: int | None = None,
 ) -> Tensor:
     """Value of every node of explicit trees, from the leaves up.
@@ -59,10 +60,10 @@ def tree_values(
     """
     parent, rewards, dtype = _checked(parent, leaf_rewards)
     checks.check_choice("reduce", reduce, REDUCES)
-    checks.check_positive("temperature", temperature)
+    temperature = checks.check_positive("temperature", temperature)
     depth = _checked_depth(max_depth, parent)
     weight = _checked_visits(visits, parent, depth)
-    args = TreeArgs(parent, rewards, weight, reduce, float(temperature), depth)
+    args = TreeArgs(parent, rewards, weight, reduce, temperature, depth)
     values: Tensor = ops.tree_values(*args)[0]
     return values.to(dtype)
 
@@ -74,10 +75,10 @@ def tree_advantages(
     kind: str = "local",
     reduce: str = "mean",
     visits: Tensor | str | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     form: str = "paper",
     scale: str = "std",
-    eps: float = 1e-6,
+    eps: float | Tensor = 1e-6,
     ddof: int = 1,
     max_depth: int | None = None,
 ) -> Tensor:
@@ -105,13 +106,13 @@ def tree_advantages(
     checks.check_choice("kind", kind, KINDS)
     checks.check_choice("form", form, FORMS)
     checks.check_choice("reduce", reduce, REDUCES)
-    checks.check_positive("temperature", temperature)
-    check_group_scale(scale, eps, ddof)
+    temperature = checks.check_positive("temperature", temperature)
+    eps = check_group_scale(scale, eps, ddof)
     depth = _checked_depth(max_depth, parent)
     if visits is None and kind == "tree_rl" and reduce == "mean":
         visits = "leaves"
     weight = _checked_visits(visits, parent, depth)
-    args = TreeArgs(parent, rewards, weight, reduce, float(temperature), depth)
+    args = TreeArgs(parent, rewards, weight, reduce, temperature, depth)
     values = ops.tree_values(*args)[0][:, None]
     if kind == "local":
         out = _less(values, _up(parent))
@@ -149,7 +150,7 @@ def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torc
                 raise ValueError(
                     f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
                 )
-    return parent, leaf_rewards.double(), promoted.dtype
+    return parent, wide(leaf_rewards), promoted.dtype
 
 
 def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int) -> Tensor | None:
@@ -165,12 +166,12 @@ def _checked_visits(visits: Tensor | str | None, parent: Tensor, max_depth: int)
     checks.check_device("visits", visits, parent.device, "parent")
     if may_read(visits) and bool((visits < 0).any()):
         raise ValueError(f"visits: got {visits.min().item()}, want no negative count")
-    return visits.detach().double()
+    return wide(visits.detach())
 
 
 def _leaves(parent: Tensor, max_depth: int) -> Tensor:
     """``[M]`` float64: the number of leaves below each node."""
-    ones = torch.ones(parent.shape, dtype=torch.float64, device=parent.device)
+    ones = torch.ones(parent.shape, dtype=widest(parent.device), device=parent.device)
     out: Tensor = ops.tree_values(*TreeArgs(parent, ones, None, "sum", 1.0, max_depth))[0]
     return out
 
@@ -208,7 +209,7 @@ def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor
     """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
     up = _up(parent)
     root = ops.path_ends(up)
-    scale = (leaves.clamp(min=1).double() ** 0.5)[:, None]
+    scale = (wide(leaves.clamp(min=1)) ** 0.5)[:, None]
     if form == "paper":
         return (_less(values, up) + _less(values, root)) / scale
     # reward - mean of the others = (reward - mean of all) * n / (n - 1), for a leaf.

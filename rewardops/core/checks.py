@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .rows import Layout, to_rows
-from .settings import debugging, may_read
+from .settings import debugging, is_traced, may_read
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -67,28 +66,54 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(repr(c) for c in choices)}")
 
 
-def check_number(name: str, value: object, want: str = "a number") -> int | float:
-    """A number that is not NaN; infinities are accepted."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+Number = float | Tensor
+
+
+def check_number(name: str, value: object, want: str = "a number") -> Number:
+    """A number that is not NaN, as a float; infinities are accepted.
+
+    A tensor without dimensions is read, which waits for its device. Where it cannot be read, as a graph is traced,
+    it is returned without its gradient, and nothing is known of its value.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype not in (*FLOATS, *INTEGERS):
+            raise TypeError(f"{name}: got a tensor {show(value.shape)} of {value.dtype}, want {want}")
+        if is_traced(value):
+            return value.detach()
+        value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, want {want}")
     if value != value:
         raise ValueError(f"{name}: got {value}, want {want}")
-    return value
+    return float(value)
 
 
-def check_finite(name: str, value: object) -> None:
-    if not abs(check_number(name, value)) < float("inf"):
+def check_finite(name: str, value: object) -> Number:
+    number = check_number(name, value)
+    if not (isinstance(number, Tensor) or abs(number) < float("inf")):
         raise ValueError(f"{name}: got {value}, want a finite number")
+    return number
 
 
-def check_positive(name: str, value: object) -> None:
-    if not 0.0 < check_number(name, value, "a number above 0") < float("inf"):
+def check_positive(name: str, value: object) -> Number:
+    number = check_number(name, value, "a number above 0")
+    if not (isinstance(number, Tensor) or 0.0 < number < float("inf")):
         raise ValueError(f"{name}: got {value}, want a finite number above 0")
+    return number
 
 
-def check_non_negative(name: str, value: object) -> None:
-    if not 0.0 <= check_number(name, value, "a number of at least 0") < float("inf"):
+def check_non_negative(name: str, value: object) -> Number:
+    number = check_number(name, value, "a number of at least 0")
+    if not (isinstance(number, Tensor) or 0.0 <= number < float("inf")):
         raise ValueError(f"{name}: got {value}, want a finite number of at least 0")
+    return number
+
+
+def check_fraction(name: str, value: object) -> Number:
+    number = check_number(name, value, "a number from 0 to 1")
+    if not (isinstance(number, Tensor) or 0 <= number <= 1):
+        raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1")
+    return number
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -107,11 +132,6 @@ def check_ddof(value: object) -> None:
         raise ValueError(f"ddof: got {value!r}, want 0 or 1")
 
 
-def check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: got {value!r}, want a number from 0 to 1")
-
-
 def check_rewards(rewards: Tensor, name: str = "rewards") -> None:
     """A float tensor with one value per row."""
     check_float(name, rewards)
@@ -120,9 +140,11 @@ def check_rewards(rewards: Tensor, name: str = "rewards") -> None:
     check_values(name, rewards)
 
 
-def check_eps_ddof(eps: float, ddof: int) -> None:
-    check_non_negative("eps", eps)
+def check_eps_ddof(eps: object, ddof: object) -> Number:
+    """The validated eps."""
+    number = check_non_negative("eps", eps)
     check_ddof(ddof)
+    return number
 
 
 def _first(bad: Tensor, mask: Tensor | None) -> list[int] | None:
@@ -148,16 +170,28 @@ def check_values(name: str, value: Tensor, mask: Tensor | None = None) -> None:
 
 
 def check_step_ids(steps: Tensor, layout: Layout, name: str) -> None:
-    """Under :func:`debug` only: step ids never fall along a row (negative ids, of no step, aside)."""
+    """Step ids never fall along a row (negative ids, of no step, aside); reads them."""
+    if steps.numel() == 0 or not _may_fall(steps, layout):
+        return
     ids, inside = to_rows(steps, None, layout.cu_seqlens)
     valid = inside if layout.mask is None else to_rows(layout.mask, layout.mask, layout.cu_seqlens)[1]
     counted = valid & (ids >= 0)
-    if ids.numel() == 0:
-        return
     bad = counted & (torch.where(counted, ids, -1).cummax(1).values > ids)
     if bool(bad.any()):
         row, t = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name}: got id {int(ids[row, t])} after a larger one, at token {t} of row {row}")
+        flags = " (flags of step ends are bool)" if bool(((ids == 0) | (ids == 1) | ~counted).all()) else ""
+        raise ValueError(
+            f"{name}: got id {int(ids[row, t])} after a larger one, at token {t} of row {row}{flags}"
+        )
+
+
+def _may_fall(ids: Tensor, layout: Layout) -> bool:
+    """False if no id is below the one before it in its row, masked ones included: a quick look, often enough."""
+    fall = ids[..., 1:] < ids[..., :-1]
+    if layout.cu_seqlens is not None and fall.numel():
+        starts = layout.cu_seqlens[1:-1].to(torch.int64)
+        fall[starts[(starts > 0) & (starts < len(ids))] - 1] = False
+    return bool(fall.any())
 
 
 def as_numbers(name: str, value: object, count: int, meaning: str) -> Tensor | list[float]:
@@ -180,7 +214,10 @@ def as_numbers(name: str, value: object, count: int, meaning: str) -> Tensor | l
 
 
 def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str) -> Tensor | None:
-    """A bool mask of the given shape; integer and float masks of 0 and 1 are accepted."""
+    """A bool mask of the given shape; integer and float masks of 0 and 1 are accepted.
+
+    Other numbers are refused where a look at them is free (:func:`.settings.may_read`).
+    """
     if mask is None:
         return None
     mask = check_tensor("mask", mask)
@@ -188,7 +225,13 @@ def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str)
         raise TypeError(f"mask: got dtype {mask.dtype}, want bool, integer or float")
     check_shape("mask", mask, like, f"one entry per token of {other}")
     check_device("mask", mask, device, other)
-    return mask.detach() if mask.dtype is torch.bool else mask.detach() != 0
+    if mask.dtype is torch.bool:
+        return mask.detach()
+    valid = mask.detach() != 0
+    if may_read(mask) and (where := _first(valid & (mask.detach() != 1), None)):
+        number = mask.detach()[tuple(where)].item()
+        raise ValueError(f"mask: got {number} at {where}, want 0 or 1 (a mask is not a weight)")
+    return valid
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -211,15 +254,17 @@ def check_cu_seqlens(
         raise ValueError(f"cu_seqlens: got shape {show(cu.shape)}, want [B + 1]")
     check_device("cu_seqlens", cu, device, other)
     if may_read(cu):
-        values = cu.tolist()
-        if values[0] != 0:
-            raise ValueError(f"cu_seqlens: got first entry {values[0]}, want 0")
-        for row, (a, b) in enumerate(itertools.pairwise(values)):
-            if b < a:
-                raise ValueError(f"cu_seqlens: got {a} then {b} at row {row}, want a non-decreasing sequence")
-        if tokens is not None and values[-1] != tokens:
+        lengths = cu[1:] - cu[:-1]
+        first, last = int(cu[0]), int(cu[-1])
+        if first != 0:
+            raise ValueError(f"cu_seqlens: got first entry {first}, want 0")
+        if len(lengths) and int(lengths.min()) < 0:
+            row = int((lengths < 0).nonzero()[0])
+            a, b = cu[row : row + 2].tolist()
+            raise ValueError(f"cu_seqlens: got {a} then {b} at row {row}, want a non-decreasing sequence")
+        if tokens is not None and last != tokens:
             raise ValueError(
-                f"cu_seqlens: got last entry {values[-1]}, want {tokens} ({meaning or f'the tokens of {other}'})"
+                f"cu_seqlens: got last entry {last}, want {tokens} ({meaning or f'the tokens of {other}'})"
             )
     return cu.detach()
 
@@ -291,6 +336,6 @@ def step_markers(
         steps = steps.to(torch.int64)
     check_shape(name, steps, values.shape, f"one entry per token of {other}")
     check_device(name, steps, values.device, other)
-    if debugging() and steps.dtype is not torch.bool:
-        check_step_ids(steps, layout, name)
+    if steps.dtype is not torch.bool and may_read(steps):
+        check_step_ids(steps.detach(), layout, name)
     return steps.detach()

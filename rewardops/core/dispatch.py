@@ -13,13 +13,16 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from .kinds import Kind, checker, kinds_of
 from .native import compiled_module, cuda_module, cuda_on_host, has_triton, triton_interprets
+from .precision import InFloat32, autocast_enabled, has_float64
 from .records import packer
+from .scalars import Floats, with_numbers
 from .settings import ContextSetting
 from .transforms import autograd_kernel, vmap_rule
 
@@ -118,7 +121,7 @@ def _implementation(backend: str, family: str, op: str) -> Callable[..., Any] | 
 def _run(device_type: str, family: str, op: str, args: Sequence[Any]) -> Any:
     implementation = _implementation(backend_for(device_type, family, op), family, op)
     assert implementation is not None, op
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         # Kernels choose their own precision.
         with torch.autocast(device_type, enabled=False):
             return implementation(*args)
@@ -131,6 +134,7 @@ def define(
     *,
     fake: Callable[..., Any],
     record: type[NamedTuple] | None = None,
+    tensors: Mapping[str, Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -139,30 +143,48 @@ def define(
     Args:
         record: the family's argument record, whose fields stand side by side in the schema
             (:func:`.records.schema_of`). Backends, ``fake`` and ``setup_context`` receive them as one record.
+        tensors: the kinds of the tensors that are not fields of the record (:mod:`.kinds`).
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)``; returns a gradient for each name of an argument, a dict, without those that
             have none. ``ctx.needs_input_grad`` has a flag per argument, those of the record in one record.
     """
     op = schema.partition("(")[0]
     # Exact strides: a compiled graph must pass strided rows as they are, not copies in another layout.
-    _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+    _library.define(with_numbers(schema), tags=tags)
     overload = getattr(torch.ops.rewardops, op).default
-    pack = packer([argument.name for argument in overload._schema.arguments], record)
+    floats = Floats(overload._schema)
+    pack = packer(floats.names, record)
+    others = {name: kind for name, hint in (tensors or {}).items() if (kind := Kind.of(hint)) is not None}
+    check = checker(overload._schema, {**kinds_of(record), **others})
 
     def on_cpu(*args: Any) -> Any:
+        args = floats.read(args)
+        check(args)
         return _run("cpu", family, op, pack(args))
 
     def on_cuda(*args: Any) -> Any:
+        args = floats.read(args)
         # Kernels are launched on the current device, which need not be the tensors'.
-        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+        with torch.cuda.device(check(args)):
             return _run("cuda", family, op, pack(args))
+
+    def elsewhere(*args: Any) -> Any:
+        args = floats.read(args)
+        device = check(args)
+        with contextlib.nullcontext() if has_float64(device.type) else InFloat32():
+            return _run(device.type, family, op, pack(args))
 
     _library.impl(op, on_cpu, "CPU")
     _library.impl(op, on_cuda, "CUDA")
-    torch.library.register_fake(f"rewardops::{op}", lambda *args: fake(*pack(args)), lib=_library)
-    _library.impl(op, autograd_kernel(overload, pack, setup_context, backward), "Autograd", with_keyset=True)
+    _library.impl(op, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"rewardops::{op}", lambda *args: fake(*pack(floats.carried(args))), lib=_library
+    )
+    kernel = autograd_kernel(overload, pack, floats, setup_context, backward)
+    _library.impl(op, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(f"rewardops::{op}", vmap_rule(overload), lib=_library)
-    return overload
+    return floats.caller(overload)
 
 
 def config() -> dict[str, str]:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from . import checks
 from .groups import Labels, by_size, from_host, group_ids, label_list
+from .precision import wide
 from .settings import may_read
 
 # The names of both collectives up to PyTorch 2.12 are the second ones.
@@ -143,7 +144,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         floats = [k for k, (_, dtype) in enumerate(ctx.like) if dtype.is_floating_point]
-        columns = [_columns(grads[k].double()) for k in floats]
+        columns = [_columns(wide(grads[k])) for k in floats]
         everything = torch.cat(columns, 1)
         own = everything.new_empty((ctx.capacity, everything.shape[1]))
         _reduce_scatter(own.view(-1), everything.view(-1), ctx.process_group)

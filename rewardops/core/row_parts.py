@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .precision import wide, widest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,7 +71,7 @@ def value_beyond(process_group: ProcessGroup, record: ScanPart, bootstrap: Tenso
     With value V and advantage A of the next valid token, on a later rank, it is ``V + lam A``: a scan is linear in
     it. ``bootstrap`` is the value after the whole row.
     """
-    value, advantage = bootstrap.double(), torch.zeros_like(bootstrap, dtype=torch.float64)
+    value, advantage = wide(bootstrap), torch.zeros_like(bootstrap, dtype=widest(bootstrap.device))
     for part in later_parts(process_group, record):
         carried = part.advantage + _times(part.growth, value + _times(part.trace, advantage))
         advantage = torch.where(part.live > 0, carried, advantage)

@@ -55,11 +55,19 @@ def debug(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     return _debug.use(enabled)
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """True if the tensor stands for many values, or for none: in a graph, in ``torch.func``, on the meta device."""
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+        or in_func(tensor)
+        or tensor.is_meta
+    )
+
+
 def may_read(tensor: Tensor) -> bool:
     """True if a check may read values: always on the CPU, elsewhere under :func:`debug`, never while tracing."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or in_func(tensor):
-        return False
-    return _debug.value or tensor.device.type == "cpu"
+    return not is_traced(tensor) and (_debug.value or tensor.device.type == "cpu")
 
 
 def debugging() -> bool:

@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .scalars import Floats
+
 
 def in_func(tensor: Tensor) -> bool:
     """True if the tensor is wrapped by ``torch.func``; it may then stand for many values."""
@@ -94,13 +96,14 @@ def _no_gradient(op: str) -> Callable[..., Any]:
 def autograd_kernel(
     op: torch._ops.OpOverload,
     pack: Callable[[Sequence[Any]], Sequence[Any]],
+    floats: Floats,
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """The op's kernel for the Autograd dispatch key: it records the gradient, or an error for an op without one.
 
-    ``pack`` gathers the arguments of the family's record. ``setup_context`` and ``backward`` are described in
-    :func:`.dispatch.define`; for a list of tensors, ``grads`` is a list as well.
+    ``pack`` gathers the arguments of the family's record, and ``floats`` knows the op's numbers. ``setup_context``
+    and ``backward`` are described in :func:`.dispatch.define`; for a list of tensors, ``grads`` is a list as well.
     """
     name = op._schema.name.partition("::")[2]
     setup_context = setup_context or _save_nothing
@@ -125,17 +128,19 @@ def autograd_kernel(
         args = _nested(flat, sizes)
         output = below(keyset, args)
         ctx.sizes = sizes
-        setup_context(ctx, pack(args), output)
+        setup_context(ctx, pack(floats.carried(args)), output)
         return output if isinstance(output, Tensor) else tuple(output)
 
     def gradient(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad
-        ctx.needs_input_grad = pack(_nested(needs[2:], ctx.sizes))
+        flags = _nested(needs[2:], ctx.sizes)
+        ctx.needs_input_grad = pack(flags[: len(floats.names)])
         try:
             by_name = backward(ctx, list(grads)) if makes_list else backward(ctx, *grads)
         finally:
             ctx.needs_input_grad = needs
-        return None, None, *_flat_gradients([by_name.get(name) for name in names], ctx.sizes)
+        of_arguments = [by_name.get(name) for name in names[: len(flags)]]
+        return None, None, *_flat_gradients(of_arguments, ctx.sizes)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.checks import Number
 from ..core.groups import GroupSize, Labels, group_ids
+from ..core.precision import wide
 from ..core.rows import Layout
 from ..core.settings import may_read
 from ..reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
@@ -82,21 +84,21 @@ class Forest:
         return self.nodes[3]
 
     def sums(
-        self, x: Tensor, weights: Tensor | None = None, centre: Tensor | None = None, gamma: float = 1.0
+        self, x: Tensor, weights: Tensor | None = None, centre: Tensor | None = None, gamma: Number = 1.0
     ) -> Tensor:
         """``[2 B, C]``: sums over each node's rows of discounted ``x``, or of squared distances from a centre."""
         centre = None if centre is None else centre.detach()
-        args = SubtreeArgs(x, weights, centre, self.rows, self.nodes, float(gamma))
+        args = SubtreeArgs(x, weights, centre, self.rows, self.nodes, gamma)
         out: Tensor = ops.subtree_sums(*args)
         return out
 
     def totals(self, weights: Tensor | None) -> Tensor:
         """``[2 B, 1]``: the total weight of each node's rows."""
         if weights is None:
-            return self.count.double()[:, None]
+            return wide(self.count)[:, None]
         return self.sums(torch.ones_like(weights)[:, None], weights)
 
-    def means(self, x: Tensor, weights: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    def means(self, x: Tensor, weights: Tensor | None = None, gamma: Number = 1.0) -> Tensor:
         """``[2 B, C]``: means over each node's rows; 0 where their weights sum to 0."""
         total = self.totals(weights)
         return self.sums(x, weights, gamma=gamma) / torch.where(total > 0, total, 1)
@@ -125,7 +127,7 @@ class Forest:
         scaled_values: Tensor | None = None,
         row_bias: Tensor | None = None,
         row_factor: Tensor | None = None,
-        gamma: float = 1.0,
+        gamma: Number = 1.0,
         leaf: Tensor | None = None,
     ) -> Tensor:
         """``row_bias + values + row_factor * scaled_values`` at each token's row and state; 0 where masked.
@@ -144,7 +146,7 @@ class Forest:
             rows = torch.cat([rows[:1], leaf[None], rows[2:]])
         args = NodeTokensArgs(
             values, scaled_values, row_bias, row_factor, rows, self.nodes, layout.mask, layout.cu_seqlens,
-            self.skip, layout.shape[-1], at, float(gamma),
+            self.skip, layout.shape[-1], at, gamma,
         )  # fmt: skip
         out: Tensor = ops.nodes_to_tokens(*args, dtype)
         return out
@@ -164,7 +166,7 @@ def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dty
     checks.check_values("rewards", rewards)
     (promoted,) = checks.promote(rewards)
     channels = rewards.dim() == 2
-    return (rewards if channels else rewards[:, None]).double(), promoted.dtype, channels
+    return wide(rewards if channels else rewards[:, None]), promoted.dtype, channels
 
 
 def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
@@ -176,4 +178,4 @@ def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
     checks.check_device("weights", weights, rows.tokens.device, "tokens")
     if may_read(weights) and bool((weights < 0).any()):
         raise ValueError(f"weights: got {float(weights.min())}, want no negative weight")
-    return weights.double()
+    return wide(weights)

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..core import checks
+from ..core.checks import Number
 from ..core.groups import GroupSize, Labels, group_ids
 from ..core.rows import Layout
 from ..core.settings import may_read
@@ -29,9 +30,9 @@ class GroupSpec:
     ids: Tensor
     rows: Layout | None
     baseline: str
-    quantile: float
+    quantile: Number
     scale: str
-    eps: float
+    eps: float | Tensor
     ddof: int
     raw: bool
     lengths: Tensor | None
@@ -45,7 +46,7 @@ class GroupSpec:
         group_size: object = None,
         baseline: str | float | Tensor = "mean",
         scale: str = "std",
-        eps: float = 1e-6,
+        eps: float | Tensor = 1e-6,
         ddof: int = 1,
         singleton: str = "zero",
         lengths: Tensor | None = None,
@@ -58,7 +59,7 @@ class GroupSpec:
         checks.check_rewards(rewards, name)
         ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
         kind, quantile, values = _baseline(baseline, rewards)
-        check_group_scale(scale, eps, ddof)
+        eps = check_group_scale(scale, eps, ddof)
         checks.check_choice("singleton", singleton, ("zero", "raw"))
         if singleton == "raw" and scale == "batch_std":
             raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
@@ -67,9 +68,7 @@ class GroupSpec:
             _check_lengths(lengths, rows, rewards)
         elif lengths is not None:
             raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
-        return GroupSpec(
-            ids, rows, kind, quantile, scale, float(eps), ddof, singleton == "raw", lengths, values
-        )
+        return GroupSpec(ids, rows, kind, quantile, scale, eps, ddof, singleton == "raw", lengths, values)
 
     def weights(self) -> Tensor | None:
         """``[B]``, the lengths that weigh rewards in the baseline; None for other baselines."""
@@ -127,20 +126,23 @@ class GroupSpec:
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
-def check_group_scale(scale: str, eps: float, ddof: int) -> None:
+def check_group_scale(scale: str, eps: float | Tensor, ddof: int) -> Number:
+    """The validated eps."""
     checks.check_choice("scale", scale, SCALES)
-    checks.check_eps_ddof(eps, ddof)
+    return checks.check_eps_ddof(eps, ddof)
 
 
-def _baseline(baseline: str | float | Tensor, rewards: Tensor) -> tuple[str, float, Tensor | None]:
+def _baseline(baseline: str | float | Tensor, rewards: Tensor) -> tuple[str, Number, Tensor | None]:
     """Validate a baseline: its name, quantile and values."""
-    if isinstance(baseline, Tensor):
+    if isinstance(baseline, Tensor) and baseline.dim():
         checks.check_float("baseline", _per_row("baseline", baseline, rewards))
         return "values", 0.0, baseline
-    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
-        if not 0 <= baseline <= 1:
-            raise ValueError(f"baseline: got {baseline}, want a quantile from 0 to 1, a name or a tensor")
-        return "quantile", float(baseline), None
+    if isinstance(baseline, (int, float, Tensor)) and not isinstance(baseline, bool):
+        want = "a quantile from 0 to 1, a name or a tensor"
+        quantile = checks.check_number("baseline", baseline, want)
+        if not (isinstance(quantile, Tensor) or 0 <= quantile <= 1):
+            raise ValueError(f"baseline: got {baseline}, want {want}")
+        return "quantile", quantile, None
     checks.check_choice("baseline", baseline, [b for b in BASELINES if b not in ("quantile", "values")])
     return str(baseline), 0.0, None
 
@@ -171,7 +173,7 @@ class RowOptions(TypedDict, total=False):
     """Options of :func:`group_advantages` that every preset takes."""
 
     group_size: GroupSize
-    eps: float
+    eps: float | Tensor
     ddof: int
     singleton: str
 

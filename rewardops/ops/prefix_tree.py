@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.kinds import IdRows
 from ..core.records import save_record, saved_record, schema_of
-from ..reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
+from ..reference.prefix_tree import (
+    NodeTokensArgs,
+    NodeValues,
+    PrefixTreeArgs,
+    SubtreeArgs,
+    TreeRows,
+)
 
 _SUBTREES, _NODE_TOKENS = schema_of(SubtreeArgs), schema_of(NodeTokensArgs)
 
@@ -27,6 +36,7 @@ prefix_tree = define(
 prefix_lcp = define(
     "prefix_tree",
     "prefix_lcp(Tensor rows, Tensor groups, SymInt most) -> (Tensor members, Tensor lcp)",
+    tensors={"rows": TreeRows, "groups": IdRows},
     fake=lambda rows, groups, most: tuple(
         groups.new_empty((groups.shape[0], most), dtype=torch.int32) for _ in range(2)
     ),
@@ -39,6 +49,7 @@ subtree_sums_backward = define(
     "prefix_tree",
     f"subtree_sums_backward(Tensor grad, {_SUBTREES}) -> (Tensor, Tensor)",
     record=SubtreeArgs,
+    tensors={"grad": NodeValues},
     fake=lambda grad, args: (
         args.x.new_empty(args.x.shape),
         args.x.new_empty(0 if args.weights is None else args.weights.shape),
@@ -70,6 +81,7 @@ nodes_to_tokens_backward = define(
     "prefix_tree",
     f"nodes_to_tokens_backward(Tensor grad, {_NODE_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor)",
     record=NodeTokensArgs,
+    tensors={"grad": Annotated[Tensor, "real", "C", "B", "size", "or", "C", "size"]},
     fake=lambda grad, args: args.zero_gradients(grad),
 )
 

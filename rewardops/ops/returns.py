@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core.dispatch import define
+from ..core.kinds import RealTokens, WideTokens
+from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..reference.returns import ReturnsArgs
 
@@ -28,6 +28,7 @@ extreme_returns_backward = define(
     "returns",
     f"extreme_returns_backward(Tensor grad, Tensor returns, {_ARGS}, bool largest) -> Tensor",
     record=ReturnsArgs,
+    tensors={"grad": RealTokens, "returns": RealTokens},
     fake=lambda grad, returns, args, *_: args.rewards.new_empty(args.rewards.shape),
 )
 
@@ -58,6 +59,7 @@ softmin_rewards_backward = define(
     "returns",
     f"softmin_rewards_backward(Tensor grad, {_ARGS}, float temperature, bool through_weights) -> Tensor",
     record=ReturnsArgs,
+    tensors={"grad": RealTokens},
     fake=lambda grad, args, *_: args.rewards.new_empty(args.rewards.shape),
 )
 
@@ -87,6 +89,7 @@ softmin_returns_backward = define(
     "returns",
     f"softmin_returns_backward(Tensor grad, Tensor log_sums, {_ARGS}, float temperature) -> Tensor",
     record=ReturnsArgs,
+    tensors={"grad": RealTokens, "log_sums": WideTokens},
     fake=lambda grad, log_sums, args, *_: args.rewards.new_empty(args.rewards.shape),
 )
 
@@ -96,7 +99,7 @@ softmin_returns = define(
     record=ReturnsArgs,
     fake=lambda args, *_: (
         args.rewards.new_empty(args.rewards.shape),
-        args.rewards.new_empty(args.rewards.shape, dtype=torch.float64),
+        args.rewards.new_empty(args.rewards.shape, dtype=widest(args.rewards.device)),
     ),
     setup_context=_setup_returns,
     backward=_gradient_returns,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.kinds import Flags, Offsets, RealTokens, WideTokens
+from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.rows import Layout, batch_of
 from ..reference import td as spec
@@ -56,6 +58,7 @@ td_scan_backward = define(
     f"td_scan_backward(Tensor? grad, Tensor? grad_returns, {_ARGS}, bool to_values, bool to_bootstrap)"
     " -> (Tensor, Tensor, Tensor)",
     record=TdArgs,
+    tensors={"grad": RealTokens, "grad_returns": RealTokens},
     fake=_fake_backward,
 )
 
@@ -74,9 +77,12 @@ td_scan = define(
 
 # ---- sums and differences from the left --------------------------------------------------------------------
 
+_ALONG_ROWS = {"x": RealTokens, "factors": WideTokens, "mask": Flags, "cu_seqlens": Offsets}
+
 _prefix_scan = define(
     "td",
     "prefix_scan(Tensor x, Tensor factors, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    tensors=_ALONG_ROWS,
     fake=lambda x, *_: x.new_empty(x.shape),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=lambda ctx, grad: {"x": td_scan(*spec.adjoint_of_prefix_scan(grad, *ctx.saved_tensors))[0]},
@@ -85,6 +91,7 @@ _prefix_scan = define(
 _differences = define(
     "td",
     "differences(Tensor x, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    tensors=_ALONG_ROWS,
     fake=lambda x, *_: x.new_empty(x.shape),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     backward=lambda ctx, grad: {"x": -td_scan(*spec.adjoint_of_differences(grad, *ctx.saved_tensors))[0]},
@@ -127,7 +134,7 @@ def last_tokens(rows: Layout, device: torch.device) -> Tensor:
 
 def first_tokens(rows: Layout, device: torch.device) -> Tensor:
     """The first valid token of every row: bool, per token."""
-    ones = torch.ones(rows.shape, dtype=torch.float64, device=device)
+    ones = torch.ones(rows.shape, dtype=widest(device), device=device)
     count = prefix_scan(ones, ones, rows.mask, rows.cu_seqlens)
     return (count == 1) & rows.valid(device)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from torch import Tensor
 
 from ..core.dispatch import define
 from ..core.records import schema_of
@@ -13,6 +16,7 @@ from ..reference.tree import TreeArgs
 _at_nodes_backward = define(
     "tree",
     "at_nodes_backward(Tensor grad, Tensor index, SymInt size) -> Tensor",
+    tensors={"grad": Annotated[Tensor, "real", "N", "C"], "index": Annotated[Tensor, "int64", "N"]},
     fake=lambda grad, index, size: grad.new_empty(size, grad.shape[1]),
 )
 
@@ -27,13 +31,19 @@ def _setup_at(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 at_nodes = define(
     "tree",
     "at_nodes(Tensor values, Tensor index) -> Tensor",
+    tensors={"values": Annotated[Tensor, "real", "M", "C"], "index": Annotated[Tensor, "int64", "N"]},
     fake=lambda values, index: values.new_empty(index.shape[0], values.shape[1]),
     setup_context=_setup_at,
     backward=lambda ctx, grad: {"values": _at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size)},
 )
 
 # An op, so that the number of steps, which depends on the number of nodes, is not part of a compiled graph.
-path_ends = define("tree", "path_ends(Tensor step) -> Tensor", fake=torch.empty_like)
+path_ends = define(
+    "tree",
+    "path_ends(Tensor step) -> Tensor",
+    tensors={"step": Annotated[Tensor, "int64", "M"]},
+    fake=torch.empty_like,
+)
 
 
 # ---- values from the leaves up -----------------------------------------------------------------------------
@@ -41,6 +51,11 @@ path_ends = define("tree", "path_ends(Tensor step) -> Tensor", fake=torch.empty_
 _tree_values_backward = define(
     "tree",
     "tree_values_backward(Tensor grad, Tensor parent, Tensor slope) -> Tensor",
+    tensors={
+        "grad": Annotated[Tensor, "float64", "M"],
+        "parent": Annotated[Tensor, "int64", "M"],
+        "slope": Annotated[Tensor, "float64", "M"],
+    },
     fake=lambda grad, parent, slope: slope.new_empty(slope.shape),
 )
 

@@ -13,25 +13,31 @@ top, from 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.groups import same_group
+from ..core.kinds import Flags, IdRows, Offsets
 from ..core.rows import from_rows, move, move_back, places_without_holes, to_rows
+
+RowValues = Annotated[Tensor, "float64", "B", "C"]
+NodeValues = Annotated[Tensor, "float64", "2B", "C"]
+TreeRows = Annotated[Tensor, "int64", "5", "B"]
+TreeNodes = Annotated[Tensor, "int64", "4", "2B"]
 
 
 class PrefixTreeArgs(NamedTuple):
     """Arguments of ``prefix_tree``."""
 
-    tokens: Tensor
+    tokens: Annotated[Tensor, "integer", "..."]
     """``[B, T]``, or ``[N]`` packed; integer ids."""
-    groups: Tensor
+    groups: IdRows
     """``[B]`` int64 labels; rows of other groups never match."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool, the shape of ``tokens``; None: every token counts."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
     skip: bool
     """True: masked tokens between valid ones are left out. False: they are part of the prefixes."""
@@ -40,15 +46,15 @@ class PrefixTreeArgs(NamedTuple):
 class SubtreeArgs(NamedTuple):
     """Arguments of ``subtree_sums`` and its backward pass: a sum over the rows of every node."""
 
-    x: Tensor
+    x: RowValues
     """``[B, C]`` float64."""
-    weights: Tensor | None
+    weights: Annotated[Tensor, "float64", "B"] | None
     """``[B]`` float64, weights of the rows; None for 1."""
-    centre: Tensor | None
+    centre: NodeValues | None
     """``[2 B, C]`` float64, constant: squared distances from it are summed instead of ``x``."""
-    rows: Tensor
+    rows: TreeRows
     """``[5, B]`` int64, from ``prefix_tree``."""
-    nodes: Tensor
+    nodes: TreeNodes
     """``[4, 2 B]`` int64, from ``prefix_tree``."""
     gamma: float
     """Discount per token from a row's end to the node; 1 with a centre."""
@@ -251,21 +257,21 @@ class NodeTokensArgs(NamedTuple):
     values at the node of its state. It is 0 where masked.
     """
 
-    values: Tensor | None
+    values: NodeValues | None
     """``[2 B, C]`` float64, discounted from the node's depth to the state; None for 0."""
-    scaled_values: Tensor | None
+    scaled_values: NodeValues | None
     """``[2 B, C]`` float64, discounted as ``values`` are; None for 0."""
-    row_bias: Tensor | None
+    row_bias: RowValues | None
     """``[B, C]`` float64; None for 0."""
-    row_factor: Tensor | None
+    row_factor: RowValues | None
     """``[B, C]`` float64, discounted from the row's end to the node's depth; None without ``scaled_values``."""
-    rows: Tensor
+    rows: TreeRows
     """``[5, B]`` int64, from ``prefix_tree``; ``leaf`` is the node at which a row's path ends."""
-    nodes: Tensor
+    nodes: TreeNodes
     """``[4, 2 B]`` int64, from ``prefix_tree``."""
-    mask: Tensor | None
+    mask: Annotated[Tensor, "bool", "B", "size", "or", "size"] | None
     """bool, the shape of the tokens; None: every token counts."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
     skip: bool
     """True: the tree leaves out masked tokens between valid ones."""

@@ -7,19 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.kinds import Flags, Markers, Offsets, RealTokens
 from ..core.rows import from_rows, to_rows
 
 
 class ReturnsArgs(NamedTuple):
     """Arguments of returns over the steps of a row, and of their backward passes."""
 
-    rewards: Tensor
+    rewards: RealTokens
     """``[B, T]``, or ``[N]`` packed; float32 or float64. Read at step ends."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool, the shape of ``rewards``; None: every token counts."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
-    steps: Tensor | None
+    steps: Markers | None
     """The shape of ``rewards``: bool flags at step ends, or int64 step ids; None: every valid token is a step."""
 
 

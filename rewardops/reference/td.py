@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.kinds import Factors, Flags, Offsets, RealRows, RealTokens
 from ..core.rows import Layout, from_rows, to_rows
 
 
@@ -17,23 +18,23 @@ class TdArgs(NamedTuple):
     Per-token tensors have the shape of ``rewards``. Gradients reach ``rewards``, ``values`` and ``bootstrap``.
     """
 
-    rewards: Tensor
+    rewards: RealTokens
     """``[B, T]``, or ``[N]`` packed; float32 or float64."""
-    values: Tensor | None = None
+    values: RealTokens | None = None
     """Per token, the dtype of ``rewards``; None for 0 (without returns), and in the backward pass."""
-    bootstrap: Tensor | None = None
+    bootstrap: RealRows | None = None
     """``[B]``, the value after the last token of a row; None for 0, and in the backward pass."""
-    rho: Tensor | None = None
+    rho: RealTokens | None = None
     """Per token, the factor of its temporal difference (V-trace); None for 1."""
-    trace: Tensor | None = None
+    trace: RealTokens | None = None
     """Per token, a factor of its carry from the next token (V-trace); None for 1."""
-    gammas: Tensor | None = None
+    gammas: Factors | None = None
     """float64, per token or ``[B, 1]``; None: ``gamma`` for all."""
-    lambdas: Tensor | None = None
+    lambdas: Factors | None = None
     """float64, per token or ``[B, 1]``; None: ``lam`` for all."""
-    mask: Tensor | None = None
+    mask: Flags | None = None
     """bool, per token; None: every token counts."""
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Offsets | None = None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""
     gamma: float = 1.0
     lam: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ REDUCES = ("mean", "max", "min", "softmax", "sum")
 class TreeArgs(NamedTuple):
     """Arguments of ``tree_values``."""
 
-    parent: Tensor
+    parent: Annotated[Tensor, "int64", "M"]
     """``[M]`` int64; the parent of each node; any other number for a root."""
-    rewards: Tensor
+    rewards: Annotated[Tensor, "float64", "M"]
     """``[M]`` float64, read at leaves."""
-    visits: Tensor | None
+    visits: Annotated[Tensor, "float64", "M"] | None
     """``[M]`` float64, the weight of each node in its parent's reduction, 0 to leave the node out; None for 1."""
     reduce: str
     """One of ``REDUCES``."""

@@ -348,8 +348,19 @@ class Test_gae_vtrace:
             (lambda: rewardops.gae(r, v[:3]), r"values: got shape \[3, 5\], want \[4, 5\]"),
             (lambda: rewardops.gae(r, v, gamma=1.5), r"gamma: got 1\.5, want a number from 0 to 1"),
             (lambda: rewardops.gae(r, v, lam=torch.ones(3)), r"lam: got shape \[3\], want \[4\] or \[4, 5\]"),
-            (lambda: rewardops.gae(r, v, lam=torch.tensor(0.9)), "lam: got a tensor of no dimensions"),
-            (lambda: rewardops.gae(r, v, lam=torch.full((4,), 2.0)), "lam: got a value outside 0 to 1"),
+            (lambda: rewardops.gae(r, v, lam=-0.5), r"lam: got -0\.5, want a number of at least 0"),
+            (
+                lambda: rewardops.gae(r, v, gamma=torch.tensor(1.5)),
+                "gamma: got tensor.*, want a number from",
+            ),
+            (
+                lambda: rewardops.gae(r, v, lam=torch.full((4,), -2.0)),
+                "lam: got a value that is not of at least 0",
+            ),
+            (
+                lambda: rewardops.gae(r, v, gamma=torch.full((4,), 2.0)),
+                "gamma: got a value that is not from",
+            ),
             (lambda: rewardops.gae(r, v, bootstrap=boot[:2]), r"bootstrap: got shape \[2\], want \[4\]"),
             (lambda: rewardops.gae(r, v, masked="hold"), "masked: got 'hold', want one of 'skip', 'step'"),
             (

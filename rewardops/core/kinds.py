@@ -1,0 +1,190 @@
+"""Kinds of tensors: the dtype and the shape that an op's kernels expect of each argument, checked before any runs.
+
+Kernels take addresses. A tensor of another dtype would be read as what it is not, a shorter one beyond its end; and
+``torch.ops.rewardops`` is open to any caller. The fields of an argument record are annotated with a kind
+(``rewards: RealTokens``); :func:`.dispatch.define` names those of an op's other tensors.
+
+A kind is ``Annotated[Tensor, dtype, *shape]``. Dtypes are keys of ``DTYPES``; ``"real"`` tensors of a call have one
+dtype. A shape is a list of sizes: numbers, names (equal names are equal sizes, that of an integer argument if one
+has the name; ``"2B"`` and ``"B+1"`` follow from ``"B"``), and ``"..."`` for any sizes, the same wherever it stands.
+``"or"`` separates two shapes. Where an op has ``cu_seqlens``, ``"..."`` is the shape of the tokens, ``[B, T]`` or
+packed ``[N]``, and ``"B"`` the number of rows.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .precision import has_float64
+
+DTYPES = {
+    "real": (torch.float32, torch.float64),
+    "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "float64": (torch.float64,),
+    "bool": (torch.bool,),
+    "int64": (torch.int64,),
+    "offsets": (torch.int32, torch.int64),
+    "integer": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    "markers": (torch.bool, torch.int64),
+}
+
+Real = Annotated[Tensor, "real"]
+RealTokens = Annotated[Tensor, "real", "..."]
+RealRows = Annotated[Tensor, "real", "B"]
+WideTokens = Annotated[Tensor, "float64", "..."]
+Flags = Annotated[Tensor, "bool", "..."]
+Markers = Annotated[Tensor, "markers", "..."]
+Offsets = Annotated[Tensor, "offsets", "B+1"]
+Factors = Annotated[Tensor, "float64", "...", "or", "B", "1"]
+IdTokens = Annotated[Tensor, "int64", "..."]
+IdRows = Annotated[Tensor, "int64", "B"]
+
+
+class Kind(NamedTuple):
+    """The accepted dtypes, and the sizes; None: any shape."""
+
+    dtype: str
+    shape: tuple[str, ...] | None
+
+    @staticmethod
+    def of(annotation: Any) -> Kind | None:
+        """The kind in an annotation, also in ``kind | None``; None where there is none."""
+        for part in (annotation, *typing.get_args(annotation)):
+            if hasattr(part, "__metadata__"):
+                dtype, *shape = part.__metadata__
+                return Kind(dtype, tuple(shape) or None)
+        return None
+
+
+def kinds_of(record: type[NamedTuple] | None) -> dict[str, Kind]:
+    """The kinds of a record's fields."""
+    hints = typing.get_type_hints(record, include_extras=True) if record is not None else {}
+    return {name: kind for name, hint in hints.items() if (kind := Kind.of(hint)) is not None}
+
+
+def _show(sizes: Sequence[object]) -> str:
+    return "[" + ", ".join(map(str, sizes)) + "]"
+
+
+class _Call:
+    """What the tensors of one call have in common, known from those that were seen."""
+
+    def __init__(self, device: torch.device, sizes: dict[str, int], dims: int | None) -> None:
+        self.device = device
+        self.sizes = sizes
+        self.dims = dims  # of the tokens; None for any
+        self.leading: tuple[int, ...] | None = None
+        self.real: tuple[str, torch.dtype] | None = None
+
+    def dtype(self, name: str, tensor: Tensor, kind: Kind) -> None:
+        narrow = kind.dtype == "float64" and not has_float64(self.device.type)
+        if tensor.dtype not in DTYPES["real" if narrow else kind.dtype]:
+            want = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind.dtype])
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, want {want}")
+        if kind.dtype == "real":
+            if self.real is None:
+                self.real = name, tensor.dtype
+            elif tensor.dtype is not self.real[1]:
+                raise TypeError(
+                    f"{name}: got dtype {tensor.dtype}, want {self.real[1]} (that of {self.real[0]})"
+                )
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: got layout {tensor.layout}, want torch.strided")
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: got device {tensor.device}, want {self.device}")
+
+    def _size(self, symbol: str) -> int | None:
+        """The size that a symbol stands for; None if no tensor with it was seen."""
+        if symbol.isdecimal():
+            return int(symbol)
+        rows = self.sizes.get("B")
+        if symbol in ("2B", "B+1"):
+            return None if rows is None else 2 * rows if symbol == "2B" else rows + 1
+        return self.sizes.get(symbol)
+
+    def _wanted(self, shape: tuple[int, ...], symbols: tuple[str, ...]) -> list[object]:
+        """The sizes that ``symbols`` stand for; symbols that were not seen before have the tensor's own size."""
+        if "..." in symbols:
+            at = symbols.index("...")
+            end = len(shape) - (len(symbols) - at - 1)
+            if self.leading is None and self.dims in (None, max(end - at, 0)):
+                self.leading = shape[at : max(end, at)]
+                if self.dims == 2:
+                    self.sizes.setdefault("B", self.leading[0])
+            if self.leading is None:
+                tokens: tuple[object, ...] = ("N",) if self.dims == 1 else ("B", "T")
+            else:
+                tokens = self.leading
+            before, after = (
+                self._wanted(shape[:at], symbols[:at]),
+                self._wanted(shape[end:], symbols[at + 1 :]),
+            )
+            return [*before, *tokens, *after]
+        wanted: list[object] = []
+        for place, symbol in enumerate(symbols):
+            size = self._size(symbol)
+            if size is None and len(shape) == len(symbols):
+                size = shape[place]
+                if symbol == "2B":
+                    self.sizes["B"], size = size // 2, size // 2 * 2
+                elif symbol == "B+1":
+                    self.sizes["B"], size = max(size - 1, 0), max(size, 1)
+                else:
+                    self.sizes[symbol] = size
+            wanted.append(symbol if size is None else size)
+        return wanted
+
+    def shape(self, name: str, tensor: Tensor, symbols: tuple[str, ...]) -> None:
+        shape, other = tuple(tensor.shape), None
+        if "or" in symbols:
+            at = symbols.index("or")
+            symbols, other = symbols[:at], symbols[at + 1 :]
+            if shape == tuple(self._wanted(shape, other)):
+                return
+        wanted = self._wanted(shape, symbols)
+        if shape != tuple(wanted):
+            raise ValueError(f"{name}: got shape {_show(shape)}, want {_show(wanted)}")
+
+
+def checker(
+    schema: torch.FunctionSchema, kinds: Mapping[str, Kind]
+) -> Callable[[Sequence[Any]], torch.device]:
+    """The check of the arguments of an op; it returns the device of the tensors, or raises."""
+    names = [argument.name for argument in schema.arguments]
+    # Shapes that others refer to come first.
+    places = sorted(
+        [k for k, n in enumerate(names) if n in kinds], key=lambda k: kinds[names[k]].shape != ("...",)
+    )
+    entries = [(k, names[k], kinds[names[k]]) for k in places]
+    numbers = [(k, a.name) for k, a in enumerate(schema.arguments) if str(a.type) == "int"]
+    offsets = names.index("cu_seqlens") if "cu_seqlens" in names else None
+
+    def check(args: Sequence[Any]) -> torch.device:
+        present: list[tuple[str, Tensor, Kind]] = []
+        for k, name, kind in entries:
+            value = args[k]
+            if isinstance(value, Tensor):
+                present.append((name, value, kind))
+            elif value is not None:
+                present += [(f"{name}[{i}]", t, kind) for i, t in enumerate(value) if t is not None]
+        if not present:
+            return next(a.device for a in args if isinstance(a, Tensor))
+        sizes, dims = {name: args[k] for k, name in numbers}, None
+        if offsets is not None:
+            cu_seqlens = args[offsets]
+            dims = 2 if cu_seqlens is None else 1
+            if cu_seqlens is not None and cu_seqlens.dim() == 1:
+                sizes["B"] = max(len(cu_seqlens) - 1, 0)
+        call = _Call(present[0][1].device, sizes, dims)
+        for name, tensor, kind in present:
+            call.dtype(name, tensor, kind)
+            if kind.shape is not None:
+                call.shape(name, tensor, kind.shape)
+        return call.device
+
+    return check
