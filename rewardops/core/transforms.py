@@ -29,6 +29,8 @@ def in_func(tensor: Tensor) -> bool:
 
 def may_require_grad(tensor: Tensor) -> bool:
     """True if a gradient may be required; always for a tensor in vmap, which does not show it."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and tensor.requires_grad
     return torch.is_grad_enabled() and (tensor.requires_grad or in_func(tensor))
 
 

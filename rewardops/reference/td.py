@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.kinds import Factors, Flags, Offsets, RealRows, RealTokens
+from ..core.precision import wide, widest
 from ..core.rows import Layout, from_rows, to_rows
 
 
@@ -170,7 +171,7 @@ def step_ends(scan: Scan, markers: Tensor, rows: Layout) -> Tensor:
     if markers.dtype is torch.bool:
         return markers if rows.mask is None else markers & rows.mask
     # The distance to the next valid token's id; beyond a row that is -1.
-    ids = markers.to(torch.float64)
+    ids = wide(markers)
     beyond = ids.new_full((rows.batch,), -1.0)
     a = TdArgs(torch.zeros_like(ids), ids, beyond, mask=rows.mask, cu_seqlens=rows.cu_seqlens, lam=0.0)
     return (markers >= 0) & (scan(a)[0] != 0)
@@ -178,5 +179,5 @@ def step_ends(scan: Scan, markers: Tensor, rows: Layout) -> Tensor:
 
 def sums_between(prefix_scan: PrefixScan, x: Tensor, ends: Tensor, rows: Layout) -> Tensor:
     """At each end, the sum of the valid tokens after the previous end, up to and including it; 0 elsewhere."""
-    sums = prefix_scan(x, torch.where(ends, 0.0, 1.0).to(torch.float64), rows.mask, rows.cu_seqlens)
+    sums = prefix_scan(x, torch.where(ends, 0.0, 1.0).to(widest(x.device)), rows.mask, rows.cu_seqlens)
     return torch.where(ends, sums, 0)
