@@ -149,14 +149,19 @@ def grpo_s_rewards(
 
 
 def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Tensor:
-    """Token-weighted group mean from per-row means and token counts, for every live row; NaN if any is infinite."""
-    means = means * defined(means)  # of an infinite mean, the difference to the baseline would be of any kind
+    """Token-weighted group mean from per-row means and token counts, for every live row.
+
+    ``ids``: the group of each row, from 0 to B - 1. NaN where the mean of a row of the group is not finite.
+    """
+    finite = means.detach().isfinite()
+    broken = scope_counts(live & ~finite, ids)[ids] > 0
+    means = torch.where(finite, means, 0)
     args = AdvantagesArgs(
         means, ids, None, counts.to(means.dtype), live[:, None], None, -1, baseline="length_weighted",
         quantile=0.0, scale="none", eps=0.0, ddof=1, raw=False,
     )  # fmt: skip
     above, _, _ = group_ops.group_advantages(*args)
-    return means - above[:, 0]
+    return torch.where(broken & live, torch.nan, means - above[:, 0])
 
 
 def signed_group_normalize(
@@ -200,6 +205,7 @@ def signed_group_normalize(
     checks.check_choice("eps_at", eps_at, ("variance", "std"))
     checks.check_flag("joint", joint)
     ids = group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
+    place = scope_ids("group", ids, rows.batch, ids.device)
     right = rewards.detach() > _threshold(positive)
     counts = tokens.counts()
     live = counts > 0
@@ -211,11 +217,10 @@ def signed_group_normalize(
     # Relative rounding errors of the values, and of their mean in float64.
     noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(torch.float64).eps
     for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(tokens.means(wide, counts), counts, ids, members)
+        mean = _group_means(tokens.means(wide, counts), counts, place, members)
         centred = torch.where(valid & rows.expand(members), wide - rows.expand(mean), 0)
-        var = _group_means(tokens.means(centred.square(), counts), counts, ids, members)
+        var = _group_means(tokens.means(centred.square(), counts), counts, place, members)
         if ddof:
-            place = scope_ids("group", ids, rows.batch, ids.device)
             number = scope_counts(torch.where(members, counts, 0), place)[place].double()
             var = var * (number / (number - ddof).clamp(min=1))
         # The variance of equal values is of rounding size, or 0, where the square root has no gradient.
@@ -267,7 +272,8 @@ def entropy_bonus(
     a, h = checks.promote(advantages, entropy.detach())
     if valid is not None:
         a, h = torch.where(valid, a, 0), torch.where(valid, h, 0)
-    return a + torch.minimum(alpha * h, a.abs() / kappa) * defined(h)  # the minimum would hide an infinity
+    sound = defined(h)  # the minimum would hide an infinity
+    return a + torch.minimum(alpha * (h * sound), a.abs() / kappa) * sound
 
 
 def unlikeliness_rewards(
@@ -376,6 +382,8 @@ def entropy_weights(
     checks.check_flag("entropy_grad", entropy_grad)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
     rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
+    sound = defined(h)
+    h = h * sound
     ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
     counts = tokens.counts()
     if mode == "linear":
@@ -392,7 +400,7 @@ def entropy_weights(
     else:
         wanted = share_of(fraction, scope_counts(counts, ids))
         raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
-    raw = torch.where(valid, raw * defined(h), 0).double()
+    raw = torch.where(valid, raw * sound, 0).double()
     if normalize == "row":
         mean = tokens.means(raw, counts)
     elif normalize == "batch":
