@@ -21,17 +21,15 @@ BLOCK = 256 if INTERPRETED else 512
 
 
 @triton.jit
-def is_sound(entropy, reward):
-    """Whether an entropy is finite, and the class of its row known."""
-    return (tl.abs(entropy) < float("inf")) & (reward == reward)
-
-
-@triton.jit
 def weight_of(entropy, floor, reward, right):
-    """Weight of a token: in a right row its entropy, in a wrong row the inverse of that, at least ``floor``."""
+    """Weight of a token: in a right row its entropy, in a wrong row the inverse of that, at least ``floor``.
+
+    NaN for an entropy that is not finite, or a row whose class is not known.
+    """
     inverse = 1.0 / tl.where(entropy < floor, floor, entropy)
     weight = tl.where(right, tl.where(entropy < 0.0, 0.0, entropy), inverse)
-    return tl.where(is_sound(entropy, reward), weight, float("nan"))
+    weight = tl.where(tl.abs(entropy) < float("inf"), weight, float("nan"))
+    return tl.where(reward == reward, weight, float("nan"))
 
 
 @triton.jit(
@@ -109,8 +107,9 @@ def gtpo_kernel(
                     value = alpha2 * count * (up - weighted_grad / mass) / mass
                     # d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
                     value = tl.where(right, value, value * weight * weight)
-                    constant = tl.where(right, h < 0.0, h <= floor) & is_sound(h, reward)
-                    value = tl.where(even | constant, 0.0, value)
+                    # Below these the weight is constant, unless it is NaN.
+                    varies = tl.where(right, h >= 0.0, h > floor) | (weight != weight)
+                    value = tl.where(even, 0.0, tl.where(varies, value, 0.0))
                 else:
                     share = alpha2 * tl.where(even, 1.0, count * weight / mass)
                     value = tl.where(right, alpha1 * reward + share, -alpha1 - share)
