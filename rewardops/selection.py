@@ -155,7 +155,7 @@ def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.devic
 
 def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
     """``[B]`` int64, at the index of each scope: the sum of its rows' counts."""
-    return ids.new_zeros(ids.shape).index_add_(0, ids, counts.to(torch.int64))
+    return ids.new_zeros(ids.shape).index_add(0, ids, counts.to(torch.int64))
 
 
 # ---- the selection -----------------------------------------------------------------------------------------

@@ -600,6 +600,7 @@ NOT_DIFFERENTIABLE = (
     "kl_cov_mask",
     "clip_cov_mask",
     "entropy_reward",
+    "entropy_reward sum",
     "entropy_change",
     "steer_metric",
     "steer_weights",
