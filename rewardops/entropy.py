@@ -387,7 +387,7 @@ def entropy_weights(
     ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
     counts = tokens.counts()
     if mode == "linear":
-        raw = 1 / h.clamp(min=entropy_floor) if inverse else h
+        raw = 1 / h.double().clamp(min=entropy_floor) if inverse else h
     elif mode == "softmax":
         sign = -1.0 if inverse else 1.0
         score = torch.where(valid, sign * h / temperature, -torch.inf)
