@@ -13,7 +13,7 @@ from .ops import advantages as group_ops
 from .ops import entropy as ops
 from .ops.segments import row_sums
 from .reference.advantages import AdvantagesArgs
-from .segments import TokenValues, defined, tops_of_scopes
+from .segments import TokenValues, defined, row_tops
 from .selection import largest, scope_counts, scope_ids, scope_of_rows, share_of
 
 __all__ = [
@@ -392,7 +392,8 @@ def entropy_weights(
         sign = -1.0 if inverse else 1.0
         score = torch.where(valid, sign * h / temperature, -torch.inf)
         # Relative to the scope's largest, so that nothing overflows, or vanishes beside a larger scope.
-        top = tops_of_scopes(score.detach(), rows, ids)
+        of_rows = torch.where(counts > 0, row_tops(score.detach(), rows), -torch.inf)
+        top = torch.full_like(of_rows, -torch.inf).scatter_reduce(0, ids, of_rows, "amax")
         raw = (score - rows.expand(torch.where(top.isfinite(), top, 0)[ids])).exp()
     elif mode == "rank":
         score = torch.where(valid, -h if inverse else h, torch.inf)

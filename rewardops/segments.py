@@ -195,10 +195,10 @@ def defined(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), torch.ones_like(x), torch.nan)
 
 
-def tops_of_scopes(x: Tensor, rows: Layout, ids: Tensor) -> Tensor:
-    """``[B]``, at the index of each scope its largest ``x``, or ``-inf``; ``ids``: the scope of each row."""
-    top = torch.full((rows.batch,), -torch.inf, dtype=x.dtype, device=x.device)
-    return top.scatter_reduce(0, rows.expand(ids).flatten(), x.flatten(), "amax")
+def row_tops(x: Tensor, rows: Layout) -> Tensor:
+    """``[B]``, the largest valid ``x`` of each row, NaN if there is one; 0 for a row without a valid token."""
+    one_step = torch.zeros(rows.shape, dtype=torch.int64, device=x.device)
+    return ops.segment_reduce(x, one_step, rows.mask, rows.cu_seqlens, 1, "max")[0][:, 0]
 
 
 def _step_ids(markers: Tensor, rows: Layout) -> Tensor:

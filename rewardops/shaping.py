@@ -15,7 +15,7 @@ from .core.rows import Layout
 from .core.settings import may_read
 from .ops.segments import row_sums, segment_broadcast, segment_reduce
 from .ops.td import differences, last_tokens, prefix_scan, step_ends
-from .segments import defined, tops_of_scopes
+from .segments import defined, row_tops
 from .selection import scope_counts, scope_ids
 from .td import factor, gae, scan
 
@@ -164,8 +164,7 @@ def _shares(w: Tensor, rows: Layout, signed: bool, norm: str) -> tuple[Tensor, T
     w = w if signed else w.clamp(min=0)
     if norm == "none":
         return w, torch.ones((rows.batch,), dtype=torch.bool, device=w.device)
-    own = torch.arange(rows.batch, dtype=torch.int64, device=w.device)
-    size = tops_of_scopes(w.abs() if norm == "max" else w.detach().abs(), rows, own)
+    size = row_tops(w.abs() if norm == "max" else w.detach().abs(), rows)
     some = ~(size <= 0)
     # By the largest first: sums, and in the gradient their squares, are about 1, however small the weights.
     w = w / rows.expand(torch.where(some, size, 1))
@@ -180,9 +179,8 @@ def _shares(w: Tensor, rows: Layout, signed: bool, norm: str) -> tuple[Tensor, T
 
 def _softmax_shares(w: Tensor, rows: Layout) -> tuple[Tensor, Tensor]:
     """The softmax of each row's weights, 0 in rows without one; ``[B]``: whether a row has one."""
-    own = torch.arange(rows.batch, dtype=torch.int64, device=w.device)
     score = w if rows.mask is None else torch.where(rows.mask, w, -torch.inf)
-    top = tops_of_scopes(score.detach(), rows, own)
+    top = row_tops(score.detach(), rows)
     size = (score - rows.expand(torch.where(top == -torch.inf, 0, top))).exp()
     total = row_sums(size, rows)
     some = total != 0
