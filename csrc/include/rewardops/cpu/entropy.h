@@ -34,8 +34,8 @@ struct GtpoWeight {
 
   // Whether the weight does not depend on the entropy.
   bool constant(T entropy) const {
-    const bool below = right ? entropy < 0 : entropy <= at_least;
-    return below && entropy - entropy == 0 && doubt == 0;
+    const bool below = (entropy < at_least) | (!right & (entropy == at_least));
+    return below & (entropy - entropy + doubt == 0);  // without a branch: a vector of tokens at once
   }
 };
 
@@ -105,7 +105,7 @@ void gtpo_blocks(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t en
           const double d_weight = a.alpha2 * count[k] * (grad[k] - through[k] / sum) / sum;
           // d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
           const double d_entropy = right ? d_weight : d_weight * weight * weight;
-          v = even || weight_of.constant(entropy[k]) ? 0.0 : d_entropy;
+          v = (even | weight_of.constant(entropy[k])) ? 0.0 : d_entropy;
         } else {
           v = base + gain * (even ? 1.0 : count[k] * weight / sum);
         }
