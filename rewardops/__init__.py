@@ -32,7 +32,15 @@ from .prefix_tree import (
     tvm_targets,
 )
 from .returns import max_returns, min_returns, softmin_returns, softmin_rewards
-from .segments import place_at_step_end, row_mean, row_sum, segment_broadcast, segment_reduce
+from .segments import (
+    place_at_step_end,
+    row_mean,
+    row_sum,
+    running_mean,
+    running_sum,
+    segment_broadcast,
+    segment_reduce,
+)
 from .selection import clip_cov_mask, high_entropy_mask, kl_cov_mask
 from .shaping import (
     budget_advantages,
@@ -89,6 +97,8 @@ __all__ = [
     "redistribute_outcome",
     "row_mean",
     "row_sum",
+    "running_mean",
+    "running_sum",
     "segment_broadcast",
     "segment_reduce",
     "shared_prefix_weights",

@@ -379,6 +379,8 @@ def pure(
     group_size: GroupSize = None,
     outcome: Tensor | None = None,
     outcome_weight: float = 1.0,
+    kl: Tensor | None = None,
+    beta: float = 1.0,
     temperature: float = 0.1,
     baseline: str = "token",
     gamma: float = 1.0,
@@ -389,7 +391,8 @@ def pure(
     """PURE (2504.15275): soft-min process rewards, leave-one-out baselines and the outcome, as discounted returns.
 
     The order of the authors' main branch: :func:`softmin_rewards` at step ends; less the baseline; the outcome,
-    less its mean over the other rows, on the last token; discounted sums; and 0 on the tokens that end a step.
+    less its mean over the other rows, on the last token; the KL penalty off every token; discounted sums; and 0 on
+    the tokens that end a step.
     ``baseline="token"`` (their scripts): ``b`` is the others' reward per token, step ends counted, and a step pays
     ``b`` for each of its tokens but its end. ``"step"``: each step pays the mean over the others of their reward
     per step. ``"none"``. A row alone in its group has no baseline; a row without a step has no process reward.
@@ -399,10 +402,13 @@ def pure(
         steps: step-end flags or step ids, as in :func:`min_returns`.
         outcome: ``[B]``, the reward of a verifier (0 for right and -1 for wrong in the authors' code).
         outcome_weight: factor of the outcome.
+        kl: the shape of ``process_rewards``, KL to the reference per token, as from :func:`token_kl`: ``beta * kl``
+            is subtracted from the rewards before the sums, and has no baseline. None for no penalty.
+        beta: factor of ``kl``.
         separators: keep the advantages on tokens that end a step.
 
     Returns:
-        The layout of ``process_rewards``, 0 where masked. Differentiable in both rewards.
+        The layout of ``process_rewards``, 0 where masked. Differentiable in both rewards and ``kl``.
     """
     checks.check_float("process_rewards", process_rewards)
     checks.check_choice("baseline", baseline, ("token", "step", "none"))
@@ -415,6 +421,9 @@ def pure(
     if outcome is not None:
         checks.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
     checks.check_finite("outcome_weight", outcome_weight)
+    if kl is not None:
+        checks.check_like("kl", kl, process_rewards, "process_rewards")
+    checks.check_finite("beta", beta)
     checks.check_positive("temperature", temperature)
     factor("gamma", gamma, rows, device, "process_rewards")
     checks.check_flag("separators", separators)
@@ -445,6 +454,9 @@ def pure(
         verdict = outcome_weight * (verdict - torch.where(count > 0, summed / count.clamp(min=1), 0))
         last = last_tokens(rows, r.device)
         r = r + torch.where(last, rows.expand(verdict), 0)
+    if kl is not None:
+        penalty = beta * kl.to(r.dtype)
+        r = r - (penalty if rows.mask is None else torch.where(rows.mask, penalty, 0))
     out = discounted_returns(r, gamma=gamma, **where)
     return out if separators else torch.where(ends, 0, out)
 

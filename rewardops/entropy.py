@@ -11,8 +11,9 @@ from .core import checks
 from .core.groups import GroupSize, Labels, group_ids
 from .ops import advantages as group_ops
 from .ops import entropy as ops
+from .ops.segments import row_sums
 from .reference.advantages import AdvantagesArgs
-from .segments import TokenValues
+from .segments import TokenValues, defined, row_tops
 from .selection import largest, scope_counts, scope_ids, scope_of_rows, share_of
 
 __all__ = [
@@ -45,9 +46,10 @@ def gtpo_rewards(
     - wrong row j: ``-alpha1 - alpha2 * |N| * (1 / H[j, t]) / sum over N of (1 / H[k, t])``
 
     so right rows are paid more where they were uncertain, wrong rows are charged more where they were sure.
-    The mean over a class at a position does not depend on the entropies: mass is conserved. The entropy is
-    floored first; without a floor one token of near-zero entropy takes the whole charge of its position
-    (the paper's text has no floor, its clamp to [0.2, 0.28] is optional).
+    The mean over a class at a position does not depend on the entropies: mass is conserved. Where all entropies of
+    the right rows are 0, their shares are equal. The entropies of wrong rows are floored first: without a floor one
+    token of near-zero entropy takes the whole charge of its position. The paper has no floor but an epsilon of 1e-8
+    in the denominators, which is ``entropy_floor=1e-8`` here (its clamp to [0.2, 0.28] is optional).
 
     Args:
         rewards: ``[B]``, the outcome of each row.
@@ -58,13 +60,14 @@ def gtpo_rewards(
         cu_seqlens: ``[B + 1]`` for packed rows.
         alpha1: weight of the outcome. alpha2: weight of the entropy's share.
         positive: rows with a reward above this are right, the others wrong; None for 0.
-        entropy_floor: entropies below it are raised to it; above 0.
+        entropy_floor: in wrong rows, entropies below it are raised to it; above 0, by default 0.01 nats.
         entropy_grad: let the gradient flow into ``entropy`` too. Off by default: a gradient through the
             weights is a hidden entropy term in the loss.
 
     Returns:
         The layout of ``entropy``; float32 (float64 where an input is), 0 where masked. Differentiable in
-        ``rewards`` (right rows), and in ``entropy`` with ``entropy_grad``.
+        ``rewards`` (right rows), and in ``entropy`` with ``entropy_grad``. An entropy that is not finite makes its
+        class NaN at its position, in results and gradients; so does a NaN reward, which counts as a wrong row's.
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
@@ -125,7 +128,9 @@ def grpo_s_rewards(
     token is in neither, and has 0.
 
     Returns:
-        ``[B]``, rewards for :func:`rewardops.group_advantages`.
+        ``[B]``, rewards for :func:`rewardops.group_advantages`, which normalises right and wrong rows of a group
+        together, as GRPO does. To normalise them apart, as GTPO's tokens are:
+        ``signed_group_normalize(grpo_s_rewards(...)[:, None], rewards, groups)``.
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=True)
@@ -144,13 +149,19 @@ def grpo_s_rewards(
 
 
 def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Tensor:
-    """Token-weighted group mean from per-row means and token counts, for every live row."""
+    """Token-weighted group mean from per-row means and token counts, for every live row.
+
+    ``ids``: the group of each row, from 0 to B - 1. NaN where the mean of a row of the group is not finite.
+    """
+    finite = means.detach().isfinite()
+    broken = scope_counts(live & ~finite, ids)[ids] > 0
+    means = torch.where(finite, means, 0)
     args = AdvantagesArgs(
         means, ids, None, counts.to(means.dtype), live[:, None], None, -1, baseline="length_weighted",
         quantile=0.0, scale="none", eps=0.0, ddof=1, raw=False,
     )  # fmt: skip
     above, _, _ = group_ops.group_advantages(*args)
-    return means - above[:, 0]
+    return torch.where(broken & live, torch.nan, means - above[:, 0])
 
 
 def signed_group_normalize(
@@ -163,6 +174,8 @@ def signed_group_normalize(
     cu_seqlens: Tensor | None = None,
     positive: float | None = None,
     eps: float = 1e-8,
+    ddof: int = 0,
+    eps_at: str = "variance",
     joint: bool = False,
 ) -> Tensor:
     """GTPO's advantages from its token rewards: z-scores over a group's tokens, of right and wrong rows apart.
@@ -170,38 +183,51 @@ def signed_group_normalize(
     ``(value - mean) / sqrt(var + eps)`` with the population variance, over all valid tokens of the group's right
     rows, and of its wrong rows (2508.04349, eq. 6). Tokens of right rows then have mean 0: about half of a right
     response is pushed down, and equal entropies give 0. ``joint=True`` normalises over both at once, and keeps
-    the sign of the outcome.
+    the sign of the outcome: with a mask of step ends, the z-scores of all steps of a group.
 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as from :func:`gtpo_rewards`.
         rewards: ``[B]``; rows with a reward above ``positive`` (0 by default) are right, the others wrong.
         groups, group_size: as in :func:`gtpo_rewards`.
+        ddof: 0 for the population's variance, 1 for the unbiased one, as of ``torch.std`` (IGPO, 2510.14967).
+        eps_at: what ``eps`` is added to: ``"variance"``, inside the root, or ``"std"``: ``(value - mean) / (std +
+            eps)``.
 
     Returns:
-        The layout of ``values``, 0 where masked. Differentiable in ``values``.
+        The layout of ``values``, 0 where masked. Equal values, and a single one, give exactly 0. Differentiable in
+        ``values``. A value that is not finite makes what it is normalised with NaN, in values and gradients.
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
     checks.check_rows("rewards", rewards, rows.batch, values.device, "values")
-    checks.check_non_negative("eps", eps)
+    checks.check_eps_ddof(eps, ddof)
+    checks.check_choice("eps_at", eps_at, ("variance", "std"))
     checks.check_flag("joint", joint)
     ids = group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
+    place = scope_ids("group", ids, rows.batch, ids.device)
     right = rewards.detach() > _threshold(positive)
     counts = tokens.counts()
     live = counts > 0
     wide = x.double()
+    if not joint:  # the class of a row whose reward is NaN is not known
+        outcome = rewards.detach().double()
+        wide = wide * rows.expand(torch.where(outcome.isnan(), outcome, 1))
     out = torch.zeros_like(wide)
     # Relative rounding errors of the values, and of their mean in float64.
     noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(torch.float64).eps
     for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(tokens.means(wide, counts), counts, ids, members)
+        mean = _group_means(tokens.means(wide, counts), counts, place, members)
         centred = torch.where(valid & rows.expand(members), wide - rows.expand(mean), 0)
-        var = _group_means(tokens.means(centred.square(), counts), counts, ids, members)
+        var = _group_means(tokens.means(centred.square(), counts), counts, place, members)
+        if ddof:
+            number = scope_counts(torch.where(members, counts, 0), place)[place].double()
+            var = var * (number / (number - ddof).clamp(min=1))
         # The variance of equal values is of rounding size, or 0, where the square root has no gradient.
-        some = var > (noise * mean).square()
-        scale = torch.where(some, (torch.where(some, var, 1) + eps).rsqrt(), 0)
-        out = out + centred * rows.expand(scale)
+        same = var <= (noise * mean).square()
+        var = torch.where(same, 1, var)
+        scale = (var + eps).rsqrt() if eps_at == "variance" else 1 / (var.sqrt() + eps)
+        out = out + centred * rows.expand(torch.where(same, 0, scale))
     return torch.where(valid, out, 0).to(x.dtype)
 
 
@@ -236,7 +262,7 @@ def entropy_bonus(
         advantages, entropy: one shape, padded or packed.
 
     Returns:
-        That shape, 0 where masked. Differentiable in ``advantages``.
+        That shape, 0 where masked. Differentiable in ``advantages``. NaN where the entropy is not finite.
     """
     checks.check_float("advantages", advantages)
     checks.check_like("entropy", entropy, advantages, "advantages")
@@ -246,7 +272,8 @@ def entropy_bonus(
     a, h = checks.promote(advantages, entropy.detach())
     if valid is not None:
         a, h = torch.where(valid, a, 0), torch.where(valid, h, 0)
-    return a + torch.minimum(alpha * h, a.abs() / kappa)
+    sound = defined(h)  # the minimum would hide an infinity
+    return a + torch.minimum(alpha * (h * sound), a.abs() / kappa) * sound
 
 
 def unlikeliness_rewards(
@@ -260,7 +287,8 @@ def unlikeliness_rewards(
     """``r * (1 - beta * (n - rank) / n)``, rank 1 the likeliest row of its group (2506.02355).
 
     Right rows that are likely under the policy are paid less; rewards of 0 stay 0. Among equal log-probabilities
-    the earlier row counts as the likelier.
+    the earlier row counts as the likelier (in the authors' code the later one: both are arbitrary). A NaN among
+    them makes its group NaN.
 
     Args:
         rewards, sequence_logprob: ``[B]``; the authors rank by the mean log-probability of a row's tokens.
@@ -276,19 +304,36 @@ def unlikeliness_rewards(
     rank = _ranks(lp, ids, descending=True)
     place = scope_ids("group", ids, ids.shape[0], ids.device)
     n = scope_counts(torch.ones_like(place), place)[place]
-    return r * (1 - beta * (n - rank).to(r.dtype) / n.to(r.dtype))
+    factor = 1 - beta * (n - rank).to(r.dtype) / n.to(r.dtype)
+    unknown = scope_counts(lp.isnan(), place)[place] > 0
+    return r * torch.where(unknown, torch.nan, factor)
 
 
 def entropy_reward(
-    entropy: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None, per: str = "row"
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    per: str = "row",
+    reduce: str = "mean",
 ) -> Tensor:
-    """Entropy minimisation as a reward: ``-H`` per token, or minus a row's mean entropy ``[B]`` (RENT, 2505.22660).
+    """Entropy minimisation as a reward: ``-H`` per token, or minus a row's entropy, ``[B]``.
 
     No gradient flows into ``entropy``: as a loss use the entropy itself.
+
+    Args:
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        per: ``"row"`` or ``"token"``.
+        reduce: what becomes of a row's tokens: ``"mean"`` (RENT, 2505.22660), or ``"sum"`` (the token-level EM-RL
+            of 2505.15134), with which a long row costs more. Of no effect with ``per="token"``.
     """
     checks.check_choice("per", per, ("row", "token"))
+    checks.check_choice("reduce", reduce, ("mean", "sum"))
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens)
-    return -tokens.means(tokens.values, tokens.counts()) if per == "row" else -tokens.zeroed()
+    if per == "token":
+        return -tokens.zeroed()
+    sums = reduce == "sum"
+    return -(row_sums(tokens.values, tokens.rows) if sums else tokens.means(tokens.values, tokens.counts()))
 
 
 # ---- weights with mean 1 -------------------------------------------------------------------------------------
@@ -316,7 +361,7 @@ def entropy_weights(
     ``"linear"``: the entropy (inverse: one over it, floored first); ``"softmax"``: ``exp(H / temperature)``
     (inverse: ``exp(-H / temperature)``); ``"rank"``: the rank, 1 the lowest entropy (inverse: 1 the highest),
     equal entropies by position; ``"quantile"``: only the ``fraction`` of highest (inverse: lowest) entropy.
-    Where all raw weights are 0 the weights are 1.
+    Where all raw weights are 0 the weights are 1. An entropy that is not finite makes the weights of its scope NaN.
 
     Args:
         entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
@@ -337,16 +382,18 @@ def entropy_weights(
     checks.check_flag("entropy_grad", entropy_grad)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
     rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
+    sound = defined(h)
+    h = h * sound
     ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
     counts = tokens.counts()
     if mode == "linear":
-        raw = 1 / h.clamp(min=entropy_floor) if inverse else h
+        raw = 1 / h.double().clamp(min=entropy_floor) if inverse else h
     elif mode == "softmax":
         sign = -1.0 if inverse else 1.0
         score = torch.where(valid, sign * h / temperature, -torch.inf)
         # Relative to the scope's largest, so that nothing overflows, or vanishes beside a larger scope.
-        top = score.new_full((rows.batch,), -torch.inf)
-        top = top.scatter_reduce(0, rows.expand(ids).flatten(), score.detach().flatten(), "amax")
+        of_rows = torch.where(counts > 0, row_tops(score.detach(), rows), -torch.inf)
+        top = torch.full_like(of_rows, -torch.inf).scatter_reduce(0, ids, of_rows, "amax")
         raw = (score - rows.expand(torch.where(top.isfinite(), top, 0)[ids])).exp()
     elif mode == "rank":
         score = torch.where(valid, -h if inverse else h, torch.inf)
@@ -354,7 +401,7 @@ def entropy_weights(
     else:
         wanted = share_of(fraction, scope_counts(counts, ids))
         raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
-    raw = torch.where(valid, raw, 0).double()
+    raw = torch.where(valid, raw * sound, 0).double()
     if normalize == "row":
         mean = tokens.means(raw, counts)
     elif normalize == "batch":
@@ -362,7 +409,8 @@ def entropy_weights(
     else:
         mean = _group_means(tokens.means(raw, counts), counts, ids, counts > 0)
     mean = rows.expand(mean)
-    out = torch.where(mean > 0, raw / torch.where(mean > 0, mean, 1), 1)
+    none = mean <= 0
+    out = torch.where(none, 1, raw / torch.where(none, 1, mean))
     return torch.where(valid, out, 0).to(h.dtype)
 
 
@@ -372,7 +420,7 @@ def _ranks(x: Tensor, scopes: Tensor, descending: bool = False) -> Tensor:
     place = scopes.flatten()
     order = order[place[order].argsort(stable=True)]
     # The start of each element's scope in that order.
-    position = torch.arange(order.shape[0], device=order.device)
+    position = torch.arange(order.shape[0], dtype=torch.int64, device=order.device)
     sorted_place = place[order]
     start = torch.searchsorted(sorted_place, sorted_place)
     return torch.empty_like(order).index_copy_(0, order, position - start + 1).view(x.shape)
@@ -425,8 +473,8 @@ def steer_metric(
     """STEER's estimate of how much a token's update changes the entropy, as published in its code.
 
     ``|(A / pi_old) * p * (1 - p) * (log p + H)|`` with p the token's probability (``pi_old`` is p without
-    ``old_logprob``). It is not the first-order change: that has a term of the whole distribution, which this
-    estimate leaves out. No gradient.
+    ``old_logprob``); 0 for a token of probability 0 that the old policy could draw. It is not the first-order
+    change: that has a term of the whole distribution, which this estimate leaves out. No gradient.
 
     Args:
         advantages, logprob, entropy, old_logprob: one shape, padded or packed.
@@ -437,8 +485,11 @@ def steer_metric(
         checks.check_like(name, value, advantages, "advantages")
     valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
     a, lp, h, *old = checks.promote(*(t.detach() for t in inputs))
-    ratio = (lp - old[0]).exp() if old else torch.ones_like(lp)
-    out = (a * ratio * -torch.expm1(lp) * (lp + h)).abs()
+    change = -torch.expm1(lp) * (lp + h)
+    if old:
+        ratio = (lp - old[0]).exp()
+        change = torch.where(ratio == 0, 0, ratio * change)  # p log p of a token of probability 0 is 0
+    out = (a * change).abs()
     return out if valid is None else torch.where(valid, out, 0)
 
 
@@ -452,7 +503,8 @@ def steer_weights(
 ) -> Tensor:
     """Token weights of STEER from its metric: less weight for tokens that would move the entropy more.
 
-    ``"linear"``: from ``high`` at the batch's smallest metric to ``low`` at its largest (equal metrics: ``high``);
+    ``"linear"``: from ``high`` at the batch's smallest metric to ``low`` at its largest (equal metrics, such as the
+    zeros of a batch without advantages, or a single one: ``(low + high) / 2``, as in the authors' code);
     ``"exp"``: ``exp(-k * metric)`` with ``k = -ln(low) / max(largest metric, 0.02)``, no less than ``low``.
 
     Args:
@@ -477,6 +529,8 @@ def steer_weights(
         out = (math.log(low) / top.clamp(min=0.02) * x).exp().clamp(low, 1)
     else:
         least = torch.where(valid, x, torch.inf).amin()
-        span = torch.where(top > least, top - least, 1)
-        out = high - (x - least) * ((high - low) / span)
+        span = top - least
+        equal = span == 0
+        out = high - (x - least) * ((high - low) / torch.where(equal, 1, span))
+        out = torch.where(equal, (low + high) / 2, out)
     return torch.where(valid, out, 0)

@@ -11,10 +11,13 @@ from .core import checks
 from .core.rows import Layout
 from .core.settings import may_read
 from .ops import segments as ops
-from .ops.td import step_ends
+from .ops.td import prefix_scan, step_ends
 from .reference.segments import REDUCTIONS
 
-__all__ = ["place_at_step_end", "row_mean", "row_sum", "segment_broadcast", "segment_reduce"]
+__all__ = [
+    "place_at_step_end", "row_mean", "row_sum", "running_mean", "running_sum", "segment_broadcast",
+    "segment_reduce",
+]  # fmt: skip
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -44,6 +47,33 @@ def row_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor |
     """The mean of each row's valid tokens, 0 for a row without one; arguments and result as in :func:`row_sum`."""
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     return tokens.means(tokens.values, tokens.counts())
+
+
+def running_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """At each valid token the sum of its row's valid tokens up to it, itself included.
+
+    A ``cumsum`` over packed rows subtracts what came before a row, and in float32 loses its digits on the way; here
+    every row is summed on its own, in float64. The sum before a token is ``running_sum(values) - values``.
+
+    Args:
+        values, mask, cu_seqlens: as in :func:`row_sum`.
+
+    Returns:
+        The layout of ``values``, float32 (float64 for float64), 0 where masked. Differentiable. A value that is not
+        finite shows at its token and at those after it.
+    """
+    tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
+    return tokens.running_sums(tokens.values).to(tokens.values.dtype)
+
+
+def running_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """At each valid token the mean of its row's valid tokens up to it; else as :func:`running_sum`.
+
+    OREAL (2502.06781) weights a token by the running mean of its scores.
+    """
+    tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
+    number = tokens.running_sums(torch.ones_like(tokens.values))
+    return (tokens.running_sums(tokens.values) / number.clamp(min=1)).to(tokens.values.dtype)
 
 
 # ---- steps -------------------------------------------------------------------------------------------------
@@ -152,6 +182,23 @@ class TokenValues:
     def means(self, x: Tensor, counts: Tensor) -> Tensor:
         """``[B]``, the mean of ``x`` over the valid tokens of each row; 0 for a row without one."""
         return ops.row_sums(x, self.rows) / counts.clamp(min=1).to(x.dtype)
+
+    def running_sums(self, x: Tensor) -> Tensor:
+        """float64, per token: the sum of ``x`` over the row's valid tokens up to it; 0 where masked."""
+        wide = x.double()
+        return prefix_scan(wide, torch.ones_like(wide), self.rows.mask, self.rows.cu_seqlens)
+
+
+def defined(x: Tensor) -> Tensor:
+    """1 where a number is finite, else NaN: as a factor, what is not finite shows in values and gradients."""
+    x = x.detach()
+    return torch.where(x.isfinite(), torch.ones_like(x), torch.nan)
+
+
+def row_tops(x: Tensor, rows: Layout) -> Tensor:
+    """``[B]``, the largest valid ``x`` of each row, NaN if there is one; 0 for a row without a valid token."""
+    one_step = torch.zeros(rows.shape, dtype=torch.int64, device=x.device)
+    return ops.segment_reduce(x, one_step, rows.mask, rows.cu_seqlens, 1, "max")[0][:, 0]
 
 
 def _step_ids(markers: Tensor, rows: Layout) -> Tensor:

@@ -91,7 +91,7 @@ def clip_cov_mask(
     band = replace(tokens.rows, mask=inside)
     inside_band = scope_counts(row_counts(band, cov.device), ids)
     wanted = torch.minimum(share_of(fraction, scope_counts(tokens.counts(), ids), 0.0), inside_band)
-    draw = torch.rand(inside.shape, generator=generator, device=cov.device)
+    draw = torch.rand(inside.shape, generator=generator, dtype=torch.float32, device=cov.device)
     return largest(draw, band, ids, wanted)
 
 
@@ -144,7 +144,7 @@ def share_of(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
 def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """``[B]``, the index of each row's scope, in 0 .. B - 1."""
     if scope == "row":
-        return torch.arange(batch, device=device)
+        return torch.arange(batch, dtype=torch.int64, device=device)
     if scope == "batch":
         return torch.zeros(batch, dtype=torch.int64, device=device)
     assert groups is not None
@@ -155,7 +155,7 @@ def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.devic
 
 def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
     """``[B]`` int64, at the index of each scope: the sum of its rows' counts."""
-    return ids.new_zeros(ids.shape).index_add_(0, ids, counts.to(torch.int64))
+    return ids.new_zeros(ids.shape).index_add(0, ids, counts.to(torch.int64))
 
 
 # ---- the selection -----------------------------------------------------------------------------------------

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .advantages import group_advantages
 from .core import checks
 from .core.groups import GroupSize, Labels, group_ids
 from .core.rows import Layout
 from .core.settings import may_read
-from .ops.segments import row_sums
-from .ops.td import differences, last_tokens, step_ends
-from .td import gae, scan
+from .ops.segments import row_sums, segment_broadcast, segment_reduce
+from .ops.td import differences, last_tokens, prefix_scan, step_ends
+from .segments import defined, row_tops
+from .selection import scope_counts, scope_ids
+from .td import factor, gae, scan
 
 __all__ = [
     "budget_advantages", "budget_returns", "clip_delta_rewards", "potential_shaping", "redistribute_outcome",
@@ -28,18 +30,21 @@ def step_progress(
     steps: Tensor | None = None,
     *,
     start: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """A step's progress ``q_k - q_{k-1}``, at its end and 0 elsewhere.
+    """A step's progress ``gamma * q_k - q_{k-1}``, at its end and 0 elsewhere.
 
     The gain of process advantage verifiers (2410.08146) and, with ``q`` the probability of the right answer after a
-    turn, the information gain of IGPO (2510.14967). Over a row it sums to ``q`` of the last step less ``start``.
+    turn, the information gain of IGPO (2510.14967). With gamma 1 it sums over a row to ``q`` of the last step less
+    ``start``; with another one it is the reward of a potential ``q`` (Ng et al., 1999), discounted by step.
 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: ``q``, read at step ends.
         steps: step ids or step-end flags, as in :func:`rewardops.min_returns`; None: every valid token is a step.
         start: ``[B]``, ``q`` before the first step; None for 0.
+        gamma: as in :func:`rewardops.gae`.
 
     Returns:
         The layout of ``values``; float32 (float64 for float64). Differentiable in ``values`` and ``start``.
@@ -47,8 +52,17 @@ def step_progress(
     rows, q, markers = _steps_of("values", values, steps, mask, cu_seqlens)
     if start is not None:
         checks.check_rows("start", start, rows.batch, values.device, "values")
+    discount, discounts = factor("gamma", gamma, rows, values.device, "values")
     ends = _ends(markers, rows, values.device)
-    out = differences(q, ends, rows.cu_seqlens)
+    if discounts is None and discount == 1:
+        out = differences(q, ends, rows.cu_seqlens)
+    else:
+        less: float | Tensor = discount - 1
+        if discounts is not None:
+            per_token = discounts if discounts.shape == q.shape else rows.expand(discounts[:, 0])
+            less = torch.where(ends, per_token - 1, 0)
+        wide = torch.where(ends, q, 0).double()
+        out = (differences(wide, ends, rows.cu_seqlens) + less * wide).to(q.dtype)
     if start is None:
         return out
     first = differences(torch.ones_like(q), ends, rows.cu_seqlens) != 0
@@ -61,17 +75,21 @@ def clip_delta_rewards(
     *,
     eta: float | None = 0.0,
     delta: bool = True,
+    last: str = "zero",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Process rewards that cannot be farmed (2410.15115): clipped, then the difference of each and the next.
 
-    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta: ``r_k - r_{k+1}``, and the last unchanged, so
-    that the return from a step on is that step's own reward.
+    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta, of K steps: ``r_k - r_{k+1}`` for k below
+    K - 1, ``r_{K-1}`` at K - 1 and 0 at K, where the reward of success stands. The return from a step on is then
+    that step's own reward, and the last step has none.
 
     Args:
         rewards, steps, mask, cu_seqlens: as in :func:`step_progress`.
         eta: None for no clipping. delta: False for no differences.
+        last: what Delta leaves at the last step of a row: ``"zero"``, as published (its reward is not read), or
+            ``"own"``, its own reward, and ``r_{K-1} - r_K`` before it. Of no effect with ``delta=False``.
 
     Returns:
         The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.
@@ -80,10 +98,14 @@ def clip_delta_rewards(
     if eta is not None:
         checks.check_finite("eta", eta)
     checks.check_flag("delta", delta)
+    checks.check_choice("last", last, ("zero", "own"))
     ends = _ends(markers, rows, rewards.device)
-    r = torch.where(ends, r, 0)
+    counted = ends
+    if delta and last == "zero":
+        counted = ends & ~last_tokens(replace(rows, mask=ends), rewards.device)
+    r = torch.where(counted, r, 0)
     if eta is not None:
-        r = torch.where(ends, (r - eta).clamp(max=0), 0)
+        r = torch.where(counted, (r - eta).clamp(max=0), 0)
     if not delta:
         return r
     ahead = gae(torch.zeros_like(r), r, lam=0.0, mask=ends, cu_seqlens=rows.cu_seqlens)
@@ -95,34 +117,74 @@ def redistribute_outcome(
     weights: Tensor,
     *,
     share: float = 1.0,
+    signed: bool = False,
+    norm: str = "sum",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Distribute a row's outcome over its tokens by non-negative weights, such as the last token's attention.
+    """Distribute a row's outcome over its tokens by weights, such as the last token's attention, or attributions.
 
     ``share * outcome * w[t] / sum w``, and the rest on the last valid token (Attention-Based Credit, 2402.00782).
-    The sum over a row is its outcome. Where all weights are 0 the last token has the whole outcome.
+    The sum over a row is its outcome, however small the weights are. Where all weights are 0 the last token has the
+    whole outcome.
 
     Args:
         outcome: ``[B]``. share: 0 to 1.
-        weights: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; values below 0 count as 0.
+        weights: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        signed: False: weights below 0 count as 0. True: they count, as additive attributions do (SHAP, LIME), and
+            shares may be negative. Where they cancel up to their own rounding, ``|sum w| <= eps * sum |w|`` with
+            the eps of float32 (of float64 for float64), the last token has the whole outcome.
+        norm: what a weight is divided by: ``"sum"`` of the row; ``"max"``, its largest absolute weight
+            (attributions on a scale, as of Sotopia-RL, 2508.03905; the sum over a row is then not its outcome);
+            ``"none"``, 1. Or ``"softmax"``: the share is the softmax of the row's weights, whatever their sign.
 
     Returns:
-        The layout of ``weights``, 0 where masked. Differentiable in ``outcome`` and ``weights``.
+        The layout of ``weights``, 0 where masked. Differentiable in ``outcome`` and ``weights``. A weight that is
+        not finite makes its row NaN, in values and gradients (its token, with ``norm="none"``); only under
+        ``"softmax"`` ``-inf`` is a share of 0.
     """
     checks.check_float("weights", weights)
     rows = checks.token_layout("weights", weights, mask, cu_seqlens)
     checks.check_rows("outcome", outcome, rows.batch, weights.device, "weights")
     checks.check_fraction("share", share)
+    checks.check_flag("signed", signed)
+    checks.check_choice("norm", norm, ("sum", "max", "none", "softmax"))
     total_outcome, w = checks.promote(outcome, weights)
-    w = w.clamp(min=0) if rows.mask is None else torch.where(rows.mask, w, 0).clamp(min=0)
-    total = row_sums(w, rows)
-    some = total > 0
-    per_weight = torch.where(some, share * total_outcome / torch.where(some, total, 1), 0)
+    w = w if rows.mask is None else torch.where(rows.mask, w, 0)
+    shares, some = _softmax_shares(w, rows) if norm == "softmax" else _shares(w, rows, signed, norm)
     rest = torch.where(some, (1 - share) * total_outcome, total_outcome)
     last = last_tokens(rows, weights.device)
-    out = w * rows.expand(per_weight) + torch.where(last, rows.expand(rest), 0)
+    out = shares * rows.expand(share * total_outcome) + torch.where(last, rows.expand(rest), 0)
     return out if rows.mask is None else torch.where(rows.mask, out, 0)
+
+
+def _shares(w: Tensor, rows: Layout, signed: bool, norm: str) -> tuple[Tensor, Tensor]:
+    """Weights (0 where masked) divided by their norm, 0 in rows without one; ``[B]``: whether a row has one."""
+    w = w * defined(w)
+    w = w if signed else w.clamp(min=0)
+    if norm == "none":
+        return w, torch.ones((rows.batch,), dtype=torch.bool, device=w.device)
+    size = row_tops(w.abs() if norm == "max" else w.detach().abs(), rows)
+    some = ~(size <= 0)
+    # By the largest first: sums, and in the gradient their squares, are about 1, however small the weights.
+    w = w / rows.expand(torch.where(some, size, 1))
+    if norm == "max":
+        return w, some
+    total = row_sums(w, rows)
+    if signed:
+        some = some & ~(total.abs() <= torch.finfo(w.dtype).eps * row_sums(w.detach().abs(), rows))
+    divided = w / rows.expand(torch.where(some, total, 1))
+    return torch.where(rows.expand(some), divided, 0), some
+
+
+def _softmax_shares(w: Tensor, rows: Layout) -> tuple[Tensor, Tensor]:
+    """The softmax of each row's weights, 0 in rows without one; ``[B]``: whether a row has one."""
+    score = w if rows.mask is None else torch.where(rows.mask, w, -torch.inf)
+    top = row_tops(score.detach(), rows)
+    size = (score - rows.expand(torch.where(top == -torch.inf, 0, top))).exp()
+    total = row_sums(size, rows)
+    some = total != 0
+    return size / rows.expand(torch.where(some, total, 1)), some
 
 
 def potential_shaping(
@@ -130,21 +192,37 @@ def potential_shaping(
     potential: Tensor,
     *,
     gamma: float | Tensor = 1.0,
+    final: float | Tensor = 0.0,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """``r[t] + gamma * potential[t+1] - potential[t]``, the potential after the last token 0 (Ng et al., 1999).
+    """``r[t] + gamma * potential[t+1] - potential[t]``, with ``final`` after the last token (Ng et al., 1999).
 
-    The sum telescopes: with gamma 1 a return changes by the potential at its start alone; no policy's rank changes.
+    The sum telescopes: with gamma 1 a return changes by ``final`` less the potential at its start; with a final
+    potential of 0 no policy's rank changes.
 
     Args:
         rewards, potential: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. gamma: as in :func:`rewardops.gae`.
+        final: the potential after the last token, of a row that was cut off for example: a number, or ``[B]``.
 
     Returns:
-        The layout of ``rewards``, 0 where masked. Differentiable in both.
+        The layout of ``rewards``, 0 where masked. Differentiable in ``rewards``, ``potential`` and ``final``.
     """
     checks.check_tensor("potential", potential)
-    options = (None, gamma, 0.0, mask, cu_seqlens, "skip")
+    beyond = None
+    if isinstance(final, Tensor):
+        checks.check_float("rewards", rewards)
+        rows = checks.token_layout("rewards", rewards, mask, cu_seqlens)
+        checks.check_rows("final", final, rows.batch, rewards.device, "rewards")
+        beyond = final
+    else:
+        checks.check_finite("final", final)
+        if final:
+            checks.check_float("rewards", rewards)
+            rows = checks.token_layout("rewards", rewards, mask, cu_seqlens)
+            (wide,) = checks.promote(rewards)
+            beyond = torch.full((rows.batch,), final, dtype=wide.dtype, device=wide.device)
+    options = (beyond, gamma, 0.0, mask, cu_seqlens, "skip")
     out: Tensor = scan(rewards, potential, *options, names=("rewards", "potential"))[1][0]
     return out
 
@@ -165,7 +243,8 @@ def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None
     Returns:
         ``[B, S]``. Differentiable in ``scores``.
     """
-    return _still_to_come(*_budgets(scores, probs))
+    s, p = _budgets(scores, probs)
+    return _still_to_come(s.double(), p).to(s.dtype)
 
 
 def _still_to_come(scores: Tensor, probs: Tensor) -> Tensor:
@@ -186,7 +265,7 @@ def budget_advantages(
     ``"history"``: the row's own earlier scores, averaged with weights ``growth^i``, times the remaining
     probability. ``"group"``: the mean return of the group from that budget on (the row's own included, as in the
     authors' code; 0 for a row alone in its group). ``"brpo"``: ``j / S`` of the former and ``(S - j) / S`` of the
-    latter at budget ``j`` from 0.
+    latter at budget ``j`` from 0. Computed in float64, for any number of budgets and any ``growth``.
 
     Returns:
         ``[B, S]``. Differentiable in ``scores``.
@@ -198,23 +277,51 @@ def budget_advantages(
     ids = None
     if baseline != "none" or groups is not None or group_size is not None:
         ids = group_ids(groups, group_size, batch, s.device, "scores")
-    returns = _still_to_come(s, p)
+    wide = s.double()
+    returns = _still_to_come(wide, p)
     if baseline == "none" or ids is None or not s.numel():
-        return returns
-    above = [group_advantages(returns[:, j], ids, baseline="mean", scale="none") for j in range(count)]
-    alone = (ids[:, None] == ids[None, :]).sum(1) == 1
-    group = torch.where(alone[:, None], 0, returns - torch.stack(above, 1))
-    w = growth ** torch.arange(count, dtype=s.dtype, device=s.device)
-    remaining = p.flip(0).cumsum(0).flip(0)
-    before = (s * w).cumsum(1) - s * w
-    history = before / (w.cumsum(0) - w).clamp(min=torch.finfo(s.dtype).tiny) * remaining
-    history = torch.cat([torch.zeros_like(history[:, :1]), history[:, 1:]], 1)
+        return returns.to(s.dtype)
     if baseline == "group":
-        return returns - group
+        return (returns - _means_of_groups(returns, ids)).to(s.dtype)
+    remaining = p.flip(0).cumsum(0).flip(0)
+    history = _earlier_means(wide, growth) * remaining
     if baseline == "history":
-        return returns - history
-    j = torch.arange(count, dtype=s.dtype, device=s.device)
-    return returns - (j * history + (count - j) * group) / count
+        return (returns - history).to(s.dtype)
+    j = torch.arange(count, dtype=torch.float64, device=s.device)
+    mixed = (j * history + (count - j) * _means_of_groups(returns, ids)) / count
+    return (returns - mixed).to(s.dtype)
+
+
+def _means_of_groups(x: Tensor, ids: Tensor) -> Tensor:
+    """``[B, S]``: the means of the columns over the row's group; 0 for a row alone in its group."""
+    batch = x.shape[0]
+    place = scope_ids("group", ids, batch, ids.device)
+    alone = scope_counts(torch.ones_like(place), place)[place] == 1
+    order = place.argsort(stable=True)
+    # The rows of a group as a step of a column.
+    steps = place[order].expand(x.shape[1], batch).contiguous()
+    sums, _ = segment_reduce(x.t()[:, order], steps, None, None, batch, "mean")
+    means = segment_broadcast(sums, steps, None, None)[:, order.argsort()].t()
+    return torch.where(alone[:, None], 0, means)
+
+
+def _earlier_means(x: Tensor, growth: float) -> Tensor:
+    """``[B, S]``: the mean of the columns before each, with weights ``growth^i``; 0 at the first."""
+    rate = 1 / growth
+    power = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+    # The weights up to a column over that of the column itself: the mean moves by the inverse of it. Where they
+    # overflow, it does not move.
+    mass = (rate**power).cumsum(0)
+    moves = 1 / mass
+    stays = 1 - moves
+    if rate < 1:
+        stays = torch.cat(
+            [torch.zeros_like(mass[:1]), rate * mass[:-1] / mass[1:]]
+        )  # in full precision near 0
+    # A column is carried on by what the next one leaves of it.
+    carried = torch.cat([stays[1:], torch.ones_like(stays[:1])]).expand(x.shape).contiguous()
+    means = prefix_scan(x * moves, carried, None, None)
+    return torch.cat([torch.zeros_like(means[:, :1]), means[:, :-1]], 1)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -238,15 +345,16 @@ def _ends(markers: Tensor | None, rows: Layout, device: torch.device) -> Tensor:
 
 
 def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """The scores in full precision, and the probabilities in float64."""
     checks.check_float("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores: got shape {checks.show(scores.shape)}, want [B, budgets]")
     (s,) = checks.promote(scores)
     count = s.shape[1]
     if probs is None:
-        return s, torch.full((count,), 1 / max(count, 1), dtype=s.dtype, device=s.device)
+        return s, torch.full((count,), 1 / max(count, 1), dtype=torch.float64, device=s.device)
     numbers = checks.as_numbers("probs", probs, count, "the columns of scores")
-    p = torch.as_tensor(numbers, dtype=s.dtype, device=s.device).detach()
+    p = torch.as_tensor(numbers, dtype=torch.float64, device=s.device).detach()
     if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
         raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
     return s, p / p.sum()

@@ -21,10 +21,15 @@ BLOCK = 256 if INTERPRETED else 512
 
 
 @triton.jit
-def weight_of(entropy, floor, right):
-    """Weight of a token: its entropy (at least ``floor``) in a right row, the inverse of that in a wrong row."""
-    h = tl.where(entropy < floor, floor, entropy)
-    return tl.where(right, h, 1.0 / h)
+def weight_of(entropy, floor, reward, right):
+    """Weight of a token: in a right row its entropy, in a wrong row the inverse of that, at least ``floor``.
+
+    NaN for an entropy that is not finite, or a row whose class is not known.
+    """
+    inverse = 1.0 / tl.where(entropy < floor, floor, entropy)
+    weight = tl.where(right, tl.where(entropy < 0.0, 0.0, entropy), inverse)
+    weight = tl.where(tl.abs(entropy) < float("inf"), weight, float("nan"))
+    return tl.where(reward == reward, weight, float("nan"))
 
 
 @triton.jit(
@@ -69,8 +74,9 @@ def gtpo_kernel(
                 row = member.to(tl.int64)
                 valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
                 h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
-                right = tl.load(rewards + member) > threshold
-                weight = tl.where(valid, weight_of(h, floor, right), 0.0)
+                reward = tl.load(rewards + member)
+                right = reward > threshold
+                weight = tl.where(valid, weight_of(h, floor, reward, right), 0.0)
                 one = valid.to(ACC)
                 right_count += tl.where(right, one, 0.0)
                 wrong_count += tl.where(right, 0.0, one)
@@ -90,17 +96,22 @@ def gtpo_kernel(
                 h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
                 reward = tl.load(rewards + member)
                 right = reward > threshold
-                weight = weight_of(h, floor, right)
+                weight = weight_of(h, floor, reward, right)
                 count = tl.where(right, right_count, wrong_count)
                 mass = tl.where(valid, tl.where(right, right_weight, wrong_weight), 1.0)
+                even = mass == 0.0  # every entropy of the class is 0: all have the same share
+                mass = tl.where(even, 1.0, mass)
                 if BACKWARD:
                     up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
                     weighted_grad = tl.where(right, right_grad, wrong_grad)
-                    value = alpha2 * count / mass * (up - weighted_grad / mass)
+                    value = alpha2 * count * (up - weighted_grad / mass) / mass
                     # d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
-                    value = tl.where(h > floor, value * tl.where(right, 1.0, weight * weight), 0.0)
+                    value = tl.where(right, value, value * weight * weight)
+                    # Below these the weight is constant, unless it is NaN.
+                    varies = tl.where(right, h >= 0.0, h > floor) | (weight != weight)
+                    value = tl.where(even, 0.0, tl.where(varies, value, 0.0))
                 else:
-                    share = alpha2 * count * weight / mass
+                    share = alpha2 * tl.where(even, 1.0, count * weight / mass)
                     value = tl.where(right, alpha1 * reward + share, -alpha1 - share)
                 tl.store(out + base + row * out_stride + at, tl.where(valid, value, 0.0), mask=inside)
                 member = next_member(groups, label, member, batch, LABELS)

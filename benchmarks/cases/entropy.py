@@ -21,8 +21,8 @@ def _row_means(x: Tensor, mask: Tensor) -> Tensor:
 
 def plain_gtpo(rewards: Tensor, entropy: Tensor, mask: Tensor, groups: Groups) -> Tensor:
     right, live = groups.split((rewards > 0)[:, None]), groups.split(mask)
-    h = groups.split(entropy).clamp(min=1e-2)
-    weight = torch.where(right, h, 1 / h)
+    h = groups.split(entropy)
+    weight = torch.where(right, h, 1 / h.clamp(min=1e-2))
     share = []
     for members in (live & right, live & ~right):
         share.append(groups.total(members.float()) * weight / groups.total(weight * members))

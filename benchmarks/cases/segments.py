@@ -71,6 +71,26 @@ def row_sum(d: Data) -> Case:
 
 
 @register("backward", axes=AXES[:-1])
+def running_sum(d: Data) -> Case:
+    x, mask, where = d.per_token(), d.mask, d.where
+    return d.case(
+        lambda x: rewardops.running_sum(x, **where),
+        lambda x: torch.where(mask, torch.where(mask, x, 0).cumsum(1), 0),
+        (x,), 4 * d.numel, gradients=1, again=(),
+    )  # fmt: skip
+
+
+@register("backward", axes=AXES[:-1])
+def running_mean(d: Data) -> Case:
+    x, mask, where = d.per_token(), d.mask, d.where
+    return d.case(
+        lambda x: rewardops.running_mean(x, **where),
+        lambda x: torch.where(mask, torch.where(mask, x, 0).cumsum(1) / mask.cumsum(1).clamp(min=1), 0),
+        (x,), 4 * d.numel, gradients=1, again=(),
+    )  # fmt: skip
+
+
+@register("backward", axes=AXES[:-1])
 def row_mean(d: Data) -> Case:
     x, mask, where = d.per_token(), d.mask, d.where
     return d.case(

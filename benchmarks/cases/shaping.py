@@ -61,7 +61,8 @@ def clip_delta_rewards(d: Data) -> Case:
     rewards, ends, steps, where = d.per_token(-1, 1), d.ends, d.steps, d.where
 
     def plain(r: Tensor) -> Tensor:
-        clipped = torch.where(ends, r.clamp(max=0), 0)
+        later = ends.flip(1).cumsum(1).flip(1) - ends.long() > 0  # another step end follows
+        clipped = torch.where(ends & later, r.clamp(max=0), 0)
         return torch.where(ends, clipped - ahead(clipped, ends, True), 0)
 
     return d.case(lambda r: rewardops.clip_delta_rewards(r, steps, **where), plain, (rewards,), 4 * d.numel)

@@ -13,7 +13,7 @@ __all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "seg
 
 def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     rows = RowShape(mask.shape, cu_seqlens)
-    out = torch.empty(rows.batch, dtype=torch.float64)
+    out = torch.empty(rows.batch, dtype=torch.float64, device="cpu")
     function("row_sums", out)(rows.tuple, strided(as_bytes(mask)), NONE, address(out), threads())
     return out
 

@@ -31,7 +31,7 @@ class GtpoArgs(NamedTuple):
     threshold: float
     """Rows with a reward above it are right, the others wrong."""
     floor: float
-    """Entropies below it are raised to it; above 0."""
+    """Entropies of wrong rows below it are raised to it, since their inverse is the weight; above 0."""
 
 
 class _Shares(NamedTuple):
@@ -40,27 +40,48 @@ class _Shares(NamedTuple):
     valid: Tensor  # [B, T]
     positive: Tensor  # [B]
     same: Tensor  # [B, B]: rows of one group and one class, in the dtype of the rewards
-    weight: Tensor  # [B, T]: H for right rows, 1 / H for wrong ones; 0 where not valid
+    weight: Tensor  # [B, T]: H for right rows, 1 / H for wrong ones; 0 where not valid, NaN where not defined
     count: Tensor  # type: ignore[assignment]  # [B, T]: rows of the class still running at the position
-    total: Tensor  # [B, T]: the sum of their weights
-    floored: Tensor  # [B, T]: valid tokens with an entropy at or below the floor
+    total: Tensor  # [B, T]: the sum of their weights; 1 where even
+    even: Tensor  # [B, T]: every weight of the class is 0, so that all have the same share
+    floored: Tensor  # [B, T]: valid tokens whose weight does not depend on their entropy
+
+
+def _class_sums(same: Tensor, x: Tensor) -> Tensor:
+    """Sums over the rows of a group and class; what is not finite in one class reaches no other."""
+    finite = x.isfinite()
+    total = same @ torch.where(finite, x, 0)
+    return torch.where(same @ (~finite).to(x.dtype) > 0, torch.nan, total)
 
 
 def _shares(a: GtpoArgs) -> _Shares:
     h, valid = to_rows(a.entropy, a.mask, a.cu_seqlens)
-    floored = h <= a.floor
-    h = h.clamp(min=a.floor)
     positive = a.rewards > a.threshold
+    right = positive[:, None]
+    # An entropy of a right row is its weight: only rounding takes it below 0.
+    at_least = torch.where(right, torch.zeros_like(h), a.floor)
+    raised = torch.maximum(h, at_least)
+    sound = h.isfinite() & ~a.rewards.isnan()[:, None]
+    weight = torch.where(sound, torch.where(right, raised, 1 / raised), torch.nan)
+    weight = torch.where(valid, weight, 0)
     same = (same_group(a.groups) & (positive[:, None] == positive[None, :])).to(a.rewards.dtype)
-    weight = torch.where(valid, torch.where(positive[:, None], h, 1 / h), 0)
+    total = _class_sums(same, weight)
+    even = total == 0
     return _Shares(
-        valid, positive, same, weight, same @ valid.to(a.rewards.dtype), same @ weight, floored & valid
+        valid,
+        positive,
+        same,
+        weight,
+        _class_sums(same, valid.to(a.rewards.dtype)),
+        torch.where(even, 1, total),
+        even,
+        valid & sound & torch.where(right, h < 0, h <= a.floor),
     )
 
 
 def gtpo_rewards(a: GtpoArgs) -> Tensor:
     s = _shares(a)
-    share = s.count * s.weight / s.total
+    share = torch.where(s.even, 1, s.count * s.weight / s.total)
     shaped = torch.where(
         s.positive[:, None], a.alpha1 * a.rewards[:, None] + a.alpha2 * share, -a.alpha1 - a.alpha2 * share
     )
@@ -72,9 +93,9 @@ def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
     s = _shares(a)
     up, _ = to_rows(grad, a.mask, a.cu_seqlens)
     grad_rewards = torch.where(s.positive, a.alpha1 * up.sum(1), 0)
-    through = s.same @ (up * s.weight)
-    grad_weight = a.alpha2 * s.count / s.total * (up - through / s.total)
+    through = _class_sums(s.same, up * s.weight)
+    on_weight = torch.where(s.even, 0, a.alpha2 * s.count * (up - through / s.total) / s.total)
     # d weight / d H: 1 for right rows; for wrong ones -1 / H^2, against the minus sign of their share.
-    slope = torch.where(s.positive[:, None], torch.ones_like(s.weight), s.weight.square())
-    grad_entropy = torch.where(s.valid & ~s.floored, grad_weight * slope, 0)
+    on_entropy = torch.where(s.positive[:, None], on_weight, on_weight * s.weight * s.weight)
+    grad_entropy = torch.where(s.valid & ~s.floored, on_entropy, 0)
     return grad_rewards, from_rows(grad_entropy, a.entropy.shape, a.cu_seqlens)

@@ -101,7 +101,8 @@ def segment_reduce_backward(grad: Tensor, out: Tensor, saved: Tensor, a: Segment
     elif a.op == "any":
         grad_values = torch.zeros_like(up)
     else:
-        grad_values = torch.where(torch.arange(x.shape[1], device=x.device) == saved_here, up, 0)
+        position = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+        grad_values = torch.where(position == saved_here, up, 0)
     return from_rows(torch.where(inside, grad_values, 0).to(a.values.dtype), a.values.shape, a.cu_seqlens)
 
 
@@ -113,6 +114,6 @@ def segment_broadcast(steps: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlen
         inside = inside & mask
     if not steps.numel():
         return steps.new_zeros(ids.shape)
-    row = rows.expand(torch.arange(rows.batch, device=ids.device))
+    row = rows.expand(torch.arange(rows.batch, dtype=torch.int64, device=ids.device))
     index = torch.where(inside, row * steps.shape[1] + ids, 0)
     return torch.where(inside, steps.reshape(-1)[index], 0)

@@ -34,6 +34,7 @@ def largest(a: LargestArgs) -> Tensor:
     order = order[place[order].argsort(stable=True)]
     sizes = torch.bincount(place, minlength=scopes.shape[0] + 1)
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.shape[0], device=order.device) - (sizes.cumsum(0) - sizes)[place[order]]
+    position = torch.arange(order.shape[0], dtype=torch.int64, device=order.device)
+    rank[order] = position - (sizes.cumsum(0) - sizes)[place[order]]
     chosen = valid & (rank.view(x.shape) < a.wanted[scopes][:, None])
     return from_rows(chosen, a.values.shape, a.cu_seqlens)

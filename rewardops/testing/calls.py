@@ -369,8 +369,8 @@ def _advantages(b: Batch) -> Mapping[str, Entry]:
             [b.values],
         ),
         "advantages.pure": (
-            lambda r, o: a.pure(r, b.steps, b.groups, outcome=o, **b.rows),
-            [b.values, b.rewards],
+            lambda r, o, k: a.pure(r, b.steps, b.groups, outcome=o, kl=k, beta=0.2, **b.rows),
+            [b.values, b.rewards, b.critic],
         ),
     }
 
@@ -388,6 +388,12 @@ def _entropy(b: Batch) -> Mapping[str, Entry]:
         ),
         "signed_group_normalize": (
             lambda v: ro.signed_group_normalize(v, b.rewards, b.groups, **b.rows),
+            [h],
+        ),
+        "signed_group_normalize joint": (
+            lambda v: ro.signed_group_normalize(
+                v, b.rewards, b.groups, ddof=1, eps_at="std", joint=True, **b.rows
+            ),
             [h],
         ),
         "entropy_weights": (
@@ -415,6 +421,7 @@ def _entropy(b: Batch) -> Mapping[str, Entry]:
         "entropy_bonus": (lambda a: ro.entropy_bonus(a, h.detach(), b.mask), [b.critic]),
         "unlikeliness_rewards": (lambda r: ro.unlikeliness_rewards(r, b.scores[:, 1], b.groups), [b.rewards]),
         "entropy_reward": (lambda h: ro.entropy_reward(h, **b.rows), [h]),
+        "entropy_reward sum": (lambda h: ro.entropy_reward(h, reduce="sum", **b.rows), [h]),
         "entropy_change": (
             lambda a: ro.entropy_change(a, logprob, h, h * 0.3, -h * 0.2, b.mask),
             [b.critic],
@@ -489,6 +496,8 @@ def _segments(b: Batch) -> Mapping[str, Entry]:
     return {
         "row_sum": (lambda v: ro.row_sum(v, **b.rows), [b.values]),
         "row_mean": (lambda v: ro.row_mean(v, **b.rows), [b.values]),
+        "running_sum": (lambda v: ro.running_sum(v, **b.rows), [b.values]),
+        "running_mean": (lambda v: ro.running_mean(v, **b.rows), [b.values]),
         "segment_reduce": (lambda v: reduced(v, "sum"), [b.values]),
         "segment_reduce product": (lambda v: reduced(v, "prod"), [b.values]),
         "segment_broadcast": (
@@ -505,14 +514,26 @@ def _segments(b: Batch) -> Mapping[str, Entry]:
 def _shaping(b: Batch) -> Mapping[str, Entry]:
     return {
         "step_progress": (lambda q: ro.step_progress(q, b.steps, **b.rows), [b.values]),
+        "step_progress discounted": (
+            lambda q, s: ro.step_progress(q, b.steps, start=s, gamma=b.rewards.abs().clamp(max=1), **b.rows),
+            [b.values, b.rewards],
+        ),
         "clip_delta_rewards": (lambda q: ro.clip_delta_rewards(q, b.steps, eta=0.5, **b.rows), [b.values]),
         "redistribute_outcome": (
             lambda r, w: ro.redistribute_outcome(r, w, share=0.7, **b.rows),
             [b.rewards, b.values],
         ),
+        "redistribute_outcome signed": (
+            lambda r, w: ro.redistribute_outcome(r, w, share=0.7, signed=True, **b.rows),
+            [b.rewards, b.values - 0.2],
+        ),
+        "redistribute_outcome softmax": (
+            lambda r, w: ro.redistribute_outcome(r, w, norm="softmax", **b.rows),
+            [b.rewards, b.values],
+        ),
         "potential_shaping": (
-            lambda r, v: ro.potential_shaping(r, v, gamma=0.9, **b.rows),
-            [b.values, b.critic],
+            lambda r, v, f: ro.potential_shaping(r, v, gamma=0.9, final=f, **b.rows),
+            [b.values, b.critic, b.rewards],
         ),
         "budget_returns": (lambda s: ro.budget_returns(s, (0.3, 0.7)), [b.scores]),
         "budget_advantages": (lambda s: ro.budget_advantages(s, b.groups), [b.scores]),
@@ -579,6 +600,7 @@ NOT_DIFFERENTIABLE = (
     "kl_cov_mask",
     "clip_cov_mask",
     "entropy_reward",
+    "entropy_reward sum",
     "entropy_change",
     "steer_metric",
     "steer_weights",

@@ -108,8 +108,10 @@ class Test_group_advantages_and_presets:
 # ---- PURE --------------------------------------------------------------------------------------------------
 
 
-def pure_loop(r, ends, mask, groups, outcome, weight, baseline, temperature, separators):
-    """The authors' order, row by row in float64."""
+def pure_loop(
+    r, ends, mask, groups, outcome, weight, baseline, temperature, separators, penalty=None, gamma=1.0
+):
+    """The authors' order, row by row in float64; ``penalty`` is ``beta * kl``."""
     batch, width = r.shape
     spots = [[t for t in range(width) if mask[b, t] and ends[b, t]] for b in range(batch)]
     soft = torch.zeros(batch, width, dtype=torch.float64)
@@ -139,7 +141,7 @@ def pure_loop(r, ends, mask, groups, outcome, weight, baseline, temperature, sep
             x[valid[-1]] += weight * (float(outcome[b]) - mean)
         running = 0.0
         for t in reversed(valid):
-            running += float(x[t])
+            running = float(x[t]) - (float(penalty[b, t]) if penalty is not None else 0.0) + gamma * running
             out[b, t] = 0.0 if t in spots[b] and not separators else running
     return out
 
@@ -185,6 +187,49 @@ class Test_pure:
             separators=separators, cu_seqlens=cu,
         )  # fmt: skip
         torch.testing.assert_close(packed, ours[mask], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("baseline", ["token", "step"])
+    @pytest.mark.parametrize("separators", [False, True])
+    def test_kl_is_subtracted_before_the_sums(self, target, generator, baseline, separators):
+        r, mask = torch.randn(6, 15, generator=generator), random_mask(6, 15, generator)
+        kl, flags = torch.rand(6, 15, generator=generator), torch.rand(6, 15, generator=generator) > 0.6
+        groups, outcome = torch.tensor([1, 1, 0, 1, 0, 7]), torch.randn(6, generator=generator)
+
+        def fn(r, outcome, kl):
+            to = [x.to(r.device) for x in (flags, groups, mask)]
+            return rewardops.advantages.pure(
+                r, to[0], to[1], outcome=outcome, kl=kl, beta=0.3, baseline=baseline, gamma=0.9,
+                separators=separators, mask=to[2],
+            )  # fmt: skip
+
+        where = {"backend": target.backend, "device": target.device}
+        ours = check_backend(fn, [r, outcome, kl], ulps=64, **where).outputs[0].cpu()
+        want = pure_loop(
+            r,
+            flags,
+            mask,
+            groups,
+            outcome,
+            1.0,
+            baseline,
+            0.1,
+            separators,
+            penalty=0.3 * kl.double(),
+            gamma=0.9,
+        )
+        torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-5)
+        dirty = fn(*(x.to(target.device) for x in (r, outcome, kl.masked_fill(~mask, torch.nan))))
+        assert torch.equal(dirty.cpu(), ours)
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        packed = rewardops.advantages.pure(
+            r[mask], flags[mask], groups, outcome=outcome, kl=kl[mask], beta=0.3, baseline=baseline, gamma=0.9,
+            separators=separators, cu_seqlens=cu,
+        )  # fmt: skip
+        torch.testing.assert_close(packed, ours[mask], rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=r"kl: got shape \[6\], want \[6, 15\]"):
+            rewardops.advantages.pure(r, flags, groups, kl=kl[:, 0])
+        with pytest.raises(ValueError, match="beta: got inf"):
+            rewardops.advantages.pure(r, flags, groups, kl=kl, beta=torch.inf)
 
     def test_pure_baseline_by_hand(self):
         """R = 1.2, .3, -.6 over 10, 8 and 12 tokens: baselines -.015, .02727, .08333 for each."""

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewardops
+from rewardops.core import dispatch
 from rewardops.testing import check_backend, evaluate, pack, random_groups, random_mask
 
 
@@ -27,9 +28,9 @@ def draw(batch, width, generator):
 
 
 def loop(rewards, entropy, groups, mask, alpha1, alpha2, floor):
-    """The definition as a loop over tokens."""
+    """The definition as a loop over tokens; differentiable."""
     out = torch.zeros_like(entropy)
-    h = entropy.clamp(min=floor)
+    h = torch.where(rewards[:, None] > 0, entropy, entropy.clamp(min=floor))
     batch, width = entropy.shape
     for i in range(batch):
         for t in range(width):
@@ -41,7 +42,8 @@ def loop(rewards, entropy, groups, mask, alpha1, alpha2, floor):
                 if groups[k] == groups[i] and (rewards[k] > 0) == (rewards[i] > 0) and mask[k, t]
             ]
             if rewards[i] > 0:
-                share = len(peers) * h[i, t] / sum(h[k, t] for k in peers)
+                total = sum(h[k, t] for k in peers)
+                share = len(peers) * h[i, t] / total if total > 0 else 1.0
                 out[i, t] = alpha1 * rewards[i] + alpha2 * share
             else:
                 share = len(peers) / h[i, t] / sum(1 / h[k, t] for k in peers)
@@ -106,6 +108,64 @@ class Test_gtpo_rewards:
             assert torch.equal(a, b)
         assert bool((ours.outputs[0].cpu()[~mask] == 0).all())
         assert bool((ours.gradients[1].cpu()[~mask] == 0).all())
+
+    def test_only_the_inverse_is_floored(self, target):
+        """Right rows by their entropies as they are; wrong rows with an entropy of at least the floor."""
+        entropy = torch.tensor([[0.001, 0.002, 0.0], [0.5, 0.0, 0.0]] * 2).to(target.device)
+        rewards = torch.tensor([1.0, 1.0, 0.0, 0.0]).to(target.device)
+        right = torch.tensor([[2 * 0.001 / 0.501, 2.0, 1.0], [2 * 0.5 / 0.501, 0.0, 1.0]])
+        for floor, wrong in (
+            ({}, [[2 * 100 / 102, 1.0, 1.0], [2 * 2 / 102, 1.0, 1.0]]),
+            (
+                {"entropy_floor": 1e-8},
+                [[2 * 1000 / 1002, 2 * 500 / (1e8 + 500), 1.0], [2 * 2 / 1002, 2 * 1e8 / (1e8 + 500), 1.0]],
+            ),
+        ):
+            got = rewardops.gtpo_rewards(rewards, entropy, group_size=4, **floor).cpu()
+            want = torch.cat([1 + 0.1 * right, -1 - 0.1 * torch.tensor(wrong)])
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_gradients_of_small_entropies(self, target, generator, dtype):
+        """Zeros, and entropies below the floor, against the derivative of the definition."""
+        rewards, entropy, groups = draw(9, 6, generator)
+        entropy = torch.where(torch.rand(9, 6, generator=generator) > 0.5, entropy * 1e-3, entropy).to(dtype)
+        mask = random_mask(9, 6, generator)
+        some = torch.rand(9, 6, generator=generator) > 0.7
+        entropy[some] = 0.0
+        entropy[rewards > 0, 2] = 0.0  # a position at which all are
+        up = torch.randn(9, 6, generator=generator)
+        wide = entropy.double().requires_grad_()
+        want = loop(rewards.double(), wide, groups, mask, 1.0, 0.1, 1e-2)
+        (expected,) = torch.autograd.grad((want * up.double()).sum(), wide)
+        leaf = entropy.to(target.device).requires_grad_()
+        with dispatch.use_backend(target.backend):
+            got = gtpo(groups, mask)(rewards.to(dtype).to(target.device), leaf)
+            (grad,) = torch.autograd.grad((got * up.to(target.device)).sum(), leaf)
+        torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("where", ["entropy", "reward"])
+    def test_what_is_not_finite_shows(self, target, generator, bad, where):
+        """In its class at its position, in values and gradients, and nowhere else."""
+        rewards = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+        groups = torch.tensor([7, 7, 7, 7, 2, 2])
+        entropy = torch.rand(6, 4, generator=generator) + 0.1
+        mask = torch.ones(6, 4, dtype=torch.bool)
+        mask[4, 3] = False
+        entropy[4, 3] = bad  # masked
+        broken = torch.zeros(6, 4, dtype=torch.bool)
+        if where == "entropy":
+            entropy[0, 1], entropy[2, 2] = bad, bad
+            broken[:2, 1] = broken[2:4, 2] = True
+        else:
+            rewards[1] = torch.nan
+            broken[1:4] = True
+        inputs = [rewards, entropy]
+        ours = evaluate(gtpo(groups, mask), inputs, backend=target.backend, device=target.device)
+        assert torch.equal(ours.outputs[0].cpu().isnan(), broken)
+        assert torch.equal(ours.gradients[1].cpu().isnan(), broken)
 
     @pytest.mark.parametrize("rewards", [[1.0, 1.0], [0.0, 0.0]], ids=["all right", "all wrong"])
     def test_a_group_of_one_class(self, target, rewards):
@@ -187,6 +247,16 @@ class Test_grpo_s_rewards:
         got = rewardops.grpo_s_rewards(rewards, entropy, group_size=3, mask=mask)
         torch.testing.assert_close(got.cpu(), torch.tensor([1.1, 0.0, -1.1]))
 
+    def test_small_and_infinite_entropies(self, target):
+        entropy = torch.tensor([[0.001, 0.001], [0.0, 0.006], [torch.inf, 0.2], [0.3, 0.3]]).to(target.device)
+        rewards = torch.tensor([1.0, 1.0, 0.0, 0.0]).to(target.device).requires_grad_()
+        leaf = entropy.requires_grad_()
+        got = rewardops.grpo_s_rewards(rewards, leaf, group_size=4, entropy_grad=True)
+        torch.testing.assert_close(got.detach().cpu()[:2], torch.tensor([1.05, 1.15]))
+        assert got.isnan().tolist() == [False, False, True, True]
+        (grad,) = torch.autograd.grad(got.sum(), leaf)
+        assert grad.isnan().any(1).tolist() == [False, False, True, True]
+
 
 class Test_signed_group_normalize:
     @pytest.mark.parametrize("joint", [False, True])
@@ -216,6 +286,69 @@ class Test_signed_group_normalize:
         flat = rewardops.signed_group_normalize(same, rewards[:4], group_size=4, joint=joint)
         assert not flat.any()
 
+    @pytest.mark.parametrize("ddof", [0, 1])
+    @pytest.mark.parametrize("eps_at", ["variance", "std"])
+    @pytest.mark.parametrize("joint", [False, True])
+    def test_degrees_of_freedom_and_eps(self, target, generator, ddof, eps_at, joint):
+        groups = torch.tensor([3, 3, 3, -9, -9, 5, 5, 5])
+        rewards = torch.tensor([1.0, 0, 1, 1, 1, 0, 0, 1])
+        values, mask = torch.randn(8, 9, generator=generator) + 100, random_mask(8, 9, generator)
+        mask[7] = torch.arange(9) == 4  # a class of one token
+
+        def fn(x):
+            to = [t.to(x.device) for t in (rewards, groups, mask)]
+            return rewardops.signed_group_normalize(
+                x, to[0], to[1], mask=to[2], ddof=ddof, eps=0.01, eps_at=eps_at, joint=joint
+            )
+
+        ours = check_backend(fn, [values], backend=target.backend, device=target.device).outputs[0]
+        want = torch.zeros(8, 9, dtype=torch.float64)
+        for g in groups.unique():
+            for kind in (rewards > 0, rewards <= 0):
+                chosen = ((groups == g) if joint else (groups == g) & kind)[:, None] & mask
+                x = values.double()[chosen]
+                if len(x) > 1:
+                    var = x.var(correction=ddof)
+                    scale = (var + 0.01).sqrt() if eps_at == "variance" else var.sqrt() + 0.01
+                    want[chosen] = (x - x.mean()) / scale
+        torch.testing.assert_close(ours.cpu().double(), want, rtol=1e-4, atol=1e-4)
+        flat = fn(torch.full((8, 9), 1000.7).to(target.device))
+        assert not flat.any()
+
+    def test_pooled_steps_of_a_group(self):
+        """IGPO's z-scores: six steps of a group, by ``torch.std``; and what is refused."""
+        gains = torch.tensor([[0.2, -0.1, 0.4], [0.0, 0.3, 0.9]])
+        got = rewardops.signed_group_normalize(
+            gains, torch.ones(2), group_size=2, ddof=1, eps=1e-6, eps_at="std", joint=True
+        )
+        torch.testing.assert_close(got, (gains - gains.mean()) / (gains.std() + 1e-6))
+        with pytest.raises(ValueError, match="ddof: got 2"):
+            rewardops.signed_group_normalize(gains, torch.ones(2), group_size=2, ddof=2)
+        with pytest.raises(ValueError, match="eps_at: got 'root'"):
+            rewardops.signed_group_normalize(gains, torch.ones(2), group_size=2, eps_at="root")
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("joint", [False, True])
+    def test_what_is_not_finite_shows(self, target, generator, bad, joint):
+        values, rewards = torch.randn(6, 5, generator=generator), torch.tensor([1.0, 1, 0, 0, 1, 0])
+        mask = torch.ones(6, 5, dtype=torch.bool)
+        values[0, 3], values[4, 2], mask[4, 2] = bad, bad, False
+        leaf = values.to(target.device).requires_grad_()
+        with dispatch.use_backend(target.backend):
+            got = rewardops.signed_group_normalize(
+                leaf, rewards.to(target.device), group_size=[4, 2], mask=mask.to(target.device), joint=joint
+            )
+            (grad,) = torch.autograd.grad(got.square().sum(), leaf)
+        broken = torch.zeros(6, 5, dtype=torch.bool)
+        broken[: 4 if joint else 2] = True
+        assert torch.equal(got.isnan().cpu(), broken)
+        assert torch.equal(grad.isnan().cpu(), broken)
+        rewards[2] = torch.nan
+        got = rewardops.signed_group_normalize(
+            leaf, rewards.to(target.device), group_size=[4, 2], joint=joint
+        )
+        assert got[2].isnan().all()
+
     def test_signed_group_normalize_has_a_gradient(self, generator):
         values = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
         rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
@@ -235,6 +368,14 @@ class Test_entropy_bonus:
         ent = torch.rand(5, dtype=torch.float64, generator=generator)
         assert torch.autograd.gradcheck(lambda x: rewardops.entropy_bonus(x, ent), leaf)
 
+    def test_entropies_that_are_not_finite_show(self):
+        leaf = torch.tensor([1.0, -1.0, 0.5, 0.2]).requires_grad_()
+        h = torch.tensor([torch.inf, torch.nan, -torch.inf, torch.nan])
+        got = rewardops.entropy_bonus(leaf, h, torch.tensor([1, 1, 1, 0]))
+        (grad,) = torch.autograd.grad(got.sum(), leaf)
+        assert got.isnan().tolist() == [True, True, True, False]
+        assert grad.isnan().tolist() == [True, True, True, False]
+
 
 class Test_unlikeliness_rewards:
     def test_unlikeliness_rewards(self):
@@ -245,6 +386,12 @@ class Test_unlikeliness_rewards:
         got = rewardops.unlikeliness_rewards(torch.tensor([1.0, 1.0, 0.0, 2.0]), lp, groups, beta=0.5)
         torch.testing.assert_close(got, torch.tensor([0.75, 1.0, 0.0, 1.5]))
 
+    def test_ties_and_what_is_no_number(self):
+        lp = torch.tensor([-1.0, -1.0, -1.0, torch.nan, -2.0])
+        got = rewardops.unlikeliness_rewards(torch.ones(5), lp, group_size=[3, 2])
+        torch.testing.assert_close(got[:3], 1 - 0.25 * torch.tensor([2 / 3, 1 / 3, 0.0]))
+        assert got.isnan().tolist() == [False, False, False, True, True]
+
 
 class Test_entropy_reward:
     def test_entropy_reward(self, generator):
@@ -253,6 +400,13 @@ class Test_entropy_reward:
         torch.testing.assert_close(rewardops.entropy_reward(h, mask, per="token"), -torch.where(mask, h, 0))
         want = -torch.where(mask, h, 0).sum(1) / mask.sum(1).clamp(min=1)
         torch.testing.assert_close(rewardops.entropy_reward(h, mask), want)
+        want = -torch.where(mask, h, 0).sum(1)
+        torch.testing.assert_close(rewardops.entropy_reward(h, mask, reduce="sum"), want)
+        lengths = torch.full((3,), 5)
+        packed = {"mask": pack(mask, lengths)[0], "cu_seqlens": pack(h, lengths)[1], "reduce": "sum"}
+        torch.testing.assert_close(rewardops.entropy_reward(pack(h, lengths)[0], **packed), want)
+        with pytest.raises(ValueError, match="reduce: got 'max'"):
+            rewardops.entropy_reward(h, reduce="max")
 
 
 class Test_entropy_weights:
@@ -298,6 +452,26 @@ class Test_entropy_weights:
             torch.testing.assert_close(got[rows][m].double(), raw / raw.mean(), rtol=1e-4, atol=1e-5)
             assert abs(float(got[rows][m].double().mean()) - 1) < 1e-5
 
+    @pytest.mark.parametrize("mode", rewardops.entropy.MODES)
+    @pytest.mark.parametrize("normalize", ["batch", "row", "group"])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_what_is_not_finite_shows(self, generator, mode, normalize, bad):
+        entropy = torch.rand(6, 5, generator=generator) + 0.1
+        mask = torch.ones(6, 5, dtype=torch.bool)
+        entropy[1, 2], entropy[4, 4], mask[4, 4] = bad, bad, False
+        groups = {"group_size": 3} if normalize == "group" else {}
+        for inverse in (False, True):
+            leaf = entropy.clone().requires_grad_()
+            got = rewardops.entropy_weights(
+                leaf, mask, mode=mode, normalize=normalize, inverse=inverse, entropy_grad=True, **groups
+            )
+            broken = torch.zeros(6, 5, dtype=torch.bool)
+            broken[{"batch": slice(0, 6), "row": slice(1, 2), "group": slice(0, 3)}[normalize]] = True
+            assert torch.equal(got.isnan(), broken & mask)
+            if mode in ("linear", "softmax"):
+                (grad,) = torch.autograd.grad(got.square().sum(), leaf)
+                assert torch.equal(grad.isnan(), broken & mask)
+
     def test_entropy_weights_edges(self, generator):
         assert torch.equal(rewardops.entropy_weights(torch.zeros(2, 3)), torch.ones(2, 3))
         assert rewardops.entropy_weights(torch.ones(0, 3), mode="softmax").shape == (0, 3)
@@ -325,7 +499,23 @@ class Test_steer_metric_steer_weights:
         torch.testing.assert_close(
             rewardops.steer_weights(x, mask, mode="exp"), torch.tensor([1.0, 0.8**0.5, 0.8, 0.0])
         )
-        torch.testing.assert_close(rewardops.steer_weights(torch.full((3,), 0.3)), torch.full((3,), 1.2))
+        # No spread: the middle, as in the authors' code, for one token, all equal, or none that counts.
+        torch.testing.assert_close(rewardops.steer_weights(torch.full((3,), 0.3)), torch.ones(3))
+        one = rewardops.steer_weights(x, torch.tensor([False, True, False, False]), low=0.5, high=1.0)
+        torch.testing.assert_close(one, torch.tensor([0.0, 0.75, 0.0, 0.0]))
+        assert not rewardops.steer_weights(x, torch.zeros(4)).any()
+        for mode in ("linear", "exp"):
+            for bad in (torch.nan, torch.inf):
+                got = rewardops.steer_weights(torch.tensor([0.1, bad, 0.3, torch.nan]), mask, mode=mode)
+                assert got[1].isnan()
+                assert got[3] == 0
+            assert rewardops.steer_weights(torch.full((2,), torch.inf), mode=mode).isnan().all()
+        old = torch.tensor([-1.0, -1.0])
+        got = rewardops.steer_metric(
+            torch.ones(2), torch.tensor([-torch.inf, -0.5]), torch.tensor([0.7, torch.nan]), old_logprob=old
+        )
+        assert got[0] == 0
+        assert got[1].isnan()
         with pytest.raises(ValueError, match=r"high: got 0\.5, want at least low"):
             rewardops.steer_weights(x, high=0.5)
 

@@ -221,6 +221,76 @@ class Test_segment_reduce_segment_broadcast:
                 call()
 
 
+def running(kind, x, mask):
+    """By a loop, in float64."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for b in range(x.shape[0]):
+        total, number = 0.0, 0
+        for t in mask[b].nonzero()[:, 0].tolist():
+            total, number = total + float(x[b, t]), number + 1
+            out[b, t] = total / number if kind == "mean" else total
+    return out
+
+
+class Test_running_sum_running_mean:
+    @pytest.mark.parametrize("kind", ["sum", "mean"])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    def test_by_a_loop(self, target, generator, kind, packed, dtype):
+        op = rewardops.running_sum if kind == "sum" else rewardops.running_mean
+        x = torch.randn(6, 37, generator=generator).to(dtype)
+        lengths = torch.tensor([37, 0, 5, 37, 20, 1])
+        inside = torch.arange(37) < lengths[:, None]
+        mask = inside & random_mask(6, 37, generator)
+        mask[3] = False
+        m, cu = (pack(mask, lengths)[0], pack(x, lengths)[1]) if packed else (mask, None)
+
+        def fn(x):
+            return op(x, mask=m.to(x.device), cu_seqlens=None if cu is None else cu.to(x.device))
+
+        where = {"backend": target.backend, "device": target.device}
+        ours = check_backend(fn, [pack(x, lengths)[0] if packed else x], **where).outputs[0].cpu()
+        want = running(kind, x, mask)
+        want = pack(want, lengths)[0] if packed else want
+        torch.testing.assert_close(ours.double(), want, rtol=1e-6, atol=1e-6)
+        dirty = x.masked_fill(~mask, torch.nan)
+        dirty = (pack(dirty, lengths)[0] if packed else dirty).to(target.device)
+        assert torch.equal(fn(dirty).cpu(), ours)
+
+    def test_gradients_by_hand(self, target):
+        x = torch.tensor([[1.0, 9.0, 2.0, 3.0]], device=target.device, requires_grad=True)
+        mask = torch.tensor([[1, 0, 1, 1]], device=target.device)
+        up = torch.tensor([[1.0, 100.0, 10.0, 6.0]], device=target.device)
+        (grad,) = torch.autograd.grad(rewardops.running_sum(x, mask=mask), x, up)
+        assert grad.tolist() == [[17.0, 0.0, 16.0, 6.0]]
+        (grad,) = torch.autograd.grad(rewardops.running_mean(x, mask=mask), x, up)
+        assert grad.tolist() == [[8.0, 0.0, 7.0, 2.0]]
+
+    def test_rows_are_summed_on_their_own(self, target, generator):
+        """An infinity or a large value of a row shows in no other, and long rows keep their digits."""
+        n = 3000 if target.interpreted or target.backend == "reference" else 100_000
+        x = torch.rand(2 * n + 3, generator=generator)
+        x[:3] = torch.tensor([1e30, torch.inf, torch.nan])
+        cu = torch.tensor([0, 3, n + 3, 2 * n + 3], device=target.device)
+        for op, number in ((rewardops.running_sum, 1.0), (rewardops.running_mean, torch.arange(1, n + 1))):
+            got = op(x.to(target.device), cu_seqlens=cu).cpu()
+            assert got[0] == x[0]
+            assert got[1] == torch.inf
+            assert got[2].isnan()
+            want = x[3:].double().view(2, n).cumsum(1) / number
+            torch.testing.assert_close(got[3:].double().view(2, n), want, rtol=1.2e-7, atol=0)
+
+    def test_empty_and_bad_values(self):
+        for op in (rewardops.running_sum, rewardops.running_mean):
+            assert op(torch.zeros(0, 4)).shape == (0, 4)
+            assert op(torch.zeros(3, 0)).shape == (3, 0)
+            assert op(torch.zeros(0), cu_seqlens=torch.tensor([0, 0])).shape == (0,)
+            with pytest.raises(ValueError, match=r"values: got shape \[3\], want \[B, T\]"):
+                op(torch.zeros(3))
+            with pytest.raises(TypeError, match=r"values: got dtype torch\.int64"):
+                op(torch.zeros(2, 3).long())
+
+
 class Test_row_sum_row_mean:
     def test_row_sum_and_mean(self, generator):
         x = torch.randn(4, 6, generator=generator)

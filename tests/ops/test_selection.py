@@ -186,3 +186,49 @@ class Test_advantage_logprob_cov_kl_cov_mask_clip_cov_mask:
         assert torch.equal(drawn, again)
         assert not torch.equal(drawn, other)
         assert not rewardops.clip_cov_mask(cov, mask, low=90.0, high=99.0).any()
+
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64, "meta"], ids=str)
+    def test_defaults_of_torch_do_not_reach_the_kernels(self, target, generator, default):
+        """Exact numbers, and the same draws, whatever dtype and device new tensors would have."""
+        batch, width = (3, 70) if target.interpreted else (6, 500)
+        cov = torch.rand(batch, width, generator=generator).to(target.device)
+        groups = torch.arange(batch).div(2, rounding_mode="floor").to(target.device)
+
+        def masks():
+            draw = torch.Generator(target.device).manual_seed(3)
+            return (
+                rewardops.clip_cov_mask(cov, low=0.25, high=0.75, fraction=0.2, generator=draw),
+                rewardops.kl_cov_mask(cov, fraction=0.1),
+                rewardops.high_entropy_mask(cov, fraction=0.3),
+                rewardops.high_entropy_mask(cov, fraction=0.3, scope="row"),
+                rewardops.high_entropy_mask(cov, fraction=0.3, scope="group", groups=groups),
+                rewardops.high_entropy_mask(cov, fraction=0.3, scope="group", group_size=1),
+            )
+
+        want = masks()
+        count = batch * width
+        numbers = [int(0.2 * count), int(0.1 * count), round(0.3 * count)]
+        assert [int(x.sum()) for x in want[:3]] == numbers
+        try:
+            if default == "meta":
+                torch.set_default_device("meta")
+            else:
+                torch.set_default_dtype(default)
+            got = masks()
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    def test_every_token_is_as_likely(self, generator):
+        """Draws of half of the tokens, under a default dtype of half the size: both halves of the row have half."""
+        cov, half, chosen = torch.full((1, 2000), 2.0), 0, 0
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            for _ in range(20):
+                got = rewardops.clip_cov_mask(cov, fraction=0.5, generator=generator)[0]
+                half, chosen = half + int(got[1000:].sum()), chosen + int(got.sum())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert chosen == 20 * 1000
+        assert abs(half / chosen - 0.5) < 0.02

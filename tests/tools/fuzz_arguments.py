@@ -517,6 +517,12 @@ ARGUMENTS: dict[str, Kind] = {
     "outcome": per_row(),
     "bootstrap": per_row(),
     "start": per_row(),
+    "final": Either(
+        Number(-1.0, 0.0, 0.5, 1, also=("a tensor",)),
+        per_row(),
+        math.inf,
+        lambda call: torch.zeros(1, dtype=torch.bool),
+    ),
     "lengths": Made(_lengths, _bad_lengths, must=_no_lengths),
     "sequence_logprob": per_row("log-probability", "equal"),
     "step_values": Array(_columns),
@@ -539,6 +545,7 @@ ARGUMENTS: dict[str, Kind] = {
     "potential": per_token(),
     "process_rewards": TOKENS_FIRST,
     "token_rewards": TOKENS_FIRST,
+    "kl": per_token(),
     # trees of parents
     "parent": Made(_parents, _bad_parents),
     "leaf_rewards": Array(_leaf_rewards),
@@ -609,10 +616,13 @@ ARGUMENTS: dict[str, Kind] = {
     "form": Choice(("paper", "released")),
     "td_scale": Choice(("group", "none")),
     "per": Choice(("row", "token")),
+    "last": Choice(("zero", "own")),
+    "norm": Choice(("sum", "max", "none", "softmax")),
+    "eps_at": Choice(("variance", "std")),
     "whitening": Choice(("rows", "tokens", "none")),
     **{name: Flag() for name in (
         "joint", "entropy_grad", "ratio_grad", "inverse", "delta", "mean", "through_weights",
-        "leave_one_out", "inplace", "inplace_backward", "shift_mean", "separators",
+        "leave_one_out", "inplace", "inplace_backward", "shift_mean", "separators", "signed",
     )},
 }  # fmt: skip
 
@@ -672,6 +682,8 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     **_first("entropy", ENTROPY_FIRST),
     ("token_kl", "beta"): Number(0.0, 0.25, 1, least=0, none=True),
     ("unlikeliness_rewards", "beta"): Number(0.0, 0.25, 1, least=0),
+    ("advantages.pure", "beta"): ANY,
+    ("entropy_reward", "reduce"): Choice(("mean", "sum")),
     ("implicit_rewards", "clamp"): Number(0.75, 20, math.inf, above=0, none=True, infinite=True),
     ("steer_weights", "mode"): Choice(("linear", "exp")),
     ("steer_weights", "low"): Number(0.25, 0.8, 1, above=0),

@@ -15,7 +15,7 @@ struct GtpoArgs {
   Rows rows;
   double alpha1, alpha2;       // weights of the reward, and of the entropy's share
   double threshold;            // rows with a reward above it are right
-  double floor;                // lower bound of the entropy
+  double floor;                // lower bound of a wrong row's entropy
   Tokens<const T> grad;        // [tokens]; null in the forward pass
   Tokens<T> out;               // [tokens]: the shaped rewards, or the gradient in the entropy
 };

@@ -14,12 +14,30 @@ struct GtpoBlock {
   double through[2][kGtpoBlock];  // upstream gradient times weight
 };
 
-// Weight of a token: the entropy in a right row, its inverse in a wrong row.
+// Weights of a row's tokens: the entropy, at least 0, in a right row; in a wrong row the inverse of the entropy, raised
+// to the floor first. NaN where the entropy is not finite, or the class of the row not known.
 template <typename T>
-inline T gtpo_weight(T entropy, T floor, bool right) {
-  const T h = entropy < floor ? floor : entropy;
-  return right ? h : 1 / h;
-}
+struct GtpoWeight {
+  bool right;
+  T at_least;
+  T doubt;  // 0, or NaN for a reward that is NaN
+
+  GtpoWeight(T reward, double threshold, T floor)
+      : right(static_cast<double>(reward) > threshold),
+        at_least(right ? T(0) : floor),
+        doubt(reward == reward ? T(0) : reward) {}
+
+  T operator()(T entropy) const {
+    const T h = entropy < at_least ? at_least : entropy;
+    return (right ? h : 1 / h) + (entropy - entropy) + doubt;
+  }
+
+  // Whether the weight does not depend on the entropy.
+  bool constant(T entropy) const {
+    const bool below = (entropy < at_least) | (!right & (entropy == at_least));
+    return below & (entropy - entropy + doubt == 0);  // without a branch: a vector of tokens at once
+  }
+};
 
 template <bool kBackward, typename T>
 void gtpo_sums(const GtpoArgs<T>& a, int64_t group, int64_t from, GtpoBlock<T>& block) {
@@ -31,17 +49,17 @@ void gtpo_sums(const GtpoArgs<T>& a, int64_t group, int64_t from, GtpoBlock<T>& 
     const int64_t left = a.rows.size(b) - from;
     const int64_t n = left < kGtpoBlock ? left : kGtpoBlock;
     if (n <= 0) continue;
-    const bool right = static_cast<double>(a.rewards[b]) > a.threshold;
+    const GtpoWeight<T> weight_of(a.rewards[b], a.threshold, floor);
     const T* entropy = a.entropy.row(a.rows, b) + from;
     const T* grad = kBackward ? a.grad.row(a.rows, b) + from : nullptr;
     const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : nullptr;
-    double* count = block.count[right];
-    double* total = block.total[right];
-    double* through = block.through[right];
+    double* count = block.count[weight_of.right];
+    double* total = block.total[weight_of.right];
+    double* through = block.through[weight_of.right];
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
       const bool valid = !mask || mask[k];
-      const double weight = valid ? static_cast<double>(gtpo_weight(entropy[k], floor, right)) : 0.0;
+      const double weight = valid ? static_cast<double>(weight_of(entropy[k])) : 0.0;
       count[k] += valid ? 1.0 : 0.0;
       total[k] += weight;
       if (kBackward) through[k] += valid ? weight * static_cast<double>(grad[k]) : 0.0;
@@ -65,7 +83,8 @@ void gtpo_blocks(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t en
       const int64_t left = a.rows.size(b) - from;
       const int64_t n = left < kGtpoBlock ? left : kGtpoBlock;
       if (n <= 0) continue;
-      const bool right = static_cast<double>(a.rewards[b]) > a.threshold;
+      const GtpoWeight<T> weight_of(a.rewards[b], a.threshold, floor);
+      const bool right = weight_of.right;
       const T* entropy = a.entropy.row(a.rows, b) + from;
       const T* grad = kBackward ? a.grad.row(a.rows, b) + from : nullptr;
       const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : nullptr;
@@ -78,14 +97,17 @@ void gtpo_blocks(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t en
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) {
         const bool valid = !mask || mask[k];
-        const double weight = gtpo_weight(entropy[k], floor, right);
+        const double weight = weight_of(entropy[k]);
+        const bool even = total[k] == 0;  // every entropy of the class is 0: all have the same share
+        const double sum = even ? 1.0 : total[k];
         double v;
         if (kBackward) {
-          const double d_weight = a.alpha2 * count[k] / total[k] * (grad[k] - through[k] / total[k]);
+          const double d_weight = a.alpha2 * count[k] * (grad[k] - through[k] / sum) / sum;
           // d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
-          v = entropy[k] > floor ? (right ? d_weight : d_weight * weight * weight) : 0.0;
+          const double d_entropy = right ? d_weight : d_weight * weight * weight;
+          v = (even | weight_of.constant(entropy[k])) ? 0.0 : d_entropy;
         } else {
-          v = base + gain * count[k] * weight / total[k];
+          v = base + gain * (even ? 1.0 : count[k] * weight / sum);
         }
         out[k] = static_cast<T>(valid ? v : 0.0);
       }
