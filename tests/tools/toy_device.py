@@ -1,6 +1,6 @@
 """A device that is neither a CPU nor a GPU, and has no float64: ``toy``. Its tensors hold tensors of the CPU.
 
-Run as a program it compares every op on ``toy`` with the CPU's reference. PyTorch takes one such device per process.
+As a program it compares every op on ``toy`` with the CPU's reference. PyTorch takes one such device per process.
 """
 
 from __future__ import annotations
