@@ -506,7 +506,8 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         del self._scored
         ids = output["completion_ids"]
         rows, width = ids.shape
-        inside = torch.arange(width, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        length = torch.tensor(lengths, dtype=torch.int64, device=ids.device)
+        inside = torch.arange(width, dtype=torch.int64, device=ids.device) < length[:, None]
         written = inside
         if "tool_mask" in output:
             # TRL masks truncated completions too: their tokens of the policy and of tools are not distinguishable
@@ -589,8 +590,9 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
 
 
 def _place(steps: Sequence[Sequence[tuple[int, float]] | None], written: Tensor) -> Tensor:
-    """Step rewards ``[B, T]`` at the last token of each step, NaN elsewhere."""
-    out, allowed = torch.full(written.shape, torch.nan), written.tolist()
+    """Step rewards ``[B, T]``, float32, at the last token of each step, NaN elsewhere."""
+    out = torch.full(written.shape, torch.nan, dtype=torch.float32, device="cpu")
+    allowed = written.tolist()
     for row, pairs in enumerate(steps):
         before = -1
         for end, reward in pairs or ():

@@ -192,7 +192,7 @@ def test_a_reward_behind_the_last_action_counts_at_it(name):
 
 
 def test_where_a_reward_on_a_masked_token_counts():
-    """At the last valid token before it, at the first of the row where there is none before; none without a token."""
+    """At the last valid token before it, or at the row's first; nowhere in a row without one."""
     nan = torch.nan
     rewards = torch.tensor([
         [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],  # m v m m v m
