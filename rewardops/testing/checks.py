@@ -206,13 +206,13 @@ def check_backend(
     eager = evaluate(plain, inputs, backend="reference")
     with served_by() as served:
         ours = evaluate(fn, inputs, backend=backend, device=device, poison=poison)
+    for comparison in compare(ours, exact, eager, ulps=ulps, times=times):
+        assert comparison.error.passes, comparison.error.fault
     if not allow_fallback and not served & set(names):
         raise AssertionError(
             f"backend: got {backend!r}, which served no op of this function, want allow_fallback=True to compare it"
             " all the same"
         )
-    for comparison in compare(ours, exact, eager, ulps=ulps, times=times):
-        assert comparison.error.passes, comparison.error.fault
     return ours
 
 
