@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -642,6 +643,47 @@ def test_steps_that_are_none(steps, message, folders, tmp_path):
     }
     with pytest.raises(ValueError, match=message):
         scored(tmp_path, folders["qwen2"], ours)
+
+
+def test_step_rewards_keep_their_digits_under_any_default_dtype():
+    written = torch.tensor([[True, True, False]])
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64, torch.float16):
+            torch.set_default_dtype(dtype)
+            placed = integration._place([[(0, 0.1), (1, 1 / 3)]], written)
+            assert placed.dtype is torch.float32
+            assert placed[0, :2].tolist() == torch.tensor([0.1, 1 / 3], dtype=torch.float32).tolist()
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        placed = integration._place([[(1, 0.5)]], written)
+    assert placed.device.type == "cpu"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_logits_of_a_model_whose_positions_share_memory(beside):
+    """The model returns one row for all positions; the reference's logits are the policy's own memory."""
+    row = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.arange(1.0, 7, dtype=torch.float64).view(2, 3)
+    labels = torch.tensor([[0, 3, 5, 2], [1, 1, 6, 4]])
+    used, exact = (row.clone().requires_grad_() for _ in range(2))
+    logits = (used * 1).expand(2, 4, 7)
+
+    def returning(x):
+        return lambda **_: types.SimpleNamespace(logits=x)
+
+    reference = returning(logits.detach()) if beside else None
+    scored = integration._FromLogits(returning(logits), {}, 1.0, reference)
+    out = scored(labels=labels, fused_lm_head=True)
+    found = (weights * (out.log_probs + 0.3 * out.entropy)).sum()
+    found = found + 2 * (weights * scored.kl[0]).sum() if beside else found
+    logp = exact.expand(2, 4, 7).log_softmax(-1)[:, :-1]
+    wanted = weights * (logp.gather(-1, labels[:, 1:, None])[..., 0] - 0.3 * (logp.exp() * logp).sum(-1))
+    torch.testing.assert_close(found, wanted.sum())  # the KL of equal distributions is 0, with gradient 0
+    found.backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(used.grad, exact.grad)
 
 
 def test_as_many_step_lists_as_completions(folders, tmp_path):
