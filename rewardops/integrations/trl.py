@@ -86,13 +86,10 @@ def _rloo(rollouts: Rollouts, **options: Any) -> Tensor:
 
 def _gdpo(rollouts: Rollouts, *, eps: float) -> Tensor:
     """TRL's ``normalize_then_sum``: missing rewards of a function are left out of their groups."""
-    total = torch.zeros_like(rollouts.rewards)
-    for weight, column in zip(rollouts.reward_weights, rollouts.rewards_per_func.unbind(1), strict=True):
-        scored = ~column.isnan()
-        relative = advantages.grpo(
-            torch.where(scored, column, 0), group_size=rollouts.group_size, mask=scored[:, None], eps=eps
-        )
-        total = total + weight * relative[:, 0]
+    total = advantages.gdpo(
+        rollouts.rewards_per_func, group_size=rollouts.group_size, weights=rollouts.reward_weights,
+        whitening="none", eps=eps,
+    )  # fmt: skip
     # TRL adds eps to the standard deviation of the batch, `whiten` to the variance.
     return advantages.grpo(total, group_size=len(total), mask=rollouts.scorable[:, None], eps=eps)[:, 0]
 

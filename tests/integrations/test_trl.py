@@ -686,6 +686,30 @@ def test_logits_of_a_model_whose_positions_share_memory(beside):
     torch.testing.assert_close(used.grad, exact.grad)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.0)])
+def test_gdpo_leaves_out_missing_rewards_as_trl_does(weights):
+    nan = torch.nan
+    rewards = torch.tensor([
+        [1.0, 0.5, nan], [0.0, nan, nan], [2.0, 1.5, 3.0], [0.5, 0.1, nan],  # the third function: one row only
+        [nan, nan, nan], [1.0, 0.2, 1.0], [nan, 0.4, 2.0], [3.0, 0.9, nan],  # a row without any reward
+        [0.7, 0.7, 0.7], [0.7, nan, 0.7], [0.7, 0.1, nan], [0.7, 0.3, 0.2],  # equal rewards
+    ])  # fmt: skip
+    scorable, weight = ~rewards.isnan().all(1), torch.tensor(weights)
+    rollouts = types.SimpleNamespace(
+        rewards=(rewards * weight).nansum(1), rewards_per_func=rewards, reward_weights=weight, scorable=scorable,
+        group_size=4,
+    )  # fmt: skip
+    found = integration._gdpo(rollouts, eps=1e-4)
+    grouped = rewards.double().view(-1, 4, 3)
+    centred = grouped - torch.nanmean(grouped, 1, keepdim=True)
+    centred = torch.where(centred.abs() < 1e-7, centred * 0, centred)  # rounding errors of equal rewards
+    scaled = (centred / (stock_utils.nanstd(grouped, dim=1, keepdim=True) + 1e-4)).view(-1, 3)
+    total = (scaled * weight).nansum(1)[scorable]
+    wanted = torch.zeros(12, dtype=torch.float64)
+    wanted[scorable] = (total - total.mean()) / (total.std() + 1e-4)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_as_many_step_lists_as_completions(folders, tmp_path):
     ours = {"advantage_estimator": "pure", "process_reward_func": lambda **_: [None]}
     with pytest.raises(ValueError, match=r"process_reward_func: got 1 results, want 8"):

@@ -294,6 +294,30 @@ def test_gdpo_same_as_verl(weights):
         call("rewardops_gdpo", batch, AlgoConfig(), **extras)
 
 
+def test_gdpo_of_rewards_that_some_rows_do_not_have():
+    """None in an entry, which makes verl's whole batch NaN."""
+    batch = make_batch(8, sizes=(3, 4))
+    right, form = ([None if (i + k) % 4 == 0 else (i * 3 + k) % 5 / 4 for i in range(7)] for k in (0, 2))
+    entries = {"right": np.array(right, dtype=object), "format": np.array(form, dtype=object)}
+    config = {"gdpo_reward_keys": list(entries), "gdpo_reward_weights": [1.0, 0.5]}
+    found, _ = call("rewardops_gdpo", batch, config, **entries)
+    rows = torch.zeros(7, dtype=torch.float64)
+    for weight, values in ((1.0, right), (0.5, form)):
+        for label in (0, 1):
+            have = [i for i in range(7) if batch.labels[i] == label and values[i] is not None]
+            x = torch.tensor([values[i] for i in have], dtype=torch.float64)
+            z = (x - x.mean()) / (x.std() + 1e-6) if len(x) > 1 else x
+            for i, value in zip(have, z, strict=True):
+                rows[i] += weight * value
+    valid = (
+        batch.mask
+        & torch.tensor([r is not None or f is not None for r, f in zip(right, form, strict=True)])[:, None]
+    )
+    tokens = rows[:, None].expand(valid.shape)[valid]
+    wanted = torch.where(valid, (rows[:, None] - tokens.mean()) / (tokens.var() + 1e-8).sqrt(), 0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 # ---- what verl has not -------------------------------------------------------------------------------------
 
 
