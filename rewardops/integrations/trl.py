@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -484,9 +485,10 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
                 trainer_state=self.state, log_extra=self._log_completion_extra, log_metric=self._log_metric,
                 **({} if self.environments is None else {"environments": self.environments}),
             )  # fmt: skip
-            if len(steps) != len(prompts):
+            results = len(steps) if hasattr(steps, "__len__") else type(steps).__name__
+            if results != len(prompts):
                 raise ValueError(
-                    f"process_reward_func: got {len(steps)} results, want {len(prompts)} (one per completion)"
+                    f"process_reward_func: got {results} results, want {len(prompts)} (one per completion)"
                 )
         self._scored = (rewards, [len(ids) for ids in completion_ids_list], steps)
         return rewards
@@ -592,7 +594,15 @@ def _place(steps: Sequence[Sequence[tuple[int, float]] | None], written: Tensor)
     allowed = written.tolist()
     for row, pairs in enumerate(steps):
         before = -1
-        for end, reward in pairs or ():
+        for pair in pairs or ():
+            try:
+                end, reward = pair
+                end = operator.index(end)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"process_reward_func: got {pair!r} in completion {row}, want (end, reward), with end a"
+                    " whole number"
+                ) from None
             if not before < end < written.shape[1] or not allowed[row][end]:
                 raise ValueError(
                     f"process_reward_func: got a step that ends at token {end} after one at {before} in completion"

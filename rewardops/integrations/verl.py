@@ -125,15 +125,13 @@ class _Call:
         """Row rewards ``[B]``: verl's sums over all positions, 0 for a row without a valid token."""
         return self.token_rewards.sum(-1)
 
-    def row_numbers(self, *names: str, required: bool = True) -> Tensor | None:
+    def row_numbers(self, name: str) -> Tensor:
         """The entry of that name, one number per row; an array or a list becomes float32, None in it NaN."""
-        entry = self.entry(*names, required=required)
-        if entry is None:
-            return None
-        self.check_rows(names[0], entry)
-        if not isinstance(entry, Tensor):
-            entry = torch.as_tensor(np.asarray(entry, dtype=np.float32), device=self.mask.device)
-        return entry
+        entry = self.entry(name)
+        self.check_rows(name, entry)
+        if isinstance(entry, Tensor):
+            return entry
+        return torch.as_tensor(np.asarray(entry, dtype=np.float32), device=self.mask.device)
 
     def entry(self, *names: str, required: bool = True) -> Any:
         """The first of these names that is provided."""
@@ -349,7 +347,8 @@ def _grpo_s(call: _Call, **options: Any) -> Tensor:
 @_estimator("rewardops_pure", "temperature", "baseline", "outcome_weight", "separators")
 def _pure(call: _Call, **options: Any) -> Tensor:
     """PURE: ``token_level_rewards`` are process rewards, read at step ends; ``outcome`` is the verifier's."""
-    steps, outcome = call.entry("steps"), call.row_numbers("outcome", required=False)
+    steps, outcome = call.entry("steps"), call.entry("outcome", required=False)
+    outcome = None if outcome is None else call.row_numbers("outcome")
     if isinstance(steps, Tensor) and steps.dtype is torch.bool and steps.shape == call.mask.shape:
         # A step that ends on a masked token ends where its reward counts.
         steps = _on_valid_tokens(steps.float(), call.mask) > 0

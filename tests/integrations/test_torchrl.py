@@ -201,6 +201,14 @@ def test_thresholds_of_vtrace(rho, c):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # of thresholds in float32
 
 
+def test_a_threshold_per_step_is_named():
+    tensors, done, terminated = steps(12, (3, 16, 2))
+    for name in ("rho_thresh", "c_thresh"):
+        given = {**arguments("vtrace_advantage_estimate", tensors), name: torch.ones(3, 16, 2)}
+        with pytest.raises(ValueError, match=rf"{name}: got shape \[3, 16, 2\], want a number"):
+            ours.vtrace_advantage_estimate(**given, done=done, terminated=terminated)
+
+
 @pytest.mark.parametrize(
     ("shape", "time_dim"), [((3, 14, 1), -2), ((2, 3, 9, 2), -2), ((12, 2), 0), ((5, 12), -1)]
 )

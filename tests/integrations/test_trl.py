@@ -634,6 +634,9 @@ def test_what_a_function_returns(estimator, message, folders, tmp_path):
         ([[(2, 1.0), (2, 1.0)]], "ends at token 2 after one at 2 in completion 0"),
         ([None] * 5 + [[(2, 1.0)]], "ends at token 2 after one at -1 in completion 5"),  # a tool's
         ([None, [(3, float("nan"))]], "process_reward_func: got nan"),
+        ([[(1.0, 2)]], r"process_reward_func: got \(1.0, 2\) in completion 0, want \(end, reward\)"),
+        ([None, [(1,)]], r"process_reward_func: got \(1,\) in completion 1, want \(end, reward\)"),
+        ([[3, 4]], "process_reward_func: got 3 in completion 0"),
     ],
 )
 def test_steps_that_are_none(steps, message, folders, tmp_path):
