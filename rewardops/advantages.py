@@ -286,8 +286,10 @@ def gpg(
     ranks = distributed.Ranks.of(process_group, max_per_rank)
     checks.check_rewards(rewards)
     spec, advantages = _by_row(ranks, rewards, groups, None, **where, **settings)
-    signal = ((advantages if alpha == "informative" else rewards).detach() != 0).sum()
-    count = torch.full_like(signal, rewards.shape[0])
+    # A row without a valid token counts in neither number, as in no group.
+    live = spec.live()
+    signal = (((advantages if alpha == "informative" else rewards).detach() != 0) & live).sum()
+    count = live.sum()
     if ranks is not None:
         signal, count = distributed.exchange(torch.stack([signal, count]), ranks.process_group).sum(0)
     return spec.to_tokens(advantages * (count / signal.clamp(min=1)))

@@ -43,7 +43,7 @@ class Policy(nn.Module):
         self.shape = (layers, heads, width // heads)
 
     def forward(self, ids: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        place = torch.arange(start, start + ids.shape[1], device=ids.device)
+        place = torch.arange(start, start + ids.shape[1], dtype=torch.int64, device=ids.device)
         x = self.tokens(ids) + self.places(place)
         for k, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[k], start)
@@ -58,10 +58,10 @@ class Policy(nn.Module):
         batch, length = prompts.shape
         layers, heads, size = self.shape
         cache = prompts.new_zeros((layers, 2, batch, heads, length + new_tokens, size), dtype=torch.float32)
-        ids = torch.full((batch, length + new_tokens), task.PAD)
+        ids = torch.full((batch, length + new_tokens), task.PAD, dtype=torch.int64, device=prompts.device)
         ids[:, :length] = prompts
         logits = self(prompts, cache)[:, -1]
-        running = torch.ones(batch, dtype=torch.bool)
+        running = torch.ones(batch, dtype=torch.bool, device=prompts.device)
         for t in range(length, length + new_tokens):
             if temperature == 0:
                 token = logits.argmax(-1)

@@ -115,20 +115,22 @@ def read(path: Path) -> list[Row]:
 
 def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     width = max((len(r) for r in rows), default=0)
-    return torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], dtype=dtype).reshape(len(rows), width)
+    padded = [[*r, *[0] * (width - len(r))] for r in rows]
+    return torch.tensor(padded, dtype=dtype, device="cpu").reshape(len(rows), width)
 
 
 def batch_of(rows: Sequence[Row]) -> Rollouts:
     """Rows as padded tensors for the ops."""
     tokens = _pad([r.ids for r in rows], torch.int64)
-    lengths = torch.tensor([len(r.ids) for r in rows])
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    lengths = torch.tensor([len(r.ids) for r in rows], dtype=torch.int64, device="cpu")
+    mask = torch.arange(tokens.shape[1], dtype=torch.int64, device="cpu") < lengths[:, None]
     labels: dict[str, int] = {}
-    groups = torch.tensor([labels.setdefault(r.group, len(labels)) for r in rows])
+    numbers = [labels.setdefault(r.group, len(labels)) for r in rows]
+    groups = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     step_rewards = step_ends = None
     if all(r.step_rewards is not None for r in rows):
-        step_rewards = torch.zeros(tokens.shape)
-        step_ends = torch.zeros(tokens.shape, dtype=torch.bool)
+        step_rewards = torch.zeros(tokens.shape, dtype=torch.float32, device="cpu")
+        step_ends = torch.zeros(tokens.shape, dtype=torch.bool, device="cpu")
         for b, r in enumerate(rows):
             for at, value in zip(r.line_ends, r.step_rewards or (), strict=True):
                 if value is not None:
@@ -138,7 +140,7 @@ def batch_of(rows: Sequence[Row]) -> Rollouts:
         entropy = _pad([r.entropy or [] for r in rows], torch.float32)
     elif all(r.logprobs is not None for r in rows):
         entropy = -_pad([r.logprobs or [] for r in rows], torch.float32)
-    rewards = torch.tensor([r.reward for r in rows])
+    rewards = torch.tensor([r.reward for r in rows], dtype=torch.float32, device="cpu")
     return Rollouts(tokens, mask, groups, rewards, step_rewards, step_ends, entropy)
 
 

@@ -91,7 +91,7 @@ class Result:
 
 
 def prompts_of(problems: list[task.Problem]) -> Tensor:
-    return torch.tensor([task.encode(p.prompt) for p in problems])
+    return torch.tensor([task.encode(p.prompt) for p in problems], dtype=torch.int64, device="cpu")
 
 
 def responses_of(ids: Tensor, prompt_length: int) -> list[str]:
@@ -120,7 +120,8 @@ def warm_up(s: Settings, held_out: list[task.Problem], progress: Progress) -> tu
         batch = task.problems(s.warmup_batch, s.digits, s.seed * 100_003 + step)
         rows = [task.encode(p.prompt + p.solution) for p in batch]
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [task.PAD] * (longest - len(row)) for row in rows])
+        padded = [row + [task.PAD] * (longest - len(row)) for row in rows]
+        ids = torch.tensor(padded, dtype=torch.int64, device="cpu")
         target = ids[:, s.prompt_length :]
         logits = policy(ids[:, :-1])[:, s.prompt_length - 1 :]
         stats = rewardops.token_stats(logits, target, mask=target != task.PAD, outputs=("logprob",))
@@ -146,15 +147,18 @@ def roll_out(policy: Policy, problems: list[task.Problem], s: Settings, generato
 def judge(ids: Tensor, problems: list[task.Problem], s: Settings) -> Rollouts:
     """Check every response and its steps."""
     tokens = ids[:, s.prompt_length :]
-    rewards = torch.zeros(len(ids))
-    step_rewards, step_ends = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
+    rewards = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
+    step_rewards = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
+    step_ends = torch.zeros(tokens.shape, dtype=torch.bool, device=ids.device)
     for b, text in enumerate(responses_of(ids, s.prompt_length)):
         verdict = task.check(problems[b // s.group_size], text)
         rewards[b] = float(verdict.right)
-        step_rewards[b, verdict.ends] = torch.tensor(verdict.step_rewards)
+        step_rewards[b, verdict.ends] = torch.tensor(
+            verdict.step_rewards, dtype=torch.float32, device=ids.device
+        )
         step_ends[b, verdict.ends] = True
     mask = tokens != task.PAD
-    groups = torch.arange(len(ids)) // s.group_size
+    groups = torch.arange(len(ids), dtype=torch.int64, device=ids.device) // s.group_size
     return Rollouts(tokens, mask, groups, rewards, step_rewards, step_ends)
 
 
@@ -170,7 +174,7 @@ def reinforce(
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=s.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    generator = torch.Generator().manual_seed(s.seed)
+    generator = torch.Generator("cpu").manual_seed(s.seed)
     clock = Clock()
     curves: dict[str, list[tuple[int, float]]] = {
         "held-out accuracy, greedy": [(0, before)],
@@ -226,7 +230,7 @@ def _telling_group(
 ) -> tuple[task.Problem, Rollouts, Tensor]:
     """The group with the most mixed outcomes among samples of some held-out problems."""
     problems = held_out[:16]
-    ids = roll_out(policy, problems, s, torch.Generator().manual_seed(s.seed + 1))
+    ids = roll_out(policy, problems, s, torch.Generator("cpu").manual_seed(s.seed + 1))
     batch = judge(ids, problems, s)
     per_group = batch.rewards.view(len(problems), s.group_size).mean(1)
     best = int((per_group * (1 - per_group)).argmax())

@@ -69,6 +69,8 @@ def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tenso
 def unpack(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """The inverse of :func:`pack`: packed values ``[N, ...]`` to a list of views, one per row."""
     checks.check_tensor("values", values)
+    for n in lengths:
+        checks.check_whole("lengths", n, 0)
     if not values.dim() or sum(lengths) != values.shape[0]:
         shape = checks.show(values.shape)
         raise ValueError(f"lengths: got a sum of {sum(lengths)}, want that of the rows of values {shape}")
@@ -94,7 +96,7 @@ def from_nested(rows: Tensor) -> Packed:
     # Values between two rows belong to the earlier row; values before the first row belong to the first.
     cu = torch.nn.functional.pad(torch.nn.functional.pad(starts[1:], (1, 0)), (0, 1), value=count)
     spans = Layout(len(starts), (count,), None, cu)
-    position = torch.arange(count, device=values.device)
+    position = torch.arange(count, dtype=torch.int64, device=values.device)
     inside = (position >= spans.expand(starts)) & (position < spans.expand(starts + lengths))
     return Packed(values, cu, inside)
 
@@ -130,7 +132,7 @@ def prompt_groups(prompts: Tensor, *, mask: Tensor | None = None, cu_seqlens: Te
     before = sorted_length.roll(1)
     # Lexicographic order puts equal prompts side by side, the earliest row first, and empty prompts last.
     same = (sorted_length == before) & ((shared == sorted_length) | (sorted_length == 0))
-    place = torch.arange(batch, device=prompts.device)
+    place = torch.arange(batch, dtype=torch.int64, device=prompts.device)
     start = torch.where(same & (place > 0), 0, place).cummax(0).values
     return torch.empty_like(order).index_copy_(0, order, order[start])
 
@@ -143,7 +145,7 @@ def to_tokens(values: Tensor | Sequence[float], cu_seqlens: Tensor, num_tokens: 
     cu = checks.check_tensor("cu_seqlens", cu_seqlens)
     rows = checks.as_numbers("values", values, max(cu.shape[0] - 1, 0), "one per row")
     if not isinstance(rows, Tensor):
-        rows = torch.tensor(rows, dtype=torch.float32).to(cu.device, non_blocking=True)
+        rows = torch.tensor(rows, dtype=torch.float32, device="cpu").to(cu.device, non_blocking=True)
     checks.check_whole("num_tokens", num_tokens, 0)
     cu = checks.check_cu_seqlens(cu, rows.device, "values", num_tokens, "num_tokens")
     return Layout(len(rows), (num_tokens,), None, cu).expand(rows)

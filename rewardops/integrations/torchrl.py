@@ -57,6 +57,12 @@ def _factor(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
     return value.detach()
 
 
+def _threshold(name: str, value: float | Tensor) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, want a number, or a tensor of one")
+    return float(value)
+
+
 def _wide(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
     return [t.to(dtype) for t in tensors]
@@ -283,7 +289,7 @@ def vtrace_advantage_estimate(
     reward, value, next_value, log_pi, log_mu = _wide(reward, state_value, next_state_value, log_pi, log_mu)
     log_ratio = (log_pi - log_mu).detach()
     delta = _rows(_one_step(reward, next_value, gamma, terminated) - value, dim)
-    rho_clip, trace_clip = float(rho_thresh), float(c_thresh)
+    rho_clip, trace_clip = _threshold("rho_thresh", rho_thresh), _threshold("c_thresh", c_thresh)
     # V-trace of these deltas with values of 0 gives the targets minus the values.
     above = rewardops.vtrace(
         delta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,13 +87,10 @@ def _rloo(rollouts: Rollouts, **options: Any) -> Tensor:
 
 def _gdpo(rollouts: Rollouts, *, eps: float) -> Tensor:
     """TRL's ``normalize_then_sum``: missing rewards of a function are left out of their groups."""
-    total = torch.zeros_like(rollouts.rewards)
-    for weight, column in zip(rollouts.reward_weights, rollouts.rewards_per_func.unbind(1), strict=True):
-        scored = ~column.isnan()
-        relative = advantages.grpo(
-            torch.where(scored, column, 0), group_size=rollouts.group_size, mask=scored[:, None], eps=eps
-        )
-        total = total + weight * relative[:, 0]
+    total = advantages.gdpo(
+        rollouts.rewards_per_func, group_size=rollouts.group_size, weights=rollouts.reward_weights,
+        whitening="none", eps=eps,
+    )  # fmt: skip
     # TRL adds eps to the standard deviation of the batch, `whiten` to the variance.
     return advantages.grpo(total, group_size=len(total), mask=rollouts.scorable[:, None], eps=eps)[:, 0]
 
@@ -487,9 +485,10 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
                 trainer_state=self.state, log_extra=self._log_completion_extra, log_metric=self._log_metric,
                 **({} if self.environments is None else {"environments": self.environments}),
             )  # fmt: skip
-            if len(steps) != len(prompts):
+            results = len(steps) if hasattr(steps, "__len__") else type(steps).__name__
+            if results != len(prompts):
                 raise ValueError(
-                    f"process_reward_func: got {len(steps)} results, want {len(prompts)} (one per completion)"
+                    f"process_reward_func: got {results} results, want {len(prompts)} (one per completion)"
                 )
         self._scored = (rewards, [len(ids) for ids in completion_ids_list], steps)
         return rewards
@@ -506,7 +505,8 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         del self._scored
         ids = output["completion_ids"]
         rows, width = ids.shape
-        inside = torch.arange(width, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        length = torch.tensor(lengths, dtype=torch.int64, device=ids.device)
+        inside = torch.arange(width, dtype=torch.int64, device=ids.device) < length[:, None]
         written = inside
         if "tool_mask" in output:
             # TRL masks truncated completions too: their tokens of the policy and of tools are not distinguishable
@@ -589,11 +589,20 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
 
 
 def _place(steps: Sequence[Sequence[tuple[int, float]] | None], written: Tensor) -> Tensor:
-    """Step rewards ``[B, T]`` at the last token of each step, NaN elsewhere."""
-    out, allowed = torch.full(written.shape, torch.nan), written.tolist()
+    """Step rewards ``[B, T]``, float32, at the last token of each step, NaN elsewhere."""
+    out = torch.full(written.shape, torch.nan, dtype=torch.float32, device="cpu")
+    allowed = written.tolist()
     for row, pairs in enumerate(steps):
         before = -1
-        for end, reward in pairs or ():
+        for pair in pairs or ():
+            try:
+                end, reward = pair
+                end = operator.index(end)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"process_reward_func: got {pair!r} in completion {row}, want (end, reward), with end a"
+                    " whole number"
+                ) from None
             if not before < end < written.shape[1] or not allowed[row][end]:
                 raise ValueError(
                     f"process_reward_func: got a step that ends at token {end} after one at {before} in completion"

@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from verl.utils import torch_functional
 import rewardops
 from rewardops import advantages
 
+from ..core import checks
 from .replacing import replace
 
 __all__ = [
@@ -57,9 +58,50 @@ def provide(*sources: Any, **entries: Any) -> Iterator[None]:
         _provided.reset(token)
 
 
+def _setting(config: Any, name: str) -> Any:
+    """A setting of any config that verl accepts, by ``get`` or as an attribute; None where it has none."""
+    get = getattr(config, "get", None)
+    return get(name, None) if callable(get) else getattr(config, name, None)
+
+
+def _as_mapping(options: Any) -> Mapping[str, Any]:
+    if hasattr(options, "keys"):
+        return {name: options[name] for name in options.keys()}  # noqa: SIM118 (any config)
+    return asdict(options) if is_dataclass(options) and not isinstance(options, type) else vars(options)
+
+
+def _check_tokens(rewards: Tensor, mask: Tensor) -> None:
+    checks.check_float("token_level_rewards", rewards)
+    if rewards.dim() != 2:
+        raise ValueError(f"token_level_rewards: got shape {checks.show(rewards.shape)}, want [B, T]")
+    if checks.check_tensor("response_mask", mask).shape != rewards.shape:
+        raise ValueError(
+            f"response_mask: got shape {checks.show(mask.shape)}, want {checks.show(rewards.shape)}, as"
+            " token_level_rewards"
+        )
+
+
+def _on_valid_tokens(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Token rewards ``[B, T]`` in which every reward lies on a valid token; 0 elsewhere, and in rows without one.
+
+    A reward on a masked token is added to that of the last valid token before it, or, where the row has none
+    before it, of its first valid token.
+    """
+    valid = mask != 0
+    # Sums from each token to the next valid one, which the token before it does not see.
+    masked_next = torch.nn.functional.pad(~valid[:, 1:], (0, 1)) if valid.shape[1] else ~valid
+    sums = rewardops.discounted_returns(rewards, gamma=masked_next.to(torch.float64))
+    first = valid & (valid.cumsum(1) == 1)
+    before = torch.where(first & ~valid[:, :1], sums[:, :1], 0)
+    return torch.where(valid, sums + before, 0)
+
+
 @dataclass(frozen=True)
 class _Call:
-    """The arguments that verl passes to an estimator, and the provided entries."""
+    """The arguments that verl passes to an estimator, and the provided entries.
+
+    ``token_rewards`` has every reward on a valid token (:func:`_on_valid_tokens`).
+    """
 
     estimator: str
     token_rewards: Tensor
@@ -72,11 +114,24 @@ class _Call:
     def groups(self) -> Any:
         if self.index is None:
             raise ValueError(f"index: got None for {self.estimator}, want the uid of every row")
+        self.check_rows("index", self.index, "uids")
         return self.index
 
+    def check_rows(self, name: str, values: Any, what: str = "values") -> None:
+        if len(values) != len(self.mask):
+            raise ValueError(f"{name}: got {len(values)} {what}, want {len(self.mask)} (one per row)")
+
     def scores(self) -> Tensor:
-        """Row rewards ``[B]``; verl sums over all positions, masked ones too."""
+        """Row rewards ``[B]``: verl's sums over all positions, 0 for a row without a valid token."""
         return self.token_rewards.sum(-1)
+
+    def row_numbers(self, name: str) -> Tensor:
+        """The entry of that name, one number per row; an array or a list becomes float32, None in it NaN."""
+        entry = self.entry(name)
+        self.check_rows(name, entry)
+        if isinstance(entry, Tensor):
+            return entry
+        return torch.as_tensor(np.asarray(entry, dtype=np.float32), device=self.mask.device)
 
     def entry(self, *names: str, required: bool = True) -> Any:
         """The first of these names that is provided."""
@@ -94,24 +149,25 @@ class _Call:
         )
 
     def setting(self, name: str, default: Any) -> Any:
-        value = None if self.config is None else self.config.get(name, None)
+        value = _setting(self.config, name)
         return default if value is None else value
 
     def options(self, accepted: tuple[str, ...]) -> dict[str, Any]:
         """The options in ``algorithm.rewardops``; an unknown option is an error."""
-        options = self.setting("rewardops", {})
+        options = _as_mapping(self.setting("rewardops", {}))
         for name in options:
             if name not in accepted:
                 raise ValueError(
                     f"algorithm.rewardops.{name}: {self.estimator} has no such option, want one of {list(accepted)}"
                 )
-        return {name: options[name] for name in options}
+        return dict(options)
 
     def scale(self) -> dict[str, Any]:
         return {"scale": "std" if self.setting("norm_adv_by_std_in_grpo", True) else "none"}
 
-    def on_tokens(self, rows: Tensor) -> Tensor:
-        return rewardops.advantages_to_tokens(rows, mask=self.mask)
+    def of_groups(self, preset: Callable[..., Tensor], **options: Any) -> Tensor:
+        """A preset of :mod:`rewardops.advantages` on tokens; a row without a valid token is in no group."""
+        return preset(self.scores(), self.groups, mask=self.mask, **options)
 
 
 # ---- advantage estimators ----------------------------------------------------------------------------------
@@ -146,10 +202,12 @@ def _estimator(name: str, *accepted: str) -> Callable[[Callable[..., _Computed]]
         ) -> tuple[Tensor, Tensor]:
             passed = [source for source in (batch, non_tensor_batch) if source is not None]
             sources = (extras, *passed, *_provided.get())
-            call = _Call(name, token_level_rewards, response_mask, index, config, sources)
-            options = call.options(accepted)
-            fraction = options.pop("high_entropy_fraction", None)
+            _check_tokens(token_level_rewards, response_mask)
             with torch.no_grad():
+                rewards = _on_valid_tokens(token_level_rewards, response_mask)
+                call = _Call(name, rewards, response_mask, index, config, sources)
+                options = call.options(accepted)
+                fraction = options.pop("high_entropy_fraction", None)
                 result = compute(call, **options)
                 out, returns = result if isinstance(result, tuple) else (result, result)
                 if fraction is not None:
@@ -174,7 +232,7 @@ _TREE = ("masked",)
 @_estimator("rewardops_grpo", "baseline", "scale", *_GROUP)
 def _grpo(call: _Call, **options: Any) -> Tensor:
     settings = {"singleton": "raw", **call.scale(), **options}
-    return call.on_tokens(advantages.grpo(call.scores(), call.groups, **settings))
+    return call.of_groups(advantages.grpo, **settings)
 
 
 @_estimator("rewardops_dr_grpo", "singleton")
@@ -183,48 +241,47 @@ def _dr_grpo(call: _Call, *, singleton: str = "raw") -> Tensor:
 
 
 def _less_mean(call: _Call, singleton: str) -> Tensor:
-    return call.on_tokens(advantages.dr_grpo(call.scores(), call.groups, singleton=singleton))
+    return call.of_groups(advantages.dr_grpo, singleton=singleton)
 
 
 @_estimator("rewardops_rloo", "singleton")
 def _rloo(call: _Call, *, singleton: str = "raw") -> Tensor:
-    return call.on_tokens(advantages.rloo(call.scores(), call.groups, singleton=singleton))
+    return call.of_groups(advantages.rloo, singleton=singleton)
 
 
 @_estimator("rewardops_opo", "singleton")
 def _opo(call: _Call, *, singleton: str = "raw") -> Tensor:
-    lengths = call.mask.sum(-1)
-    return call.on_tokens(advantages.opo(call.scores(), call.groups, lengths=lengths, singleton=singleton))
+    return call.of_groups(advantages.opo, singleton=singleton)
 
 
 @_estimator("rewardops_grpo_passk", "scale", *_GROUP)
 def _grpo_passk(call: _Call, **options: Any) -> Tensor:
-    return call.on_tokens(advantages.pass_at_k(call.scores(), call.groups, **{**call.scale(), **options}))
+    return call.of_groups(advantages.pass_at_k, **{**call.scale(), **options})
 
 
 @_estimator("rewardops_gpg", "alpha", "singleton")
 def _gpg(call: _Call, *, alpha: str = "rewards", singleton: str = "raw") -> Tensor:
-    return call.on_tokens(advantages.gpg(call.scores(), call.groups, alpha=alpha, singleton=singleton))
+    return call.of_groups(advantages.gpg, alpha=alpha, singleton=singleton)
 
 
 @_estimator("rewardops_gdpo", *_GROUP)
 def _gdpo(call: _Call, **options: Any) -> Tensor:
     """GDPO of the entries in ``algorithm.gdpo_reward_keys``, weighted by ``gdpo_reward_weights``."""
     keys = call.setting("gdpo_reward_keys", None)
-    if not keys:
-        raise ValueError("algorithm.gdpo_reward_keys: got none, want the names of the rewards")
-    columns = [torch.as_tensor(np.asarray(call.entry(key), dtype=np.float32)) for key in keys]
-    rewards = torch.stack(columns, 1).to(call.mask.device)
+    if not keys or isinstance(keys, str):
+        got = repr(keys) if keys else "none"
+        raise ValueError(f"algorithm.gdpo_reward_keys: got {got}, want the names of the rewards")
+    rewards = torch.stack([call.row_numbers(key) for key in keys], 1)
     weights = call.setting("gdpo_reward_weights", None)
+    weights = [1.0] * len(keys) if weights is None else list(weights)
+    if len(weights) != len(keys):
+        raise ValueError(
+            f"algorithm.gdpo_reward_weights: got {len(weights)}, want {len(keys)} (one per gdpo_reward_keys)"
+        )
     settings = {"singleton": "raw", **call.scale(), **options}
-    rows = advantages.gdpo(
-        rewards,
-        call.groups,
-        weights=None if weights is None else list(weights),
-        whitening="none",
-        **settings,
+    return advantages.gdpo(
+        rewards, call.groups, weights=weights, whitening="tokens", mask=call.mask, **settings
     )
-    return rewardops.whiten(call.on_tokens(rows), call.mask)
 
 
 @_estimator("rewardops_reinforce_plus_plus")
@@ -242,7 +299,7 @@ def _reinforce_plus_plus_baseline(call: _Call, *, singleton: str = "raw") -> Ten
 @_estimator("rewardops_remax")
 def _remax(call: _Call) -> tuple[Tensor, Tensor]:
     """ReMax with ``reward_baselines``, of greedy responses, which verl samples only for its own ``remax``."""
-    baselines = call.entry("reward_baselines")
+    baselines = call.row_numbers("reward_baselines")
     return (
         advantages.remax(call.token_rewards, baselines, mask=call.mask),
         rewardops.discounted_returns(call.token_rewards, mask=call.mask),
@@ -291,8 +348,10 @@ def _grpo_s(call: _Call, **options: Any) -> Tensor:
 def _pure(call: _Call, **options: Any) -> Tensor:
     """PURE: ``token_level_rewards`` are process rewards, read at step ends; ``outcome`` is the verifier's."""
     steps, outcome = call.entry("steps"), call.entry("outcome", required=False)
-    if outcome is not None and not isinstance(outcome, Tensor):
-        outcome = torch.as_tensor(np.asarray(outcome, dtype=np.float32)).to(call.mask.device)
+    outcome = None if outcome is None else call.row_numbers("outcome")
+    if isinstance(steps, Tensor) and steps.dtype is torch.bool and steps.shape == call.mask.shape:
+        # A step that ends on a masked token ends where its reward counts.
+        steps = _on_valid_tokens(steps.float(), call.mask) > 0
     gamma = call.setting("gamma", 1.0)
     where = {"outcome": outcome, "gamma": gamma, "mask": call.mask}
     return advantages.pure(call.token_rewards, steps, call.groups, **where, **options)
@@ -333,8 +392,14 @@ class AdvantageInputs:
 # ---- policy losses -----------------------------------------------------------------------------------------
 
 
+def _check_config(config: Any, loss: str) -> None:
+    if config is None or getattr(config, "policy_loss", None) is None:
+        got = "None" if config is None else "one without policy_loss"
+        raise ValueError(f"config: got {got} for {loss}, want the actor's")
+
+
 def _coefficient(config: Any, name: str, default: float) -> float:
-    value = getattr(config.policy_loss, name)
+    value = _setting(config.policy_loss, name)
     return default if value is None else value
 
 
@@ -359,6 +424,7 @@ def _clip_cov(
 
     The number of tokens and the candidates are those of verl; the random draw differs.
     """
+    _check_config(config, "rewardops_clip_cov")
     low = 1 - (config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low)
     high = 1 + (config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high)
     band = _coefficient(config, "clip_cov_lb", 1.0), _coefficient(config, "clip_cov_ub", 5.0)
@@ -394,6 +460,7 @@ def _kl_cov(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's ``kl_cov`` with :func:`rewardops.kl_cov_mask`: a KL term at the tokens of largest covariance."""
+    _check_config(config, "rewardops_kl_cov")
     difference = log_prob - old_log_prob
     apart = difference.abs()
     chosen = rewardops.kl_cov_mask(
@@ -451,8 +518,14 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Returns:
         ``[...]``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: labels that are not one per row of logits.
     """
-    shape = labels.shape
+    shape = checks.check_tensor("labels", labels).shape
+    checks.check_shape(
+        "labels", labels, checks.check_tensor("logits", logits).shape[:-1], "one per distribution"
+    )
     stats = rewardops.token_stats(
         logits.reshape(-1, logits.shape[-1]),
         labels.reshape(-1),

@@ -14,12 +14,15 @@ class Error(NamedTuple):
     ``ulps``: the worst error, in units in the last place of its element (an element below a thousandth of the
     largest counts as that large: after cancellation it has few correct digits). ``of_budget``: the worst ratio of
     an element's error to its budget; the result passes up to 1. Both are infinite if a non-finite value is wrong.
-    ``fault``: the message of a failure; None if the result passes.
+    ``fault``: the message of a failure; None if the result passes. ``compared``: how many of the numbers compared
+    tell something, namely integers, and floats that are finite and not 0 in float64. A result with none passes, as
+    an empty, masked or all-NaN one must; :func:`check_op` and ``verify`` ask for some.
     """
 
     ulps: float
     of_budget: float
     fault: str | None
+    compared: int = 0
 
     @property
     def passes(self) -> bool:
@@ -31,6 +34,13 @@ EXACT = Error(0.0, 0.0, None)
 
 def _wrong(fault: str) -> Error:
     return Error(float("inf"), float("inf"), fault)
+
+
+def _same_integers(a: Tensor, b: Tensor) -> Tensor:
+    """Equality of integers or flags with integers, or with floats, of which a fraction equals no integer."""
+    if b.is_floating_point():
+        return a.to(torch.float64) == b.to(torch.float64)
+    return a.to(torch.int64) == b.to(torch.int64)
 
 
 def measure_error(
@@ -47,12 +57,15 @@ def measure_error(
     ours, exact = ours.detach().cpu(), exact.detach().cpu()
     if ours.shape != exact.shape:
         return _wrong(f"{name}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}")
+    if ours.is_complex() or exact.is_complex():
+        return _wrong(f"{name}: {ours.dtype}, which has no budget")
     if not ours.dtype.is_floating_point:
-        whole = ours.to(torch.int64)
-        same = whole == exact.to(torch.int64)
+        same = _same_integers(ours, exact)
         if eager is not None:
-            same |= whole == eager.cpu().to(torch.int64)  # ties differ between precisions
-        return EXACT if bool(same.all()) else _wrong(f"{name}: integers differ")
+            same |= _same_integers(ours, eager.detach().cpu())  # ties differ between precisions
+        return (
+            EXACT._replace(compared=ours.numel()) if bool(same.all()) else _wrong(f"{name}: integers differ")
+        )
     if ours.numel() == 0:
         return EXACT
     value, exact = ours.to(torch.float64), exact.to(torch.float64)
@@ -64,7 +77,7 @@ def measure_error(
     if odd.any():
         got, want, where = value[odd][0].item(), exact[odd][0].item(), odd.nonzero()[0].tolist()
         return _wrong(f"{name}: {got} where float64 has {want}, at {where}")
-    allowed = torch.zeros((), dtype=torch.float64)
+    allowed = torch.zeros((), dtype=torch.float64, device="cpu")
     if eager is not None:
         off = torch.where(finite, eager.detach().cpu().to(torch.float64) - exact, 0).abs()
         allowed = torch.where(off.isfinite(), off, 0).max()
@@ -88,7 +101,7 @@ def measure_error(
         .max()
         .item()
     )
-    return Error(units, share.flatten()[worst].item(), fault)
+    return Error(units, share.flatten()[worst].item(), fault, int((finite & (exact != 0)).sum()))
 
 
 def assert_within_budget(

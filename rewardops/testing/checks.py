@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import checks, dispatch
 from ..core.dispatch import use_backend
-from .budgets import EXACT, Error, measure_error
+from .budgets import Error, measure_error
 
 Function = Callable[..., Any]
 
@@ -44,9 +45,9 @@ def _tensors(result: Any) -> Outputs:
 
 
 def _upstream(outputs: list[Tensor]) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(17)
+    generator = torch.Generator("cpu").manual_seed(17)
     for o in outputs:
-        up = torch.randn(o.shape, generator=generator, dtype=torch.float64)
+        up = torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu")
         # Numbers that are exact in every precision, so that all runs get the same.
         yield up.to(torch.bfloat16).to(torch.float64)
 
@@ -135,9 +136,11 @@ def _largest(x: Tensor) -> float:
 
 
 def same_bits(a: Outcome, b: Outcome) -> bool:
-    """True if two runs agree in every bit."""
+    """True if two runs agree in every bit, and in the number of outputs and gradients."""
+    if any(len(one) != len(other) for one, other in zip(a, b, strict=True)):
+        return False
     return all(
-        x.shape == y.shape and torch.equal(_bytes(x), _bytes(y))
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(_bytes(x), _bytes(y))
         for one, other in zip(a, b, strict=True)
         for x, y in zip(one, other, strict=True)
     )
@@ -145,6 +148,25 @@ def same_bits(a: Outcome, b: Outcome) -> bool:
 
 def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(torch.uint8)
+
+
+@contextmanager
+def served_by() -> Iterator[set[str]]:
+    """The backends that serve an op while the context is open, on any thread."""
+    served: set[str] = set()
+    choose = dispatch.backend_for
+
+    def noted(device_type: str, family: str | None = None, op: str | None = None) -> str:
+        name = choose(device_type, family, op)
+        if op is not None:
+            served.add(name)
+        return name
+
+    dispatch.backend_for = noted
+    try:
+        yield served
+    finally:
+        dispatch.backend_for = choose
 
 
 def check_backend(
@@ -157,28 +179,48 @@ def check_backend(
     ulps: float = 8.0,
     times: float = 1.0,
     poison: Tensor | None = None,
+    allow_fallback: bool = False,
 ) -> Outcome:
     """Check a backend of this package against the specification in float64, forward and backward.
 
     Args:
         fn: called with ``inputs`` on ``device`` under ``backend``.
+        backend: its name; or several, as in :func:`rewardops.use_backend`, of which each may serve.
         reference: the function for the reference backend on the CPU; ``fn`` by default.
         poison: as in :func:`evaluate`, for the backend under test only.
+        allow_fallback: accept a function that calls no op, of which torch computes all on every backend.
 
     Returns:
         The outcome of the backend, for further assertions.
+
+    Raises:
+        AssertionError: a result outside its budget, or a backend that served nothing. BackendUnavailable: an op
+            that the backend cannot serve on the device. ValueError: no backend, or an unknown one.
     """
+    names = [name.strip() for name in backend.split(",")]
+    for name in names:
+        checks.check_choice("backend", name, dispatch.BACKENDS)
     plain = reference or fn
     # float64 gets the same inputs as the kernel: rounded to their precision first.
     exact = evaluate(plain, inputs, backend="reference", dtype=torch.float64)
     eager = evaluate(plain, inputs, backend="reference")
-    ours = evaluate(fn, inputs, backend=backend, device=device, poison=poison)
+    with served_by() as served:
+        ours = evaluate(fn, inputs, backend=backend, device=device, poison=poison)
     for comparison in compare(ours, exact, eager, ulps=ulps, times=times):
         assert comparison.error.passes, comparison.error.fault
+    if not allow_fallback and not served & set(names):
+        raise AssertionError(
+            f"backend: got {backend!r}, which served no op of this function, want allow_fallback=True to compare it"
+            " all the same"
+        )
     return ours
 
 
 # ---- kernels of others -------------------------------------------------------------------------------------
+
+
+def _none_compared(what: str) -> Error:
+    return Error(float("nan"), float("nan"), f"no {what} was compared")
 
 
 @dataclass
@@ -188,19 +230,29 @@ class Report:
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def worst(self, gradients: bool = False) -> Error:
-        """The output (or gradient) error with the largest share of its budget."""
+    def _errors(self, gradients: bool) -> list[Error]:
         each = chain.from_iterable(self.comparisons.values())
-        errors = [c.error for c in each if c.is_gradient == gradients]
-        return max(errors, key=lambda e: e.of_budget, default=EXACT)
+        return [c.error for c in each if c.is_gradient == gradients]
+
+    def compared(self, gradients: bool = False) -> int:
+        """How many numbers of outputs (or gradients) were compared that say something (:class:`Error`)."""
+        return sum(error.compared for error in self._errors(gradients))
+
+    def worst(self, gradients: bool = False) -> Error:
+        """The output (or gradient) error with the largest share of its budget; NaN where none was compared."""
+        found = self._errors(gradients)
+        if all(error.passes and not error.compared for error in found):
+            return _none_compared("gradient" if gradients else "output")
+        return max(found, key=lambda e: e.of_budget)
 
     def __str__(self) -> str:
-        value, gradient = self.worst(), self.worst(gradients=True)
-        lines = [
-            f"{len(self.comparisons)} cases; worst error {value.ulps:.3g} ulp ({value.of_budget:.2g} of its"
-            f" budget), worst gradient {gradient.ulps:.3g} ulp ({gradient.of_budget:.2g} of its budget)"
-        ]
-        return "\n".join(lines + [f"  {fault}" for fault in self.faults])
+        empty = [name for name, found in self.comparisons.items() if not any(c.error.compared for c in found)]
+        without = f", {len(empty)} of them without a number to compare" if empty else ""
+        parts = [f"{len(self.comparisons)} cases{without}"]
+        for what, error in (("error", self.worst()), ("gradient", self.worst(gradients=True))):
+            measured = f"{error.ulps:.3g} ulp ({error.of_budget:.2g} of its budget)"
+            parts.append(f"worst {what} {measured}" if error.ulps == error.ulps else str(error.fault))
+        return "\n".join([f"{parts[0]}; {', '.join(parts[1:])}", *(f"  {fault}" for fault in self.faults)])
 
 
 Cases = Mapping[str, Sequence[Tensor]] | Iterable[tuple[str, Sequence[Tensor]]]
@@ -216,13 +268,19 @@ def check_op(
     times: float = 2.0,
     repeats: int = 3,
     raises: bool = True,
+    gradients: bool = True,
+    allow_empty: bool = False,
 ) -> Report:
     """Check a function of tensors against a plain one: values, gradients, and equal bits in every run.
 
     For kernels outside this package. For each case ``reference`` runs in float64, which is the exact result, and
     in float32 (float64 for float64 inputs), which sets the budget. Both get the inputs as rounded to their dtype.
-    ``fn`` must satisfy :func:`assert_within_budget`, also for its gradients if it has any, and give the same bits
-    ``repeats`` times. A case on which ``fn`` raises fails; the other cases still run.
+    ``fn`` must satisfy :func:`assert_within_budget`, also for its gradients, and give the same bits ``repeats``
+    times. A case on which ``fn`` or ``reference`` raises fails; the other cases still run.
+
+    What was not compared does not pass: outputs without a gradient where the reference has one, and, over all
+    cases, outputs or gradients without a single number that is finite in float64 and not 0 (no case at all; cases
+    that are empty, masked, or NaN in the reference too).
 
     Args:
         fn: called with the tensors of a case; returns a tensor, or a sequence of tensors (None among them is
@@ -235,31 +293,65 @@ def check_op(
             of two computations in one precision either may round better.
         repeats: number of runs whose bits must agree.
         raises: raise on a fault; if False, faults are only reported.
+        gradients: compare gradients. False for a function that has none.
+        allow_empty: accept cases in which there is nothing to compare.
 
     Returns:
         :class:`Report`; its text has the worst errors.
 
     Raises:
-        AssertionError: with a line per fault, which names its case.
+        AssertionError: with a line per fault, which names its case. ValueError: ``repeats`` below 1.
     """
+    checks.check_whole("repeats", repeats, 1)
     report = Report()
     for name, inputs in cases.items() if isinstance(cases, Mapping) else cases:
         single = torch.float64 if any(x.dtype is torch.float64 for x in inputs) else torch.float32
         here = inputs[0].device if inputs else torch.device("cpu")
-        exact = evaluate(reference, inputs, device=here, dtype=torch.float64)
-        eager = evaluate(reference, inputs, device=here, dtype=single)
+        report.comparisons[name] = []
+        try:
+            exact = evaluate(reference, inputs, device=here, dtype=torch.float64)
+            eager = evaluate(reference, inputs, device=here, dtype=single)
+        except Exception as error:
+            report.faults.append(f"{name}: the reference raised {type(error).__name__}: {error}")
+            continue
         try:
             runs = [evaluate(fn, inputs, device=here if device is None else device) for _ in range(repeats)]
         except Exception as error:  # any exception of a kernel is a failed case
-            report.comparisons[name] = []
             report.faults.append(f"{name}: raised {type(error).__name__}: {error}")
             continue
-        if not runs[0].gradients:
+        if gradients and exact.gradients and not runs[0].gradients:
+            report.faults.append(
+                f"{name}: the outputs have no gradient, the reference's have (gradients=False to compare outputs"
+                " only)"
+            )
+        if not gradients or not runs[0].gradients:
             exact, eager = exact._replace(gradients=[]), eager._replace(gradients=[])
-        comparisons = report.comparisons[name] = compare(runs[0], exact, eager, ulps=ulps, times=times)
+        first = runs[0] if gradients else runs[0]._replace(gradients=[])
+        comparisons = report.comparisons[name] = compare(first, exact, eager, ulps=ulps, times=times)
         report.faults += [f"{name}: {c.error.fault}" for c in comparisons if c.error.fault is not None]
         if not all(same_bits(runs[0], run) for run in runs[1:]):
             report.faults.append(f"{name}: other bits in another run of the same inputs")
+    if not allow_empty:
+        report.faults += _nothing_compared(report, gradients)
     if raises and report.faults:
         raise AssertionError("\n".join(report.faults))
     return report
+
+
+def _nothing_compared(report: Report, gradients: bool) -> list[str]:
+    """What a report without other faults lacks to mean anything."""
+    if not report.comparisons:
+        return ["cases: got none, want at least one (allow_empty=True to accept it)"]
+    if report.faults:
+        return []
+    lacking = []
+    if not report.compared():
+        lacking.append(
+            "outputs: no case has a number other than 0, NaN and infinity (allow_empty=True to accept it)"
+        )
+    if gradients and not report.compared(gradients=True):
+        lacking.append(
+            "gradients: no case has a number other than 0, NaN and infinity (gradients=False to compare outputs"
+            " only)"
+        )
+    return lacking

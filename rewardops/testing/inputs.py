@@ -8,15 +8,26 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+# Whatever torch's default dtype and device: float32, where the generator is.
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device=generator.device)
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float32, device=generator.device)
+
 
 def random_mask(
     batch: int, width: int, generator: torch.Generator, *, holes: bool = True, empty_row: bool = True
 ) -> Tensor:
     """A bool mask of ragged rows with holes; one row has no valid token."""
-    length = torch.randint(0, width + 1, (batch,), generator=generator)
-    mask = torch.arange(width) < length[:, None]
+    device = generator.device
+    length = torch.randint(0, width + 1, (batch,), generator=generator, device=device)
+    mask = torch.arange(width, device=device) < length[:, None]
     if holes:
-        mask &= torch.rand(batch, width, generator=generator) > 0.25
+        mask &= _uniform((batch, width), generator) > 0.25
     if empty_row and batch > 1:
         mask[batch // 2] = False
     return mask
@@ -24,10 +35,11 @@ def random_mask(
 
 def random_groups(batch: int, generator: torch.Generator) -> Tensor:
     """Ragged groups in random order, with labels of any size and sign; one group has a single row."""
-    labels = torch.tensor([7, -3, 2**40, 0, 5])
-    groups = labels[torch.randint(0, len(labels), (batch,), generator=generator)]
+    device = generator.device
+    labels = torch.tensor([7, -3, 2**40, 0, 5], dtype=torch.int64, device=device)
+    groups = labels[torch.randint(0, len(labels), (batch,), generator=generator, device=device)]
     if batch:
-        groups[torch.randint(0, batch, (), generator=generator)] = -(2**50)
+        groups[torch.randint(0, batch, (), generator=generator, device=device)] = -(2**50)
     return groups
 
 
@@ -49,12 +61,13 @@ def unpack(packed: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 def shared_prefix_tokens(groups: Tensor, width: int, generator: torch.Generator, *, vocab: int = 3) -> Tensor:
     """Tokens ``[B, width]`` whose rows branch off one another at random depths within their group."""
-    tokens = torch.randint(0, vocab, (len(groups), width), generator=generator)
+    device = generator.device
+    tokens = torch.randint(0, vocab, (len(groups), width), generator=generator, device=device)
     for i in range(1, len(groups)):
         earlier = (groups[:i] == groups[i]).nonzero()[:, 0]
         if len(earlier):
-            j = earlier[torch.randint(0, len(earlier), (), generator=generator)]
-            depth = int(torch.randint(0, width + 1, (), generator=generator))
+            j = earlier[torch.randint(0, len(earlier), (), generator=generator, device=device)]
+            depth = int(torch.randint(0, width + 1, (), generator=generator, device=device))
             tokens[i, :depth] = tokens[j, :depth]
     return tokens
 
@@ -83,8 +96,8 @@ def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Genera
     """
     if kind not in LOGITS:
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(repr(k) for k in LOGITS)}")
-    x = torch.randn(rows, vocab, generator=generator) * 3
-    column = torch.randint(0, vocab, (rows, 1), generator=generator)
+    x = _normal((rows, vocab), generator) * 3
+    column = torch.randint(0, vocab, (rows, 1), generator=generator, device=generator.device)
     if kind.startswith("far"):
         x += 1e4 if kind == "far above zero" else -1e4
     elif kind == "peaked":
@@ -94,7 +107,7 @@ def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Genera
     elif kind == "tiny":
         x *= 1e-30
     elif kind == "minus infinity":
-        x[torch.rand(rows, vocab, generator=generator) < 0.1] = -torch.inf
+        x[_uniform((rows, vocab), generator) < 0.1] = -torch.inf
         x[-1:, : vocab // 2] = -torch.inf
         x.scatter_(1, column.clamp(min=vocab // 2), 1.0)  # every row has a finite logit
     elif kind == "one column":
@@ -142,7 +155,7 @@ def logit_cases(
     Every kind of :func:`adversarial_logits` in every dtype, vocabularies that are no multiple of a block, rows
     with a stride, and with ``far`` :func:`far_rows` (on a GPU only where 40 GiB are free).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def tokens(logits: Tensor) -> Tensor:
         return logits.float().argmax(1)  # a column with a finite logit
@@ -153,11 +166,11 @@ def logit_cases(
             for kind in LOGITS:
                 logits = adversarial_logits(kind, rows, vocab, generator).to(device, dtype)
                 yield f"{kind}, {short}, V={vocab}", (logits, tokens(logits))
-        wide = torch.randn(rows, 2 * vocabs[-1], generator=generator).to(device, dtype)
+        wide = _normal((rows, 2 * vocabs[-1]), generator).to(device, dtype)
         logits = wide[:, : vocabs[-1]]
         yield f"strided rows, {short}", (logits, tokens(logits))
     if far and (torch.device(device).type == "cpu" or torch.cuda.mem_get_info()[0] > 40 * 2**30):
-        logits = far_rows(torch.randn(rows, vocabs[-1], generator=generator).to(device, dtypes[0]))
+        logits = far_rows(_normal((rows, vocabs[-1]), generator).to(device, dtypes[0]))
         yield "rows 2^31 elements apart", (logits, tokens(logits))
 
 
@@ -173,16 +186,17 @@ def reward_cases(
     Groups in any order with one of a single row, all rewards equal, rewards of 0 and 1, rewards far from 0 and
     close together, one outlier, and an empty batch.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator("cpu").manual_seed(seed)
     groups = random_groups(batch, g)
     groups[: batch // 2] = groups[batch // 2 :]
+    outlier = torch.arange(batch, device=g.device) == 0
     kinds = {
-        "normal": torch.randn(batch, generator=g),
-        "zero or one": (torch.rand(batch, generator=g) > 0.5).float(),
-        "equal": torch.full((batch,), 0.7),
-        "far from zero": 1e4 + torch.randn(batch, generator=g),
-        "an outlier": torch.randn(batch, generator=g).index_fill(0, torch.tensor(0), 1e6),
-        "empty": torch.zeros(0),
+        "normal": _normal((batch,), g),
+        "zero or one": (_uniform((batch,), g) > 0.5).to(torch.float32),
+        "equal": torch.full((batch,), 0.7, dtype=torch.float32, device=g.device),
+        "far from zero": 1e4 + _normal((batch,), g),
+        "an outlier": torch.where(outlier, 1e6, _normal((batch,), g)),
+        "empty": torch.zeros(0, dtype=torch.float32, device=g.device),
     }
     for dtype in dtypes:
         for kind, rewards in kinds.items():

@@ -25,7 +25,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 def generators() -> st.SearchStrategy[torch.Generator]:
     """Random generators on the CPU, drawn by seed."""
-    return st.integers(0, 2**31 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
+    return st.integers(0, 2**31 - 1).map(lambda seed: torch.Generator("cpu").manual_seed(seed))
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
@@ -68,7 +68,7 @@ class Rows:
     @property
     def valid(self) -> Tensor:
         """The mask, all True if there is none."""
-        return torch.ones(self.shape, dtype=torch.bool) if self.mask is None else self.mask
+        return torch.ones(self.shape, dtype=torch.bool, device="cpu") if self.mask is None else self.mask
 
     @property
     def live(self) -> Tensor:
@@ -93,12 +93,11 @@ def masks(batch: int, width: int) -> st.SearchStrategy[Tensor]:
 
 def _mask(kind: str, batch: int, width: int, generator: torch.Generator) -> Tensor:
     if kind in ("all", "none"):
-        return torch.full((batch, width), kind == "all")
+        return torch.full((batch, width), kind == "all", dtype=torch.bool, device="cpu")
     if kind == "one token a row":
-        mask = torch.zeros(batch, width, dtype=torch.bool)
-        return mask.scatter_(
-            1, torch.randint(0, max(width, 1), (batch, min(width, 1)), generator=generator), True
-        )
+        mask = torch.zeros(batch, width, dtype=torch.bool, device="cpu")
+        one = (batch, min(width, 1))
+        return mask.scatter_(1, torch.randint(0, max(width, 1), one, generator=generator, device="cpu"), True)
     mask = random_mask(batch, width, generator, holes=kind == "holes")
     return mask.flip(1) if kind == "left-padded" else mask
 
@@ -121,13 +120,15 @@ def rows(
     packed = draw(st.booleans()) if packed is None else packed
     masked = draw(st.booleans()) if masked is None else masked
     mask = draw(masks(batch, width)) if masked else None
-    lengths = torch.full((batch,), width)
+    lengths = torch.full((batch,), width, dtype=torch.int64, device="cpu")
     if not packed:
         return Rows(lengths, width, mask, None)
     if draw(st.booleans()):
         # Ragged rows, some empty.
         lengths = draw(
-            generators().map(lambda g: torch.randint(-1, width + 1, (batch,), generator=g).clamp(min=0))
+            generators().map(
+                lambda g: torch.randint(-1, width + 1, (batch,), generator=g, device="cpu").clamp(min=0)
+            )
         )
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     cu = offsets.to(draw(st.sampled_from((torch.int32, torch.int64))))
@@ -161,13 +162,13 @@ def numbers(
 
 
 def _numbers(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     if kind == "zero or one":
         x = (x > 0).float()
     elif kind == "equal":
-        x = torch.full(shape, 0.7)
+        x = torch.full(shape, 0.7, dtype=torch.float32, device="cpu")
     elif kind == "zero":
-        x = torch.zeros(shape)
+        x = torch.zeros(shape, dtype=torch.float32, device="cpu")
     elif kind == "quarters":  # ties, and sums that are exact
         x = (x * 4).round() / 4
     elif kind == "far from zero":
@@ -179,7 +180,7 @@ def _numbers(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: t
     elif kind == "positive":
         x = x.abs() + 2**-6
     elif kind == "fraction":
-        x = torch.rand(shape, generator=generator)
+        x = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     elif kind == "log-probability":
         x = -(x.square())
     elif kind != "normal":
@@ -205,8 +206,12 @@ def _groups(kind: str, batch: int, dtype: torch.dtype, generator: torch.Generato
         labels = random_groups(batch, generator)
         return labels if dtype is torch.int64 else (labels % 9973).to(dtype)
     if kind == "alone":
-        return torch.randperm(batch, generator=generator).to(dtype)
-    return torch.arange(batch).div(batch if kind == "one" else 3, rounding_mode="floor").to(dtype)
+        return torch.randperm(batch, generator=generator, device="cpu").to(dtype)
+    return (
+        torch.arange(batch, dtype=torch.int64, device="cpu")
+        .div(batch if kind == "one" else 3, rounding_mode="floor")
+        .to(dtype)
+    )
 
 
 STEPS = ("flags", "every token", "no flag", "ids", "ids with gaps", "one step", "of no step")
@@ -219,19 +224,25 @@ def steps(layout: Rows, *, kinds: Sequence[str] = STEPS) -> st.SearchStrategy[Te
 
 def _steps(kind: str, layout: Rows, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     shape = (layout.batch, layout.width)
-    ends = torch.rand(shape, generator=generator) < 0.3
+    ends = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.3
     if kind in ("flags", "every token", "no flag"):
-        flags = ends if kind == "flags" else torch.full(shape, kind == "every token")
+        flags = (
+            ends
+            if kind == "flags"
+            else torch.full(shape, kind == "every token", dtype=torch.bool, device="cpu")
+        )
         return layout.take(flags)
     ids = (ends.cumsum(1) - ends.long()).clamp(max=1000)
     if kind == "ids with gaps":
-        ids = torch.where(torch.rand(shape, generator=generator) < 0.2, -1, 3 * ids)
+        ids = torch.where(
+            torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.2, -1, 3 * ids
+        )
     elif kind == "one step":
-        ids = torch.zeros(shape, dtype=torch.int64)
+        ids = torch.zeros(shape, dtype=torch.int64, device="cpu")
     elif kind == "of no step":
-        ids = torch.full(shape, -1)
+        ids = torch.full(shape, -1, dtype=torch.int64, device="cpu")
     values = layout.take(ids).to(dtype)
-    anything = torch.randint(-9, 9, layout.shape, generator=generator).to(dtype)
+    anything = torch.randint(-9, 9, layout.shape, generator=generator, device="cpu").to(dtype)
     return torch.where(layout.valid, values, anything)
 
 
@@ -257,9 +268,11 @@ def _tokens(
     if kind == "shared prefixes":
         padded = shared_prefix_tokens(labels, layout.width, generator, vocab=vocab)
     elif kind == "equal":
-        padded = torch.zeros((layout.batch, layout.width), dtype=torch.int64)
+        padded = torch.zeros((layout.batch, layout.width), dtype=torch.int64, device="cpu")
     else:
-        padded = torch.arange(layout.batch * layout.width).reshape(layout.batch, layout.width)
+        padded = torch.arange(layout.batch * layout.width, dtype=torch.int64, device="cpu").reshape(
+            layout.batch, layout.width
+        )
     return layout.take(padded).to(dtype)
 
 
@@ -291,7 +304,7 @@ def _logits(
     count = int(torch.Size(shape).numel())
     if kind == "denormal":
         least = torch.finfo(torch.float16 if dtype is torch.float16 else torch.float32).tiny / 10
-        x = torch.randn(count, vocab, generator=generator, dtype=torch.float64) * least
+        x = torch.randn(count, vocab, generator=generator, dtype=torch.float64, device="cpu") * least
     elif kind == "mixed":
         each = [adversarial_logits(k, count, vocab, generator) for k in LOGITS]
         x = torch.stack([each[i % len(each)][i] for i in range(count)]) if count else each[0]

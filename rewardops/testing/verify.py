@@ -14,11 +14,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ..core import dispatch
+from ..core import checks, dispatch
 from ..core.families import FAMILIES
 from .budgets import EXACT, Error
 from .calls import LAYOUTS, Batch, Call, calls, make_batch
-from .checks import Comparison, Outcome, compare, evaluate, same_bits
+from .checks import Comparison, Outcome, compare, evaluate, same_bits, served_by
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half-precision products of hidden states come from the vendor library, which chooses their rounding.
@@ -81,6 +81,9 @@ class Row:
     cases: int = 0
     error: Error = EXACT
     gradient: Error = EXACT
+    differentiable: bool = True
+    compared: dict[str, int] = field(default_factory=lambda: {"error": 0, "gradient": 0})
+    served_by: list[str] = field(default_factory=list)
     same_bits: bool = True
     opcheck: bool | None = None
     graphs: int | None = None
@@ -90,11 +93,29 @@ class Row:
     def passes(self) -> bool:
         return not self.faults
 
+    @property
+    def elsewhere(self) -> str:
+        """Who computed the call, if not the backend: other backends, or torch, for a call without an op."""
+        if self.backend.partition(",")[0] in self.served_by:
+            return ""
+        return ", ".join(self.served_by) or "torch"
+
+    def demand(self, differentiable: bool) -> None:
+        """Nothing passes that compared no number that is finite and not 0."""
+        self.differentiable = differentiable
+        if not self.cases and not self.faults:
+            self.faults.append("no case")
+        for kind in ("error", "gradient") if differentiable else ("error",):
+            if not self.compared[kind] and not self.faults:
+                what = "outputs" if kind == "error" else "gradients"
+                self.faults.append(f"{what}: no case has a number other than 0, NaN and infinity")
+
     def take(self, case: str, comparisons: Sequence[Comparison]) -> None:
         self.cases += 1
         for one in comparisons:
             kind = "gradient" if one.is_gradient else "error"
             worst: Error = getattr(self, kind)
+            self.compared[kind] += one.error.compared
             if one.error.of_budget >= worst.of_budget:
                 setattr(self, kind, one.error)
             if one.error.fault is not None:
@@ -150,7 +171,7 @@ def check_call(
     compiles: bool,
 ) -> Row:
     """Check one call over all cases on one backend: errors, gradients, bits, opcheck, graphs."""
-    row = Row(name, backend)
+    row, used = Row(name, backend), set()
     for case in cases:
         if family in FLOAT32 and case.dtype is not torch.float32:
             continue
@@ -159,7 +180,9 @@ def check_call(
         try:
             exact, eager = truth.of(case, [_pick(b, family, name) for b in case.batches("cpu")])
             here = [_pick(b, family, name) for b in case.batches(device)]
-            ours = [_run(call, backend, device) for call in here]
+            with served_by() as served:
+                ours = [_run(call, backend, device) for call in here]
+            used |= served
             row.take(case.name, compare(_pooled(ours), exact, eager, times=2.0))
             again = [_run(here[0], backend, device) for _ in range(REPEATS - 1)]
             if not all(same_bits(ours[0], other) for other in again):
@@ -168,11 +191,16 @@ def check_call(
         except Exception as error:  # any exception is a failed case
             row.faults.append(f"{case.name}: raised {type(error).__name__}: {error}")
     small = make_batch(dtype=torch.float32).to(device)
+    row.served_by = sorted(used)
+    row.demand(_pick(small, family, name).differentiable)
     tests = TRACED_BY_NOTHING if quick else None
-    row.opcheck = _guarded(row, "opcheck", lambda: opcheck(_pick(small, family, name), backend, done, tests))
+    if used:
+        row.opcheck = _guarded(
+            row, "opcheck", lambda: opcheck(_pick(small, family, name), backend, done, tests)
+        )
     if compiles:
         row.graphs = _guarded(row, "torch.compile", lambda: graphs(family, name, backend, device))
-        if row.graphs is not None and row.graphs > 1:
+        if row.graphs is not None and row.graphs != 1:
             row.faults.append(f"torch.compile: {row.graphs} graphs for three sizes, want 1")
     return row
 
@@ -264,6 +292,22 @@ def backends(device: str) -> list[str]:
     return [name for name in dispatch.BACKENDS if dispatch.unavailable(name, kind) is None]
 
 
+def usable_device(name: str) -> str:
+    """A device of this machine that computes; any other name is an error."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: got {name!r}, want cpu, or an accelerator such as cuda") from None
+    if device.type == "meta":
+        raise ValueError("device: got 'meta', want one whose tensors have values")
+    try:
+        (torch.ones(2, dtype=torch.float32, device=device) + 1).sum().item()
+    except Exception as error:  # each backend of torch raises its own
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise ValueError(f"device: got {name!r}, which this machine cannot use: {why}") from None
+    return name
+
+
 def _tried(backend: str) -> str:
     """The backends to force: CUDA C++ has only some ops; the reference serves the others."""
     return "cuda,reference" if backend == "cuda" else backend
@@ -283,8 +327,12 @@ def verify(
         quick: few cases, without ``torch.compile`` (also in opcheck). progress: the stream of the progress bar.
 
     Raises:
-        ValueError: an unknown name, or a backend that does not serve the device.
+        ValueError: an unknown name, a device that is not there, a backend that does not serve it or none of the
+            ops.
     """
+    device = usable_device(device)
+    for backend in only:
+        checks.check_choice("backend", backend, dispatch.BACKENDS)
     names = [(f, c.name) for f in FAMILIES for c in calls(make_batch(), f) if _wanted(f, c, ops)]
     known = {word for f in FAMILIES for c in calls(make_batch(), f) for word in (f, c.op, c.name)}
     for op in ops:
@@ -295,7 +343,8 @@ def verify(
     for backend in only:
         if why := dispatch.unavailable(backend, torch.device(device).type):
             raise ValueError(f"backend: got {backend!r} on {device}: {why}")
-    chosen, all_cases, truth = list(only) or backends(device), list(cases(quick)), Truth()
+    chosen = list(dict.fromkeys(only)) or backends(device)
+    all_cases, truth = list(cases(quick)), Truth()
     done: dict[str, Kinds] = {backend: set() for backend in chosen}
     rows = []
     bar = Bar(len(names) * len(chosen), progress)
@@ -307,6 +356,8 @@ def verify(
             row = check_call(*arguments, quick=quick, compiles=compiles)
             rows.append(row)
     bar.close()
+    if all(row.served_by and row.elsewhere and row.passes for row in rows):
+        raise ValueError(f"backend: got {', '.join(chosen)}, with a kernel for none of these ops")
     return rows
 
 
@@ -362,6 +413,13 @@ def _number(x: float) -> str:
     return f"{x:.2g}" if x < 1000 else f"{x:.1e}"
 
 
+def _errors(error: Error, compared: int) -> tuple[str, str]:
+    """Units in the last place and share of the budget; dashes where nothing was compared."""
+    if not compared and error.passes:
+        return "-", "-"
+    return _number(error.ulps), _number(error.of_budget)
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = [HEAD]
     for r in rows:
@@ -370,14 +428,12 @@ def table(rows: Sequence[Row]) -> str:
                 r.call,
                 r.backend.partition(",")[0],
                 str(r.cases),
-                _number(r.error.ulps),
-                _number(r.error.of_budget),
-                _number(r.gradient.ulps),
-                _number(r.gradient.of_budget),
+                *_errors(r.error, r.compared["error"]),
+                *_errors(r.gradient, r.compared["gradient"]),
                 "same" if r.same_bits else "DIFFER",
                 {True: "ok", False: "FAILS", None: "-"}[r.opcheck],
                 "-" if r.graphs is None else str(r.graphs),
-                "" if r.passes else "FAILS",
+                ("" if not r.elsewhere else f"by {r.elsewhere}") if r.passes else "FAILS",
             )
         )
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEAD))]
@@ -405,7 +461,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--backend", action="append", default=[], choices=dispatch.BACKENDS, help="default all here"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        help="default cuda if there is one",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
     parser.add_argument("--quick", action="store_true", help="few cases, no torch.compile")
     parser.add_argument("--json", action="store_true", help="the whole of it as JSON, instead of the table")
     args = parser.parse_args(argv)
@@ -429,5 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     dispatch.show_config()
     verdict = f"{len(failed)} of {len(rows)} FAIL" if failed else f"all {len(rows)} pass"
+    if elsewhere := sum(bool(r.elsewhere) for r in rows):
+        verdict += f" ({elsewhere} of them not computed by the backend named)"
     print(f"\n{verdict}, {seconds:.0f} s")
     return bool(failed)

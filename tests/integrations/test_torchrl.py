@@ -178,6 +178,20 @@ def test_a_gamma_that_does_not_roll_is_torchrls(name):
     assert not torch.equal(found, getattr(ours, name)(**given))
 
 
+def test_a_gamma_that_does_not_roll_is_a_row_for_each_step():
+    """The lines of docs/integrations.md."""
+    tensors, done, _ = steps(14, (2, 9, 1))
+    value, reward = tensors["next_state_value"], tensors["reward"]
+    gamma = torch.linspace(0.5, 1, 18, dtype=torch.float64).view(2, 9, 1)
+    batch, width = gamma.shape[:2]
+    each = gamma.reshape(batch * width, 1, 1).expand(-1, width, 1)
+    again = (x.repeat_interleave(width, 0) for x in (value, reward, done))
+    found = ours.td_lambda_return_estimate(each, 0.8, *again).view(batch, width, width)
+    found = found.diagonal(dim1=1, dim2=2)[..., None]
+    expected = theirs.td_lambda_return_estimate(gamma, 0.8, value, reward, done, rolling_gamma=False)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(("rho", "c"), [(0.8, 0.6), (2.0, 1.5), (torch.tensor(1.2), torch.tensor(0.9))])
 def test_thresholds_of_vtrace(rho, c):
     name = "vtrace_advantage_estimate"
@@ -185,6 +199,14 @@ def test_thresholds_of_vtrace(rho, c):
     found = results(ours.vtrace_advantage_estimate, name, *batch, -2, rho_thresh=rho, c_thresh=c)
     expected = results(theirs.vtrace_advantage_estimate, name, *batch, -2, rho_thresh=rho, c_thresh=c)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # of thresholds in float32
+
+
+def test_a_threshold_per_step_is_named():
+    tensors, done, terminated = steps(12, (3, 16, 2))
+    for name in ("rho_thresh", "c_thresh"):
+        given = {**arguments("vtrace_advantage_estimate", tensors), name: torch.ones(3, 16, 2)}
+        with pytest.raises(ValueError, match=rf"{name}: got shape \[3, 16, 2\], want a number"):
+            ours.vtrace_advantage_estimate(**given, done=done, terminated=terminated)
 
 
 @pytest.mark.parametrize(

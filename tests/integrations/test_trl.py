@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -633,6 +634,9 @@ def test_what_a_function_returns(estimator, message, folders, tmp_path):
         ([[(2, 1.0), (2, 1.0)]], "ends at token 2 after one at 2 in completion 0"),
         ([None] * 5 + [[(2, 1.0)]], "ends at token 2 after one at -1 in completion 5"),  # a tool's
         ([None, [(3, float("nan"))]], "process_reward_func: got nan"),
+        ([[(1.0, 2)]], r"process_reward_func: got \(1.0, 2\) in completion 0, want \(end, reward\)"),
+        ([None, [(1,)]], r"process_reward_func: got \(1,\) in completion 1, want \(end, reward\)"),
+        ([[3, 4]], "process_reward_func: got 3 in completion 0"),
     ],
 )
 def test_steps_that_are_none(steps, message, folders, tmp_path):
@@ -642,6 +646,71 @@ def test_steps_that_are_none(steps, message, folders, tmp_path):
     }
     with pytest.raises(ValueError, match=message):
         scored(tmp_path, folders["qwen2"], ours)
+
+
+def test_step_rewards_keep_their_digits_under_any_default_dtype():
+    written = torch.tensor([[True, True, False]])
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64, torch.float16):
+            torch.set_default_dtype(dtype)
+            placed = integration._place([[(0, 0.1), (1, 1 / 3)]], written)
+            assert placed.dtype is torch.float32
+            assert placed[0, :2].tolist() == torch.tensor([0.1, 1 / 3], dtype=torch.float32).tolist()
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        placed = integration._place([[(1, 0.5)]], written)
+    assert placed.device.type == "cpu"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_logits_of_a_model_whose_positions_share_memory(beside):
+    """The model returns one row for all positions; the reference's logits are the policy's own memory."""
+    row = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.arange(1.0, 7, dtype=torch.float64).view(2, 3)
+    labels = torch.tensor([[0, 3, 5, 2], [1, 1, 6, 4]])
+    used, exact = (row.clone().requires_grad_() for _ in range(2))
+    logits = (used * 1).expand(2, 4, 7)
+
+    def returning(x):
+        return lambda **_: types.SimpleNamespace(logits=x)
+
+    reference = returning(logits.detach()) if beside else None
+    scored = integration._FromLogits(returning(logits), {}, 1.0, reference)
+    out = scored(labels=labels, fused_lm_head=True)
+    found = (weights * (out.log_probs + 0.3 * out.entropy)).sum()
+    found = found + 2 * (weights * scored.kl[0]).sum() if beside else found
+    logp = exact.expand(2, 4, 7).log_softmax(-1)[:, :-1]
+    wanted = weights * (logp.gather(-1, labels[:, 1:, None])[..., 0] - 0.3 * (logp.exp() * logp).sum(-1))
+    torch.testing.assert_close(found, wanted.sum())  # the KL of equal distributions is 0, with gradient 0
+    found.backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(used.grad, exact.grad)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.0)])
+def test_gdpo_leaves_out_missing_rewards_as_trl_does(weights):
+    nan = torch.nan
+    rewards = torch.tensor([
+        [1.0, 0.5, nan], [0.0, nan, nan], [2.0, 1.5, 3.0], [0.5, 0.1, nan],  # the third function: one row only
+        [nan, nan, nan], [1.0, 0.2, 1.0], [nan, 0.4, 2.0], [3.0, 0.9, nan],  # a row without any reward
+        [0.7, 0.7, 0.7], [0.7, nan, 0.7], [0.7, 0.1, nan], [0.7, 0.3, 0.2],  # equal rewards
+    ])  # fmt: skip
+    scorable, weight = ~rewards.isnan().all(1), torch.tensor(weights)
+    rollouts = types.SimpleNamespace(
+        rewards=(rewards * weight).nansum(1), rewards_per_func=rewards, reward_weights=weight, scorable=scorable,
+        group_size=4,
+    )  # fmt: skip
+    found = integration._gdpo(rollouts, eps=1e-4)
+    grouped = rewards.double().view(-1, 4, 3)
+    centred = grouped - torch.nanmean(grouped, 1, keepdim=True)
+    centred = torch.where(centred.abs() < 1e-7, centred * 0, centred)  # rounding errors of equal rewards
+    scaled = (centred / (stock_utils.nanstd(grouped, dim=1, keepdim=True) + 1e-4)).view(-1, 3)
+    total = (scaled * weight).nansum(1)[scorable]
+    wanted = torch.zeros(12, dtype=torch.float64)
+    wanted[scorable] = (total - total.mean()) / (total.std() + 1e-4)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_as_many_step_lists_as_completions(folders, tmp_path):

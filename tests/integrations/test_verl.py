@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -32,7 +34,10 @@ LENGTH = 19
 
 
 def make_batch(seed, *, dtype=torch.float64, mask_dtype=torch.int64, dense=False, sizes=GROUPS):
-    """Ragged rows with holes, groups of any size in any order, uids as verl has them."""
+    """Ragged rows with holes, groups of any size in any order, uids as verl has them.
+
+    Rewards lie on valid tokens: where they do not, verl's estimators disagree with each other.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     labels = labels[torch.randperm(len(labels), generator=generator).numpy()]
@@ -46,7 +51,7 @@ def make_batch(seed, *, dtype=torch.float64, mask_dtype=torch.int64, dense=False
     outcome[torch.from_numpy(labels == 2)] = 0.3  # a group of equal rewards
     rewards = torch.zeros(rows, LENGTH, dtype=dtype)
     if dense:
-        rewards = torch.randn(rows, LENGTH, generator=generator, dtype=dtype)
+        rewards = torch.randn(rows, LENGTH, generator=generator, dtype=dtype) * mask
     rewards[torch.arange(rows), lengths - 1] += outcome
     return types.SimpleNamespace(
         token_level_rewards=rewards,
@@ -136,14 +141,115 @@ def test_float32_of_large_equal_rewards_is_exact():
     assert not found.any()
 
 
-def test_a_row_without_a_token_counts_in_its_group_as_in_verl():
-    batch, config = make_batch(3), AlgoConfig(norm_adv_by_std_in_grpo=False)
-    row = int((batch.labels == 1).nonzero()[0])
-    batch.response_mask[row] = 0
-    batch.mask[row] = False
-    for name in ("dr_grpo", "rloo", "gpg"):
-        expected = grpo_of_verl(batch, config) if name == "dr_grpo" else call(name, batch, config)
-        assert_same(call(f"rewardops_{name}", batch, config), expected, batch.mask)
+# ---- rewards on masked tokens ------------------------------------------------------------------------------
+
+ESTIMATORS = sorted(name for name in core_algos.ADV_ESTIMATOR_REGISTRY if name.startswith("rewardops_"))
+GDPO = {"gdpo_reward_keys": ["right", "format"], "gdpo_reward_weights": [1.0, 0.5]}
+
+
+def entries(batch):
+    """Whatever any estimator reads; the rewards of GDPO are those of the rows."""
+    names = ("responses", "entropy", "values", "steps", "reward_baselines")
+    scores = batch.token_level_rewards.sum(-1)
+    return {**{name: getattr(batch, name) for name in names}, "right": scores, "format": 1 - 2 * scores}
+
+
+def run_with_everything(name, batch, **settings):
+    config = OmegaConf.create({"gamma": 0.9, "lam": 0.8, **GDPO, **settings})
+    return call(name, batch, config, **entries(batch))
+
+
+def narrowed(batch, rows):
+    """Some rows of a batch."""
+    kept = vars(batch).items()
+    return types.SimpleNamespace(**{name: x[rows.numpy() if name == "index" else rows] for name, x in kept})
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_reward_behind_the_last_action_counts_at_it(name):
+    """Rows that end in a tool's output: verl's reward managers write the score to the last attended token."""
+    batch = make_batch(31, dense=True)
+    last = (batch.mask * torch.arange(1, LENGTH + 1)).argmax(1)
+    rows = torch.arange(len(last))
+    batch.steps[rows, last] = True
+    expected = run_with_everything(name, batch)
+    assert expected[0].any()
+    behind = types.SimpleNamespace(**vars(batch))
+    behind.token_level_rewards = batch.token_level_rewards.clone()
+    late = torch.minimum(last + 1 + rows % 3, torch.tensor(LENGTH - 1))
+    moved = behind.token_level_rewards[rows, last].clone()
+    behind.token_level_rewards[rows, last] = 0
+    behind.token_level_rewards[rows, late] += moved
+    found = run_with_everything(name, behind)
+    for ours_, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_, wanted, rtol=1e-6, atol=1e-9)
+    # The end of a step may be marked there as well.
+    behind.steps = batch.steps.clone()
+    behind.steps[rows, last] = False
+    behind.steps[rows, late] = True
+    if name == "rewardops_pure":
+        assert torch.equal(run_with_everything(name, behind)[0], found[0])
+
+
+def test_where_a_reward_on_a_masked_token_counts():
+    """At the last valid token before it, or at the row's first; nowhere in a row without one."""
+    nan = torch.nan
+    rewards = torch.tensor([
+        [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],  # m v m m v m
+        [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],  # v v v v v v
+        [1.0, 2.0, nan, 8.0, 16.0, 32.0],  # nothing
+        [0.1, 0.2, 0.3, 0.0, 0.0, 0.7],  # v v v m m m
+    ])  # fmt: skip
+    mask = torch.tensor([[0, 1, 0, 0, 1, 0], [1] * 6, [0] * 6, [1, 1, 1, 0, 0, 0]])
+    wanted = torch.tensor([
+        [0, 15.0, 0, 0, 48.0, 0], [1, 2, 4, 8, 16, 32], [0] * 6, [0.1, 0.2, 0.3 + 0.7, 0, 0, 0],
+    ])  # fmt: skip
+    for kind in (torch.int64, torch.bool, torch.float32):
+        assert torch.equal(ours._on_valid_tokens(rewards, mask.to(kind)), wanted)
+    for shape in ((0, 3), (2, 0), (2, 1)):
+        assert torch.equal(ours._on_valid_tokens(torch.ones(shape), torch.ones(shape)), torch.ones(shape))
+    _, returns = call(
+        "rewardops_reinforce_plus_plus",
+        types.SimpleNamespace(token_level_rewards=rewards, response_mask=mask, index=None),
+        {"gamma": 0.5},
+    )
+    assert returns[0].tolist() == [0, 15 + 0.5 * 48, 0, 0, 48, 0]
+    assert not returns[2].any()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_row_without_a_token_counts_in_no_group(name):
+    """With a reward on its pads, alone in its group, or beside others: theirs are the same without it."""
+    batch = make_batch(33, dense=True, sizes=(4, 3, 2, 3))
+    empty = batch.labels == 3
+    for label in (0, 1):
+        empty[(batch.labels == label).nonzero()[0, 0]] = True
+    batch.response_mask[empty] = 0
+    batch.mask &= ~empty[:, None]
+    batch.steps &= batch.mask
+    batch.token_level_rewards[empty] = 0
+    batch.token_level_rewards[empty, -1] = 10.0
+    for settings in ({}, {"norm_adv_by_std_in_grpo": False}):
+        found = run_with_everything(name, batch, **settings)
+        wanted = run_with_everything(name, narrowed(batch, ~empty), **settings)
+        for ours_, alone in zip(found, wanted, strict=True):
+            assert not ours_[empty].any()
+            torch.testing.assert_close(ours_[~empty], alone, rtol=1e-12, atol=1e-13)
+        batch.token_level_rewards[empty, -1] = torch.nan
+        again = run_with_everything(name, batch, **settings)
+        for ours_, before in zip(again, found, strict=True):
+            assert torch.equal(ours_, before)
+
+
+def test_the_published_case_of_an_empty_response():
+    batch = types.SimpleNamespace(
+        token_level_rewards=torch.tensor([[0.0, 0, 10], [0, 1, 0], [0, 0, 0]]),
+        response_mask=torch.tensor([[0, 0, 0], [1, 1, 0], [1, 1, 1]]),
+        index=np.array(["a"] * 3, dtype=object),
+    )
+    half = 0.5 / (0.5**0.5 + 1e-6)
+    wanted = torch.tensor([[0.0, 0, 0], [half, half, 0], [-half, -half, -half]])
+    torch.testing.assert_close(call("rewardops_grpo", batch, {})[0], wanted)
 
 
 def test_gae_same_as_verl():
@@ -186,6 +292,30 @@ def test_gdpo_same_as_verl(weights):
     assert_same(found, expected, batch.mask, rtol=1e-5, atol=3e-6)
     with pytest.raises(ValueError, match="gdpo_reward_keys"):
         call("rewardops_gdpo", batch, AlgoConfig(), **extras)
+
+
+def test_gdpo_of_rewards_that_some_rows_do_not_have():
+    """None in an entry, which makes verl's whole batch NaN."""
+    batch = make_batch(8, sizes=(3, 4))
+    right, form = ([None if (i + k) % 4 == 0 else (i * 3 + k) % 5 / 4 for i in range(7)] for k in (0, 2))
+    entries = {"right": np.array(right, dtype=object), "format": np.array(form, dtype=object)}
+    config = {"gdpo_reward_keys": list(entries), "gdpo_reward_weights": [1.0, 0.5]}
+    found, _ = call("rewardops_gdpo", batch, config, **entries)
+    rows = torch.zeros(7, dtype=torch.float64)
+    for weight, values in ((1.0, right), (0.5, form)):
+        for label in (0, 1):
+            have = [i for i in range(7) if batch.labels[i] == label and values[i] is not None]
+            x = torch.tensor([values[i] for i in have], dtype=torch.float64)
+            z = (x - x.mean()) / (x.std() + 1e-6) if len(x) > 1 else x
+            for i, value in zip(have, z, strict=True):
+                rows[i] += weight * value
+    valid = (
+        batch.mask
+        & torch.tensor([r is not None or f is not None for r, f in zip(right, form, strict=True)])[:, None]
+    )
+    tokens = rows[:, None].expand(valid.shape)[valid]
+    wanted = torch.where(valid, (rows[:, None] - tokens.mean()) / (tokens.var() + 1e-8).sqrt(), 0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 # ---- what verl has not -------------------------------------------------------------------------------------
@@ -261,13 +391,35 @@ def as_dict_config(**settings):
     return config
 
 
-@pytest.mark.parametrize("kind", ["struct", "dataclass", "dict"])
+@dataclasses.dataclass
+class Plain:
+    """A config without ``get``, as verl's estimators that read attributes take it."""
+
+    gamma: float = 0.7
+    norm_adv_by_std_in_grpo: bool = False
+    rewardops: object = None
+
+
+@dataclasses.dataclass
+class Options:
+    td_scale: str
+    ddof: int
+    eps: float
+
+
+@pytest.mark.parametrize("kind", ["struct", "dataclass", "dict", "plain dataclass", "namespace", "nested"])
 def test_options_are_read_from_every_kind_of_config(kind):
     batch = make_batch(13)
     options = {"td_scale": "none", "ddof": 0, "eps": 0.5}
     if kind == "dataclass":
         config = AlgoConfig()
         config.rewardops = options
+    elif kind == "plain dataclass":
+        config = Plain(norm_adv_by_std_in_grpo=True, rewardops=Options(**options))
+    elif kind == "namespace":
+        config = types.SimpleNamespace(rewardops=options)
+    elif kind == "nested":
+        config = argparse.Namespace(rewardops=types.SimpleNamespace(**options))
     else:
         config = {"norm_adv_by_std_in_grpo": True, "rewardops": options}
         config = as_dict_config(**config) if kind == "struct" else config
@@ -276,6 +428,58 @@ def test_options_are_read_from_every_kind_of_config(kind):
         batch.responses, batch.scores, batch.labels, mask=batch.mask, **options
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("config", [Plain(), types.SimpleNamespace(**vars(Plain())), vars(Plain())])
+def test_settings_are_attributes_or_entries(config):
+    batch = make_batch(13)
+    as_verl = OmegaConf.create({"gamma": 0.7, "norm_adv_by_std_in_grpo": False})
+    for name in ("rewardops_grpo", "rewardops_grpo_passk", "rewardops_reinforce_plus_plus"):
+        found, wanted = call(name, batch, config), call(name, batch, as_verl)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+    theirs = call("reinforce_plus_plus", batch, Plain())
+    assert_same(
+        call("rewardops_reinforce_plus_plus", batch, config), theirs, batch.mask, rtol=1e-7, atol=1e-9
+    )
+
+
+def test_without_a_config_the_defaults_hold():
+    batch = make_batch(13)
+    for name in ESTIMATORS:
+        if name == "rewardops_gdpo":
+            continue
+        found = call(name, batch, None, **entries(batch))
+        for config in (types.SimpleNamespace(), {}):
+            assert torch.equal(call(name, batch, config, **entries(batch))[0], found[0])
+    for name in ("rewardops_clip_cov", "rewardops_kl_cov"):
+        with pytest.raises(ValueError, match=f"config: got None for {name}"):
+            core_algos.get_policy_loss_fn(name)(*[torch.zeros(1, 1)] * 4)
+
+
+def test_another_number_of_anything_is_named():
+    batch = make_batch(13)
+    rows = len(batch.index)
+    wrong = types.SimpleNamespace(**vars(batch))
+    wrong.index = batch.index[:-1]
+    with pytest.raises(ValueError, match=f"index: got {rows - 1} uids, want {rows}"):
+        call("rewardops_grpo", wrong)
+    wrong = types.SimpleNamespace(**vars(batch))
+    wrong.response_mask = batch.response_mask[:, :-1]
+    with pytest.raises(ValueError, match=r"response_mask: got shape .* want .*, as token_level_rewards"):
+        call("rewardops_grpo", wrong)
+    wrong.response_mask, wrong.token_level_rewards = batch.response_mask, batch.scores
+    with pytest.raises(ValueError, match=r"token_level_rewards: got shape .* want \[B, T\]"):
+        call("rewardops_grpo", wrong)
+    with pytest.raises(ValueError, match=f"reward_baselines: got {rows - 1} values, want {rows}"):
+        call("rewardops_remax", batch, reward_baselines=batch.reward_baselines[:-1])
+    given = entries(batch)
+    with pytest.raises(ValueError, match=f"format: got {rows - 2} values, want {rows}"):
+        call("rewardops_gdpo", batch, GDPO, **{**given, "format": given["format"][2:]})
+    with pytest.raises(ValueError, match="gdpo_reward_weights: got 1, want 2"):
+        call("rewardops_gdpo", batch, {**GDPO, "gdpo_reward_weights": [1.0]}, **given)
+    with pytest.raises(ValueError, match="gdpo_reward_keys: got 'right', want the names"):
+        call("rewardops_gdpo", batch, {**GDPO, "gdpo_reward_keys": "right"}, **given)
 
 
 def test_without_options_every_kind_of_config_is_the_default():
@@ -564,6 +768,43 @@ def test_the_backward_in_place_is_the_callers_choice():
         grads.append(base.grad.clone())
         base.grad = None
     assert torch.equal(*grads)
+
+
+LABELS = torch.tensor([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda x: x[:1].expand(4, 11),  # one distribution, several candidates
+        lambda x: x.reshape(-1)[:14].unfold(0, 11, 1),  # windows that overlap
+        lambda x: x[:1, None].expand(2, 2, 11),
+        lambda x: x.reshape(-1).as_strided((4, 11), (0, 1)),
+    ],
+    ids=["expanded", "windows", "expanded, batched", "strided"],
+)
+def test_the_gradient_of_logits_whose_rows_share_memory(spread, inplace):
+    base = torch.randn(2, 11, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact, used = base.clone().requires_grad_(), (base * 1).requires_grad_()
+    logits = spread(exact)
+    labels = LABELS.reshape(logits.shape[:-1])
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64).reshape(labels.shape)
+    wanted = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    found = ours.logprobs_from_logits(spread(used * 1), labels, inplace_backward=inplace)
+    torch.testing.assert_close(found, wanted)
+    (wanted * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(used.grad, exact.grad)
+
+
+def test_another_number_of_labels():
+    logits = torch.zeros(2, 2, 5)
+    for labels in (torch.zeros(4), torch.zeros(2, 1), torch.zeros(2, 2, 1), torch.zeros(3, 2)):
+        with pytest.raises(ValueError, match=r"labels: got shape .*, want \[2, 2\]"):
+            ours.logprobs_from_logits(logits, labels.long())
+    with pytest.raises(TypeError, match="labels: got list"):
+        ours.logprobs_from_logits(logits, [1])
 
 
 def test_patch_and_undo(monkeypatch):

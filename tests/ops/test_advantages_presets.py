@@ -45,6 +45,16 @@ class Test_presets:
         )
         torch.testing.assert_close(got.cpu(), torch.tensor([0, 1.13899, 0, 1.41421, 0]), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("alpha", ["informative", "rewards"])
+    def test_rows_without_a_token_are_not_in_the_alpha_of_gpg(self, target, alpha):
+        rewards = torch.tensor([1.0, 0.0, 0.0, 7.0, 2.0, 2.0, torch.nan]).to(target.device)
+        groups = torch.tensor([0, 0, 0, 0, 1, 1, 2]).to(target.device)
+        mask = torch.tensor([[1, 1], [0, 1], [1, 0], [0, 0], [1, 1], [1, 1], [0, 0]]).to(target.device)
+        got = rewardops.advantages.gpg(rewards, groups, alpha=alpha, mask=mask).cpu()
+        share = 5 / 3  # five rows with a token; three informative ones, or three with a reward
+        want = torch.tensor([2 * share, -share, -share, 0, 0, 0, 0])[:, None] / 3 * mask.cpu()
+        torch.testing.assert_close(got, want)
+
 
 class Test_gdpo:
     def test_gdpo(self, target, generator):

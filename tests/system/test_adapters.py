@@ -51,6 +51,8 @@ def test_rows_that_do_not_pack(rows, message):
         adapters.pack(rows)
     with pytest.raises(ValueError, match="lengths: got a sum of 3"):
         adapters.unpack(torch.ones(2), [1, 2])
+    with pytest.raises(ValueError, match="lengths: got -1, want a whole number of at least 0"):
+        adapters.unpack(torch.ones(2), [3, -1])
 
 
 def test_nested_tensors_of_jagged_layout():
