@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .core import checks
+from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
+from .core.precision import wide
+from .core.scalars import filled, larger
 from .ops import advantages as group_ops
 from .ops import entropy as ops
 from .ops.segments import row_sums
@@ -31,10 +32,10 @@ def gtpo_rewards(
     group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    alpha1: float = 1.0,
-    alpha2: float = 0.1,
-    positive: float | None = None,
-    entropy_floor: float = 1e-2,
+    alpha1: float | Tensor = 1.0,
+    alpha2: float | Tensor = 0.1,
+    positive: float | Tensor | None = None,
+    entropy_floor: float | Tensor = 1e-2,
     entropy_grad: bool = False,
 ) -> Tensor:
     """Token rewards of GTPO: a row's reward, shaped by each token's share of its class's entropy.
@@ -78,10 +79,10 @@ def gtpo_rewards(
     checks.check_shape("rewards", rewards, (tokens.batch,), "one per row of entropy")
     checks.check_device("entropy", entropy, rewards.device, "rewards")
     groups = group_ids(groups, group_size, tokens.batch, rewards.device, "rewards")
-    checks.check_finite("alpha1", alpha1)
-    checks.check_finite("alpha2", alpha2)
+    alpha1 = checks.check_finite("alpha1", alpha1)
+    alpha2 = checks.check_finite("alpha2", alpha2)
     threshold = _threshold(positive)
-    checks.check_positive("entropy_floor", entropy_floor)
+    entropy_floor = checks.check_positive("entropy_floor", entropy_floor)
     checks.check_flag("entropy_grad", entropy_grad)
     rewards, entropy = checks.promote(rewards, entropy if entropy_grad else entropy.detach())
     out: Tensor = ops.gtpo_rewards(
@@ -90,16 +91,16 @@ def gtpo_rewards(
         groups,
         tokens.mask,
         tokens.cu_seqlens,
-        float(alpha1),
-        float(alpha2),
+        alpha1,
+        alpha2,
         threshold,
-        float(entropy_floor),
+        entropy_floor,
     )
     return out
 
 
-def _threshold(positive: float | None) -> float:
-    return 0.0 if positive is None else float(checks.check_number("positive", positive))
+def _threshold(positive: float | Tensor | None) -> Number:
+    return 0.0 if positive is None else checks.check_number("positive", positive)
 
 
 # ---- rewards of rows, and class-wise normalisation -----------------------------------------------------------
@@ -113,10 +114,10 @@ def grpo_s_rewards(
     group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    beta1: float = 1.0,
-    beta2: float = 0.1,
-    positive: float | None = None,
-    entropy_floor: float = 1e-2,
+    beta1: float | Tensor = 1.0,
+    beta2: float | Tensor = 0.1,
+    positive: float | Tensor | None = None,
+    entropy_floor: float | Tensor = 1e-2,
     entropy_grad: bool = False,
 ) -> Tensor:
     """Row rewards of GRPO-S: as :func:`gtpo_rewards`, from the rows' mean entropy (2508.04349, eq. 8 to 11).
@@ -136,10 +137,10 @@ def grpo_s_rewards(
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=True)
     checks.check_rows("rewards", rewards, tokens.rows.batch, entropy.device, "entropy")
     ids = group_ids(groups, group_size, tokens.rows.batch, entropy.device, "entropy")
-    checks.check_finite("beta1", beta1)
-    checks.check_finite("beta2", beta2)
+    beta1 = checks.check_finite("beta1", beta1)
+    beta2 = checks.check_finite("beta2", beta2)
     _threshold(positive)
-    checks.check_positive("entropy_floor", entropy_floor)
+    entropy_floor = checks.check_positive("entropy_floor", entropy_floor)
     checks.check_flag("entropy_grad", entropy_grad)
     counts = tokens.counts()
     return gtpo_rewards(
@@ -172,8 +173,8 @@ def signed_group_normalize(
     group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    positive: float | None = None,
-    eps: float = 1e-8,
+    positive: float | Tensor | None = None,
+    eps: float | Tensor = 1e-8,
     ddof: int = 0,
     eps_at: str = "variance",
     joint: bool = False,
@@ -201,7 +202,7 @@ def signed_group_normalize(
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
     checks.check_rows("rewards", rewards, rows.batch, values.device, "values")
-    checks.check_eps_ddof(eps, ddof)
+    eps = checks.check_eps_ddof(eps, ddof)
     checks.check_choice("eps_at", eps_at, ("variance", "std"))
     checks.check_flag("joint", joint)
     ids = group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
@@ -209,19 +210,19 @@ def signed_group_normalize(
     right = rewards.detach() > _threshold(positive)
     counts = tokens.counts()
     live = counts > 0
-    wide = x.double()
+    total = wide(x)
     if not joint:  # the class of a row whose reward is NaN is not known
-        outcome = rewards.detach().double()
-        wide = wide * rows.expand(torch.where(outcome.isnan(), outcome, 1))
-    out = torch.zeros_like(wide)
-    # Relative rounding errors of the values, and of their mean in float64.
-    noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(torch.float64).eps
+        outcome = wide(rewards.detach())
+        total = total * rows.expand(torch.where(outcome.isnan(), outcome, 1))
+    out = torch.zeros_like(total)
+    # Relative rounding errors of the values, and of their mean.
+    noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(total.dtype).eps
     for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(tokens.means(wide, counts), counts, place, members)
-        centred = torch.where(valid & rows.expand(members), wide - rows.expand(mean), 0)
+        mean = _group_means(tokens.means(total, counts), counts, place, members)
+        centred = torch.where(valid & rows.expand(members), total - rows.expand(mean), 0)
         var = _group_means(tokens.means(centred.square(), counts), counts, place, members)
         if ddof:
-            number = scope_counts(torch.where(members, counts, 0), place)[place].double()
+            number = wide(scope_counts(torch.where(members, counts, 0), place)[place])
             var = var * (number / (number - ddof).clamp(min=1))
         # The variance of equal values is of rounding size, or 0, where the square root has no gradient.
         same = var <= (noise * mean).square()
@@ -243,7 +244,7 @@ def advantage_logprob_cov(
     valid, a = tokens.valid(), tokens.zeroed()
     lp = torch.where(valid, logprob.detach().to(a.dtype), 0)
     count = tokens.counts().sum().clamp(min=1)
-    parts = [x.double() - x.sum(dtype=torch.float64) / count for x in (a, lp)]
+    parts = [wide(x) - x.sum(dtype=count.dtype) / count for x in (a, lp)]
     return torch.where(valid, parts[0] * parts[1], 0).to(lp.dtype)
 
 
@@ -251,7 +252,12 @@ def advantage_logprob_cov(
 
 
 def entropy_bonus(
-    advantages: Tensor, entropy: Tensor, mask: Tensor | None = None, *, alpha: float = 0.4, kappa: float = 2.0
+    advantages: Tensor,
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 0.4,
+    kappa: float | Tensor = 2.0,
 ) -> Tensor:
     """``A + min(alpha * H, |A| / kappa)``, no gradient through ``H`` (2506.14758).
 
@@ -266,8 +272,8 @@ def entropy_bonus(
     """
     checks.check_float("advantages", advantages)
     checks.check_like("entropy", entropy, advantages, "advantages")
-    checks.check_positive("kappa", kappa)
-    checks.check_non_negative("alpha", alpha)
+    kappa = checks.check_positive("kappa", kappa)
+    alpha = checks.check_non_negative("alpha", alpha)
     valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
     a, h = checks.promote(advantages, entropy.detach())
     if valid is not None:
@@ -282,7 +288,7 @@ def unlikeliness_rewards(
     groups: Labels = None,
     *,
     group_size: GroupSize = None,
-    beta: float = 0.25,
+    beta: float | Tensor = 0.25,
 ) -> Tensor:
     """``r * (1 - beta * (n - rank) / n)``, rank 1 the likeliest row of its group (2506.02355).
 
@@ -298,7 +304,7 @@ def unlikeliness_rewards(
     """
     checks.check_rewards(rewards)
     checks.check_like("sequence_logprob", sequence_logprob, rewards, "rewards")
-    checks.check_non_negative("beta", beta)
+    beta = checks.check_non_negative("beta", beta)
     ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, "rewards")
     r, lp = checks.promote(rewards, sequence_logprob.detach())
     rank = _ranks(lp, ids, descending=True)
@@ -351,9 +357,9 @@ def entropy_weights(
     group_size: GroupSize = None,
     cu_seqlens: Tensor | None = None,
     inverse: bool = False,
-    temperature: float = 1.0,
-    fraction: float = 0.2,
-    entropy_floor: float = 1e-2,
+    temperature: float | Tensor = 1.0,
+    fraction: float | Tensor = 0.2,
+    entropy_floor: float | Tensor = 1e-2,
     entropy_grad: bool = False,
 ) -> Tensor:
     """A weight for each token by its entropy, with mean 1 over the valid tokens, so that a loss keeps its scale.
@@ -375,9 +381,9 @@ def entropy_weights(
         The layout of ``entropy``, 0 where masked.
     """
     checks.check_choice("mode", mode, MODES)
-    checks.check_positive("temperature", temperature)
-    checks.check_positive("entropy_floor", entropy_floor)
-    checks.check_fraction("fraction", fraction)
+    temperature = checks.check_positive("temperature", temperature)
+    entropy_floor = checks.check_positive("entropy_floor", entropy_floor)
+    fraction = checks.check_fraction("fraction", fraction)
     checks.check_flag("inverse", inverse)
     checks.check_flag("entropy_grad", entropy_grad)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
@@ -387,7 +393,7 @@ def entropy_weights(
     ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
     counts = tokens.counts()
     if mode == "linear":
-        raw = 1 / h.double().clamp(min=entropy_floor) if inverse else h
+        raw = 1 / larger(wide(h), entropy_floor) if inverse else h
     elif mode == "softmax":
         sign = -1.0 if inverse else 1.0
         score = torch.where(valid, sign * h / temperature, -torch.inf)
@@ -401,7 +407,7 @@ def entropy_weights(
     else:
         wanted = share_of(fraction, scope_counts(counts, ids))
         raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
-    raw = torch.where(valid, raw * sound, 0).double()
+    raw = wide(torch.where(valid, raw * sound, 0))
     if normalize == "row":
         mean = tokens.means(raw, counts)
     elif normalize == "batch":
@@ -498,8 +504,8 @@ def steer_weights(
     mask: Tensor | None = None,
     *,
     mode: str = "linear",
-    low: float = 0.8,
-    high: float = 1.2,
+    low: float | Tensor = 0.8,
+    high: float | Tensor = 1.2,
 ) -> Tensor:
     """Token weights of STEER from its metric: less weight for tokens that would move the entropy more.
 
@@ -515,9 +521,9 @@ def steer_weights(
     """
     checks.check_float("metric", metric)
     checks.check_choice("mode", mode, ("linear", "exp"))
-    checks.check_positive("low", low)
-    checks.check_finite("high", high)
-    if high < low:
+    low = checks.check_positive("low", low)
+    high = checks.check_finite("high", high)
+    if not (isinstance(low, Tensor) or isinstance(high, Tensor)) and high < low:
         raise ValueError(f"high: got {high}, want at least low ({low})")
     valid = checks.as_mask(mask, metric.shape, metric.device, "metric")
     (x,) = checks.promote(metric.detach())
@@ -526,7 +532,8 @@ def steer_weights(
         return x
     top = torch.where(valid, x, -torch.inf).amax()
     if mode == "exp":
-        out = (math.log(low) / top.clamp(min=0.02) * x).exp().clamp(low, 1)
+        least = filled(x, low)
+        out = torch.maximum((least.log() / top.clamp(min=0.02) * x).exp(), least).clamp(max=1)
     else:
         least = torch.where(valid, x, torch.inf).amin()
         span = top - least

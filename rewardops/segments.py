@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .core import checks
+from .core.precision import wide
 from .core.rows import Layout
 from .core.settings import may_read
 from .ops import segments as ops
@@ -185,8 +186,8 @@ class TokenValues:
 
     def running_sums(self, x: Tensor) -> Tensor:
         """float64, per token: the sum of ``x`` over the row's valid tokens up to it; 0 where masked."""
-        wide = x.double()
-        return prefix_scan(wide, torch.ones_like(wide), self.rows.mask, self.rows.cu_seqlens)
+        x = wide(x)
+        return prefix_scan(x, torch.ones_like(x), self.rows.mask, self.rows.cu_seqlens)
 
 
 def defined(x: Tensor) -> Tensor:

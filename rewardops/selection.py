@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .core import checks, distributed
+from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
+from .core.precision import wide
 from .core.rows import Layout
 from .ops import selection as ops
 from .ops.segments import row_counts
@@ -27,7 +29,7 @@ def high_entropy_mask(
     entropy: Tensor,
     mask: Tensor | None = None,
     *,
-    fraction: float = 0.2,
+    fraction: float | Tensor = 0.2,
     scope: str = "batch",
     groups: Labels = None,
     group_size: GroupSize = None,
@@ -54,7 +56,7 @@ def high_entropy_mask(
         bool, the layout of ``entropy``. Nothing is read back from the device.
     """
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens)
-    checks.check_fraction("fraction", fraction)
+    fraction = checks.check_fraction("fraction", fraction)
     ranks = distributed.Ranks.of(process_group, max_per_rank)
     if ranks is not None and group_size is not None:
         raise ValueError(f"group_size: got {group_size!r} with process_group, want groups")
@@ -69,9 +71,9 @@ def clip_cov_mask(
     cov: Tensor,
     mask: Tensor | None = None,
     *,
-    low: float = 1.0,
-    high: float = 5.0,
-    fraction: float = 2e-4,
+    low: float | Tensor = 1.0,
+    high: float | Tensor = 5.0,
+    fraction: float | Tensor = 2e-4,
     generator: torch.Generator | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
@@ -81,9 +83,9 @@ def clip_cov_mask(
     clipped already, as the authors do. ``generator`` must be on the device of ``cov``.
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
-    checks.check_number("low", low)
-    checks.check_number("high", high)
-    checks.check_fraction("fraction", fraction)
+    low = checks.check_number("low", low)
+    high = checks.check_number("high", high)
+    fraction = checks.check_fraction("fraction", fraction)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator")
     ids = scope_of_rows("batch", None, None, tokens.rows.batch, cov.device)
@@ -96,14 +98,18 @@ def clip_cov_mask(
 
 
 def kl_cov_mask(
-    cov: Tensor, mask: Tensor | None = None, *, fraction: float = 2e-4, cu_seqlens: Tensor | None = None
+    cov: Tensor,
+    mask: Tensor | None = None,
+    *,
+    fraction: float | Tensor = 2e-4,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """KL-Cov (2505.22617): the ``fraction`` of the valid tokens with the largest ``cov``, at least one.
 
     The caller adds a KL penalty towards the sampling policy there; it has no gradient at the on-policy point.
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
-    checks.check_fraction("fraction", fraction)
+    fraction = checks.check_fraction("fraction", fraction)
     ids = scope_of_rows("batch", None, None, tokens.rows.batch, cov.device)
     return largest(
         tokens.values, tokens.rows, ids, share_of(fraction, scope_counts(tokens.counts(), ids), 0.0)
@@ -135,9 +141,9 @@ def scope_of_rows(
     return scope_ids(scope, labels, batch, device)
 
 
-def share_of(fraction: float, counts: Tensor, rounding: float = 0.5) -> Tensor:
+def share_of(fraction: Number, counts: Tensor, rounding: float = 0.5) -> Tensor:
     """``fraction * counts``, rounded to the nearest (``rounding=0``: down); at least one of a count above 0."""
-    wanted = (counts.double() * fraction + rounding).floor().to(torch.int64)
+    wanted = (wide(counts) * fraction + rounding).floor().to(torch.int64)
     return torch.minimum(wanted.clamp(min=1), counts)
 
 
@@ -177,7 +183,7 @@ def largest(values: Tensor, rows: Layout, ids: Tensor, wanted: Tensor) -> Tensor
 
 def _high_entropy_over_ranks(
     tokens: TokenValues,
-    fraction: float,
+    fraction: Number,
     scope: str,
     groups: Labels,
     ranks: distributed.Ranks,

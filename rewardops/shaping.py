@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from .core import checks
+from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
+from .core.precision import wide, widest
 from .core.rows import Layout
+from .core.scalars import filled
 from .core.settings import may_read
 from .ops.segments import row_sums, segment_broadcast, segment_reduce
 from .ops.td import differences, last_tokens, prefix_scan, step_ends
@@ -54,15 +57,15 @@ def step_progress(
         checks.check_rows("start", start, rows.batch, values.device, "values")
     discount, discounts = factor("gamma", gamma, rows, values.device, "values")
     ends = _ends(markers, rows, values.device)
-    if discounts is None and discount == 1:
+    if discounts is None and not isinstance(discount, Tensor) and discount == 1:
         out = differences(q, ends, rows.cu_seqlens)
     else:
         less: float | Tensor = discount - 1
         if discounts is not None:
             per_token = discounts if discounts.shape == q.shape else rows.expand(discounts[:, 0])
             less = torch.where(ends, per_token - 1, 0)
-        wide = torch.where(ends, q, 0).double()
-        out = (differences(wide, ends, rows.cu_seqlens) + less * wide).to(q.dtype)
+        at_ends = wide(torch.where(ends, q, 0))
+        out = (differences(at_ends, ends, rows.cu_seqlens) + less * at_ends).to(q.dtype)
     if start is None:
         return out
     first = differences(torch.ones_like(q), ends, rows.cu_seqlens) != 0
@@ -73,7 +76,7 @@ def clip_delta_rewards(
     rewards: Tensor,
     steps: Tensor | None = None,
     *,
-    eta: float | None = 0.0,
+    eta: float | Tensor | None = 0.0,
     delta: bool = True,
     last: str = "zero",
     mask: Tensor | None = None,
@@ -96,7 +99,7 @@ def clip_delta_rewards(
     """
     rows, r, markers = _steps_of("rewards", rewards, steps, mask, cu_seqlens)
     if eta is not None:
-        checks.check_finite("eta", eta)
+        eta = checks.check_finite("eta", eta)
     checks.check_flag("delta", delta)
     checks.check_choice("last", last, ("zero", "own"))
     ends = _ends(markers, rows, rewards.device)
@@ -116,7 +119,7 @@ def redistribute_outcome(
     outcome: Tensor,
     weights: Tensor,
     *,
-    share: float = 1.0,
+    share: float | Tensor = 1.0,
     signed: bool = False,
     norm: str = "sum",
     mask: Tensor | None = None,
@@ -146,7 +149,7 @@ def redistribute_outcome(
     checks.check_float("weights", weights)
     rows = checks.token_layout("weights", weights, mask, cu_seqlens)
     checks.check_rows("outcome", outcome, rows.batch, weights.device, "weights")
-    checks.check_fraction("share", share)
+    share = checks.check_fraction("share", share)
     checks.check_flag("signed", signed)
     checks.check_choice("norm", norm, ("sum", "max", "none", "softmax"))
     total_outcome, w = checks.promote(outcome, weights)
@@ -210,18 +213,17 @@ def potential_shaping(
     """
     checks.check_tensor("potential", potential)
     beyond = None
-    if isinstance(final, Tensor):
+    if isinstance(final, Tensor) and final.dim():
         checks.check_float("rewards", rewards)
         rows = checks.token_layout("rewards", rewards, mask, cu_seqlens)
         checks.check_rows("final", final, rows.batch, rewards.device, "rewards")
         beyond = final
     else:
-        checks.check_finite("final", final)
-        if final:
+        number = checks.check_finite("final", final)
+        if isinstance(number, Tensor) or number != 0:
             checks.check_float("rewards", rewards)
             rows = checks.token_layout("rewards", rewards, mask, cu_seqlens)
-            (wide,) = checks.promote(rewards)
-            beyond = torch.full((rows.batch,), final, dtype=wide.dtype, device=wide.device)
+            beyond = filled(checks.promote(rewards)[0], number).expand(rows.batch)
     options = (beyond, gamma, 0.0, mask, cu_seqlens, "skip")
     out: Tensor = scan(rewards, potential, *options, names=("rewards", "potential"))[1][0]
     return out
@@ -244,7 +246,7 @@ def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None
         ``[B, S]``. Differentiable in ``scores``.
     """
     s, p = _budgets(scores, probs)
-    return _still_to_come(s.double(), p).to(s.dtype)
+    return _still_to_come(wide(s), p).to(s.dtype)
 
 
 def _still_to_come(scores: Tensor, probs: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ def budget_advantages(
     group_size: GroupSize = None,
     probs: Tensor | Sequence[float] | None = None,
     baseline: str = "brpo",
-    growth: float = 2.0,
+    growth: float | Tensor = 2.0,
 ) -> Tensor:
     """Budget-relative advantages (BRPO, 2505.13438): :func:`budget_returns` less a baseline.
 
@@ -271,23 +273,23 @@ def budget_advantages(
         ``[B, S]``. Differentiable in ``scores``.
     """
     checks.check_choice("baseline", baseline, BUDGET_BASELINES)
-    checks.check_positive("growth", growth)
+    growth = checks.check_positive("growth", growth)
     s, p = _budgets(scores, probs)
     batch, count = s.shape
     ids = None
     if baseline != "none" or groups is not None or group_size is not None:
         ids = group_ids(groups, group_size, batch, s.device, "scores")
-    wide = s.double()
-    returns = _still_to_come(wide, p)
+    exact = wide(s)
+    returns = _still_to_come(exact, p)
     if baseline == "none" or ids is None or not s.numel():
         return returns.to(s.dtype)
     if baseline == "group":
         return (returns - _means_of_groups(returns, ids)).to(s.dtype)
     remaining = p.flip(0).cumsum(0).flip(0)
-    history = _earlier_means(wide, growth) * remaining
+    history = _earlier_means(exact, growth) * remaining
     if baseline == "history":
         return (returns - history).to(s.dtype)
-    j = torch.arange(count, dtype=torch.float64, device=s.device)
+    j = torch.arange(count, dtype=exact.dtype, device=s.device)
     mixed = (j * history + (count - j) * _means_of_groups(returns, ids)) / count
     return (returns - mixed).to(s.dtype)
 
@@ -305,19 +307,16 @@ def _means_of_groups(x: Tensor, ids: Tensor) -> Tensor:
     return torch.where(alone[:, None], 0, means)
 
 
-def _earlier_means(x: Tensor, growth: float) -> Tensor:
+def _earlier_means(x: Tensor, growth: Number) -> Tensor:
     """``[B, S]``: the mean of the columns before each, with weights ``growth^i``; 0 at the first."""
-    rate = 1 / growth
-    power = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+    rate = 1 / filled(x, growth)
+    power = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
     # The weights up to a column over that of the column itself: the mean moves by the inverse of it. Where they
     # overflow, it does not move.
     mass = (rate**power).cumsum(0)
     moves = 1 / mass
-    stays = 1 - moves
-    if rate < 1:
-        stays = torch.cat(
-            [torch.zeros_like(mass[:1]), rate * mass[:-1] / mass[1:]]
-        )  # in full precision near 0
+    near_zero = torch.cat([torch.zeros_like(mass[:1]), rate * mass[:-1] / mass[1:]])
+    stays = torch.where(rate < 1, near_zero, 1 - moves)  # each in full precision where it is small
     # A column is carried on by what the next one leaves of it.
     carried = torch.cat([stays[1:], torch.ones_like(stays[:1])]).expand(x.shape).contiguous()
     means = prefix_scan(x * moves, carried, None, None)
@@ -345,16 +344,16 @@ def _ends(markers: Tensor | None, rows: Layout, device: torch.device) -> Tensor:
 
 
 def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    """The scores in full precision, and the probabilities in float64."""
+    """The scores in full precision, and the probabilities in the widest."""
     checks.check_float("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores: got shape {checks.show(scores.shape)}, want [B, budgets]")
     (s,) = checks.promote(scores)
     count = s.shape[1]
     if probs is None:
-        return s, torch.full((count,), 1 / max(count, 1), dtype=torch.float64, device=s.device)
+        return s, torch.full((count,), 1 / max(count, 1), dtype=widest(s.device), device=s.device)
     numbers = checks.as_numbers("probs", probs, count, "the columns of scores")
-    p = torch.as_tensor(numbers, dtype=torch.float64, device=s.device).detach()
+    p = torch.as_tensor(numbers, dtype=widest(s.device), device=s.device).detach()
     if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
         raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
     return s, p / p.sum()
