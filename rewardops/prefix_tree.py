@@ -18,12 +18,15 @@ from .core import checks
 from .core.checks import Number
 from .core.groups import GroupSize, Labels
 from .core.precision import wide
+from .core.scalars import filled
 from .core.settings import may_read
 from .ops import advantages
 from .ops import prefix_tree as ops
 from .ops.forest import Forest, TokenRows, checked_rewards, checked_weights
 from .ops.group_spec import check_group_scale
+from .ops.tree import at_nodes, sums_at_nodes
 from .reference.advantages import AdvantagesArgs
+from .reference.td import times
 
 __all__ = [
     "PrefixLcp",
@@ -458,11 +461,59 @@ def _leave_one_out(
             sums * share, dtype, at=at, scaled_values=minus, row_factor=x, gamma=gamma, leaf=leaf
         )
     weights = torch.where(forest.live, weights, 0)[:, None]
-    totals = forest.totals(weights[:, 0])
-    minus = -torch.ones_like(sums)
-    summed = forest.tokens(
-        sums, sums.dtype, at=at, scaled_values=minus, row_factor=x * weights, gamma=gamma, leaf=leaf
-    )
-    minus = -torch.ones_like(totals)
-    remaining = forest.tokens(totals, totals.dtype, at=at, scaled_values=minus, row_factor=weights, leaf=leaf)
+    summed = _others(forest, x * weights, gamma, leaf, at)
+    remaining = _others(forest, weights, 1.0, leaf, at)
     return torch.where(remaining > 0, summed / torch.where(remaining > 0, remaining, 1), 0).to(dtype)
+
+
+def _others(forest: Forest, terms: Tensor, gamma: Number, leaf: Tensor, at: str) -> Tensor:
+    """``[C, *tokens]``: sums of the other rows' terms ``[B, C]``, discounted.
+
+    The row's own term is taken from the sum of all, unless it is the larger part of it: then what remains would be
+    rounding errors of the sum.
+    """
+    sums = forest.sums(terms, gamma=gamma)
+    sizes = forest.sums(terms.detach().abs(), gamma=gamma)
+    minus = -torch.ones_like(sums)
+
+    def less_own(total: Tensor, own: Tensor) -> Tensor:
+        return forest.tokens(
+            total, total.dtype, at=at, scaled_values=minus, row_factor=own, gamma=gamma, leaf=leaf
+        )
+
+    rest = [
+        _off_the_heavy_path(forest, *(t[:, c : c + 1] for t in (sums, sizes, terms)), gamma)
+        for c in range(terms.shape[1])
+    ]
+    if not rest:
+        return less_own(sums, terms)
+    without = forest.tokens(torch.cat(rest, 1), sums.dtype, at=at, gamma=gamma, leaf=leaf)
+    larger = less_own(sizes, 2 * terms.detach().abs()) < 0
+    return torch.where(larger, without, less_own(sums, terms))
+
+
+def _off_the_heavy_path(forest: Forest, sums: Tensor, sizes: Tensor, terms: Tensor, gamma: Number) -> Tensor:
+    """``[2 B, 1]``: each node's discounted sum without the row whose term is its larger part; else anything.
+
+    Below such a node, that row's path goes through children that are the larger part of theirs: its sum is that of
+    the other children, and what its heavy child has without the row. Rows are children of their leaves.
+    """
+    nodes = sums.shape[0]
+    node = torch.arange(nodes + terms.shape[0], device=sums.device)
+    above = torch.cat([forest.parent, forest.leaf])
+    inside = above >= 0
+    above = torch.where(inside, above, node)
+    depth = torch.cat([forest.depth, forest.depth[forest.leaf.clamp(min=0)]])
+    distance = (depth - depth[above]).clamp(min=0)[:, None]
+    discount = torch.where(inside[:, None], filled(sums, gamma) ** distance, 0)
+    size = times(discount, torch.cat([sizes, terms.detach().abs()]))
+    heavy = inside & (2 * size > at_nodes(torch.cat([sizes, sizes.new_zeros(terms.shape)]), above))[:, 0]
+    light = torch.where(heavy[:, None], 0, times(discount, torch.cat([sums, terms])))
+    rest = sums_at_nodes(light, above, len(node))
+    # Every node's heavy child, itself if there is none (the last place takes the others), and the discount to it.
+    to = torch.cat([node, node[:1]]).scatter(0, torch.where(heavy, above, len(node)), node)[:-1]
+    factor = torch.where((to == node)[:, None], 0, discount[to])
+    for _ in range(len(node).bit_length()):
+        rest = rest + times(factor, at_nodes(rest, to))
+        factor, to = factor * factor[to], to[to]
+    return rest[:nodes]

@@ -14,7 +14,7 @@ from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
 from .core.precision import wide, widest
 from .core.rows import Layout
-from .core.scalars import filled
+from .core.scalars import filled, listed
 from .core.settings import may_read
 from .ops.segments import row_sums, segment_broadcast, segment_reduce
 from .ops.td import differences, last_tokens, prefix_scan, step_ends
@@ -353,7 +353,7 @@ def _budgets(scores: Tensor, probs: Tensor | Sequence[float] | None) -> tuple[Te
     if probs is None:
         return s, torch.full((count,), 1 / max(count, 1), dtype=widest(s.device), device=s.device)
     numbers = checks.as_numbers("probs", probs, count, "the columns of scores")
-    p = torch.as_tensor(numbers, dtype=widest(s.device), device=s.device).detach()
+    p = listed(numbers, widest(s.device), s.device)
     if may_read(p) and count and not (bool((p >= 0).all()) and 0 < float(p.sum()) < math.inf):
         raise ValueError("probs: got no distribution, want no negative number, and not only zeros")
     return s, p / p.sum()

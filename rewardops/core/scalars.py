@@ -99,6 +99,16 @@ def filled(like: Tensor, number: float | Tensor) -> Tensor:
     return like.new_ones(()) * number
 
 
+def listed(numbers: Tensor | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor of one dimension, without a gradient."""
+    if isinstance(numbers, Tensor):
+        return numbers.detach().to(device, dtype)
+    if not torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    one = torch.ones(1, dtype=dtype, device=device)
+    return torch.cat([one[:0], *(one * number for number in numbers)])
+
+
 def smaller(x: Tensor, number: float | Tensor) -> Tensor:
     """``min(x, number)``; NaN stays."""
     return torch.minimum(x, filled(x, number))

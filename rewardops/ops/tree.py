@@ -13,11 +13,14 @@ from ..reference.tree import TreeArgs
 
 # ---- nodes by index ----------------------------------------------------------------------------------------
 
-_at_nodes_backward = define(
+# The sums of terms at each node, in order: also by itself, with the gradient that belongs to it.
+sums_at_nodes = define(
     "tree",
     "at_nodes_backward(Tensor grad, Tensor index, SymInt size) -> Tensor",
     tensors={"grad": Annotated[Tensor, "real", "N", "C"], "index": Annotated[Tensor, "int64", "N"]},
     fake=lambda grad, index, size: grad.new_empty(size, grad.shape[1]),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+    backward=lambda ctx, grad: {"grad": at_nodes(grad, *ctx.saved_tensors)},
 )
 
 
@@ -34,7 +37,7 @@ at_nodes = define(
     tensors={"values": Annotated[Tensor, "real", "M", "C"], "index": Annotated[Tensor, "int64", "N"]},
     fake=lambda values, index: values.new_empty(index.shape[0], values.shape[1]),
     setup_context=_setup_at,
-    backward=lambda ctx, grad: {"values": _at_nodes_backward(grad, ctx.saved_tensors[0], ctx.size)},
+    backward=lambda ctx, grad: {"values": sums_at_nodes(grad, ctx.saved_tensors[0], ctx.size)},
 )
 
 # An op, so that the number of steps, which depends on the number of nodes, is not part of a compiled graph.

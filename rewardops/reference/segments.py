@@ -41,46 +41,59 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
     """Reductions ``[B, num_steps]``, and a number per step for the backward pass: a count, position or product."""
     x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
     x, step_of = x.double(), to_rows(a.ids, None, a.cu_seqlens)[0]
-    position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
-    values, saved = [], []
-    for step in range(a.num_steps):
-        inside = valid & (step_of == step)
-        count = inside.sum(1)
-        some = count > 0
-        where = torch.full_like(count, -1, dtype=torch.float64)
-        if a.op in ("sum", "mean"):
-            value = torch.where(inside, x, 0).sum(1)
-            if a.op == "mean":
-                value, where = value / count.clamp(min=1), torch.where(some, count.double(), where)
-        elif a.op == "any":
-            value = (inside & (x != 0)).any(1).double()
-        elif a.op == "prod":
-            zeros = (inside & (x == 0)).sum(1)
-            value = torch.where(inside & (x != 0), x, 1).prod(1)
-            where = torch.where(some, torch.where(zeros > 1, 0, value), where)
-            value = torch.where(zeros > 0, 0, value)
+    shape, size = (x.shape[0], a.num_steps), x.shape[0] * a.num_steps
+    inside = valid & (step_of >= 0) & (step_of < a.num_steps)
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    # The place of each token's step; one more for tokens of none.
+    place = torch.where(inside, row * a.num_steps + step_of, size).flatten()
+
+    def total(terms: Tensor) -> Tensor:
+        """Sums in the order of the tokens."""
+        out = x.new_zeros(size + 1).index_put_((place,), terms.flatten(), accumulate=True)
+        return out[:size].view(shape)
+
+    def extreme(terms: Tensor, kind: str) -> Tensor:
+        start = x.new_full((size + 1,), torch.inf if kind == "amin" else -torch.inf)
+        return start.scatter_reduce(0, place, terms.flatten(), kind)[:size].view(shape)
+
+    count = total(inside.double())
+    some = count > 0
+    where = torch.full_like(count, -1.0)
+    if a.op in ("sum", "mean"):
+        value = total(x)
+        if a.op == "mean":
+            value, where = value / count.clamp(min=1), torch.where(some, count, where)
+    elif a.op == "any":
+        value = (total((inside & (x != 0)).double()) > 0).double()
+    elif a.op == "prod":
+        zeros = total((inside & (x == 0)).double())
+        factors = torch.where(inside & (x != 0), x, 1)
+        steps = [torch.where(step_of == step, factors, 1).prod(1) for step in range(a.num_steps)]
+        value = torch.stack(steps, 1) if steps else x.new_zeros(shape)
+        where = torch.where(some, torch.where(zeros > 1, 0, value), where)
+        value = torch.where(zeros > 0, 0, value)
+    else:
+        candidates = inside
+        if a.op in ("min", "max") and x.numel():
+            # The earliest of equal values, and of NaNs, which are the extreme.
+            number = x.isnan()
+            signed = torch.where(number, -torch.inf, x if a.op == "min" else -x)
+            least = _at(extreme(signed, "amin"), place, x)
+            broken = _at(total(number.double()), place, x) > 0
+            candidates = inside & torch.where(broken, number, signed == least)
+        position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64).expand(x.shape)
+        if a.op == "last":
+            at = extreme(torch.where(candidates, position, -torch.inf), "amax")
         else:
-            candidates = inside
-            if a.op in ("min", "max") and x.shape[1]:
-                # The earliest of equal values, and of NaNs, which are the extreme.
-                sign = 1 if a.op == "min" else -1
-                least = torch.where(inside, sign * x, torch.inf).amin(1, keepdim=True)
-                candidates = inside & ((sign * x == least) | x.isnan())
-                candidates = torch.where(
-                    (inside & x.isnan()).any(1, keepdim=True), inside & x.isnan(), candidates
-                )
-            if a.op == "last":
-                at = torch.where(candidates, position, -1).amax(1) if x.shape[1] else where
-            else:
-                at = torch.where(candidates, position, torch.inf).amin(1) if x.shape[1] else where
-            where = torch.where(some, at, where)
-            index = where.clamp(min=0).to(torch.int64)[:, None]
-            value = x.gather(1, index)[:, 0] if x.shape[1] else x.new_zeros(x.shape[0])
-        values.append(torch.where(some, value, 0))
-        saved.append(where)
-    empty = x.new_zeros((x.shape[0], 0))
-    out = torch.stack(values, 1) if values else empty
-    return out.to(a.values.dtype), torch.stack(saved, 1) if saved else empty
+            at = extreme(torch.where(candidates, position, torch.inf), "amin")
+        where = torch.where(some, at, where)
+        value = x.gather(1, where.clamp(min=0).to(torch.int64)) if x.shape[1] else x.new_zeros(shape)
+    return torch.where(some, value, 0).to(a.values.dtype), where
+
+
+def _at(of_steps: Tensor, place: Tensor, like: Tensor) -> Tensor:
+    """The number of each token's step; 0 for tokens of none."""
+    return torch.cat([of_steps.flatten(), of_steps.new_zeros(1)])[place].view(like.shape)
 
 
 def segment_reduce_backward(grad: Tensor, out: Tensor, saved: Tensor, a: SegmentsArgs) -> Tensor:

@@ -232,6 +232,25 @@ class Test_prefix_values:
             assert torch.equal(a, b)
         assert all(bool((o.cpu()[~mask] == 0).all()) for o in ours.outputs)
 
+    @pytest.mark.parametrize("options", [{}, {"gamma": 0.8, "masked": "skip"}], ids=str)
+    def test_the_others_of_a_row_of_nearly_all_weight(self, target, generator, options):
+        """What remains of a sum without its larger part would be rounding errors of the sum."""
+        tokens, rewards, groups, mask = draw(rows_of(target), 20, generator)
+        weights = 10 ** (-25 * torch.rand(len(rewards), generator=generator))
+        rewards = rewards * 10 ** (-25 * torch.rand(len(rewards), generator=generator))
+        options = {"leave_one_out": True, **options}
+
+        def fn(r, w):
+            here = [x.to(r.device) for x in (tokens, groups, mask)]
+            return rewardops.prefix_values(here[0], r, here[1], weights=w, mask=here[2], **options)[:2]
+
+        wide = [rewards.double(), weights.double()]
+        ours = evaluate(fn, wide, backend=target.backend, device=target.device)
+        want = trie(tokens, rewards.double(), groups, mask, weights=weights.double(), **options)
+        for a, b in zip(ours.outputs, want[:2], strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-11, atol=0)
+        assert all(bool(g.isfinite().all()) for g in ours.gradients)
+
     def test_duplicates_and_strict_prefixes(self, target):
         tokens = torch.tensor([[4, 5, 6], [4, 5, 6], [4, 5, 0], [4, 9, 9]])
         mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
