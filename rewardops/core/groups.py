@@ -88,6 +88,20 @@ def group_ids(groups: Labels, group_size: object, batch: int, device: torch.devi
     return groups.detach().to(torch.int64)
 
 
+def numbered(groups: Tensor) -> Tensor:
+    """``[B]`` int64 from 0 to B - 1: groups numbered in the order of their labels. Nothing is read back."""
+    labels, order = groups.sort(stable=True)
+    fresh = torch.cat([torch.zeros_like(labels[:1]), (labels[1:] != labels[:-1]).to(torch.int64)])
+    return torch.empty_like(order).index_copy_(0, order, fresh.cumsum(0))
+
+
+def group_sums(x: Tensor, number: Tensor) -> Tensor:
+    """``[B, ...]``: for each row the sum of ``x`` over its group, the rows with the same ``number`` from 0 to B."""
+    # Adds float64 numbers in the order of the rows on every device, which `index_add` does not.
+    sums = x.new_zeros((x.shape[0] + 1, *x.shape[1:]), dtype=torch.float64)
+    return sums.index_put_((number,), x.double(), accumulate=True)[number]
+
+
 def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:
     """``[B, B]``, bool: True where two rows belong to one group (and both have a token)."""
     same = groups[:, None] == groups[None, :]

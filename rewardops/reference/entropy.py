@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.groups import same_group
+from ..core.groups import group_sums, numbered
 from ..core.rows import from_rows, to_rows
 
 
@@ -39,8 +39,8 @@ class _Shares(NamedTuple):
 
     valid: Tensor  # [B, T]
     positive: Tensor  # [B]
-    same: Tensor  # [B, B]: rows of one group and one class, in the dtype of the rewards
-    weight: Tensor  # [B, T]: H for right rows, 1 / H for wrong ones; 0 where not valid
+    scope: Tensor  # [B]: numbers of the rows' groups and classes
+    weight: Tensor  # [B, T] float64: H for right rows, 1 / H for wrong ones; 0 where not valid
     count: Tensor  # type: ignore[assignment]  # [B, T]: rows of the class still running at the position
     total: Tensor  # [B, T]: the sum of their weights
     floored: Tensor  # [B, T]: valid tokens with an entropy at or below the floor
@@ -49,12 +49,12 @@ class _Shares(NamedTuple):
 def _shares(a: GtpoArgs) -> _Shares:
     h, valid = to_rows(a.entropy, a.mask, a.cu_seqlens)
     floored = h <= a.floor
-    h = h.clamp(min=a.floor)
+    h = h.clamp(min=a.floor).double()
     positive = a.rewards > a.threshold
-    same = (same_group(a.groups) & (positive[:, None] == positive[None, :])).to(a.rewards.dtype)
+    scope = numbered(2 * numbered(a.groups) + positive)
     weight = torch.where(valid, torch.where(positive[:, None], h, 1 / h), 0)
     return _Shares(
-        valid, positive, same, weight, same @ valid.to(a.rewards.dtype), same @ weight, floored & valid
+        valid, positive, scope, weight, group_sums(valid, scope), group_sums(weight, scope), floored & valid
     )
 
 
@@ -64,17 +64,19 @@ def gtpo_rewards(a: GtpoArgs) -> Tensor:
     shaped = torch.where(
         s.positive[:, None], a.alpha1 * a.rewards[:, None] + a.alpha2 * share, -a.alpha1 - a.alpha2 * share
     )
-    return from_rows(torch.where(s.valid, shaped, 0), a.entropy.shape, a.cu_seqlens)
+    out = torch.where(s.valid, shaped, 0).to(a.entropy.dtype)
+    return from_rows(out, a.entropy.shape, a.cu_seqlens)
 
 
 def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
     """Gradients of ``rewards`` and ``entropy``."""
     s = _shares(a)
-    up, _ = to_rows(grad, a.mask, a.cu_seqlens)
+    up, _ = to_rows(grad.double(), a.mask, a.cu_seqlens)
     grad_rewards = torch.where(s.positive, a.alpha1 * up.sum(1), 0)
-    through = s.same @ (up * s.weight)
+    through = group_sums(up * s.weight, s.scope)
     grad_weight = a.alpha2 * s.count / s.total * (up - through / s.total)
     # d weight / d H: 1 for right rows; for wrong ones -1 / H^2, against the minus sign of their share.
     slope = torch.where(s.positive[:, None], torch.ones_like(s.weight), s.weight.square())
     grad_entropy = torch.where(s.valid & ~s.floored, grad_weight * slope, 0)
+    grad_rewards, grad_entropy = grad_rewards.to(a.rewards.dtype), grad_entropy.to(a.entropy.dtype)
     return grad_rewards, from_rows(grad_entropy, a.entropy.shape, a.cu_seqlens)
