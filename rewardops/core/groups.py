@@ -95,11 +95,14 @@ def numbered(groups: Tensor) -> Tensor:
     return torch.empty_like(order).index_copy_(0, order, fresh.cumsum(0))
 
 
-def group_sums(x: Tensor, number: Tensor) -> Tensor:
-    """``[B, ...]``: for each row the sum of ``x`` over its group, the rows with the same ``number`` from 0 to B."""
-    # Adds float64 numbers in the order of the rows on every device, which `index_add` does not.
+def group_sums(x: Tensor, number: Tensor, order: Tensor | None = None) -> Tensor:
+    """``[B, ...]``: for each row the sum of ``x`` over its group, the rows with the same ``number`` from 0 to B.
+
+    Float64 numbers, added in ``order`` (by default that of the rows) on every device, which ``index_add`` does not.
+    """
     sums = x.new_zeros((x.shape[0] + 1, *x.shape[1:]), dtype=torch.float64)
-    return sums.index_put_((number,), x.double(), accumulate=True)[number]
+    parts, to = (t if order is None else t.index_select(0, order) for t in (x.double(), number))
+    return sums.index_put_((to,), parts, accumulate=True).index_select(0, number)
 
 
 def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:

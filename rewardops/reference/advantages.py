@@ -87,20 +87,20 @@ class _Members(NamedTuple):
     @staticmethod
     def of(rewards: Tensor, number: Tensor, ddof: int) -> _Members:
         by_reward = (rewards + 0.0).argsort(stable=True)  # 0.0: one sort of zero
-        order = by_reward[number[by_reward].argsort(stable=True)]
-        start = torch.searchsorted(number[order], number)
+        order = by_reward.gather(0, number.gather(0, by_reward).argsort(stable=True))
+        sizes = number.new_zeros(len(number) + 1).index_add_(0, number, torch.ones_like(number))
+        start, count = (sizes.cumsum(0) - sizes).gather(0, number), sizes.gather(0, number).double()
         one = torch.ones_like(rewards)
-        g = _Members(rewards, number, order, start, *[one] * 8)
-        g = g._replace(count=g.total(one))
-        low, high = g.ranked(torch.zeros_like(one)), g.ranked(g.count - 1)
+        g = _Members(rewards, number, order, start, count, *[one] * 7)
+        low, high = g.ranked(torch.zeros_like(one)), g.ranked(count - 1)
         # Centred on the smallest reward first, unless that is infinite: rewards near 1000 keep their differences, and
         # equal rewards, which have a std of rounding size, come out as exactly 0.
         above = rewards - torch.where(low.isfinite(), low, 0)
-        centred = above - g.total(above) / g.count
+        centred = above - g.total(above) / count
         # In units of a power of two of which neither squares nor their sum leave the range of float64.
         spread = high - low
         unit = torch.where(spread > 2.0**400, 2.0**-600, torch.where(spread < 2.0**-400, 2.0**600, one))
-        square = g.total((centred * unit).square()) / (g.count - ddof).clamp(min=1)
+        square = g.total((centred * unit).square()) / (count - ddof).clamp(min=1)
         return g._replace(
             low=low,
             high=high,
@@ -108,30 +108,28 @@ class _Members(NamedTuple):
             above=above,
             centred=centred,
             std=square.sqrt() / unit,
-            mean_abs=g.total(rewards.abs()) / g.count,
+            mean_abs=g.total(rewards.abs()) / count,
         )
 
     def total(self, x: Tensor) -> Tensor:
         """``[B]``, the sum of ``x`` over the row's group."""
-        sums = torch.zeros_like(x)
-        sums[self.order] = group_sums(x[self.order], self.number[self.order])
-        return sums
+        return group_sums(x, self.number, self.order)
 
     def _place(self, rank: Tensor) -> Tensor:
         return (self.start + rank.long()).clamp(max=len(self.order) - 1)
 
     def ranked(self, rank: Tensor) -> Tensor:
         """The reward of rank ``rank`` of the row's group in ascending order, from 0 to count - 1."""
-        return self.rewards[self.order[self._place(rank)]]
+        return self.rewards.gather(0, self.order.gather(0, self._place(rank)))
 
     def is_first(self, rank: Tensor) -> Tensor:
         """1.0 where the row is the earliest of its group with the reward of that rank, else 0.0."""
-        r, number = self.rewards[self.order], self.number[self.order]
+        r, number = (x.gather(0, self.order) for x in (self.rewards, self.number))
         fresh = torch.ones_like(number, dtype=torch.bool)
         fresh[1:] = (r[1:] != r[:-1]) | (number[1:] != number[:-1])
         places = torch.arange(len(r), device=r.device)
         earliest = torch.where(fresh, places, 0).cummax(0).values if len(r) else places
-        return (self.order[earliest[self._place(rank)]] == places).to(r.dtype)
+        return (self.order.gather(0, earliest.gather(0, self._place(rank))) == places).to(r.dtype)
 
 
 class _Statistics(NamedTuple):
