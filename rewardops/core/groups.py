@@ -56,7 +56,7 @@ def by_size(group_size: object, place: Tensor, total: int | None, other: str) ->
         known = sizes.tolist() if may_read(sizes) else None
     elif isinstance(group_size, (list, tuple)):
         known = list(group_size)
-        if not all(isinstance(n, int) and n >= 0 for n in known):
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in known):
             raise ValueError(f"group_size: got sizes {known}, want whole numbers of at least 0")
         sizes = from_host(known, place.device)
     elif isinstance(group_size, bool) or not isinstance(group_size, int):

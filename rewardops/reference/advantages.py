@@ -67,7 +67,7 @@ def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
 class _Members(NamedTuple):
     """Rows in groups, and the statistics of each row's group; floats are float64.
 
-    Everything is a sort of the rows or a sum over them in sorted order, so it takes O(B) memory, and the order of the
+    Everything is a sort of the rows or a sum over them in sorted order: it takes O(B) memory, and the order of the
     rows shows in no bit.
     """
 
@@ -93,8 +93,8 @@ class _Members(NamedTuple):
         one = torch.ones_like(rewards)
         g = _Members(rewards, number, order, start, count, *[one] * 7)
         low, high = g.ranked(torch.zeros_like(one)), g.ranked(count - 1)
-        # Centred on the smallest reward first, unless that is infinite: rewards near 1000 keep their differences, and
-        # equal rewards, which have a std of rounding size, come out as exactly 0.
+        # Centred on the smallest reward first, unless that is infinite: rewards near 1000 keep their differences,
+        # and equal rewards, which have a std of rounding size, come out as exactly 0.
         above = rewards - torch.where(low.isfinite(), low, 0)
         centred = above - g.total(above) / count
         # In units of a power of two of which neither squares nor their sum leave the range of float64.
@@ -212,9 +212,9 @@ def _statistics(a: AdvantagesArgs, live: Tensor) -> _Statistics:
 def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages, per row or per token; and per row ``1 / scale`` and ``reward - baseline``."""
     s = _statistics(a, live_rows(a.rewards, a.mask, a.cu_seqlens))
-    # Infinite rewards show: an infinite scale makes 0 of finite numerators only.
+    # Infinite rewards show: an infinite scale makes 0 of finite numerators only. 0.0: no negative zeros.
     advantages, inv_scale, numerator = (
-        x.to(a.rewards.dtype) for x in (s.numerator * s.inv_scale, s.inv_scale, s.numerator.clone())
+        x.to(a.rewards.dtype) for x in (s.numerator * s.inv_scale + 0.0, s.inv_scale, s.numerator.clone())
     )
     if a.token_shape is not None:
         tokens = (

@@ -367,6 +367,14 @@ def _channel_weights(call: Call) -> st.SearchStrategy[Any] | None:
     return made | made.map(Tensor.tolist)
 
 
+def _asks_for_channels(call: Call) -> bool:
+    """Whether rewards without weights could be per token; those of ``gdpo`` only if they have the mask's shape."""
+    rewards, mask = call["rewards"], call["mask"]
+    if call.takes("whitening"):
+        return isinstance(mask, Tensor) and mask.shape == rewards.shape and call["cu_seqlens"] is ABSENT
+    return rewards.dim() == 2
+
+
 def _bad_channel_weights(call: Call, value: Any) -> Bad:
     yield from strangers("None", "a list", "a tensor")
     if call["rewards"].dim() == 1:
@@ -499,7 +507,7 @@ ENTROPY = per_token("positive", "zero", "quarters")
 ENTROPY_FIRST = per_token("positive", "zero", "quarters", joined=False)
 TOKENS_FIRST = per_token(joined=False)
 STEPS = Array(_steps, dtypes="integer")
-CHANNEL_WEIGHTS = Made(_channel_weights, _bad_channel_weights)
+CHANNEL_WEIGHTS = Made(_channel_weights, _bad_channel_weights, must=_asks_for_channels)
 
 ARGUMENTS: dict[str, Kind] = {
     # layouts and groups
