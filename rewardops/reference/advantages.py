@@ -241,7 +241,7 @@ def group_advantages_backward(
         up = grad.double()
     else:
         up = to_rows(grad, a.mask, a.cu_seqlens)[0].double().sum(1)
-    on_inv_scale = up * s.numerator
+    on_inv_scale = up * numerator.double()
     if grad_inv_scale is not None:
         on_inv_scale = on_inv_scale + torch.where(live, grad_inv_scale, 0)
     on_scale = -(on_inv_scale * s.inv_scale) * s.inv_scale

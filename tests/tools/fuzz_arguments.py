@@ -330,7 +330,9 @@ def _bad_lengths(call: Call, value: Any) -> Bad:
     if call.setting("baseline") != "length_weighted":
         yield "without a use", torch.ones(size)
         return
-    yield from _bad_amounts(size)
+    for what, bad in _bad_amounts(size):
+        if what != "negative" or bool(call.batch.rows.live.any()):  # lengths of rows without a token do not matter
+            yield what, bad
 
 
 class Baseline(Choice):
