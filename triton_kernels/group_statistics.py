@@ -25,9 +25,9 @@ BATCH_STD = tl.constexpr(SCALES.index("batch_std"))
 MEAN_ABS = tl.constexpr(SCALES.index("mean_abs"))
 RANGE = tl.constexpr(SCALES.index("range"))
 NO_SCALE = tl.constexpr(SCALES.index("none"))
-# A spread of rewards whose square may leave the range of float64, and the unit in which it does not.
-HUGE, HUGE_UNIT = tl.constexpr(2.0**400), tl.constexpr(2.0**-600)
-TINY, TINY_UNIT = tl.constexpr(2.0**-400), tl.constexpr(2.0**600)
+# Spreads of rewards whose square may leave the range of float64, and factors that bring them back.
+HUGE, SHRINK = tl.constexpr(2.0**400), tl.constexpr(2.0**-600)
+TINY, GROW = tl.constexpr(2.0**-400), tl.constexpr(2.0**600)
 
 
 class Moments(NamedTuple):
@@ -120,13 +120,15 @@ def reward_moments(
     std = tl.zeros([], ACC)
     if SQUARES:
         square = tl.zeros([], ACC)
-        unit = tl.where(high - low > HUGE, HUGE_UNIT, tl.where(high - low < TINY, TINY_UNIT, 1.0)).to(ACC)
+        spread = high - low
+        unit = tl.where(spread > HUGE, SHRINK, tl.where(spread < TINY, GROW, 1.0)).to(ACC)
+        back = tl.where(spread > HUGE, GROW, tl.where(spread < TINY, SHRINK, 1.0)).to(ACC)
         for start in range(begin, end, JOIN):
             rows, chosen = members(start, group, EVERYONE, TOKENS, PACKED, HAS_MASK, JOIN)
             r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
             centred = (r - origin - mean_above) * unit
             square += tl.sum(tl.where(chosen, centred * centred, 0.0), 0)
-        std = tl.where(differs, tl.sqrt(square / tl.maximum((count - ddof).to(ACC), 1.0)) / unit, 0.0)
+        std = tl.where(differs, tl.sqrt(square / tl.maximum((count - ddof).to(ACC), 1.0)) * back, 0.0)
     mean_abs = magnitude / tl.maximum(size, 1.0)
     return Moments(begin, end, size, low, high, origin, mean_above, std, mean_abs, differs)
 

@@ -331,7 +331,9 @@ def _bad_lengths(call: Call, value: Any) -> Bad:
         yield "without a use", torch.ones(size)
         return
     for what, bad in _bad_amounts(size):
-        if what != "negative" or bool(call.batch.rows.live.any()):  # lengths of rows without a token do not matter
+        if what != "negative" or bool(
+            call.batch.rows.live.any()
+        ):  # lengths of rows without a token do not matter
             yield what, bad
 
 
