@@ -541,13 +541,13 @@ def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 def _check_channels(rewards: Tensor, weights: object, otherwise: str = "") -> None:
     """Rewards ``[B, R]`` where weights ask for them, and only there: ``[B, T]`` are not R rewards."""
     checks.check_float("rewards", rewards)
-    shape = checks.show(rewards.shape)
     if weights is None and rewards.dim() == 2:
         raise ValueError(
-            f"rewards: got shape {shape}, want [B]: sum per-token rewards over each row first"
+            f"rewards: got shape {checks.show(rewards.shape)}, want [B]: sum per-token rewards over each row first"
             f" ((rewards * mask).sum(1), or rewardops.row_sum(rewards, mask=mask)){otherwise}"
         )
     if weights is not None and rewards.dim() != 2:
+        shape = checks.show(rewards.shape)
         raise ValueError(f"weights: got a value for rewards {shape}, want rewards [B, R]")
 
 
