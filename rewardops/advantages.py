@@ -78,25 +78,34 @@ def group_advantages(
     mean of the group's absolute rewards (MaxRL, for rewards of at least 0); ``"range"``, largest less smallest;
     ``"none"``, 1.
 
-    Exact on the hard inputs: equal rewards give 0 whatever their value (not the quotient of two rounding
-    errors), rewards near 1000 keep their differences, a group of one has advantage 0 under any baseline but
-    ``"none"`` and a tensor, and 0 under any scale but ``"none"`` and ``"batch_std"``. A NaN reward makes every
-    advantage of its group NaN (of the batch under ``"batch_std"``), as none of them is defined without it. With
-    neither a scale nor a baseline of the group, only the advantage of its own row is NaN.
+    Exact on the hard inputs: equal finite rewards give 0 whatever their value (not the quotient of two rounding
+    errors), rewards near 1000 keep their differences, rewards of any magnitude have the std of the formula, a
+    group of one has advantage 0 under any baseline but ``"none"`` and a tensor, and 0 under any scale but
+    ``"none"`` and ``"batch_std"``. A NaN reward makes every advantage of its group NaN (of the batch under
+    ``"batch_std"``), as none of them is defined without it. With neither a scale nor a baseline of the group, only
+    the advantage of its own row is NaN.
+
+    Infinite rewards show as well, by the arithmetic of floating-point numbers. The mean of a group with one is
+    infinite: its own row has ``inf - inf``, NaN, the others ``-inf``. Every std is then NaN; a ``"mean_abs"`` or
+    ``"range"`` is infinite, and ``x / inf`` is 0 for a finite ``x`` and NaN for an infinite one. Under a scale the
+    gradients of a group (of the batch) with a reward that is NaN or infinite are NaN.
 
     Args:
-        rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. Or ``[B, R]``, R rewards,
-            normalised separately and then summed with ``weights`` (GDPO, MO-GRPO).
+        rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. With ``weights``: ``[B, R]``, R
+            rewards, normalised separately and then summed (GDPO, MO-GRPO). There a NaN is a reward that the row
+            does not have: the row is left out of the column's groups, and the column adds 0 to its advantage and
+            has gradient 0 there; a row of NaN alone has advantage 0.
         groups: ``[B]``: integer labels of any value in any order, groups may be ragged; or a numpy array or a
             sequence of strings or other objects, such as prompt ids (compared on the host).
         group_size: instead of ``groups``: contiguous groups of this many rows, or of these sizes, a
-            list or an integer tensor ``[G]``.
+            list or an integer tensor ``[G]``; sizes may be 0.
         eps: added to the scale.
         ddof: 1 for the unbiased std, 0 for the population's.
         singleton: the advantage of a group of one: ``"zero"``, or ``"raw"`` for its reward, as in verl's GRPO
             (not with ``scale="batch_std"``).
-        lengths: ``[B]``, for ``"length_weighted"``; by default the number of valid tokens.
-        weights: ``[R]``, for rewards ``[B, R]``; 1 each by default.
+        lengths: ``[B]``, finite numbers of at least 0, for ``"length_weighted"``; by default the number of valid
+            tokens. Only their ratios matter; in a group whose lengths are all 0 rows weigh the same.
+        weights: ``[R]``, which asks for rewards ``[B, R]``; ``[1] * R`` for their plain sum.
         mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``): the advantage is written to every valid token
             and 0 to the others. A row without a valid token does not count in its group.
         cu_seqlens: ``[B + 1]``, int32 or int64: the advantage is written to packed tokens ``[N]``.
@@ -116,10 +125,12 @@ def group_advantages(
         equal rewards under a scale, where a std has no gradient, has gradient 0.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
-            size that does not divide the rows, an unknown baseline or scale, lengths that are missing.
+        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, rewards
+            ``[B, R]`` without weights (they could be per token), a group size that does not divide the rows, an
+            unknown baseline or scale, lengths that are missing, negative or not finite (values are read on a CPU,
+            elsewhere under :func:`rewardops.debug`).
     """
-    checks.check_float("rewards", rewards)
+    _check_channels(rewards, weights, "; for R separate rewards [B, R] pass weights=")
     options: dict[str, Any] = {
         "group_size": group_size, "baseline": baseline, "scale": scale, "eps": eps, "ddof": ddof,
         "singleton": singleton, "lengths": lengths, "mask": mask, "cu_seqlens": cu_seqlens,
@@ -129,10 +140,6 @@ def group_advantages(
     if ranks is not None or rewards.dim() == 2:
         spec, total = _by_row(ranks, rewards, groups, weights, **options)
         return spec.to_tokens(total)
-    if weights is not None:
-        raise ValueError(
-            f"weights: got a value for rewards {checks.show(rewards.shape)}, want rewards [B, R]"
-        )
     return GroupSpec.of(rewards, groups, **options).advantages(rewards)
 
 
@@ -284,6 +291,7 @@ def gpg(
     settings: dict[str, Any] = {"scale": "none", "eps": 0.0, **options}
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     ranks = distributed.Ranks.of(process_group, max_per_rank)
+    _check_channels(rewards, None)
     checks.check_rewards(rewards)
     spec, advantages = _by_row(ranks, rewards, groups, None, **where, **settings)
     # A row without a valid token counts in neither number, as in no group.
@@ -311,21 +319,35 @@ def gdpo(
     """GDPO: GRPO per reward of ``[B, R]``, their weighted sum, whitened over the batch.
 
     ``whitening="rows"`` (the authors' code, TRL), ``"tokens"`` (verl: long rows weigh more) or ``"none"`` (MO-GRPO,
-    2509.22047).
+    2509.22047). ``weights``: 1 each by default; needed where ``mask`` has the shape of the rewards, which could
+    then be per token.
+
+    A NaN is a reward that the row does not have, as in :func:`group_advantages`: per reward the z-score over the
+    rows that have it, 0 for the others. A row of NaN alone has 0, and is left out of the whitening.
     """
     checks.check_choice("whitening", whitening, ("rows", "tokens", "none"))
     checks.check_float("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B, R]")
+    if weights is None:
+        if cu_seqlens is None and isinstance(mask, Tensor) and mask.shape == rewards.shape:
+            raise ValueError(
+                f"rewards: got shape {checks.show(rewards.shape)}, that of the mask, want [B, R]: sum per-token"
+                " rewards over each row first; if these are R separate rewards, pass weights="
+            )
+        weights = [1.0] * rewards.shape[1]
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     ranks = distributed.Ranks.of(process_group, max_per_rank)
     spec, total = _by_row(ranks, rewards, groups, weights, **where, **options)
-    if whitening == "rows":
-        return spec.to_tokens(whiten(total, spec.live(), process_group=process_group))
+    rewarded = spec.live() & ~rewards.detach().isnan().all(1)
+    if whitening == "rows" or (whitening == "tokens" and spec.rows is None):
+        return spec.to_tokens(whiten(total, rewarded, process_group=process_group))
     out = spec.to_tokens(total)
     if whitening == "none":
         return out
-    return whiten(out, None if spec.rows is None else spec.rows.mask, process_group=process_group)
+    assert spec.rows is not None
+    tokens = spec.rows.valid(rewards.device) & spec.rows.expand(rewarded)
+    return whiten(out, tokens, process_group=process_group)
 
 
 def gtpo(
@@ -530,6 +552,19 @@ def _others(x: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 # ---- per row, on one rank or several -----------------------------------------------------------------------
 
 
+def _check_channels(rewards: Tensor, weights: object, otherwise: str = "") -> None:
+    """Rewards ``[B, R]`` where weights ask for them, and only there: ``[B, T]`` are not R rewards."""
+    checks.check_float("rewards", rewards)
+    if weights is None and rewards.dim() == 2:
+        raise ValueError(
+            f"rewards: got shape {checks.show(rewards.shape)}, want [B]: sum per-token rewards over each row first"
+            f" ((rewards * mask).sum(1), or rewardops.row_sum(rewards, mask=mask)){otherwise}"
+        )
+    if weights is not None and rewards.dim() != 2:
+        shape = checks.show(rewards.shape)
+        raise ValueError(f"weights: got a value for rewards {shape}, want rewards [B, R]")
+
+
 def _by_row(
     ranks: distributed.Ranks | None,
     rewards: Tensor,
@@ -565,7 +600,7 @@ def _over_ranks(
         raise ValueError(
             f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R] with R of at least 1"
         )
-    column = rewards if rewards.dim() != 2 else rewards[:, 0]
+    column = rewards if rewards.dim() != 2 else torch.where(rewards.isnan(), 0, rewards)[:, 0]
     where: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     labels = distributed.own_labels(groups, group_size, column.shape[0], rewards.device, "rewards")
     spec = GroupSpec.of(column, labels, baseline=baseline, lengths=lengths, **where, **options)
@@ -585,7 +620,10 @@ def _over_ranks(
 def _summed(
     rewards: Tensor, groups: Labels, weights: Sequence[float] | Tensor | None, **options: Any
 ) -> tuple[GroupSpec, Tensor]:
-    """Per row the weighted sum of the advantages of each column of rewards ``[B, R]``."""
+    """Per row the weighted sum of advantages by each column of rewards ``[B, R]``, among the rows that have it."""
+    missing = rewards.detach().isnan()
+    rewards = torch.where(missing, 0, rewards)
+    checks.check_values("rewards", rewards)
     columns = rewards.unbind(1)
     spec = GroupSpec.of(columns[0] if columns else rewards.sum(1), groups, **options)
     count = len(columns)
@@ -596,8 +634,8 @@ def _summed(
     )
     by_row = spec.by_row()
     total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
-    for share, column in zip(shares, columns, strict=True):
-        total = total + share * by_row.advantages(column)[:, 0]
+    for share, column, absent in zip(shares, columns, missing.unbind(1), strict=True):
+        total = total + share * by_row.among(~absent).advantages(column)[:, 0]
     return spec, total
 
 

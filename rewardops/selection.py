@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .core import checks, distributed
 from .core.checks import Number
-from .core.groups import GroupSize, Labels, group_ids
+from .core.groups import GroupSize, Labels, group_ids, numbered
 from .core.precision import wide
 from .core.rows import Layout
 from .ops import selection as ops
@@ -154,9 +154,7 @@ def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.devic
     if scope == "batch":
         return torch.zeros(batch, dtype=torch.int64, device=device)
     assert groups is not None
-    labels, order = groups.sort(stable=True)
-    fresh = torch.cat([torch.zeros_like(labels[:1]), (labels[1:] != labels[:-1]).to(torch.int64)])
-    return torch.empty_like(order).index_copy_(0, order, fresh.cumsum(0))
+    return numbered(groups)
 
 
 def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .group_statistics import (
     first_with_reward,
     group_statistics,
 )
-from .groups import GroupRows, with_valid_token
+from .groups import GroupRows, members, with_valid_token
 from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
 from .segments import row_sums
@@ -48,12 +48,12 @@ def numerator(reward, baseline, s, best, BASELINE: tl.constexpr):
     elif BASELINE == VALUES:
         value = reward - baseline
     elif BASELINE == MEAN or BASELINE == LEAVE_ONE_OUT or BASELINE == BY_LENGTH:
-        value = tl.where(s.differ, s.gain * (reward - s.low - s.mean_above), 0.0)
+        value = s.gain * (reward - s.origin - s.mean_above)
     else:
         step = tl.where(s.fraction > 0, s.fraction * (s.above - s.below), 0.0)
-        value = tl.where(s.differ, reward - s.below - step, 0.0)
+        value = reward - s.below - step
         if BASELINE == SECOND:
-            value = tl.where(best | (s.low != s.low), value, 0.0)
+            value = tl.where(best, 1.0, 0.0) * value
     return tl.where(s.raw, reward, value)
 
 
@@ -94,11 +94,11 @@ def group_advantages_kernel(
             best = b == first_with_reward(s.high, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
         value = numerator(reward, baseline, s, best, BASELINE)
         inv_scale = s.inv_scale
-    counts = nonempty & (inv_scale != 0)
     if tl.program_id(1) == 0:
-        tl.store(inv_scales + b, tl.where(counts, inv_scale, 0.0))
+        tl.store(inv_scales + b, tl.where(nonempty, inv_scale, 0.0))
         tl.store(numerators + b, tl.where(nonempty, value, 0.0))
-    value = tl.where(counts, value * inv_scale, 0.0).to(advantages.dtype.element_ty)
+    # No negative zeros.
+    value = tl.where(nonempty, value * inv_scale + 0.0, 0.0).to(advantages.dtype.element_ty)
     if TOKENS:
         base, length = row_bounds(cu, b, width, total, PACKED)
         for start in range(tl.program_id(1) * BLOCK, length, splits * BLOCK):
@@ -113,8 +113,8 @@ def group_advantages_kernel(
 
 @triton.jit(do_not_specialize=["batch", "mask_stride", "width", "total", "ddof"])
 def group_advantages_backward_kernel(
-    grads, inv_scale_grads, rewards, labels, lengths, inv_scales, numerators, mask, cu, reward_grads,
-    baseline_grads, batch, mask_stride, width, total, quantile_high, quantile_low, eps_high, eps_low, ddof,
+    grads, inv_scale_grads, rewards, labels, lengths, numerators, mask, cu, reward_grads, baseline_grads,
+    batch, mask_stride, width, total, quantile_high, quantile_low, eps_high, eps_low, ddof,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_INV: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def group_advantages_backward_kernel(
     if SCALE == RANGE:
         lowest = first_with_reward(s.low, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
     # Sums of upstream gradients over the rows whose numerator contains the baseline, and the gradient of the
-    # inverse scale, which with "batch_std" is that of all rows. Rows that are not members have inverse scale 0.
+    # inverse scale, which with "batch_std" is that of all rows.
     grad_sum = tl.zeros([], ACC)
     inv_scale_grad = tl.zeros([], ACC)
     if SCALE == BATCH_STD:
@@ -146,26 +146,26 @@ def group_advantages_backward_kernel(
         first = s.begin
         last = s.end
     for start in range(first, last, JOIN):
-        rows = start + tl.arange(0, JOIN)
-        inside = rows < batch
-        member = inside & (tl.load(labels + rows, mask=inside, other=0) == label)
-        inv = tl.load(inv_scales + rows, mask=inside, other=0.0)
+        rows, chosen = members(start, group, SCALE == BATCH_STD, TOKENS, PACKED, HAS_MASK, JOIN)
         grad = tl.zeros([JOIN], ACC)
         if HAS_GRAD:
-            grad = tl.load(grads + rows, mask=inv != 0, other=0.0).to(ACC)
-        term = grad * tl.load(numerators + rows, mask=inv != 0, other=0.0).to(ACC)
-        if HAS_INV:
-            term += tl.load(inv_scale_grads + rows, mask=inv != 0, other=0.0).to(ACC)
-        if SCALE != BATCH_STD:
-            term = tl.where(member, term, 0.0)
+            grad = tl.load(grads + rows, mask=chosen, other=0.0).to(ACC)
+        if SCALE != NO_SCALE:
+            term = grad * tl.load(numerators + rows, mask=chosen, other=0.0).to(ACC)
+            if HAS_INV:
+                term += tl.load(inv_scale_grads + rows, mask=chosen, other=0.0).to(ACC)
+            inv_scale_grad += tl.sum(term, 0)
+        if SCALE == BATCH_STD:
+            chosen = chosen & (tl.load(labels + rows, mask=chosen, other=0) == label)
         if BASELINE == SECOND:
-            member = member & (rows == highest)
-        grad_sum += tl.sum(tl.where(member, grad, 0.0), 0)
-        inv_scale_grad += tl.sum(term, 0)
-    counts = tl.load(inv_scales + b) != 0
+            chosen = chosen & (rows == highest)
+        grad_sum += tl.sum(tl.where(chosen, grad, 0.0), 0)
+    row = b + tl.zeros([1], tl.int32)
+    nonempty = with_valid_token(row, row < batch, group, TOKENS, PACKED, HAS_MASK)
+    nonempty = tl.max(nonempty.to(tl.int32), 0) > 0
     grad = tl.zeros([], ACC)
     if HAS_GRAD:
-        grad = tl.load(grads + b, mask=counts, other=0.0).to(ACC)
+        grad = tl.load(grads + b, mask=nonempty, other=0.0).to(ACC)
     reward = tl.load(rewards + b).to(ACC)
     # Derivatives by this row's reward: of its own numerator, and of the baseline.
     gain = s.gain
@@ -173,14 +173,15 @@ def group_advantages_backward_kernel(
     if BASELINE == MEAN or BASELINE == LEAVE_ONE_OUT:
         weight = gain / tl.maximum(s.size, 1.0)
     elif BASELINE == BY_LENGTH:
-        length = s.length
-        weight = tl.where(length > 0, tl.load(lengths + b).to(ACC) / tl.where(length > 0, length, 1.0), 0.0)
+        equal = s.length == 0
+        weight = tl.where(equal, 1.0, tl.load(lengths + b).to(ACC)) / tl.where(equal, s.size, s.length)
     elif BASELINE != NO_BASELINE and BASELINE != VALUES:
         at_below = first_with_reward(s.below, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
         weight = tl.where(b == at_below, 1.0 - s.fraction, 0.0)
         if BASELINE == QUANTILE:
             at_above = first_with_reward(s.above, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
             weight += tl.where(b == at_above, s.fraction, 0.0)
+        weight = tl.where(s.low == s.low, weight, s.low)  # a NaN has no rank
         if BASELINE == SECOND:
             gain = tl.where(b == highest, 1.0, 0.0)
     reward_grad = s.inv_scale * (gain * grad - weight * grad_sum)
@@ -192,12 +193,13 @@ def group_advantages_backward_kernel(
     elif SCALE != NO_SCALE:
         # d std / d r = centred / ((n - ddof) std)
         freedom = tl.maximum(s.scale_size - ddof, 1.0)
-        centred = reward - s.scale_low - s.scale_mean_above
-        slope = tl.where(s.scale > 0, centred / (freedom * tl.where(s.scale > 0, s.scale, 1.0)), 0.0)
-    reward_grad -= slope * s.inv_scale * s.inv_scale * inv_scale_grad
-    tl.store(reward_grads + b, tl.where(counts, tl.where(s.raw, grad, reward_grad), 0.0))
+        centred = reward - s.scale_origin - s.scale_mean_above
+        slope = tl.where(s.scale == 0, 0.0, centred / (freedom * tl.where(s.scale == 0, 1.0, s.scale)))
+    if SCALE != NO_SCALE:
+        reward_grad -= inv_scale_grad * s.inv_scale * s.inv_scale * slope
+    tl.store(reward_grads + b, tl.where(nonempty, tl.where(s.raw, grad, reward_grad), 0.0))
     if BASELINE == VALUES:
-        tl.store(baseline_grads + b, tl.where(counts & (s.raw == 0), -s.inv_scale * grad, 0.0))
+        tl.store(baseline_grads + b, tl.where(nonempty & (s.raw == 0), -s.inv_scale * grad, 0.0))
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def group_advantages_backward(
     inv_scale_grads = None if grad_inv_scale is None else grad_inv_scale.contiguous()
     group_advantages_backward_kernel[(rows.batch,)](
         pointer(grads, rewards), pointer(inv_scale_grads, rewards), rewards, groups, pointer(lengths, rewards),
-        inv_scale.contiguous(), numerator.contiguous(), pointer(mask, rewards), rows.cu, out, baseline_grads,
+        numerator.contiguous(), pointer(mask, rewards), rows.cu, out, baseline_grads,
         rows.batch, stride(mask), rows.width, rows.total, *pair(a.quantile), *pair(a.eps), a.ddof,
         TOKENS=tokens, PACKED=rows.packed, HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None,
         **_options(a, JOIN_BACKWARD), **BITS,

@@ -25,6 +25,9 @@ BATCH_STD = tl.constexpr(SCALES.index("batch_std"))
 MEAN_ABS = tl.constexpr(SCALES.index("mean_abs"))
 RANGE = tl.constexpr(SCALES.index("range"))
 NO_SCALE = tl.constexpr(SCALES.index("none"))
+# Spreads of rewards whose square may leave the range of float64, and factors that bring them back.
+HUGE, SHRINK = tl.constexpr(2.0**400), tl.constexpr(2.0**-600)
+TINY, GROW = tl.constexpr(2.0**-400), tl.constexpr(2.0**600)
 
 
 class Moments(NamedTuple):
@@ -35,10 +38,11 @@ class Moments(NamedTuple):
     size: Any  # number of members
     low: Any  # smallest reward; NaN if a reward is NaN
     high: Any  # largest reward; likewise
-    mean_above: Any  # mean of reward - low
+    origin: Any  # low, or 0 where that is infinite or NaN
+    mean_above: Any  # mean of reward - origin
     std: Any  # 0 unless requested
     mean_abs: Any  # mean of |reward|
-    differ: Any  # bool: any two rewards differ
+    differ: Any  # bool: any two rewards differ, or one is infinite or NaN
 
 
 class GroupStatistics(NamedTuple):
@@ -49,8 +53,8 @@ class GroupStatistics(NamedTuple):
     size: Any  # number of members
     low: Any  # smallest reward; NaN if a reward is NaN
     high: Any  # largest reward; likewise
-    mean_above: Any  # mean of reward - low; weighted by length for the baseline "length_weighted"
-    differ: Any  # bool: any two rewards differ
+    origin: Any  # low, or 0 where that is infinite or NaN
+    mean_above: Any  # mean of reward - origin; weighted by length for the baseline "length_weighted"
     below: Any  # an order statistic as baseline is below + fraction * (above - below):
     above: Any  # two rewards of neighbouring rank,
     fraction: Any  # and the relative position between the two, in [0, 1)
@@ -59,7 +63,7 @@ class GroupStatistics(NamedTuple):
     inv_scale: Any  # 1 / (scale + eps); 0 where no rewards differ, 1 without a scale
     raw: Any  # bool: a group of one, whose advantage is its reward
     scale_size: Any  # the rewards that the scale comes from, the group's or the batch's: size,
-    scale_low: Any  # low
+    scale_origin: Any  # origin
     scale_mean_above: Any  # and mean_above,
     scale: Any  # and the scale itself, without eps
 
@@ -73,7 +77,8 @@ def reward_moments(
     """``Moments`` of a group, or of ``EVERYONE``; ``SQUARES`` requests the standard deviation.
 
     Rewards are centred on the smallest one first: rewards near 1000 keep the digits of their differences. Equal
-    rewards are detected by comparison: their computed std is rounding error, not 0. All labels are read once; later
+    rewards are detected by comparison: their computed std is rounding error, not 0. Infinite rewards make moments
+    infinite or NaN, whatever their place. All labels are read once; later
     passes read only the blocks between the group's first and last row. Float64 costs little here, and gradients
     cancel.
     """
@@ -96,16 +101,18 @@ def reward_moments(
         if in_block > 0:
             begin = tl.minimum(begin, start)
             end = start + JOIN
+    origin = tl.where(tl.abs(low) < float("inf"), low, 0.0)
     above = tl.zeros([], ACC)
     magnitude = tl.zeros([], ACC)
     differ = tl.zeros([], tl.int32)
     for start in range(begin, end, JOIN):
         rows, chosen = members(start, group, EVERYONE, TOKENS, PACKED, HAS_MASK, JOIN)
         r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
-        above += tl.sum(tl.where(chosen, r - low, 0.0), 0)
+        above += tl.sum(tl.where(chosen, r - origin, 0.0), 0)
         magnitude += tl.sum(tl.abs(r), 0)
         differ += tl.sum((chosen & (r != low)).to(tl.int32), 0)
     size = count.to(ACC)
+    differs = (differ > 0) | (tl.abs(low) == float("inf"))
     # A NaN may be missing from minimum and maximum, but not from the sum.
     low = tl.where(magnitude == magnitude, low, magnitude)
     high = tl.where(magnitude == magnitude, high, magnitude)
@@ -113,14 +120,17 @@ def reward_moments(
     std = tl.zeros([], ACC)
     if SQUARES:
         square = tl.zeros([], ACC)
+        spread = high - low
+        unit = tl.where(spread > HUGE, SHRINK, tl.where(spread < TINY, GROW, 1.0)).to(ACC)
+        back = tl.where(spread > HUGE, GROW, tl.where(spread < TINY, SHRINK, 1.0)).to(ACC)
         for start in range(begin, end, JOIN):
             rows, chosen = members(start, group, EVERYONE, TOKENS, PACKED, HAS_MASK, JOIN)
-            centred = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC) - low - mean_above
+            r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
+            centred = (r - origin - mean_above) * unit
             square += tl.sum(tl.where(chosen, centred * centred, 0.0), 0)
-        std = tl.where(differ > 0, tl.sqrt(square / tl.maximum((count - ddof).to(ACC), 1.0)), 0.0)
-    return Moments(
-        begin, end, size, low, high, mean_above, std, magnitude / tl.maximum(size, 1.0), differ > 0
-    )
+        std = tl.where(differs, tl.sqrt(square / tl.maximum((count - ddof).to(ACC), 1.0)) * back, 0.0)
+    mean_abs = magnitude / tl.maximum(size, 1.0)
+    return Moments(begin, end, size, low, high, origin, mean_above, std, mean_abs, differs)
 
 
 @triton.jit
@@ -208,7 +218,7 @@ def group_statistics(
     """``GroupStatistics`` of a group, for a baseline and a scale."""
     ACC: tl.constexpr = tl.float64
     moments = reward_moments(group, ddof, SCALE == STD, False, TOKENS, PACKED, HAS_MASK, JOIN)
-    begin, end, size, low, high, mean_above, std, mean_abs, differ = moments
+    begin, end, size, low, high, origin, mean_above, std, mean_abs, _ = moments
     raw = RAW and size == 1.0
     source = moments  # moments of the rewards that the scale comes from
     scale = std
@@ -236,8 +246,9 @@ def group_statistics(
             each = tl.load(lengths + rows, mask=chosen, other=0.0).to(ACC)
             length += tl.sum(each, 0)
             r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
-            weighted += tl.sum(each * (r - low), 0)
-        mean_above = tl.where(length > 0, weighted / tl.where(length > 0, length, 1.0), 0.0)
+            weighted += tl.sum(tl.where(chosen, each * (r - origin), 0.0), 0)
+        # Lengths of 0 alone weigh rows equally.
+        mean_above = tl.where(length == 0, mean_above, weighted / tl.where(length == 0, 1.0, length))
     elif BASELINE == HIGHEST:
         below = high
         above = high
@@ -256,6 +267,6 @@ def group_statistics(
         below = tl.where(low == low, below.to(ACC), low)
         above = tl.where(fraction > 0, above.to(ACC), below)
     return GroupStatistics(
-        begin, end, size, low, high, mean_above, differ, below, above, fraction, length, gain, inv_scale, raw,
-        source.size, source.low, source.mean_above, scale,
+        begin, end, size, low, high, origin, mean_above, below, above, fraction, length, gain, inv_scale, raw,
+        source.size, source.origin, source.mean_above, scale,
     )  # fmt: skip

@@ -34,14 +34,18 @@ struct Pick {
   int64_t row = -1;
 };
 
+// A finite number to centre rewards on: the reward, or 0.
+double origin(double reward) { return std::isfinite(reward) ? reward : 0; }
+
 // Statistics of a group's rewards. Means are relative to the first reward, or by length to the lowest, so that rewards
-// far from 0 keep the digits of their differences.
+// far from 0 keep the digits of their differences; infinite rewards make them infinite or NaN.
 struct Statistics {
   int64_t count = 0;
   double first = 0, mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
-  double centred(double r) const { return (r - first) - mean; }
+  double centred(double r) const { return (r - origin(first)) - mean; }
   bool broken() const { return std::isnan(mean_abs); }  // a reward is NaN: there is no order and no mean
-  bool differs = false;          // the rewards are not all equal
+  bool differs = false;          // the rewards are not all equal, or not finite
+  bool by_count = false;         // all lengths are 0: rows count equally
   Pick low, high, below, above;  // the extremes, and the two rewards between which an order statistic lies
   double part = 0;               // (order statistic - below) / (above - below), in [0, 1)
 };
@@ -67,30 +71,36 @@ void moments_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& 
     }
     if (r < s.low.value) s.low = {r, b};
     if (r > s.high.value) s.high = {r, b};
-    s.differs = s.differs || r != s.first;
-    sum += r - s.first;
+    s.differs = s.differs || !(r - s.first == 0);
+    sum += r - origin(s.first);
     magnitude += std::fabs(r);
   });
   if (s.count == 0) return;
   s.mean = sum / s.count;
   s.mean_abs = magnitude / s.count;
   if (s.broken()) s.low = s.high = {s.mean_abs, -1};
+  // In units of a power of two of which neither squares nor their sum leave the range of double.
+  const double spread = s.high.value - s.low.value;
+  const double unit = spread > 0x1p400 ? 0x1p-600 : spread < 0x1p-400 ? 0x1p600 : 1;
   double square = 0;
-  members([&](int64_t b) { square += s.centred(a.rewards[b]) * s.centred(a.rewards[b]); });
+  members([&](int64_t b) {
+    const double centred = s.centred(a.rewards[b]) * unit;
+    square += centred * centred;
+  });
   const int64_t degrees = s.count - a.ddof;
-  s.std = s.differs ? std::sqrt(square / (degrees > 1 ? degrees : 1)) : 0.0;
+  s.std = s.differs ? std::sqrt(square / (degrees > 1 ? degrees : 1)) / unit : 0.0;
 }
 
 // Statistics of the baseline beyond the moments: an order statistic, or the mean weighted by length.
 template <typename T, typename Members>
 void baseline_of(const AdvantagesArgs<T>& a, const Members& members, Statistics& s) {
   if (a.baseline == Baseline::length_weighted) {
+    members([&](int64_t b) { s.total_length += a.lengths[b]; });
+    s.by_count = s.total_length == 0;
+    if (s.by_count) s.total_length = s.count;
     double sum = 0;
-    members([&](int64_t b) {
-      s.total_length += a.lengths[b];
-      sum += a.lengths[b] * (a.rewards[b] - s.low.value);
-    });
-    s.mean_by_length = s.total_length > 0 ? sum / s.total_length : 0;
+    members([&](int64_t b) { sum += (s.by_count ? 1.0 : a.lengths[b]) * (a.rewards[b] - origin(s.low.value)); });
+    s.mean_by_length = sum / s.total_length;
     return;
   }
   int64_t rank;
@@ -107,6 +117,7 @@ void baseline_of(const AdvantagesArgs<T>& a, const Members& members, Statistics&
     }
     default: return;
   }
+  s.below.value = s.above.value = s.mean_abs;
   if (s.broken()) return;
   std::vector<double> values;
   values.reserve(s.count);
@@ -164,13 +175,11 @@ class GroupStatistics {
     const double r = a_.rewards[b];
     if (a_.baseline == Baseline::none || raw(s)) return r;
     if (a_.baseline == Baseline::values) return r - a_.baseline_values[b];
-    if (!s.differs) return 0.0;
-    if (s.broken()) return s.mean_abs;
     switch (a_.baseline) {
       case Baseline::mean:
       case Baseline::leave_one_out: return gain(s, b) * s.centred(r);
-      case Baseline::length_weighted: return (r - s.low.value) - s.mean_by_length;
-      case Baseline::second_max: return gain(s, b) == 0.0 ? 0.0 : r - s.below.value;
+      case Baseline::length_weighted: return (r - origin(s.low.value)) - s.mean_by_length;
+      case Baseline::second_max: return gain(s, b) * (r - s.below.value);
       default: return r - s.below.value - (s.part > 0 ? s.part * (s.above.value - s.below.value) : 0.0);
     }
   }
@@ -183,8 +192,10 @@ class GroupStatistics {
       case Baseline::values: return 0.0;
       case Baseline::mean:
       case Baseline::leave_one_out: return gain(s, i) / s.count;
-      case Baseline::length_weighted: return s.total_length > 0 ? a_.lengths[b] / s.total_length : 0.0;
-      default: return gain(s, i) * ((b == s.below.row ? 1 - s.part : 0.0) + (b == s.above.row ? s.part : 0.0));
+      case Baseline::length_weighted: return (s.by_count ? 1.0 : a_.lengths[b]) / s.total_length;
+      default:
+        if (s.broken()) return s.mean_abs;
+        return gain(s, i) * ((b == s.below.row ? 1 - s.part : 0.0) + (b == s.above.row ? s.part : 0.0));
     }
   }
 
@@ -196,7 +207,7 @@ class GroupStatistics {
     if (a_.scale == Scale::mean_abs) return ((r > 0) - (r < 0)) / double(s.count);
     const Statistics& of = a_.scale == Scale::batch_std ? batch_ : s;
     const int64_t degrees = of.count - a_.ddof;
-    return of.std > 0 ? of.centred(r) / ((degrees > 1 ? degrees : 1) * of.std) : 0.0;
+    return of.std == 0 ? 0.0 : of.centred(r) / ((degrees > 1 ? degrees : 1) * of.std);
   }
 
  private:
@@ -214,11 +225,11 @@ void group_advantages(const AdvantagesArgs<T>& a, int threads) {
   for (int64_t g = 0; g < groups.count(); ++g) {
     const Statistics s = groups.statistics(g);
     groups.rows(g, [&](int64_t b) {
-      const double numerator = groups.live(b) ? groups.numerator(s, b) : 0.0;
-      const bool counts = groups.live(b) && s.inv_scale != 0;
+      const bool live = groups.live(b);
+      const double numerator = live ? groups.numerator(s, b) : 0.0, inv_scale = live ? s.inv_scale : 0.0;
       a.numerators[b] = static_cast<T>(numerator);
-      a.inv_scale[b] = static_cast<T>(counts ? s.inv_scale : 0.0);
-      a.advantages[b] = static_cast<T>(counts ? numerator * s.inv_scale : 0.0);
+      a.inv_scale[b] = static_cast<T>(inv_scale);
+      a.advantages[b] = static_cast<T>(numerator * inv_scale + 0.0);  // no negative zeros
     });
   }
 }
@@ -246,32 +257,33 @@ void group_advantages_backward(const AdvantagesArgs<T>& a, int threads) {
   const bool batch_wide = a.scale == Scale::batch_std;
   const auto of_scale = [&](const Statistics& s, int64_t b) {
     if (groups.raw(s)) return 0.0;
-    return (up[b] * groups.numerator(s, b) + (a.grad_inv_scale ? a.grad_inv_scale[b] : T{0})) * s.inv_scale * s.inv_scale;
+    const double on_inv_scale = up[b] * groups.numerator(s, b) + (a.grad_inv_scale ? a.grad_inv_scale[b] : T{0});
+    return on_inv_scale * s.inv_scale * s.inv_scale;
   };
   double through_batch = 0;
   for (int64_t g = 0; batch_wide && g < groups.count(); ++g) {
     const Statistics s = groups.statistics(g);
-    if (s.inv_scale != 0) groups.rows(g, [&](int64_t b) { through_batch += groups.live(b) ? of_scale(s, b) : 0.0; });
+    groups.rows(g, [&](int64_t b) { through_batch += groups.live(b) ? of_scale(s, b) : 0.0; });
   }
   for (int64_t g = 0; g < groups.count(); ++g) {
     const Statistics s = groups.statistics(g);
-    const bool counts = s.inv_scale != 0;
-    double total = 0, through = 0;  // second_max: `through` of the best row alone
-    if (counts)
-      groups.rows(g, [&](int64_t b) {
-        if (!groups.live(b)) return;
-        if (a.baseline != Baseline::second_max || b == s.high.row) total += up[b];
-        through += of_scale(s, b);
-      });
+    double total = 0, through = 0;  // second_max: `total` of the best row alone
+    groups.rows(g, [&](int64_t b) {
+      if (!groups.live(b)) return;
+      if (a.baseline != Baseline::second_max || b == s.high.row) total += up[b];
+      through += of_scale(s, b);
+    });
     if (batch_wide) through = through_batch;
     const int64_t any = a.baseline == Baseline::second_max ? s.high.row : -1;
     groups.rows(g, [&](int64_t b) {
-      double grad = 0;
-      if (groups.live(b) && counts)
+      double grad = 0, on_baseline = 0;
+      if (groups.live(b)) {
         grad = s.inv_scale * (groups.gain(s, b) * up[b] - groups.weight(s, any < 0 ? b : any, b) * total);
-      if (groups.live(b)) grad -= groups.d_scale(s, b) * through;
+        if (a.scale != Scale::none) grad -= groups.d_scale(s, b) * through;
+        if (!groups.raw(s)) on_baseline = -s.inv_scale * up[b];
+      }
       a.grad_rewards[b] = static_cast<T>(grad);
-      if (a.grad_baseline) a.grad_baseline[b] = static_cast<T>(groups.live(b) && counts && !groups.raw(s) ? -s.inv_scale * up[b] : 0.0);
+      if (a.grad_baseline) a.grad_baseline[b] = static_cast<T>(on_baseline);
     });
   }
 }

@@ -56,7 +56,7 @@ def by_size(group_size: object, place: Tensor, total: int | None, other: str) ->
         known = sizes.tolist() if may_read(sizes) else None
     elif isinstance(group_size, (list, tuple)):
         known = list(group_size)
-        if not all(isinstance(n, int) and n >= 0 for n in known):
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in known):
             raise ValueError(f"group_size: got sizes {known}, want whole numbers of at least 0")
         sizes = from_host(known, place.device)
     elif isinstance(group_size, bool) or not isinstance(group_size, int):
@@ -86,6 +86,23 @@ def group_ids(groups: Labels, group_size: object, batch: int, device: torch.devi
     check_shape("groups", groups, (batch,), f"one label per row of {other}")
     check_device("groups", groups, device, other)
     return groups.detach().to(torch.int64)
+
+
+def numbered(groups: Tensor) -> Tensor:
+    """``[B]`` int64 from 0 to B - 1: groups numbered in the order of their labels. Nothing is read back."""
+    labels, order = groups.sort(stable=True)
+    fresh = torch.cat([torch.zeros_like(labels[:1]), (labels[1:] != labels[:-1]).to(torch.int64)])
+    return torch.empty_like(order).index_copy_(0, order, fresh.cumsum(0))
+
+
+def group_sums(x: Tensor, number: Tensor, order: Tensor | None = None) -> Tensor:
+    """``[B, ...]``: for each row the sum of ``x`` over its group, the rows with the same ``number`` from 0 to B.
+
+    Float64 numbers, added in ``order`` (by default that of the rows) on every device, which ``index_add`` does not.
+    """
+    sums = x.new_zeros((x.shape[0] + 1, *x.shape[1:]), dtype=torch.float64)
+    parts, to = (t if order is None else t.index_select(0, order) for t in (x.double(), number))
+    return sums.index_put_((to,), parts, accumulate=True).index_select(0, number)
 
 
 def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:

@@ -65,7 +65,7 @@ class GroupSpec:
             raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
         rows = checks.row_layout(rewards, mask, cu_seqlens, num_tokens, name)
         if kind == "length_weighted":
-            _check_lengths(lengths, rows, rewards)
+            _check_lengths(lengths, rows, ids, rewards)
         elif lengths is not None:
             raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
         return GroupSpec(ids, rows, kind, quantile, scale, eps, ddof, singleton == "raw", lengths, values)
@@ -81,19 +81,27 @@ class GroupSpec:
 
     def live(self) -> Tensor:
         """``[B]``, rows that have a token; all rows where there are no tokens."""
-        where = (None, None) if self.rows is None else (self.rows.mask, self.rows.cu_seqlens)
-        return live_rows(self.ids, *where)
+        return _live(self.ids, self.rows)
 
     def by_row(self) -> GroupSpec:
         """These arguments for rows of one token, ``[B, 1]``, masked where the row has no token."""
         live = self.live()[:, None]
         return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.weights())
 
+    def among(self, rows: Tensor) -> GroupSpec:
+        """These arguments, :meth:`by_row`, with no row in any group but those of the mask ``rows`` ``[B]``."""
+        assert self.rows is not None
+        assert self.rows.mask is not None
+        return replace(self, rows=replace(self.rows, mask=self.rows.mask & rows[:, None]))
+
     def advantages(self, rewards: Tensor) -> Tensor:
         """Advantages ``[B]``, or written to the tokens."""
         values = () if self.baseline_values is None else (self.baseline_values,)
         rewards, *values_wide = checks.promote(rewards, *values)
-        weights, rows = self.weights(), self.rows
+        dtype, weights, rows = rewards.dtype, self.weights(), self.rows
+        if self.lengths is not None and self.lengths.dtype is torch.float64:
+            # Lengths of any magnitude: in float32 small ones would be 0.
+            rewards, *values_wide = (x.double() for x in (rewards, *values_wide))
         args = AdvantagesArgs(
             rewards,
             self.ids,
@@ -110,7 +118,7 @@ class GroupSpec:
             self.raw,
         )
         out: Tensor = group_advantages(*args)[0]
-        return out
+        return out.to(dtype)
 
     def to_tokens(self, values: Tensor) -> Tensor:
         """Per-row values ``[B]`` unchanged, or written to the tokens of their rows."""
@@ -154,7 +162,11 @@ def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
     return tensor
 
 
-def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor) -> None:
+def _live(ids: Tensor, rows: Layout | None) -> Tensor:
+    return live_rows(ids, *((None, None) if rows is None else (rows.mask, rows.cu_seqlens)))
+
+
+def _check_lengths(lengths: Tensor | None, rows: Layout | None, ids: Tensor, rewards: Tensor) -> None:
     if lengths is None:
         if rows is None:
             raise ValueError("lengths: got None without a mask or cu_seqlens, want the length of every row")
@@ -162,8 +174,14 @@ def _check_lengths(lengths: Tensor | None, rows: Layout | None, rewards: Tensor)
     lengths = _per_row("lengths", lengths, rewards)
     if lengths.dtype not in (*checks.INTEGERS, *checks.FLOATS):
         raise TypeError(f"lengths: got dtype {lengths.dtype}, want integer or float")
-    if may_read(lengths) and bool((lengths < 0).any()):
-        raise ValueError("lengths: got a value below 0, want none")
+    if not may_read(lengths):
+        return
+    bad = ~((lengths >= 0) & (lengths < torch.inf))
+    if bool(bad.any()) and bool((bad := bad & _live(ids, rows)).any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"lengths: got {lengths[row].item()} at row {row}, want finite numbers of at least 0"
+        )
 
 
 # ---- options of the presets --------------------------------------------------------------------------------

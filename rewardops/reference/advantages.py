@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.groups import same_group
+from ..core.groups import group_sums, numbered
 from ..core.rows import from_rows, to_rows
 
 BASELINES = (
@@ -65,143 +65,164 @@ def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
 
 
 class _Members(NamedTuple):
-    """The live rows of each row's group ``[B, B]``, and their statistics."""
+    """Rows in groups, and the statistics of each row's group; floats are float64.
 
-    same: Tensor
-    rewards: Tensor  # [B, B], 0 outside the group
+    Everything is a sort of the rows or a sum over them in sorted order: it takes O(B) memory, and the order of the
+    rows shows in no bit.
+    """
+
+    rewards: Tensor
+    number: Tensor  # [B], the number of the row's group; B for rows that are in none
+    order: Tensor  # [B], rows by group, then by reward (NaN last), then as they come
+    start: Tensor  # [B], the place in `order` of the first row of the row's group
     count: Tensor  # type: ignore[assignment]
     low: Tensor
-    high: Tensor
-    differs: Tensor
-    centred: Tensor  # the row's reward - mean; exactly 0 where the group's rewards are equal
+    high: Tensor  # NaN if any reward of the group is NaN
+    equal: Tensor  # True where the rewards of the group are equal, and numbers
+    above: Tensor  # reward - low
+    centred: Tensor  # reward - mean; exactly 0 where the group's rewards are equal
     std: Tensor
     mean_abs: Tensor
-    broken: Tensor  # True where any reward of the group is NaN
 
     @staticmethod
-    def of(rewards: Tensor, same: Tensor, ddof: int) -> _Members:
-        r = torch.where(same, rewards[None, :], 0)
-        zero = torch.zeros_like(rewards)
-        count = same.sum(1).to(rewards.dtype)
-        some = rewards.numel() > 0
-        # Centred on the smallest reward first: rewards near 1000 keep their differences, and equal rewards,
-        # which have a std of rounding size, come out as exactly 0.
-        low = torch.where(same, r, torch.inf).amin(1) if some else zero
-        high = torch.where(same, r, -torch.inf).amax(1) if some else zero
-        differs = (same & (r != low[:, None])).any(1)
-        above = torch.where(same, r - low[:, None], 0)
-        mean_above = above.sum(1) / count.clamp(min=1)
-        centred = torch.where(differs & same.any(1), rewards - low - mean_above, 0)
-        square = torch.where(same, above - mean_above[:, None], 0).square().sum(1)
-        std = torch.where(differs, square / (count - ddof).clamp(min=1), 0).sqrt()
-        mean_abs = r.abs().sum(1) / count.clamp(min=1)
-        return _Members(same, r, count, low, high, differs, centred, std, mean_abs, r.isnan().any(1))
+    def of(rewards: Tensor, number: Tensor, ddof: int) -> _Members:
+        by_reward = (rewards + 0.0).argsort(stable=True)  # 0.0: one sort of zero
+        order = by_reward.gather(0, number.gather(0, by_reward).argsort(stable=True))
+        sizes = number.new_zeros(len(number) + 1).index_add_(0, number, torch.ones_like(number))
+        start, count = (sizes.cumsum(0) - sizes).gather(0, number), sizes.gather(0, number).double()
+        one = torch.ones_like(rewards)
+        g = _Members(rewards, number, order, start, count, *[one] * 7)
+        low, high = g.ranked(torch.zeros_like(one)), g.ranked(count - 1)
+        # Centred on the smallest reward first, unless that is infinite: rewards near 1000 keep their differences,
+        # and equal rewards, which have a std of rounding size, come out as exactly 0.
+        above = rewards - torch.where(low.isfinite(), low, 0)
+        centred = above - g.total(above) / count
+        # In units of a power of two of which neither squares nor their sum leave the range of float64.
+        spread = high - low
+        unit = torch.where(spread > 2.0**400, 2.0**-600, torch.where(spread < 2.0**-400, 2.0**600, one))
+        square = g.total((centred * unit).square()) / (count - ddof).clamp(min=1)
+        return g._replace(
+            low=low,
+            high=high,
+            equal=(low == high) & low.isfinite(),
+            above=above,
+            centred=centred,
+            std=square.sqrt() / unit,
+            mean_abs=g.total(rewards.abs()) / count,
+        )
 
-    def first(self, value: Tensor) -> Tensor:
-        """``[B, B]``, 1 at the earliest member of the group with the reward ``value``."""
-        hit = self.same & (self.rewards == value[:, None])
-        return (hit & (hit.cumsum(1) == 1)).to(value.dtype)
+    def total(self, x: Tensor) -> Tensor:
+        """``[B]``, the sum of ``x`` over the row's group."""
+        return group_sums(x, self.number, self.order)
+
+    def _place(self, rank: Tensor) -> Tensor:
+        return (self.start + rank.long()).clamp(max=len(self.order) - 1)
 
     def ranked(self, rank: Tensor) -> Tensor:
-        """The reward of rank ``rank`` in ascending order, from 0 to count - 1."""
-        if not rank.numel():
-            return self.low
-        ordered = torch.where(self.same, self.rewards, torch.inf).sort(1).values
-        return ordered.gather(1, rank.long().clamp(0, rank.shape[0] - 1)[:, None])[:, 0]
+        """The reward of rank ``rank`` of the row's group in ascending order, from 0 to count - 1."""
+        return self.rewards.gather(0, self.order.gather(0, self._place(rank)))
+
+    def is_first(self, rank: Tensor) -> Tensor:
+        """1.0 where the row is the earliest of its group with the reward of that rank, else 0.0."""
+        r, number = (x.gather(0, self.order) for x in (self.rewards, self.number))
+        fresh = torch.ones_like(number, dtype=torch.bool)
+        fresh[1:] = (r[1:] != r[:-1]) | (number[1:] != number[:-1])
+        places = torch.arange(len(r), device=r.device)
+        earliest = torch.where(fresh, places, 0).cummax(0).values if len(r) else places
+        return (self.order.gather(0, earliest.gather(0, self._place(rank))) == places).to(r.dtype)
 
 
 class _Statistics(NamedTuple):
-    numerator: Tensor  # reward - baseline
+    """Per row, in float64: ``numerator = gain * (reward - baseline)``, and derivatives in the row's own reward."""
+
+    group: _Members
+    scaled: _Members  # the group, or the batch: those whose rewards the scale depends on
+    numerator: Tensor
     inv_scale: Tensor  # 1 / (scale + eps); 0 where the scale's rewards are equal; 1 for the scale "none"
-    gain: Tensor  # d numerator / d rewards = diag(gain) - weights
-    weights: Tensor  # [B, B], d baseline / d rewards, times the gain
-    d_scale: Tensor  # [B, B], d scale / d rewards
+    gain: Tensor
+    weight: Tensor  # d baseline / d reward
+    slope: Tensor  # d scale / d reward
     alone: Tensor  # rows whose advantage is their raw reward
 
 
 def _statistics(a: AdvantagesArgs, live: Tensor) -> _Statistics:
-    r = torch.where(live, a.rewards, 0)
-    one, none = torch.ones_like(r), r.new_zeros((r.shape[0], r.shape[0]))
-    same = same_group(a.groups, live)
-    g = _Members.of(r, same, a.ddof)
-    n = g.count.clamp(min=1)
-    gain, weights = one, none
+    r = torch.where(live, a.rewards, 0).double()
+    one, none = torch.ones_like(r), torch.zeros_like(r)
+    nowhere = len(r)
+    g = _Members.of(r, torch.where(live, numbered(a.groups), nowhere), a.ddof)
+    gain, weight = one, none
     if a.baseline == "none":
         numerator = r
     elif a.baseline == "values":
         assert a.baseline_values is not None
         numerator = r - torch.where(live, a.baseline_values, 0)
-    elif a.baseline == "mean":
-        numerator, weights = g.centred, same / n[:, None]
-    elif a.baseline == "leave_one_out":
-        gain = torch.where(g.count > 1, g.count / (g.count - 1).clamp(min=1), 0)
-        numerator, weights = gain * g.centred, gain[:, None] * same / n[:, None]
+    elif a.baseline in ("mean", "leave_one_out"):
+        if a.baseline == "leave_one_out":
+            gain = torch.where(g.count > 1, g.count / (g.count - 1), 0)
+        numerator, weight = gain * g.centred, 1 / g.count
     elif a.baseline == "length_weighted":
         assert a.lengths is not None
-        share = torch.where(same, a.lengths.to(r.dtype)[None, :], 0)
-        weights = share / torch.where(share.sum(1) > 0, share.sum(1), 1)[:, None]
-        above = torch.where(same, g.rewards - g.low[:, None], 0)
-        numerator = torch.where(g.differs, r - g.low - (weights * above).sum(1), 0)
-        weights = torch.where(share.sum(1)[:, None] > 0, weights, 0)
+        length = torch.where(live, a.lengths, 0).double()
+        length = torch.where(g.total(length) == 0, 1, length)
+        weight = length / g.total(length)
+        numerator = g.above - g.total(weight * g.above)
     else:
         if a.baseline == "quantile":
-            at = a.quantile * (g.count - 1).clamp(min=0)
+            # In the precision of the rewards, as in torch.quantile.
+            at = a.quantile * (g.count - 1).to(a.rewards.dtype)
             rank = at.floor()
-            part = at - rank
+            part = (at - rank).double()
         else:
             from_top = {"max": 1, "second_max": 2}.get(a.baseline)
             rank = ((g.count - 1) / 2).floor() if from_top is None else (g.count - from_top).clamp(min=0)
-            part = torch.zeros_like(rank)
-        below = g.ranked(rank)
+            part = none
+        below = torch.where(g.high.isnan(), torch.nan, g.ranked(rank))
         above = torch.where(part > 0, g.ranked(rank + 1), below)
         # Interpolated from the difference: equal neighbours give exactly their value.
-        numerator = torch.where(g.differs, r - below - torch.where(part > 0, part * (above - below), 0), 0)
-        weights = (1 - part)[:, None] * g.first(below) + part[:, None] * g.first(above)
+        numerator = r - below - torch.where(part > 0, part * (above - below), 0)
+        weight = (1 - part) * g.is_first(rank) + part * g.is_first(rank + 1)
+        weight = torch.where(g.high.isnan(), torch.nan, weight)  # a NaN has no rank
         if a.baseline == "second_max":
             # Only the best row has a non-zero advantage.
-            best = g.first(g.high).diagonal()
-            numerator, gain, weights = numerator * best, gain * best, weights * best[:, None]
+            gain = g.is_first(g.count - 1)
+            numerator = gain * numerator
 
-    everyone = _Members.of(r, live[:, None] & live[None, :], a.ddof) if a.scale == "batch_std" else g
-    inv_scale, d_scale = one, none
+    scaled = _Members.of(r, torch.where(live, 0, nowhere), a.ddof) if a.scale == "batch_std" else g
+    inv_scale, slope = one, none
     if a.scale != "none":
         size = {
-            "std": g.std, "batch_std": everyone.std, "mean_abs": g.mean_abs, "range": g.high - g.low,
+            "std": g.std, "batch_std": scaled.std, "mean_abs": g.mean_abs, "range": g.high - g.low,
         }[a.scale]  # fmt: skip
-        inv_scale = torch.where(everyone.differs, 1 / (size + a.eps), 0)
+        inv_scale = torch.where(scaled.equal, 0, 1 / (size + a.eps))
         if a.scale == "range":
-            d_scale = g.first(g.high) - g.first(g.low)
+            slope = g.is_first(g.count - 1) - g.is_first(none)
         elif a.scale == "mean_abs":
-            d_scale = same * r.sign()[None, :] / n[:, None]
+            slope = r.sign() / g.count
         else:
-            freedom = (everyone.count - a.ddof).clamp(min=1) * everyone.std
-            d_scale = torch.where(
-                freedom[:, None] > 0, everyone.same * everyone.centred[None, :] / freedom[:, None], 0
-            )
+            freedom = (scaled.count - a.ddof).clamp(min=1)
+            slope = torch.where(scaled.std == 0, 0, scaled.centred / (freedom * scaled.std))
     alone = live & (g.count == 1) if a.raw else torch.zeros_like(live)
-    if a.raw:
-        numerator, inv_scale = torch.where(alone, r, numerator), torch.where(alone, 1, inv_scale)
-        gain = torch.where(alone, 1, gain)
-        weights, d_scale = (torch.where(alone[:, None], 0, x) for x in (weights, d_scale))
-    elif a.baseline not in ("none", "values"):
-        numerator = torch.where(g.broken, torch.nan, torch.where(g.count > 1, numerator, 0))
-    numerator, inv_scale = torch.where(live, numerator, 0), torch.where(live, inv_scale, 0)
-    return _Statistics(numerator, inv_scale, gain, weights, d_scale, alone)
+    numerator = torch.where(alone, r, numerator)
+    inv_scale, gain = (torch.where(alone, 1, x) for x in (inv_scale, gain))
+    weight, slope = (torch.where(alone, 0, x) for x in (weight, slope))
+    numerator, inv_scale = (torch.where(live, x, 0) for x in (numerator, inv_scale))
+    return _Statistics(g, scaled, numerator, inv_scale, gain, weight, slope, alone)
 
 
 def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages, per row or per token; and per row ``1 / scale`` and ``reward - baseline``."""
-    live = live_rows(a.rewards, a.mask, a.cu_seqlens)
-    s = _statistics(a, live)
-    # A degenerate group has inv_scale 0; an infinite reward in it must not give NaN.
-    advantages = torch.where(s.inv_scale == 0, 0, s.numerator * s.inv_scale)
+    s = _statistics(a, live_rows(a.rewards, a.mask, a.cu_seqlens))
+    # Infinite rewards show: an infinite scale makes 0 of finite numerators only. 0.0: no negative zeros.
+    advantages, inv_scale, numerator = (
+        x.to(a.rewards.dtype) for x in (s.numerator * s.inv_scale + 0.0, s.inv_scale, s.numerator.clone())
+    )
     if a.token_shape is not None:
         tokens = (
             torch.ones(a.token_shape, dtype=torch.bool, device=a.rewards.device) if a.mask is None else a.mask
         )
         _, valid = to_rows(tokens, a.mask, a.cu_seqlens)
         advantages = from_rows(torch.where(valid, advantages[:, None], 0), tokens.shape, a.cu_seqlens)
-    return advantages, s.inv_scale, s.numerator.clone()
+    return advantages, inv_scale, numerator
 
 
 def group_advantages_backward(
@@ -215,18 +236,20 @@ def group_advantages_backward(
     live = live_rows(a.rewards, a.mask, a.cu_seqlens)
     s = _statistics(a, live)
     if grad is None:
-        up = torch.zeros_like(a.rewards)
+        up = torch.zeros_like(s.numerator)
     elif a.token_shape is None:
-        up = grad
+        up = grad.double()
     else:
-        up = to_rows(grad, a.mask, a.cu_seqlens)[0].sum(1)
-    counts = s.inv_scale != 0
-    up = torch.where(counts, up, 0)
-    through = up * torch.where(counts, numerator, 0)
+        up = to_rows(grad, a.mask, a.cu_seqlens)[0].double().sum(1)
+    on_inv_scale = up * numerator.double()
     if grad_inv_scale is not None:
-        through = through + torch.where(counts, grad_inv_scale, 0)
-    on_numerator = s.inv_scale * up
-    out = s.gain * on_numerator - on_numerator @ s.weights - (through * s.inv_scale.square()) @ s.d_scale
-    no_values = a.baseline_values is None
-    on_values = a.rewards.new_empty(0) if no_values else torch.where(s.alone, 0, -on_numerator)
-    return torch.where(live, out, 0), on_values
+        on_inv_scale = on_inv_scale + torch.where(live, grad_inv_scale, 0)
+    on_scale = -(on_inv_scale * s.inv_scale) * s.inv_scale
+    on_numerator = s.gain * (s.inv_scale * up)
+    out = on_numerator - s.weight * s.group.total(on_numerator)
+    if a.scale != "none":
+        out = out + s.slope * s.scaled.total(torch.where(s.alone, 0, on_scale))
+    out = torch.where(live, out, 0).to(a.rewards.dtype)
+    if a.baseline_values is None:
+        return out, out.new_empty(0)
+    return out, torch.where(s.alone, 0, -s.inv_scale * up).to(a.rewards.dtype)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.groups import same_group
+from ..core.groups import group_sums, numbered
 from ..core.rows import from_rows, to_rows
 
 
@@ -39,23 +39,17 @@ class _Shares(NamedTuple):
 
     valid: Tensor  # [B, T]
     positive: Tensor  # [B]
-    same: Tensor  # [B, B]: rows of one group and one class, in the dtype of the rewards
-    weight: Tensor  # [B, T]: H for right rows, 1 / H for wrong ones; 0 where not valid, NaN where not defined
+    scope: Tensor  # [B]: numbers of the rows' groups and classes
+    weight: Tensor  # [B, T] float64: H for right rows, 1 / H for wrong ones; 0 where not valid, NaN where not defined
     count: Tensor  # type: ignore[assignment]  # [B, T]: rows of the class still running at the position
     total: Tensor  # [B, T]: the sum of their weights; 1 where even
     even: Tensor  # [B, T]: every weight of the class is 0, so that all have the same share
     floored: Tensor  # [B, T]: valid tokens whose weight does not depend on their entropy
 
 
-def _class_sums(same: Tensor, x: Tensor) -> Tensor:
-    """Sums over the rows of a group and class; what is not finite in one class reaches no other."""
-    finite = x.isfinite()
-    total = same @ torch.where(finite, x, 0)
-    return torch.where(same @ (~finite).to(x.dtype) > 0, torch.nan, total)
-
-
 def _shares(a: GtpoArgs) -> _Shares:
     h, valid = to_rows(a.entropy, a.mask, a.cu_seqlens)
+    h = h.double()
     positive = a.rewards > a.threshold
     right = positive[:, None]
     # An entropy of a right row is its weight: only rounding takes it below 0.
@@ -64,15 +58,15 @@ def _shares(a: GtpoArgs) -> _Shares:
     sound = h.isfinite() & ~a.rewards.isnan()[:, None]
     weight = torch.where(sound, torch.where(right, raised, 1 / raised), torch.nan)
     weight = torch.where(valid, weight, 0)
-    same = (same_group(a.groups) & (positive[:, None] == positive[None, :])).to(a.rewards.dtype)
-    total = _class_sums(same, weight)
+    scope = numbered(2 * numbered(a.groups) + positive)
+    total = group_sums(weight, scope)
     even = total == 0
     return _Shares(
         valid,
         positive,
-        same,
+        scope,
         weight,
-        _class_sums(same, valid.to(a.rewards.dtype)),
+        group_sums(valid, scope),
         torch.where(even, 1, total),
         even,
         valid & sound & torch.where(right, h < 0, h <= a.floor),
@@ -85,17 +79,19 @@ def gtpo_rewards(a: GtpoArgs) -> Tensor:
     shaped = torch.where(
         s.positive[:, None], a.alpha1 * a.rewards[:, None] + a.alpha2 * share, -a.alpha1 - a.alpha2 * share
     )
-    return from_rows(torch.where(s.valid, shaped, 0), a.entropy.shape, a.cu_seqlens)
+    out = torch.where(s.valid, shaped, 0).to(a.entropy.dtype)
+    return from_rows(out, a.entropy.shape, a.cu_seqlens)
 
 
 def gtpo_rewards_backward(grad: Tensor, a: GtpoArgs) -> tuple[Tensor, Tensor]:
     """Gradients of ``rewards`` and ``entropy``."""
     s = _shares(a)
-    up, _ = to_rows(grad, a.mask, a.cu_seqlens)
+    up, _ = to_rows(grad.double(), a.mask, a.cu_seqlens)
     grad_rewards = torch.where(s.positive, a.alpha1 * up.sum(1), 0)
-    through = _class_sums(s.same, up * s.weight)
+    through = group_sums(up * s.weight, s.scope)
     on_weight = torch.where(s.even, 0, a.alpha2 * s.count * (up - through / s.total) / s.total)
     # d weight / d H: 1 for right rows; for wrong ones -1 / H^2, against the minus sign of their share.
     on_entropy = torch.where(s.positive[:, None], on_weight, on_weight * s.weight * s.weight)
     grad_entropy = torch.where(s.valid & ~s.floored, on_entropy, 0)
+    grad_rewards, grad_entropy = grad_rewards.to(a.rewards.dtype), grad_entropy.to(a.entropy.dtype)
     return grad_rewards, from_rows(grad_entropy, a.entropy.shape, a.cu_seqlens)

@@ -61,7 +61,7 @@ class Test_gdpo:
         rewards = torch.randn(8, 2, generator=generator).to(target.device)
         mask = random_mask(8, 5, generator).to(target.device)
         mask[:, 0] = True
-        z = rewardops.group_advantages(rewards, group_size=4)
+        z = rewardops.group_advantages(rewards, group_size=4, weights=[1, 1])
         rows = rewardops.advantages.gdpo(rewards, group_size=4)
         torch.testing.assert_close(rows, rewardops.whiten(z))
         tokens = rewardops.advantages.gdpo(rewards, group_size=4, whitening="tokens", mask=mask)

@@ -184,6 +184,8 @@ def _preset(process_group, name, parts, options):
         ("gpg", {"alpha": "rewards"}),
         ("gdpo", {"weights": [1.0, 0.5]}),
         ("gdpo", {"whitening": "tokens"}),
+        ("gdpo", {"whitening": "rows", "missing": True}),
+        ("gdpo", {"whitening": "tokens", "missing": True}),
         ("gdpo", {"whitening": "none"}),
         ("lite_ppo", {}),
         ("reinforce_plus_plus", {"gamma": 0.9}),
@@ -192,8 +194,11 @@ def _preset(process_group, name, parts, options):
 )
 def test_presets(ranks, name, options):
     rewards, groups, mask = _batch()
+    options = dict(options)
     if name == "gdpo":
         rewards = torch.stack([rewards, rewards.square()], 1)
+        if options.pop("missing", False):
+            rewards[1::3, 1] = rewards[4] = torch.nan
     if name == "reinforce_plus_plus":
         rewards = rewards[:, None] * torch.arange(6)
     if options.get("alpha") == "rewards":

@@ -330,7 +330,11 @@ def _bad_lengths(call: Call, value: Any) -> Bad:
     if call.setting("baseline") != "length_weighted":
         yield "without a use", torch.ones(size)
         return
-    yield from _bad_amounts(size)
+    for what, bad in _bad_amounts(size):
+        if what != "negative" or bool(
+            call.batch.rows.live.any()
+        ):  # lengths of rows without a token do not matter
+            yield what, bad
 
 
 class Baseline(Choice):
@@ -365,6 +369,14 @@ def _channel_weights(call: Call) -> st.SearchStrategy[Any] | None:
         return None
     made = some.numbers((call["rewards"].shape[1],), ("normal", "zero"))
     return made | made.map(Tensor.tolist)
+
+
+def _asks_for_channels(call: Call) -> bool:
+    """Whether rewards without weights could be per token; those of ``gdpo`` only if they have the mask's shape."""
+    rewards, mask = call["rewards"], call["mask"]
+    if call.takes("whitening"):
+        return isinstance(mask, Tensor) and mask.shape == rewards.shape and call["cu_seqlens"] is ABSENT
+    return rewards.dim() == 2
 
 
 def _bad_channel_weights(call: Call, value: Any) -> Bad:
@@ -499,7 +511,7 @@ ENTROPY = per_token("positive", "zero", "quarters")
 ENTROPY_FIRST = per_token("positive", "zero", "quarters", joined=False)
 TOKENS_FIRST = per_token(joined=False)
 STEPS = Array(_steps, dtypes="integer")
-CHANNEL_WEIGHTS = Made(_channel_weights, _bad_channel_weights)
+CHANNEL_WEIGHTS = Made(_channel_weights, _bad_channel_weights, must=_asks_for_channels)
 
 ARGUMENTS: dict[str, Kind] = {
     # layouts and groups

@@ -32,7 +32,7 @@ struct AdvantagesArgs {
   int ddof;                     // the std divides by n - ddof
   bool raw;                     // in a group of one the advantage is the reward
   T* advantages;                // forward: [B]
-  T* inv_scale;                 // [B], 1 / (scale + eps), or 0; forward out, backward in
+  T* inv_scale;                 // [B], 1 / (scale + eps), or 0 for equal rewards; forward out, backward in
   T* numerators;                // [B], reward minus baseline; forward out, backward in
   Tokens<T> out;                // forward: [tokens], the advantage of the row; null without tokens
   Tokens<const T> grad;         // backward: [tokens], or [B] without tokens; may be null

@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first = static_cast<int>(blockIdx.x) * each, rows = min(each, static_cast<int>(a.rows.batch) - first);
   for_rows<false>(a, shared, first, rows, [&](const Member<T>& m, const GroupStatistics& s, int k) {
     const double value = numerator(a, s, m);
-    // 0, not NaN, for an infinite reward in a group whose scale is 0.
-    shared.results[0][k] = static_cast<T>(times(s.inv_scale, value));
+    shared.results[0][k] = static_cast<T>(value * s.inv_scale + 0.0);  // no negative zeros
     shared.results[1][k] = static_cast<T>(s.inv_scale);
     shared.results[2][k] = static_cast<T>(value);
   });
@@ -143,8 +142,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       gain = m.row == s.earliest[kHighest];
       total = s.earliest[kHighest] < 0 ? 0 : upstream(a, s.earliest[kHighest]);
     }
-    const double grad = s.inv_scale * (gain * up - baseline_slope(a, s, m.row) * total) -
-                        scale_slope(a, s, shared.summaries[of_scale], m) * s.inv_scale * s.inv_scale * through;
+    double grad = s.inv_scale * (gain * up - baseline_slope(a, s, m.row) * total);
+    if (a.scale != Scale::none)
+      grad -= through * s.inv_scale * s.inv_scale * scale_slope(a, s, shared.summaries[of_scale], m);
     shared.results[0][k] = static_cast<T>(s.alone ? up : grad);
     shared.results[1][k] = static_cast<T>(s.alone ? 0 : -s.inv_scale * up);
   });

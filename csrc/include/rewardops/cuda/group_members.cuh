@@ -24,10 +24,10 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 struct RewardSummary {
   double n;           // their number
   double low, high;   // the smallest and the largest; NaN if a reward is NaN
-  double mean_above;  // the mean of reward - low
+  double mean_above;  // the mean of reward - origin(low)
   double std;         // 0 if not requested
   double mean_abs;    // the mean of |reward|
-  bool differs;       // any two rewards differ
+  bool differs;       // any two rewards differ, or one is infinite or NaN
 };
 
 // The block's shared memory.
@@ -72,18 +72,10 @@ __device__ bool has_token(const AdvantagesArgs<T>& a, int row, bool chosen) {
   return any;
 }
 
-// True if the lane's row is a member. The backward pass reads this from the forward pass: rows without a valid token,
-// and rows whose group's scale is 0, have an inverse scale of 0.
-template <bool kBackward, typename T>
-__device__ bool is_member(const AdvantagesArgs<T>& a, int row, bool chosen) {
-  if constexpr (kBackward) return chosen && a.inv_scale[row] != 0;
-  else return has_token(a, row, chosen);
-}
-
 // Fills the list with `size` rows and their rewards, -1 for rows that are not members. The rows are those already in
 // the list (from < 0), or those from row `from` on, of which only rows of `group` are members (-1: of any group). Not
 // inlined, as every pass over a large set calls it.
-template <bool kBackward, typename T>
+template <typename T>
 __noinline__ __device__ void fill_list(const AdvantagesArgs<T>& a, Shared<T>& shared, int size, int from, int group) {
   __syncthreads();
 #pragma unroll 1
@@ -94,7 +86,7 @@ __noinline__ __device__ void fill_list(const AdvantagesArgs<T>& a, Shared<T>& sh
     if (from < 0 && inside) row = shared.rows[at];
     const bool chosen = inside && (group < 0 || a.groups[row] == shared.labels[group]);
     const T reward = chosen ? a.rewards[row] : T{0};
-    const bool member = is_member<kBackward>(a, row, chosen);
+    const bool member = has_token(a, row, chosen);
     if (inside) {
       shared.rows[at] = member ? row : -1;
       shared.rewards[at] = member ? reward : T{0};
@@ -127,7 +119,7 @@ struct Members {
     do {
       if (large) {
         first = 0, stop = min(large - from, kListed);
-        fill_list<kBackward>(a, shared, stop, from, group);
+        fill_list(a, shared, stop, from, group);
       }
 #pragma unroll 1
       for (int start = first; start < stop; start += kThreads) {
@@ -297,7 +289,7 @@ class Sets {
  private:
   __device__ void list(int from, int size) {
     members.begin = 0, members.end = size;
-    fill_list<kBackward>(members.a, members.shared, size, from, -1);
+    fill_list(members.a, members.shared, size, from, -1);
   }
 
   // Lists the members of as many groups as fit. A group larger than the list is not listed.
@@ -319,7 +311,7 @@ class Sets {
     }
     __syncthreads();
     find_members<true>(members.a, shared, groups_, group_, listed_);
-    fill_list<kBackward>(members.a, shared, size, -1, -1);
+    fill_list(members.a, shared, size, -1, -1);
   }
 
   int first_, rows_;

@@ -11,9 +11,12 @@ namespace rewardops::cuda::advantages {
 
 // ---- rewards of a set --------------------------------------------------------------------------------------
 
+// A finite number to centre rewards on: the reward, or 0.
+__device__ inline double origin(double reward) { return fabs(reward) < kInfinity ? reward : 0; }
+
 // Summarizes the rewards of a set, the std only if `squares`. Rewards are centred on the smallest one first, so that
 // rewards near 1000 keep the digits of their differences. Equal rewards are detected by comparison: their computed std
-// is rounding error, not 0.
+// is rounding error, not 0. Infinite rewards make moments infinite or NaN, whatever their place.
 template <typename T, bool kBackward>
 __device__ void summarize(const Members<T, kBackward>& members, int ddof, bool squares, RewardSummary& result) {
   using M = const Member<T>&;
@@ -28,23 +31,25 @@ __device__ void summarize(const Members<T, kBackward>& members, int ddof, bool s
   double sums[3] = {};
   members.each([&](M m) {
     if (m.row < 0) return;
-    sums[0] += m.reward - s.low;
+    sums[0] += m.reward - origin(s.low);
     sums[1] += fabs(static_cast<double>(m.reward));
     sums[2] += 1;
   });
   members.reduce(sums, Add());
   s.n = sums[2];
-  s.differs = s.n > 0 && !(s.low == s.high);
+  s.differs = s.n > 0 && !(s.low == s.high && fabs(s.low) < kInfinity);
   s.mean_above = sums[0] / max(s.n, 1.0);
   s.mean_abs = sums[1] / max(s.n, 1.0);
   if (squares && s.differs) {
+    // In units of a power of two of which neither squares nor their sum leave the range of double.
+    const double spread = s.high - s.low, unit = spread > 0x1p400 ? 0x1p-600 : spread < 0x1p-400 ? 0x1p600 : 1;
     double square[1] = {};
     members.each([&](M m) {
-      const double centred = m.reward - s.low - s.mean_above;
+      const double centred = (m.reward - origin(s.low) - s.mean_above) * unit;
       if (m.row >= 0) square[0] += centred * centred;
     });
     members.reduce(square, Add());
-    s.std = sqrt(square[0] / max(s.n - ddof, 1.0));
+    s.std = sqrt(square[0] / max(s.n - ddof, 1.0)) / unit;
   }
   if (threadIdx.x == 0) result = s;
   __syncthreads();
@@ -101,15 +106,15 @@ __device__ void find_ranked(const Members<T, kBackward>& members, int rank, bool
 enum Ranked { kHighest, kLowest, kBelow, kAbove };
 
 // The advantages of a group: inv_scale * numerator, where the numerator, reward minus baseline, is
-// gain * (reward - low - baseline) unless the group is `flat` or `alone`.
+// gain * (reward - low - baseline) unless the group is `alone`.
 struct GroupStatistics {
   double inv_scale = 1;               // 1 / (scale + eps); 0 where all rewards that the scale depends on are equal
   double gain = 1;                    // n / (n - 1) for the mean of the others, else 1
-  double low = 0;                     // the reward that others are centred on first: the smallest, or kBelow
+  double low = 0;                     // the number that rewards are centred on first: origin(smallest), or kBelow
   double baseline = 0;                // baseline minus `low`
-  bool flat = false;                  // the rewards are equal, or there is only one: numerators are 0
   bool alone = false;                 // a group of one whose numerator is its reward
   double share = 0;                   // d baseline / d reward, times gain; of weighted baselines per unit of length
+  bool by_length = false;             // the baseline is weighted by lengths, not all of them 0
   double part = 0;                    // position of the order statistic between kBelow and kAbove, in [0, 1)
   int earliest[4] = {-1, -1, -1, -1};  // the earliest row of each Ranked reward; -1 for none, or not requested
 };
@@ -161,7 +166,7 @@ __device__ GroupStatistics statistics_of(const AdvantagesArgs<T>& a, const Membe
   const RewardSummary& group = members.shared.summaries[0];
   const RewardSummary& scaled = members.shared.summaries[a.scale == Scale::batch_std];
   GroupStatistics s;
-  s.low = group.low, s.baseline = group.mean_above;
+  s.low = origin(group.low), s.baseline = group.mean_above;
   s.share = 1 / max(group.n, 1.0);
   if (a.baseline == Baseline::leave_one_out) s.gain = group.n > 1 ? group.n / (group.n - 1) : 0;
   s.share *= s.gain;
@@ -171,11 +176,11 @@ __device__ GroupStatistics statistics_of(const AdvantagesArgs<T>& a, const Membe
       if (m.row < 0) return;
       const double length = a.lengths[m.row];
       sums[0] += length;
-      sums[1] += length * (m.reward - group.low);
+      sums[1] += length * (m.reward - s.low);
     });
     members.reduce(sums, Add());
-    s.share = sums[0] > 0 ? 1 / sums[0] : 0;
-    s.baseline = sums[0] > 0 ? sums[1] / sums[0] : 0;
+    s.by_length = sums[0] != 0;  // lengths of 0 alone weigh rows equally
+    if (s.by_length) s.share = 1 / sums[0], s.baseline = sums[1] / sums[0];
   }
   double below = 0, above = 0;
   if (is_ranked(a)) {
@@ -185,7 +190,6 @@ __device__ GroupStatistics statistics_of(const AdvantagesArgs<T>& a, const Membe
   if (kBackward ? is_ranked(a) || a.scale == Scale::range : a.baseline == Baseline::second_max)
     find_earliest<kBackward ? 4 : 1>(members, {group.high, group.low, below, above}, s.earliest);
   s.alone = a.raw && group.n == 1;
-  s.flat = !group.differs || (group.n < 2 && group.low == group.low);
   if (a.scale != Scale::none && !s.alone) {
     const double size = a.scale == Scale::mean_abs ? group.mean_abs
                         : a.scale == Scale::range  ? group.high - group.low
@@ -202,17 +206,17 @@ template <typename T>
 __device__ double numerator(const AdvantagesArgs<T>& a, const GroupStatistics& s, const Member<T>& m) {
   if (s.alone || a.baseline == Baseline::none) return m.reward;
   if (a.baseline == Baseline::values) return static_cast<double>(m.reward) - a.baseline_values[m.row];
-  const bool best_only = a.baseline == Baseline::second_max && s.low == s.low;
-  if (s.flat || (best_only && m.row != s.earliest[kHighest])) return 0;
-  return s.gain * (m.reward - s.low - s.baseline);
+  const double gain = a.baseline == Baseline::second_max ? m.row == s.earliest[kHighest] : s.gain;
+  return gain * (m.reward - s.low - s.baseline);
 }
 
 // d baseline / d reward of the row.
 template <typename T>
 __device__ double baseline_slope(const AdvantagesArgs<T>& a, const GroupStatistics& s, int row) {
   if (a.baseline == Baseline::none || a.baseline == Baseline::values) return 0;
-  if (a.baseline == Baseline::length_weighted) return s.share * a.lengths[row];
+  if (s.by_length) return s.share * a.lengths[row];
   if (!is_ranked(a)) return s.share;
+  if (s.low != s.low) return s.low;  // a NaN has no rank
   return (row == s.earliest[kBelow] ? 1 - s.part : 0) + (row == s.earliest[kAbove] ? s.part : 0);
 }
 
@@ -223,7 +227,8 @@ __device__ double scale_slope(const AdvantagesArgs<T>& a, const GroupStatistics&
   if (a.scale == Scale::none) return 0;
   if (a.scale == Scale::range) return (m.row == s.earliest[kHighest]) - (m.row == s.earliest[kLowest]);
   if (a.scale == Scale::mean_abs) return ((m.reward > 0) - (m.reward < 0)) / max(of.n, 1.0);
-  return of.std > 0 ? (m.reward - of.low - of.mean_above) / (max(of.n - a.ddof, 1.0) * of.std) : 0;
+  const double centred = m.reward - origin(of.low) - of.mean_above;
+  return of.std == 0 ? 0 : centred / (max(of.n - a.ddof, 1.0) * of.std);
 }
 
 // Upstream gradient of a row: its partial sums, added in order.
