@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_device, check_integer, check_shape, show
+from .precision import wide, widest
 from .settings import may_read
 
 Labels = Tensor | Sequence[Hashable] | Any | None
@@ -40,7 +41,7 @@ def _factorised(groups: object, batch: int, device: torch.device, other: str) ->
 
 def from_host(numbers: Sequence[int], device: torch.device) -> Tensor:
     """An int64 tensor on a device, copied without a synchronisation."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def by_size(group_size: object, place: Tensor, total: int | None, other: str) -> Tensor:
@@ -100,8 +101,8 @@ def group_sums(x: Tensor, number: Tensor, order: Tensor | None = None) -> Tensor
 
     Float64 numbers, added in ``order`` (by default that of the rows) on every device, which ``index_add`` does not.
     """
-    sums = x.new_zeros((x.shape[0] + 1, *x.shape[1:]), dtype=torch.float64)
-    parts, to = (t if order is None else t.index_select(0, order) for t in (x.double(), number))
+    sums = x.new_zeros((x.shape[0] + 1, *x.shape[1:]), dtype=widest(x.device))
+    parts, to = (t if order is None else t.index_select(0, order) for t in (wide(x), number))
     return sums.index_put_((to,), parts, accumulate=True).index_select(0, number)
 
 

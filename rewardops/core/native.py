@@ -48,7 +48,7 @@ _HUGE = 2**23  # bytes from which huge pages pay off; as in csrc/cpu/pages.cpp
 
 def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised CPU memory for an output of any size, in huge pages where the system has them."""
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     size = out.nbytes
     if size >= _HUGE and (module := compiled_module()) is not None:
         module.prefer_huge_pages(out.data_ptr(), size)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.kinds import RealRows
 from ..core.records import save_record, saved_record, schema_of
 from ..reference.advantages import AdvantagesArgs
 
@@ -48,6 +51,12 @@ group_advantages_backward = define(
     "group_advantages_backward(Tensor? grad, Tensor? grad_inv_scale, Tensor inv_scale, Tensor numerator,"
     f" {_ARGS}) -> (Tensor, Tensor)",
     record=AdvantagesArgs,
+    tensors={
+        "grad": Annotated[Tensor, "real", "...", "or", "B"],
+        "grad_inv_scale": RealRows,
+        "inv_scale": RealRows,
+        "numerator": RealRows,
+    },
     fake=_fake_backward,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.dispatch import define
+from ..core.kinds import RealTokens
 from ..core.records import save_record, saved_record, schema_of
 from ..reference.entropy import GtpoArgs
 
@@ -23,6 +24,7 @@ gtpo_rewards_backward = define(
     "entropy",
     f"gtpo_rewards_backward(Tensor grad, {_ARGS}) -> (Tensor grad_rewards, Tensor grad_entropy)",
     record=GtpoArgs,
+    tensors={"grad": RealTokens},
     fake=lambda grad, args: (
         args.rewards.new_empty(args.rewards.shape),
         args.entropy.new_empty(args.entropy.shape),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.kinds import Flags, IdTokens, Offsets, RealTokens
+from ..core.precision import wide, widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.rows import Layout, batch_of
 from ..reference.segments import SegmentsArgs
@@ -31,6 +35,7 @@ def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
 _row_sums = define(
     "segments",
     "row_sums(Tensor values, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    tensors={"values": RealTokens, "mask": Flags, "cu_seqlens": Offsets},
     fake=lambda values, mask, cu_seqlens: values.new_empty(batch_of(values.shape, cu_seqlens)),
     setup_context=_setup_sums,
     backward=_gradient_sums,
@@ -39,7 +44,8 @@ _row_sums = define(
 _row_counts = define(
     "segments",
     "row_counts(Tensor mask, Tensor? cu_seqlens) -> Tensor",
-    fake=lambda mask, cu_seqlens: mask.new_empty(batch_of(mask.shape, cu_seqlens), dtype=torch.float64),
+    tensors={"mask": Flags, "cu_seqlens": Offsets},
+    fake=lambda mask, cu_seqlens: mask.new_empty(batch_of(mask.shape, cu_seqlens), dtype=widest(mask.device)),
 )
 
 
@@ -49,8 +55,8 @@ def row_counts(rows: Layout, device: torch.device) -> Tensor:
         out: Tensor = _row_counts(rows.mask, rows.cu_seqlens)
         return out
     if rows.cu_seqlens is not None:
-        return (rows.cu_seqlens[1:] - rows.cu_seqlens[:-1]).double()
-    return torch.full((rows.batch,), rows.shape[1], dtype=torch.float64, device=device)
+        return wide(rows.cu_seqlens[1:] - rows.cu_seqlens[:-1])
+    return torch.full((rows.batch,), rows.shape[1], dtype=widest(device), device=device)
 
 
 def row_sums(values: Tensor, rows: Layout) -> Tensor:
@@ -77,13 +83,18 @@ segment_reduce_backward = define(
     "segments",
     f"segment_reduce_backward(Tensor grad, Tensor out, Tensor saved, {_ARGS}) -> Tensor",
     record=SegmentsArgs,
+    tensors={
+        "grad": Annotated[Tensor, "real", "B", "num_steps"],
+        "out": Annotated[Tensor, "real", "B", "num_steps"],
+        "saved": Annotated[Tensor, "float64", "B", "num_steps"],
+    },
     fake=lambda grad, out, saved, args: args.values.new_empty(args.values.shape),
 )
 
 
 def _fake_reduce(args: SegmentsArgs) -> tuple[Tensor, Tensor]:
     shape = (batch_of(args.values.shape, args.cu_seqlens), args.num_steps)
-    return args.values.new_empty(shape), args.values.new_empty(shape, dtype=torch.float64)
+    return args.values.new_empty(shape), args.values.new_empty(shape, dtype=widest(args.values.device))
 
 
 segment_reduce = define(
@@ -109,6 +120,12 @@ def _gradient_broadcast(ctx, grad):  # type: ignore[no-untyped-def]
 segment_broadcast = define(
     "segments",
     "segment_broadcast(Tensor steps, Tensor ids, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    tensors={
+        "steps": Annotated[Tensor, "real", "B", "S"],
+        "ids": IdTokens,
+        "mask": Flags,
+        "cu_seqlens": Offsets,
+    },
     fake=lambda steps, ids, *_: steps.new_empty(ids.shape),
     setup_context=_setup_broadcast,
     backward=_gradient_broadcast,

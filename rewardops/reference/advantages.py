@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.groups import group_sums, numbered
+from ..core.kinds import Flags, IdRows, Offsets, RealRows
 from ..core.rows import from_rows, to_rows
 
 BASELINES = (
@@ -19,17 +20,17 @@ SCALES = ("std", "batch_std", "mean_abs", "range", "none")
 class AdvantagesArgs(NamedTuple):
     """Arguments of ``group_advantages`` and its backward pass."""
 
-    rewards: Tensor
+    rewards: RealRows
     """``[B]``, float32 or float64."""
-    groups: Tensor
+    groups: IdRows
     """``[B]`` int64 labels, in any order."""
-    baseline_values: Tensor | None
+    baseline_values: RealRows | None
     """``[B]``, the dtype of the rewards; for the baseline ``"values"`` alone."""
-    lengths: Tensor | None
+    lengths: RealRows | None
     """``[B]``, the dtype of the rewards; for the baseline ``"length_weighted"`` alone."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool, ``[B, T]`` or ``[N]``. None without ``cu_seqlens``: advantages are per row."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]``, int32 or int64, offsets of packed rows."""
     num_tokens: int
     """``N`` with ``cu_seqlens``, else -1."""

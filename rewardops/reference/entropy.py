@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from ..core.groups import group_sums, numbered
+from ..core.kinds import Flags, IdRows, Offsets, RealRows, RealTokens
 from ..core.rows import from_rows, to_rows
 
 
 class GtpoArgs(NamedTuple):
     """Arguments of ``gtpo_rewards`` and its backward pass; floats are of one dtype, float32 or float64."""
 
-    rewards: Tensor
+    rewards: RealRows
     """``[B]``"""
-    entropy: Tensor
+    entropy: RealTokens
     """``[B, T]`` or ``[N]``, in nats."""
-    groups: Tensor
+    groups: IdRows
     """``[B]`` int64 labels, in any order."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool, the shape of ``entropy``; None: every token counts."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]``, int32 or int64, offsets of packed rows."""
     alpha1: float
     """Weight of the outcome."""
@@ -40,7 +41,7 @@ class _Shares(NamedTuple):
     valid: Tensor  # [B, T]
     positive: Tensor  # [B]
     scope: Tensor  # [B]: numbers of the rows' groups and classes
-    weight: Tensor  # [B, T] float64: H for right rows, 1 / H for wrong ones; 0 where not valid, NaN where not defined
+    weight: Tensor  # [B, T] float64: H for right rows, 1 / H for wrong ones; NaN where not defined
     count: Tensor  # type: ignore[assignment]  # [B, T]: rows of the class still running at the position
     total: Tensor  # [B, T]: the sum of their weights; 1 where even
     even: Tensor  # [B, T]: every weight of the class is 0, so that all have the same share

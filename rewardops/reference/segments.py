@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.kinds import Flags, IdTokens, Offsets, RealTokens
 from ..core.rows import Layout, from_rows, to_rows
 
 REDUCTIONS = ("sum", "mean", "min", "max", "prod", "first", "last", "any")
@@ -15,13 +16,13 @@ REDUCTIONS = ("sum", "mean", "min", "max", "prod", "first", "last", "any")
 class SegmentsArgs(NamedTuple):
     """Arguments of ``segment_reduce`` and its backward pass."""
 
-    values: Tensor
+    values: RealTokens
     """``[B, T]`` or ``[N]``, float32 or float64."""
-    ids: Tensor
+    ids: IdTokens
     """int64, the shape of ``values``: step ids, non-decreasing along a row; negative ids belong to no step."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool, the shape of ``values``; None: every token counts."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]``, int32 or int64, offsets of packed rows."""
     num_steps: int
     """Steps per row of the output; ids from here on are left out."""

@@ -7,21 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.kinds import Flags, IdRows, Offsets, RealTokens
 from ..core.rows import from_rows, to_rows
 
 
 class LargestArgs(NamedTuple):
     """Arguments of ``largest``."""
 
-    values: Tensor
+    values: RealTokens
     """``[B, T]`` or ``[N]``, float32 or float64."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool, the shape of ``values``; None: every token counts."""
-    cu_seqlens: Tensor | None
+    cu_seqlens: Offsets | None
     """``[B + 1]``, int32 or int64, offsets of packed rows."""
-    scopes: Tensor
+    scopes: IdRows
     """``[B]`` int64, the scope of each row, from 0 to B - 1."""
-    wanted: Tensor
+    wanted: IdRows
     """``[B]`` int64, at each scope the number of tokens to select, at most its valid ones."""
 
 
