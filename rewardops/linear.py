@@ -238,7 +238,8 @@ def _check_tokens(tokens: Tensor, hidden: Tensor) -> None:
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Cast as a linear layer does under autocast: float32 and half precision inputs to autocast's dtype."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    # Devices without autocast, such as meta, cannot be asked whether it is enabled.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]

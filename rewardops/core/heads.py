@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import logits as spec
-from ..reference.linear import LinearArgs
+from ..reference.linear import LinearArgs, check_args
 from ..reference.logits import TokenStatsArgs
 from .native import fresh
 
@@ -38,8 +38,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out = a @ b``; on CUDA, half-precision inputs give an unrounded float32 product."""
+def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``out = a @ b + bias``; on CUDA, half-precision inputs give an unrounded float32 product.
+
+    In one precision, product and bias are rounded once, together. A wider ``out`` takes the bias unrounded.
+    """
+    if bias is not None:
+        if a.dtype == out.dtype:
+            return torch.addmm(bias.to(out.dtype), a, b, out=out)
+        return _multiply(a, b, out).add_(bias)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.device.type == "cuda":
@@ -75,7 +82,10 @@ class Head:
         # Products of float16 are slower on CPUs than those of float32, and less precise.
         self.dtype = torch.float32 if dtype is torch.float16 and hidden.device.type == "cpu" else dtype
         half = self.dtype in (torch.float16, torch.bfloat16)
-        self.logits_dtype = torch.float32 if half and hidden.device.type == "cuda" else self.dtype
+        # A bias in a wider precision than the products is not rounded to theirs.
+        wider = bias is not None and torch.promote_types(bias.dtype, self.dtype) != self.dtype
+        unrounded = half and (wider or hidden.device.type == "cuda")
+        self.logits_dtype = torch.float32 if unrounded else self.dtype
         self.hidden_dtype = hidden.dtype
         self.hidden = rows.gather(hidden, trailing=1).to(self.dtype)
         if rows.beyond is not None:
@@ -103,10 +113,8 @@ class Head:
     def logits(self, a: int, b: int, part: Tensor, first: int) -> Tensor:
         columns = part.shape[0]
         out = self.block[: (b - a) * columns].view(b - a, columns)
-        _multiply(self.hidden[a:b], part.t(), out)
-        if self.bias is not None:
-            out += self.bias[first : first + columns].to(out.dtype)
-        return out
+        bias = None if self.bias is None else self.bias[first : first + columns]
+        return _multiply(self.hidden[a:b], part.t(), out, bias)
 
     def gradient(self, a: int, b: int, columns: int) -> Tensor:
         """Memory for the gradient of a block: that of the logits, unless the product takes another precision."""
@@ -212,6 +220,7 @@ class Models:
     """The heads of the policy and, if any, the reference: logits of the valid tokens, in blocks."""
 
     def __init__(self, args: LinearArgs) -> None:
+        check_args(args)
         self.args = args
         self.rows = ValidTokens(args.tokens, args.mask, args.num_tokens)
         self.policy = Head(args.hidden, args.weight, args.bias, self.rows, args.vocab)
