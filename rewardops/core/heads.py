@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,6 +39,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """True if the CPU has products of bfloat16. Without them, those of float32 are many times faster, and exact."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if products in this precision are slower than in float32."""
+    if device.type != "cpu":
+        return False
+    return dtype is torch.float16 or (dtype is torch.bfloat16 and not multiplies_bfloat16())
+
+
 def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out = a @ b + bias``; on CUDA, half-precision inputs give an unrounded float32 product.
 
@@ -54,8 +68,8 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> 
     return out.copy_(torch.mm(a, b))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, the sum in the precision of ``total``."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool = False) -> None:
+    """``total += a @ b``, the sum in the precision of ``total``; ``alone``: no other product is added to it."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
@@ -63,7 +77,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         # Part by part, so that a half-precision product is added while it is still in the caches.
         for first, end in blocks(total.shape[0], _SUM // max(total.shape[1], 1)):
-            total[first:end].add_(torch.mm(a[first:end], b))
+            rounded = torch.mm(a[first:end], b)
+            total[first:end].add_(rounded)
+            if not alone:
+                # And what its rounding lost, which is nothing of an infinity: many rounded products are further off
+                # than one over all blocks.
+                lost = torch.addmm(rounded, a[first:end], b, beta=-1)
+                total[first:end].add_(lost.nan_to_num_(0.0, 0.0, 0.0))
 
 
 def _large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -79,8 +99,7 @@ class Head:
     ) -> None:
         self.weight, self.bias = weight, bias
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        # Products of float16 are slower on CPUs than those of float32, and less precise.
-        self.dtype = torch.float32 if dtype is torch.float16 and hidden.device.type == "cpu" else dtype
+        self.dtype = torch.float32 if _slow(dtype, hidden.device) else dtype
         half = self.dtype in (torch.float16, torch.bfloat16)
         # A bias in a wider precision than the products is not rounded to theirs.
         wider = bias is not None and torch.promote_types(bias.dtype, self.dtype) != self.dtype
@@ -151,7 +170,7 @@ class Head:
         """Add the gradients due to ``g``, that of the logits of tokens ``a:b`` in columns from ``first``."""
         end = first + part.shape[0]
         if self.grad_hidden is not None:
-            _add_product(self.grad_hidden[a:b], g, part)
+            _add_product(self.grad_hidden[a:b], g, part, alone=part.shape[0] == self.vocab)
         if total is not None:
             _add_product(total, g.t(), self.hidden[a:b])
         elif self.grad_weight is not None:

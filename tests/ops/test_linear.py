@@ -37,9 +37,8 @@ def plain(inputs, tokens, outputs, logit_scale=1.0, **options):
     """The plain version: token_stats of all logits."""
 
     def logits(side):
-        x = inputs[f"{side}hidden"] @ inputs[f"{side}weight"].T
-        bias = inputs.get(f"{side}bias")
-        return logit_scale * (x if bias is None else x + bias)
+        parts = (inputs.get(f"{side}{name}") for name in ("hidden", "weight", "bias"))
+        return logit_scale * torch.nn.functional.linear(*parts)
 
     ref = logits("ref_") if "ref_hidden" in inputs else None
     return rewardops.token_stats(logits(""), tokens, ref_logits=ref, outputs=outputs, **options)
