@@ -50,9 +50,9 @@ def linear_token_stats(
     Logits are computed block by block in a small workspace, read once, and computed again in the backward pass,
     where each block becomes its gradient in place: four products forward and backward, instead of the plain
     formula's three and several tensors of ``[N, V]``. :func:`linear_token_loss` needs three. On CUDA, products of
-    half precision give float32, so that no logit is rounded; on CPUs with arithmetic for bfloat16 they give bfloat16,
-    rounded once with the bias as in ``torch.nn.functional.linear``, elsewhere float32. Sums over blocks are in
-    float32 (float64 for float64).
+    half precision give float32, so that no logit is rounded; on CPUs with arithmetic for bfloat16 they give
+    bfloat16, rounded once with the bias as in ``torch.nn.functional.linear``, elsewhere float32. Sums over blocks
+    are in float32 (float64 for float64).
 
     Masked tokens are left out before the first product and cost nothing; their hidden states are not read.
 

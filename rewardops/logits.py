@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import checks, distributed
-from .core.inplace import check_overwritable, is_traced, physical
+from .core.inplace import check_overwritable, in_memory, physical
 from .ops import logits as ops
 from .ops.token_arguments import check_coefficients, check_outputs, token_arguments
 from .reference import logits as spec
@@ -90,7 +90,8 @@ def token_stats(
     offset. A logit of ``-inf`` has probability 0 and contributes nothing (under a softcap it is ``-softcap``,
     as the formula has it); a token there has logprob ``-inf``. A divergence is ``inf`` where one distribution
     has mass in a column that is ``-inf`` in the other (and has no gradient then); a column that is ``-inf`` in
-    both is in no divergence. ``jsd`` costs a second pass; nothing else does.
+    both is in no divergence. A logit of ``inf`` or NaN makes every statistic of its model and row NaN (``is_top1``
+    False), with their gradients. ``jsd`` costs a second pass; nothing else does.
 
     Args:
         logits: ``[N, V]`` or ``[B, T, V]``; float32, bfloat16, float16 or float64. Strided rows, such as
@@ -189,9 +190,9 @@ def token_stats_and_grad(
         side is constant.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not; ``inplace``
-            with logits whose rows share memory (``expand``, windows that overlap), or whose memory holds another
-            argument.
+        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not;
+            ``inplace`` with logits whose rows share memory (``expand``, windows that overlap), or whose memory
+            holds another argument.
     """
     _check_logits(logits, tokens, ref_logits)
     checks.check_flag("inplace", inplace)
@@ -334,8 +335,8 @@ def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, 
 
 
 def _check_inplace(target: Tensor, args: TokenStatsArgs, beside: Mapping[str, Tensor | None]) -> None:
-    """Raise where the gradient cannot be written over ``target`` without loss; traced calls are checked when run."""
-    if not is_traced(physical(target)):
+    """Raise where the gradient cannot be written over ``target``; traced calls are checked when they run."""
+    if in_memory(physical(target)):
         others = {name: None if t is None else physical(t) for name, t in beside.items()}
         check_overwritable(physical(target), "logits", others)
 

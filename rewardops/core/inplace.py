@@ -1,4 +1,4 @@
-"""What may be written over: layouts and addresses tell which tensors share memory, on the host, without a look inside."""
+"""What may be written over: layouts and addresses, known to the host, tell which tensors share memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def obstacle(target: Tensor, name: str, others: Mapping[str, Tensor | None]) -> str | None:
-    """What would be lost or mixed up if ``target`` were written over while ``others`` are read; None for nothing."""
+    """What would be mixed up if ``target`` were written over while ``others`` are read; None for nothing."""
     if overlaps_itself(target):
         return f"{name} whose rows share memory"
     for other, tensor in others.items():
@@ -76,15 +76,18 @@ def physical(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def backward_may_overwrite() -> bool:
-    """True where a backward pass runs once and on memory: not recorded, batched (``is_grads_batched``) or traced."""
+def in_memory(*tensors: Tensor | None) -> bool:
+    """True if no tensor is traced, or stands for many (``vmap``, ``is_grads_batched``)."""
+    return all(
+        t is None or (torch._C._has_storage(t) and not isinstance(t, torch._subclasses.FakeTensor))
+        for t in tensors
+    )
+
+
+def backward_may_overwrite(*tensors: Tensor | None) -> bool:
+    """True where a backward pass with these tensors runs once, on memory: not recorded, batched or traced."""
     return not (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch.compiler.is_compiling()
-    )
-
-
-def is_traced(*tensors: Tensor | None) -> bool:
-    """True if one of the tensors stands for another that is not known yet."""
-    return any(isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
+    ) and in_memory(*tensors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.dispatch import define
-from ..core.inplace import backward_may_overwrite, is_traced, obstacle
+from ..core.inplace import backward_may_overwrite, obstacle
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved
 from ..reference.logits import RECORD, TokenStatsArgs, accumulator, read_beside, saved_rows
@@ -43,7 +43,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _overwritable(args: TokenStatsArgs, grads: Sequence[Tensor | None]) -> bool:
     """True if the gradient can be written over the logits; elsewhere it gets memory of its own."""
-    if not backward_may_overwrite() or is_traced(args.logits, *grads):
+    if not backward_may_overwrite(args.logits, *grads):
         return False
     return obstacle(args.logits, "logits", read_beside(args, "grads", args.outputs, grads)) is None
 

@@ -94,8 +94,12 @@ def check_args(a: TokenStatsArgs) -> None:
         raise ValueError(f"vocab: got {a.vocab}, want 0 to {shape[-1]} (the columns of logits)")
     if a.first < 0:
         raise ValueError(f"first: got {a.first}, want at least 0")
-    if ref is not None and (ref.shape != shape or (ref.dtype is torch.float64) != (logits.dtype is torch.float64)):
-        check_like("ref_logits", ref, shape, torch.float64 if logits.dtype is torch.float64 else torch.float32)
+    if ref is not None and (
+        ref.shape != shape or (ref.dtype is torch.float64) != (logits.dtype is torch.float64)
+    ):
+        check_like(
+            "ref_logits", ref, shape, torch.float64 if logits.dtype is torch.float64 else torch.float32
+        )
     if mask is not None and (mask.shape != rows or mask.dtype is not torch.bool):
         check_like("mask", mask, rows, torch.bool)
     if temperatures is not None and (temperatures.shape != rows or temperatures.dtype is not torch.float64):
@@ -169,10 +173,14 @@ def capped(logits: Tensor, a: TokenStatsArgs, valid: Tensor, dtype: torch.dtype)
 
 
 def distances(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """``(x - max x) / temperature`` and ``max x``: the difference first, exact near the maximum."""
+    """``(x - max x) / temperature`` and ``max x``: the difference first, exact near the maximum.
+
+    NaN throughout where a logit is NaN or inf.
+    """
     if not x.shape[-1]:
         return x, x.new_full(x.shape[:-1], -torch.inf)
     shift = x.amax(-1)
+    shift = torch.where(shift == torch.inf, torch.nan, shift)
     # Where every logit is -inf, -inf - 0 keeps them without mass.
     return (x - torch.where(shift == -torch.inf, 0, shift)[..., None]) / temperature.to(x.dtype)[
         ..., None
@@ -365,6 +373,8 @@ def token_stats_backward(
         return side_gradient(a, rows, a.logits, logp, None, None, policy), a.logits.new_empty(0)
 
     logp, logq = log_probabilities(a, rows, known["total"].log(), known["ref_total"].log())
+    # Without a divergence the two sides do not meet: a NaN on one does not reach the other.
+    meet = any(name in upstream for name in ("kl", "reverse_kl", "jsd"))
     log_m = log_mixture(logp, logq, a.beta) if "jsd" in upstream else None
     policy["p"] = (
         policy["p"] + up["reverse_kl"] - up["kl"] * known["kl"] - (1 - a.beta) * up["jsd"] * known["mixed_kl"]
@@ -378,8 +388,12 @@ def token_stats_backward(
         "gap": up["reverse_kl"], "mixed": a.beta * up["jsd"], "q": -up["kl"],
     }  # fmt: skip
     return (
-        side_gradient(a, rows, a.logits, logp, logq, log_m, policy) if to_logits else a.logits.new_empty(0),
-        side_gradient(a, rows, a.ref_logits, logq, logp, log_m, ref) if to_ref else a.ref_logits.new_empty(0),
+        side_gradient(a, rows, a.logits, logp, logq if meet else None, log_m, policy)
+        if to_logits
+        else a.logits.new_empty(0),
+        side_gradient(a, rows, a.ref_logits, logq, logp if meet else None, log_m, ref)
+        if to_ref
+        else a.ref_logits.new_empty(0),
     )
 
 

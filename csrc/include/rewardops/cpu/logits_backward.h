@@ -227,7 +227,8 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   const Gradient<Acc> of_policy(policy, norm, ref_norm.total, t), of_ref(ref, ref_norm, norm.total, t);
   const LogSoftmax<Acc> logp(t, norm.shift, std::log(norm.total)), logq(t, ref_norm.shift, std::log(ref_norm.total));
   const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
-  const bool paired = write_ref || !policy.pair_free(), mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
+  // Without a divergence the two sides do not meet: a NaN on one does not reach the other.
+  const bool apart = policy.pair_free() && ref.pair_free(), paired = write_ref || !apart, mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
 
   alignas(64) Acc z_buffer[kLogitsBlock];
   alignas(64) Acc x_buffer[kLogitsBlock];
@@ -243,8 +244,9 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     };
     const Acc* z = load(in.logits, z_buffer);
     const Acc* x = paired ? load(in.ref_logits, x_buffer) : z;
-    if (!paired) block_gradient(of_policy, policy.plain(), z, padded, g);
-    else block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
+    if (apart) block_gradient(of_policy, policy.plain(), z, padded, g);
+    if (apart && write_ref) block_gradient(of_ref, ref.plain(), x, padded, h);
+    if (!apart) block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
     if (mixed)
       add_mixture(policy.on_mixed, ref.on_mixed, logp, logq, static_cast<Acc>(in.beta), z, x, count, g, h);
     if (found && column >= start && column < start + count) {
