@@ -353,6 +353,10 @@ def token_stats_backward(
         if name in known:  # an infinite divergence does not change with the logits
             infinite = known[name].isinf()
             up[name], known[name] = torch.where(infinite, 0, up[name]), torch.where(infinite, 0, known[name])
+    # A NaN among them is in no gradient that was not asked for.
+    for name, output in (("kl", "kl"), ("reverse_kl", "reverse_kl"), ("mixed_kl", "jsd"), ("ref_mixed_kl", "jsd")):
+        if output not in upstream:
+            known[name] = zero
     for name in ("logprob", "ref_logprob"):
         if name in upstream:  # a value that is NaN has a gradient that is NaN
             up[name] = torch.where(rows.inside, up[name], torch.nan)

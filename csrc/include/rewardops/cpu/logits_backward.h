@@ -49,11 +49,13 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   const double kl = divergence(kKl, kSavedKl, &policy.mean_gap), jsd = up(kJsd), beta = a.in.beta;
   const double reverse = divergence(kReverseKl, kSavedReverseKl, &ref.mean_gap);
   const double ref_logprob = a.grads[kRefLogprob] && !found ? none : up(kRefLogprob);
-  policy.on_p += reverse - (1 - beta) * jsd * saved(kMixedKl);
+  // Divergences of NaN are in no gradient that was not asked for.
+  const auto mean_of = [&](Saved row) { return a.grads[kJsd] ? saved(row) : 0.0; };
+  policy.on_p += reverse - (1 - beta) * jsd * mean_of(kMixedKl);
   policy.on_gap = kl;
   policy.on_mixed = (1 - beta) * jsd;
   policy.on_q = -reverse;
-  ref.on_p = kl - ref_logprob - beta * jsd * saved(kRefMixedKl);
+  ref.on_p = kl - ref_logprob - beta * jsd * mean_of(kRefMixedKl);
   ref.on_gap = reverse;
   ref.on_mixed = beta * jsd;
   ref.on_q = -kl;
