@@ -168,7 +168,8 @@ def record_of(sums, origin, width, token, ref_token, found, inv):
     moved = tl.where(shift == float("-inf"), 0.0, (origin.to(tl.float64) - shift) * width)
     return Record(
         shift * inv, total, sums.weighted * LN2, sums.squares, (sums.distance + moved) * inv,
-        width.to(tl.float64), token, found.to(tl.float64), ref_shift * inv, ref_total, ref_token, sums.kl * inv, sums.reverse * inv, sums.squares_weighted * LN2,
+        width.to(tl.float64), token, found.to(tl.float64), ref_shift * inv, ref_total, ref_token,
+        sums.kl * inv, sums.reverse * inv, sums.squares_weighted * LN2,
     )  # fmt: skip
 
 

@@ -354,7 +354,12 @@ def token_stats_backward(
             infinite = known[name].isinf()
             up[name], known[name] = torch.where(infinite, 0, up[name]), torch.where(infinite, 0, known[name])
     # A NaN among them is in no gradient that was not asked for.
-    for name, output in (("kl", "kl"), ("reverse_kl", "reverse_kl"), ("mixed_kl", "jsd"), ("ref_mixed_kl", "jsd")):
+    for name, output in (
+        ("kl", "kl"),
+        ("reverse_kl", "reverse_kl"),
+        ("mixed_kl", "jsd"),
+        ("ref_mixed_kl", "jsd"),
+    ):
         if output not in upstream:
             known[name] = zero
     for name in ("logprob", "ref_logprob"):

@@ -1,4 +1,4 @@
-"""Settings of the process that ops must not depend on: the default dtype and the default device; and meta tensors."""
+"""What ops must not depend on, the default dtype and device of the process; and meta tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from rewardops.core.families import FAMILIES
 from rewardops.testing import calls, same_bits
 
 # Triton's kernels see tensors alone: by the interpreter a few ops suffice.
-FEW = ("token_stats", "linear_token_stats", "group_advantages on tokens", "gae", "segment_reduce", "prefix_values")
+FEW = (
+    "token_stats",
+    "linear_token_stats",
+    "group_advantages on tokens",
+    "gae",
+    "segment_reduce",
+    "prefix_values",
+)
 # Read the length of the longest row, which is in cu_seqlens alone.
 READ_LENGTHS = ("group_advantages of several", "advantages.gdpo", "advantages.gpg")
 
