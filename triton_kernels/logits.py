@@ -217,8 +217,8 @@ def token_stats_backward_(
 ) -> Tensor:
     """Overwrite the logits with their gradient; return the gradient of the reference's logits."""
     check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
-    check_upstream(a, grads, saved)
     launch = TokenStatsLaunch(a)
+    check_upstream(a, grads, saved)
     ref_out = launch.ref.new_empty(launch.ref.shape if to_ref else 0)
     out = launch.logits
     launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out if to_ref else None)
@@ -254,13 +254,15 @@ def token_stats_backward_to(
     ref_out: Tensor | None,
 ) -> None:
     """:func:`token_stats_backward` with results in ``out`` and ``ref_out``, which may overlap the logits."""
+    launch = TokenStatsLaunch(a)
     check_upstream(a, grads, saved)
-    TokenStatsLaunch(a).backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
+    launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
 
 
 def token_stats_partial_backward_to(
     grad_record: Tensor, record: Tensor, a: TokenStatsArgs, out: Tensor | None, ref_out: Tensor | None
 ) -> None:
     """:func:`token_stats_partial_backward` with results in ``out`` and ``ref_out``, likewise."""
+    launch = TokenStatsLaunch(a)
     check_records(a.tokens.shape, grad_record=grad_record, record=record)
-    TokenStatsLaunch(a).backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())
+    launch.backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())
