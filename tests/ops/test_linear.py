@@ -302,8 +302,10 @@ class Test_linear_token_stats:
     )
     def test_a_bias_is_rounded_once(self, target, generator, monkeypatch, options, chunks, products):
         """No further off than the plain formula with a linear layer, with and without products of bfloat16."""
-        if target.interpreted and (options or products == "float32"):
-            pytest.skip("the products are the same")
+        if target.interpreted and (options or products == "bfloat16"):
+            pytest.skip(
+                "the products are the same, and the interpreter cuts bfloat16 off instead of rounding"
+            )
         monkeypatch.setattr(heads, "multiplies_bfloat16", lambda: products == "bfloat16")
         vocab = 200 if target.interpreted else 800
         inputs, tokens = draw(generator, (128,), hidden=32, vocab=vocab, ref=0, dtype=torch.bfloat16)
