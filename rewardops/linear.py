@@ -50,8 +50,9 @@ def linear_token_stats(
     Logits are computed block by block in a small workspace, read once, and computed again in the backward pass,
     where each block becomes its gradient in place: four products forward and backward, instead of the plain
     formula's three and several tensors of ``[N, V]``. :func:`linear_token_loss` needs three. On CUDA, products of
-    half precision give float32, so that no logit is rounded; on CPUs they give the dtype of the inputs, as
-    ``torch.mm`` does. Sums over blocks are in float32 (float64 for float64).
+    half precision give float32, so that no logit is rounded; on CPUs with arithmetic for bfloat16 they give
+    bfloat16, rounded once with the bias as in ``torch.nn.functional.linear``, elsewhere float32. Sums over blocks
+    are in float32 (float64 for float64).
 
     Masked tokens are left out before the first product and cost nothing; their hidden states are not read.
 
@@ -238,7 +239,8 @@ def _check_tokens(tokens: Tensor, hidden: Tensor) -> None:
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Cast as a linear layer does under autocast: float32 and half precision inputs to autocast's dtype."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    # Devices without autocast, such as meta, cannot be asked whether it is enabled.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]

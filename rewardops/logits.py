@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .core import checks, distributed
+from .core.inplace import check_overwritable, in_memory, physical
 from .ops import logits as ops
 from .ops.token_arguments import check_coefficients, check_outputs, token_arguments
 from .reference import logits as spec
-from .reference.logits import RECORD, TokenStatsArgs, accumulator
+from .reference.logits import RECORD, TokenStatsArgs, accumulator, read_beside
 from .reference.token_records import fields_of, finish, merge
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def token_stats(
     offset. A logit of ``-inf`` has probability 0 and contributes nothing (under a softcap it is ``-softcap``,
     as the formula has it); a token there has logprob ``-inf``. A divergence is ``inf`` where one distribution
     has mass in a column that is ``-inf`` in the other (and has no gradient then); a column that is ``-inf`` in
-    both is in no divergence. ``jsd`` costs a second pass; nothing else does.
+    both is in no divergence. A logit of ``inf`` or NaN makes every statistic of its model and row NaN (``is_top1``
+    False), with their gradients. ``jsd`` costs a second pass; nothing else does.
 
     Args:
         logits: ``[N, V]`` or ``[B, T, V]``; float32, bfloat16, float16 or float64. Strided rows, such as
@@ -108,8 +110,10 @@ def token_stats(
         beta: for ``jsd``, above 0 and below 1 (at both ends jsd is 0: use ``kl`` or ``reverse_kl``).
         inplace_backward: write the gradient of the logits over them, which saves the memory of a second
             ``[N, V]``. The logits are lost in the backward pass; a second backward pass raises. Without effect
-            under ``torch.compile``, which plans memory itself, in ``torch.func``, and under saved-tensor hooks, as
-            in activation checkpointing: autograd could not detect the overwritten logits.
+            where the logits' rows share memory (``expand``, windows that overlap) or hold another argument, as a
+            ``ref_logits`` that is a shifted view of them; under ``torch.compile``, which plans memory itself, in
+            ``torch.func``, and under saved-tensor hooks, as in activation checkpointing: autograd could not detect
+            the overwritten logits.
         process_group: for tensor parallelism: its ranks hold shards ``[N, V_part]`` of the vocabulary, of equal
             width and in rank order, and get the statistics of the whole rows, the same bits on each. One
             collective, of 5 to 14 numbers per token, and none in the backward pass: every rank has the same loss,
@@ -186,7 +190,9 @@ def token_stats_and_grad(
         side is constant.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not;
+            ``inplace`` with logits whose rows share memory (``expand``, windows that overlap), or whose memory
+            holds another argument.
     """
     _check_logits(logits, tokens, ref_logits)
     checks.check_flag("inplace", inplace)
@@ -198,7 +204,12 @@ def token_stats_and_grad(
     )  # fmt: skip
     terms = [name for name in args.outputs if name in coefficients]
     factors = [coefficients[name].detach() for name in terms]
-    if inplace and args.logits is target:
+    transformed = False
+    if inplace and not torch.compiler.is_compiling():
+        _check_inplace(target, args, read_beside(args, "coefficients", terms, factors))
+        # There a copy follows, which keeps the rules of torch.func and torch.vmap for writing to a tensor.
+        transformed = torch._C._are_functorch_transforms_active()
+    if inplace and args.logits is target and not transformed:
         grad, stacked = target, ops.token_stats_and_grad_(factors, terms, *args)
     else:
         stacked, grad = ops.token_stats_and_grad(factors, terms, *args)
@@ -321,6 +332,13 @@ def _same_precision(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, 
     if ref_logits is None or torch.float64 not in (logits.dtype, ref_logits.dtype):
         return logits, ref_logits
     return logits.to(torch.float64), ref_logits.to(torch.float64)
+
+
+def _check_inplace(target: Tensor, args: TokenStatsArgs, beside: Mapping[str, Tensor | None]) -> None:
+    """Raise where the gradient cannot be written over ``target``; traced calls are checked when they run."""
+    if in_memory(physical(target)):
+        others = {name: None if t is None else physical(t) for name, t in beside.items()}
+        check_overwritable(physical(target), "logits", others)
 
 
 def _arguments(

@@ -14,7 +14,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.logits import RECORD, SAVED, TokenStatsArgs, accumulator, saved_rows, with_gradient
+from ..core.inplace import check_overwritable
+from ..reference.logits import (
+    RECORD,
+    SAVED,
+    TokenStatsArgs,
+    accumulator,
+    check_args,
+    check_records,
+    check_upstream,
+    read_beside,
+    saved_rows,
+    with_gradient,
+)
 from .launch import BITS, INTERPRETED, cdiv, multiprocessors, pair, splits
 from .logits_backward import token_stats_backward_kernel
 from .logits_coefficients import Gradients
@@ -55,6 +67,7 @@ class TokenStatsLaunch:
     """
 
     def __init__(self, a: TokenStatsArgs) -> None:
+        check_args(a)
         self.vocab, self.first, self.beta = a.vocab, a.first, pair(a.beta)
         self.has_ref = a.ref_logits is not None
         self.logits = _unit_stride(a.logits)
@@ -203,7 +216,9 @@ def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
     """Overwrite the logits with their gradient; return the gradient of the reference's logits."""
+    check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
     launch = TokenStatsLaunch(a)
+    check_upstream(a, grads, saved)
     ref_out = launch.ref.new_empty(launch.ref.shape if to_ref else 0)
     out = launch.logits
     launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out if to_ref else None)
@@ -239,11 +254,15 @@ def token_stats_backward_to(
     ref_out: Tensor | None,
 ) -> None:
     """:func:`token_stats_backward` with results in ``out`` and ``ref_out``, which may overlap the logits."""
-    TokenStatsLaunch(a).backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
+    launch = TokenStatsLaunch(a)
+    check_upstream(a, grads, saved)
+    launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
 
 
 def token_stats_partial_backward_to(
     grad_record: Tensor, record: Tensor, a: TokenStatsArgs, out: Tensor | None, ref_out: Tensor | None
 ) -> None:
     """:func:`token_stats_partial_backward` with results in ``out`` and ``ref_out``, likewise."""
-    TokenStatsLaunch(a).backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())
+    launch = TokenStatsLaunch(a)
+    check_records(a.tokens.shape, grad_record=grad_record, record=record)
+    launch.backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())

@@ -56,7 +56,7 @@ class Terms(NamedTuple):
 @triton.jit
 def side_gradient(
     column, token, terms, other, on,
-    LOG: tl.constexpr, SQUARE: tl.constexpr, SQUARE_LOG: tl.constexpr, PAIRED: tl.constexpr, MIXED: tl.constexpr,
+    LOG: tl.constexpr, SQUARE: tl.constexpr, SQUARE_LOG: tl.constexpr, MEET: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one model's scaled logits; the formula is that of `Coefficients`."""
     factor = on.on_e
@@ -67,12 +67,12 @@ def side_gradient(
         on_square += on.on_square_distance * terms.distance
     if SQUARE:
         factor += on_square * terms.exponential
-    if PAIRED:
+    if MEET:
         factor += on.on_gap * (terms.distance - other.distance - on.mean_gap)
     if MIXED:
         factor += on.on_mixed * terms.excess
     grad = terms.exponential * factor + on.on_one
-    if PAIRED:
+    if MEET:
         grad += on.on_other * other.exponential
     return grad + tl.where(column == token, on.on_token, 0.0)
 
@@ -113,7 +113,9 @@ def token_stats_backward_kernel(
     SQUARE: tl.constexpr = OF_RECORD or (MOMENTS & GRADS) != 0
     SQUARE_LOG: tl.constexpr = OF_RECORD or (SUM_SQ_LOGPROB & GRADS) != 0
     MIXED: tl.constexpr = (not OF_RECORD) and (JSD & GRADS) != 0
-    PAIRED: tl.constexpr = HAS_REF and (OF_RECORD or TO_REF or ((KL | REVERSE_KL | JSD) & GRADS) != 0)
+    # Without a divergence the two sides do not meet: a NaN on one does not reach the other.
+    MEET: tl.constexpr = HAS_REF and (OF_RECORD or ((KL | REVERSE_KL | JSD) & GRADS) != 0)
+    PAIRED: tl.constexpr = HAS_REF and (TO_REF or MEET)
     n = tl.program_id(0)
     part = tl.program_id(1)
     begin, full, end, _ = columns_of(part, blocks, vocab, BLOCK)
@@ -157,8 +159,8 @@ def token_stats_backward_kernel(
             )  # fmt: skip
             policy, ref = sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS)
         token = tl.where(found, token, -1)
-        on = folded(policy, softmax, ref.on_gap, ref_softmax, LOG, SQUARE_LOG, PAIRED, ACC)
-        ref_on = folded(ref, ref_softmax, policy.on_gap, softmax, False, False, PAIRED, ACC)
+        on = folded(policy, softmax, ref.on_gap, ref_softmax, LOG, SQUARE_LOG, MEET, ACC)
+        ref_on = folded(ref, ref_softmax, policy.on_gap, softmax, False, False, MEET, ACC)
         for start in range(begin, end, BLOCK):
             column = start + lanes
             # Only the last block has a mask: without one, loads and stores are 16 bytes wide.
@@ -191,7 +193,7 @@ def token_stats_backward_kernel(
             ref_terms = Terms(ref_distance, ref_exponential, ref_excess)
             if TO_LOGITS:
                 grad = side_gradient(
-                    column, token, terms, ref_terms, on, LOG, SQUARE, SQUARE_LOG, PAIRED, MIXED
+                    column, token, terms, ref_terms, on, LOG, SQUARE, SQUARE_LOG, MEET, MIXED
                 )
                 grad = unscaled(grad, z, inv, cap, CAPPED).to(out.dtype.element_ty)
                 if start < full:
@@ -200,7 +202,7 @@ def token_stats_backward_kernel(
                     tl.store(target + column, grad, mask=column < end)
             if TO_REF:
                 grad = side_gradient(
-                    column, token, ref_terms, terms, ref_on, False, False, False, PAIRED, MIXED
+                    column, token, ref_terms, terms, ref_on, False, False, False, MEET, MIXED
                 )
                 grad = unscaled(grad, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
                 if start < full:

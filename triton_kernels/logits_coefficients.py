@@ -223,12 +223,13 @@ def sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS: tl.const
 @triton.jit
 def folded(
     side, softmax, other_on_gap, other,
-    LOG: tl.constexpr, SQUARE_LOG: tl.constexpr, PAIRED: tl.constexpr, ACC: tl.constexpr,
+    LOG: tl.constexpr, SQUARE_LOG: tl.constexpr, MEET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of a side's exponentials and distances.
 
     Totals and the constants of log p = distance - log total are folded in, in float64. Near the largest logit,
-    where the mass is, distances are small, and free of the rounding errors of these constants.
+    where the mass is, distances are small, and free of the rounding errors of these constants. ``MEET``: there is a
+    divergence, in which both sides meet.
     """
     on_p = side.on_p
     on_square = side.on_square
@@ -237,7 +238,7 @@ def folded(
         on_p -= side.on_log * softmax.log_total
     if SQUARE_LOG:
         on_square -= side.on_square_log * softmax.log_total
-    if PAIRED:
+    if MEET:
         # log p - log q = d - d' + log (other total / total); minus its mean it is small where the mass is.
         mean_gap, rounding = split(mean_gap - (other.log_total - softmax.log_total), ACC)
         on_p -= side.on_gap * rounding.to(tl.float64)

@@ -153,15 +153,23 @@ def accumulate(
 
 
 @triton.jit
+def nan_of_infinite(shift, total):
+    """A row's largest logit and its total, float64: NaN, as in the specification, where a logit is NaN or inf."""
+    total = tl.where(shift == float("inf"), float("nan"), total)
+    return tl.where(total == total, shift.to(tl.float64), float("nan")), total
+
+
+@triton.jit
 def record_of(sums, origin, width, token, ref_token, found, inv):
     """The record of sums over ``width`` columns: scaled logits, nats."""
-    shift = sums.shift.to(tl.float64)
+    shift, total = nan_of_infinite(sums.shift, sums.total)
+    ref_shift, ref_total = nan_of_infinite(sums.ref_shift, sums.ref_total)
     # The origin moves to the maximum; a distance of -inf stays -inf.
     moved = tl.where(shift == float("-inf"), 0.0, (origin.to(tl.float64) - shift) * width)
     return Record(
-        shift * inv, sums.total, sums.weighted * LN2, sums.squares, (sums.distance + moved) * inv,
-        width.to(tl.float64), token, found.to(tl.float64), sums.ref_shift.to(tl.float64) * inv,
-        sums.ref_total, ref_token, sums.kl * inv, sums.reverse * inv, sums.squares_weighted * LN2,
+        shift * inv, total, sums.weighted * LN2, sums.squares, (sums.distance + moved) * inv,
+        width.to(tl.float64), token, found.to(tl.float64), ref_shift * inv, ref_total, ref_token,
+        sums.kl * inv, sums.reverse * inv, sums.squares_weighted * LN2,
     )  # fmt: skip
 
 

@@ -246,6 +246,9 @@ def token_stats_combine(
         token = tl.sum(tl.load(at + AT_TOKEN, mask=inside, other=0.0), 0)
         found = tl.sum(tl.load(at + AT_FOUND, mask=inside, other=0.0), 0)
         ref_token = tl.sum(tl.load(at + AT_REF_TOKEN, mask=inside, other=0.0), 0)
+        # A NaN among the parts, which a maximum may pass over, is in the total.
+        shift = tl.where(total == total, shift, float("nan"))
+        ref_shift = tl.where(ref_total == ref_total, ref_shift, float("nan"))
         gap_change = gap - ref_gap
         forward = sum_rescaled(factor, tl.load(at + AT_KL, mask=inside, other=0.0) + gap_change * totals)
         reverse = tl.load(at + AT_REVERSE, mask=inside, other=0.0) - gap_change * ref_totals

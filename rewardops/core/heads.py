@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..reference import logits as spec
-from ..reference.linear import LinearArgs
+from ..reference.linear import LinearArgs, check_args
 from ..reference.logits import TokenStatsArgs
 from .native import fresh
 
@@ -38,8 +39,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out = a @ b``; on CUDA, half-precision inputs give an unrounded float32 product."""
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """True if the CPU has products of bfloat16. Without them, those of float32 are many times faster, and exact."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if products in this precision are slower than in float32."""
+    if device.type != "cpu":
+        return False
+    return dtype is torch.float16 or (dtype is torch.bfloat16 and not multiplies_bfloat16())
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``out = a @ b + bias``; on CUDA, half-precision inputs give an unrounded float32 product.
+
+    In one precision, product and bias are rounded once, together. A wider ``out`` takes the bias unrounded.
+    """
+    if bias is not None:
+        if a.dtype == out.dtype:
+            return torch.addmm(bias.to(out.dtype), a, b, out=out)
+        return _multiply(a, b, out).add_(bias)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.device.type == "cuda":
@@ -47,8 +68,8 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.copy_(torch.mm(a, b))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, the sum in the precision of ``total``."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool = False) -> None:
+    """``total += a @ b``, the sum in the precision of ``total``; ``alone``: no other product is added to it."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
@@ -56,7 +77,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         # Part by part, so that a half-precision product is added while it is still in the caches.
         for first, end in blocks(total.shape[0], _SUM // max(total.shape[1], 1)):
-            total[first:end].add_(torch.mm(a[first:end], b))
+            rounded = torch.mm(a[first:end], b)
+            total[first:end].add_(rounded)
+            if not alone:
+                # And what its rounding lost, which is nothing of an infinity: many rounded products are further off
+                # than one over all blocks.
+                lost = torch.addmm(rounded, a[first:end], b, beta=-1)
+                total[first:end].add_(lost.nan_to_num_(0.0, 0.0, 0.0))
 
 
 def _large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -72,10 +99,12 @@ class Head:
     ) -> None:
         self.weight, self.bias = weight, bias
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        # Products of float16 are slower on CPUs than those of float32, and less precise.
-        self.dtype = torch.float32 if dtype is torch.float16 and hidden.device.type == "cpu" else dtype
+        self.dtype = torch.float32 if _slow(dtype, hidden.device) else dtype
         half = self.dtype in (torch.float16, torch.bfloat16)
-        self.logits_dtype = torch.float32 if half and hidden.device.type == "cuda" else self.dtype
+        # A bias in a wider precision than the products is not rounded to theirs.
+        wider = bias is not None and torch.promote_types(bias.dtype, self.dtype) != self.dtype
+        unrounded = half and (wider or hidden.device.type == "cuda")
+        self.logits_dtype = torch.float32 if unrounded else self.dtype
         self.hidden_dtype = hidden.dtype
         self.hidden = rows.gather(hidden, trailing=1).to(self.dtype)
         if rows.beyond is not None:
@@ -103,10 +132,8 @@ class Head:
     def logits(self, a: int, b: int, part: Tensor, first: int) -> Tensor:
         columns = part.shape[0]
         out = self.block[: (b - a) * columns].view(b - a, columns)
-        _multiply(self.hidden[a:b], part.t(), out)
-        if self.bias is not None:
-            out += self.bias[first : first + columns].to(out.dtype)
-        return out
+        bias = None if self.bias is None else self.bias[first : first + columns]
+        return _multiply(self.hidden[a:b], part.t(), out, bias)
 
     def gradient(self, a: int, b: int, columns: int) -> Tensor:
         """Memory for the gradient of a block: that of the logits, unless the product takes another precision."""
@@ -143,7 +170,7 @@ class Head:
         """Add the gradients due to ``g``, that of the logits of tokens ``a:b`` in columns from ``first``."""
         end = first + part.shape[0]
         if self.grad_hidden is not None:
-            _add_product(self.grad_hidden[a:b], g, part)
+            _add_product(self.grad_hidden[a:b], g, part, alone=part.shape[0] == self.vocab)
         if total is not None:
             _add_product(total, g.t(), self.hidden[a:b])
         elif self.grad_weight is not None:
@@ -212,6 +239,7 @@ class Models:
     """The heads of the policy and, if any, the reference: logits of the valid tokens, in blocks."""
 
     def __init__(self, args: LinearArgs) -> None:
+        check_args(args)
         self.args = args
         self.rows = ValidTokens(args.tokens, args.mask, args.num_tokens)
         self.policy = Head(args.hidden, args.weight, args.bias, self.rows, args.vocab)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.inplace import backward_may_overwrite
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved, second_derivative
 from ..reference.linear import LinearArgs, precision
@@ -103,7 +104,7 @@ def _gradient_loss(ctx, grads):  # type: ignore[no-untyped-def]
     if upstream is None:
         return {}
     # In place, as the weight's gradient is large: a second backward pass sees its changed version, and raises.
-    scaled = Tensor.mul_ if ctx.inplace and not torch.is_grad_enabled() else Tensor.mul
+    scaled = Tensor.mul_ if ctx.inplace and backward_may_overwrite(upstream) else Tensor.mul
     sides = zip(_SIDES, ctx.saved_tensors, ctx.needs, strict=False)
     return {name: scaled(g, upstream.to(g.dtype)) for name, g, need in sides if need}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.inplace import backward_may_overwrite, obstacle
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved
-from ..reference.logits import RECORD, TokenStatsArgs, accumulator, saved_rows
+from ..reference.logits import RECORD, TokenStatsArgs, accumulator, read_beside, saved_rows
 
 _ARGS = schema_of(TokenStatsArgs)
 _ARGS_OVERWRITTEN = _ARGS.replace("Tensor logits", "Tensor(a!) logits")
@@ -38,13 +41,20 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.inplace = inplace and may_overwrite_saved()
 
 
+def _overwritable(args: TokenStatsArgs, grads: Sequence[Tensor | None]) -> bool:
+    """True if the gradient can be written over the logits; elsewhere it gets memory of its own."""
+    if not backward_may_overwrite(args.logits, *grads):
+        return False
+    return obstacle(args.logits, "logits", read_beside(args, "grads", args.outputs, grads)) is None
+
+
 def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
     args, (saved,) = saved_record(ctx)
     needs, _ = ctx.needs_input_grad
     to_ref = args.ref_logits is not None and needs.ref_logits
     if all(g is None for g in grads[1:]):
         return {}
-    if ctx.inplace and needs.logits and not torch.is_grad_enabled():  # torch.func records every backward pass
+    if ctx.inplace and needs.logits and _overwritable(args, grads[1:]):
         grad = args.logits.detach()
         ref = token_stats_backward_(grads[1:], saved, *args._replace(logits=grad), True, to_ref)
         # The logits are overwritten: a second backward pass sees their changed version, and raises.

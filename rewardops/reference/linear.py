@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.checks import show
 from . import logits as spec
-from .logits import TokenStatsArgs
+from .logits import TokenStatsArgs, check_like, check_names, check_records, check_terms
 from .token_records import RECORD, finish, merge, record_gradient
 
 
@@ -48,6 +49,58 @@ class LinearArgs(NamedTuple):
     """An upper bound of the number of valid tokens; -1: the number is read from the device."""
 
 
+# ---- arguments as the products and kernels rely on them ------------------------------------------------------
+
+
+def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: LinearArgs) -> None:
+    rows = a.tokens.shape
+    if len(rows) not in (1, 2) or hidden.shape[:-1] != rows:
+        raise ValueError(
+            f"{side}hidden: got shape {show(hidden.shape)}, want {show([*rows, 'D'])} (a row per token)"
+        )
+    check_like(f"{side}weight", weight, (a.weight.shape[0], hidden.shape[-1]))
+    if bias is not None:
+        check_like(f"{side}bias", bias, weight.shape[:1])
+
+
+def check_args(a: LinearArgs) -> None:
+    """Raise where shapes do not fit together. Public functions have said more by then."""
+    check_like("tokens", a.tokens, a.tokens.shape, torch.int64)
+    _check_head("", a.hidden, a.weight, a.bias, a)
+    if (a.ref_hidden is None) != (a.ref_weight is None):
+        raise ValueError("ref_hidden: got one of ref_hidden and ref_weight, want both or neither")
+    if a.ref_hidden is not None and a.ref_weight is not None:
+        _check_head("ref_", a.ref_hidden, a.ref_weight, a.ref_bias, a)
+    if a.mask is not None:
+        check_like("mask", a.mask, a.tokens.shape, torch.bool)
+    if a.temperatures is not None:
+        check_like("temperatures", a.temperatures, a.tokens.shape, torch.float64)
+    if not 0 <= a.vocab <= a.weight.shape[0]:
+        raise ValueError(f"vocab: got {a.vocab}, want 0 to {a.weight.shape[0]} (the rows of weight)")
+    for name in ("first", "chunk_tokens", "chunk_vocab"):
+        if getattr(a, name) < 0:
+            raise ValueError(f"{name}: got {getattr(a, name)}, want at least 0")
+    check_names(tuple(a.outputs), a.ref_hidden is not None)
+
+
+def check_needs(needs: Sequence[bool], count: int) -> None:
+    if len(needs) != count:
+        raise ValueError(f"needs: got {len(needs)}, want {count} (one per tensor with a gradient)")
+
+
+def check_upstream(a: LinearArgs, grads: Sequence[Tensor | None], saved: Tensor) -> None:
+    """Raise unless the gradients of the outputs and the saved statistics are those of these arguments."""
+    if len(grads) != len(a.outputs):
+        raise ValueError(f"grads: got {len(grads)}, want {len(a.outputs)} (one per output)")
+    for name, grad in zip(a.outputs, grads, strict=True):
+        if grad is not None:
+            check_like(f"grads of {name}", grad, a.tokens.shape, _wide(a))
+    check_records(a.tokens.shape, saved=saved)
+
+
+# ---- products of whole rows ----------------------------------------------------------------------------------
+
+
 def pack_saved(saved: Tensor) -> Tensor:
     """Pad saved row statistics ``[saved_rows, ...]`` to the width of a record: both paths save one shape."""
     return torch.nn.functional.pad(saved.movedim(0, -1), (0, len(RECORD) - saved.shape[0]))
@@ -75,6 +128,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, 
 
 def _token_stats_args(a: LinearArgs) -> TokenStatsArgs:
     """The logits of the policy and the reference, with the other arguments of their statistics."""
+    check_args(a)
     valid, wide, ref = spec.valid_rows(a.tokens, a.mask), _wide(a), None
     if a.ref_hidden is not None and a.ref_weight is not None:
         ref = _logits(a.ref_hidden, a.ref_weight, a.ref_bias, valid, wide)
@@ -123,6 +177,8 @@ def linear_token_stats_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     rows = _token_stats_args(a)
+    check_upstream(a, grads, saved)
+    check_needs(needs, 6)
     paired = rows.ref_logits is not None
     if "jsd" in a.outputs:
         of_logits = spec.token_stats_backward(grads, unpack_saved(saved, paired), rows, True, paired)
@@ -143,6 +199,8 @@ def linear_token_stats_partial_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     rows = _token_stats_args(a)
+    check_records(a.tokens.shape, grad_record=grad_record, record=record)
+    check_needs(needs, 6)
     paired = rows.ref_logits is not None
     return _head_gradients(
         a, spec.token_stats_partial_backward(grad_record, record, rows, True, paired), needs
@@ -154,6 +212,8 @@ def linear_token_loss(
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs."""
     rows, wide = _token_stats_args(a), _wide(a)
+    check_terms(coefficients, terms, a.outputs, a.tokens.shape)
+    check_needs(needs, 3)
     valid = spec.valid_rows(a.tokens, a.mask)
     saved, *values = spec.token_stats(rows)
     by_name = dict(zip(a.outputs, values, strict=True))

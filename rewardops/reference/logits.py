@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.checks import show
+from ..core.inplace import check_overwritable
 from .token_records import OUTPUTS as OUTPUTS
 from .token_records import RECORD as RECORD
 from .token_records import REF_OUTPUTS as REF_OUTPUTS
@@ -62,6 +65,84 @@ def valid_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return valid if mask is None else valid & mask
 
 
+# ---- arguments as kernels rely on them -----------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def check_names(outputs: tuple[str, ...], paired: bool) -> None:
+    """Raise unless the outputs are distinct, and of one model where there is one."""
+    known = OUTPUTS if paired else OUTPUTS[: -len(REF_OUTPUTS)]
+    if len(set(outputs)) < len(outputs) or any(name not in known for name in outputs):
+        raise ValueError(f"outputs: got {outputs}, want distinct names out of {known}")
+
+
+def check_like(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Raise unless a tensor has this shape, and this dtype if one is given."""
+    if value.shape != shape or dtype not in (None, value.dtype):
+        got = f"{value.dtype} of shape {show(value.shape)}"
+        raise ValueError(f"{name}: got {got}, want {dtype or 'a tensor'} of shape {show(shape)}")
+
+
+def check_args(a: TokenStatsArgs) -> None:
+    """Raise where a kernel would read or write beyond a tensor. Public functions have said more by then."""
+    logits, tokens, ref, mask, temperatures = a[:5]
+    shape, rows = logits.shape, tokens.shape
+    if tokens.dtype is not torch.int64 or len(rows) not in (1, 2) or shape[:-1] != rows:
+        got = f"{tokens.dtype} of shape {show(rows)} with logits of shape {show(shape)}"
+        raise ValueError(f"tokens: got {got}, want torch.int64, a token for each row of [N, V] or [B, T, V]")
+    if not 0 <= a.vocab <= shape[-1]:
+        raise ValueError(f"vocab: got {a.vocab}, want 0 to {shape[-1]} (the columns of logits)")
+    if a.first < 0:
+        raise ValueError(f"first: got {a.first}, want at least 0")
+    if ref is not None and (
+        ref.shape != shape or (ref.dtype is torch.float64) != (logits.dtype is torch.float64)
+    ):
+        check_like(
+            "ref_logits", ref, shape, torch.float64 if logits.dtype is torch.float64 else torch.float32
+        )
+    if mask is not None and (mask.shape != rows or mask.dtype is not torch.bool):
+        check_like("mask", mask, rows, torch.bool)
+    if temperatures is not None and (temperatures.shape != rows or temperatures.dtype is not torch.float64):
+        check_like("temperatures", temperatures, rows, torch.float64)
+    check_names(tuple(a.outputs), ref is not None)
+
+
+def check_upstream(a: TokenStatsArgs, grads: Sequence[Tensor | None], saved: Tensor) -> None:
+    """Raise unless the gradients of the outputs and the saved statistics are those of these arguments."""
+    if len(grads) != len(a.outputs):
+        raise ValueError(f"grads: got {len(grads)}, want {len(a.outputs)} (one per output)")
+    rows, acc = a.tokens.shape, accumulator(a.logits)
+    for name, grad in zip(a.outputs, grads, strict=True):
+        if grad is not None:
+            check_like(f"grads of {name}", grad, rows, acc)
+    check_like("saved", saved, (saved_rows(a.ref_logits is not None), *rows), torch.float64)
+
+
+def check_records(rows: Sequence[int], **records: Tensor) -> None:
+    """Raise unless there is a record per row."""
+    for name, record in records.items():
+        check_like(name, record, (*rows, len(RECORD)), torch.float64)
+
+
+def check_terms(
+    coefficients: Sequence[Tensor], terms: Sequence[str], outputs: Sequence[str], rows: Sequence[int]
+) -> None:
+    """Raise unless there is a coefficient per row for each term of a loss."""
+    if len(coefficients) != len(terms) or any(n not in outputs or n == "is_top1" for n in terms):
+        got = f"{list(terms)} with {len(coefficients)} coefficients"
+        raise ValueError(f"terms: got {got}, want names out of {list(outputs)}, one for each")
+    for name, coefficient in zip(terms, coefficients, strict=True):
+        check_like(f"coefficients of {name}", coefficient, rows)
+
+
+def read_beside(
+    a: TokenStatsArgs, kind: str, names: Sequence[str], tensors: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """What a pass reads beside the logits, by name; ``tensors`` are gradients or coefficients of outputs."""
+    of_outputs = {f"{kind} of {name}": t for name, t in zip(names, tensors, strict=False)}
+    return {n: getattr(a, n) for n in ("ref_logits", "tokens", "mask", "temperatures")} | of_outputs
+
+
 class _Rows(NamedTuple):
     """Per-row values, ``[...]``."""
 
@@ -74,6 +155,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(a: TokenStatsArgs) -> _Rows:
+    check_args(a)
     column = a.tokens - a.first
     t = a.temperatures
     if t is None:
@@ -91,10 +173,14 @@ def capped(logits: Tensor, a: TokenStatsArgs, valid: Tensor, dtype: torch.dtype)
 
 
 def distances(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """``(x - max x) / temperature`` and ``max x``: the difference first, exact near the maximum."""
+    """``(x - max x) / temperature`` and ``max x``: the difference first, exact near the maximum.
+
+    NaN throughout where a logit is NaN or inf.
+    """
     if not x.shape[-1]:
         return x, x.new_full(x.shape[:-1], -torch.inf)
     shift = x.amax(-1)
+    shift = torch.where(shift == torch.inf, torch.nan, shift)
     # Where every logit is -inf, -inf - 0 keeps them without mass.
     return (x - torch.where(shift == -torch.inf, 0, shift)[..., None]) / temperature.to(x.dtype)[
         ..., None
@@ -258,6 +344,7 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor]:
     """All upstream gradients folded into one gradient of the logits, and one of the reference logits."""
     rows, acc = _rows(a), accumulator(a.logits)
+    check_upstream(a, grads, saved)
     known = dict(zip(SAVED, saved.to(acc), strict=False))
     zero = torch.zeros_like(known["shift"])
     upstream = {name: g for name, g in zip(a.outputs, grads, strict=True) if g is not None}
@@ -266,6 +353,15 @@ def token_stats_backward(
         if name in known:  # an infinite divergence does not change with the logits
             infinite = known[name].isinf()
             up[name], known[name] = torch.where(infinite, 0, up[name]), torch.where(infinite, 0, known[name])
+    # A NaN among them is in no gradient that was not asked for.
+    for name, output in (
+        ("kl", "kl"),
+        ("reverse_kl", "reverse_kl"),
+        ("mixed_kl", "jsd"),
+        ("ref_mixed_kl", "jsd"),
+    ):
+        if output not in upstream:
+            known[name] = zero
     for name in ("logprob", "ref_logprob"):
         if name in upstream:  # a value that is NaN has a gradient that is NaN
             up[name] = torch.where(rows.inside, up[name], torch.nan)
@@ -286,6 +382,8 @@ def token_stats_backward(
         return side_gradient(a, rows, a.logits, logp, None, None, policy), a.logits.new_empty(0)
 
     logp, logq = log_probabilities(a, rows, known["total"].log(), known["ref_total"].log())
+    # Without a divergence the two sides do not meet: a NaN on one does not reach the other.
+    meet = any(name in upstream for name in ("kl", "reverse_kl", "jsd"))
     log_m = log_mixture(logp, logq, a.beta) if "jsd" in upstream else None
     policy["p"] = (
         policy["p"] + up["reverse_kl"] - up["kl"] * known["kl"] - (1 - a.beta) * up["jsd"] * known["mixed_kl"]
@@ -299,8 +397,12 @@ def token_stats_backward(
         "gap": up["reverse_kl"], "mixed": a.beta * up["jsd"], "q": -up["kl"],
     }  # fmt: skip
     return (
-        side_gradient(a, rows, a.logits, logp, logq, log_m, policy) if to_logits else a.logits.new_empty(0),
-        side_gradient(a, rows, a.ref_logits, logq, logp, log_m, ref) if to_ref else a.ref_logits.new_empty(0),
+        side_gradient(a, rows, a.logits, logp, logq if meet else None, log_m, policy)
+        if to_logits
+        else a.logits.new_empty(0),
+        side_gradient(a, rows, a.ref_logits, logq, logp if meet else None, log_m, ref)
+        if to_ref
+        else a.ref_logits.new_empty(0),
     )
 
 
@@ -308,6 +410,7 @@ def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
     """Write the gradient of the logits over them; return that of the reference."""
+    check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
     grad, ref = token_stats_backward(grads, saved, a, to_logits, to_ref)
     a.logits.copy_(grad)
     return ref
@@ -319,6 +422,7 @@ def token_stats_partial_backward(
     """Gradients of the logits from that of their record: the same terms, of sums that are not normalised."""
     acc = torch.float64  # sums are not normalised: large terms cancel
     rows = _rows(a)
+    check_records(a.tokens.shape, grad_record=grad_record, record=record)
     g = dict(zip(RECORD, torch.where(rows.valid[..., None], grad_record, 0).unbind(-1), strict=True))
     y, _ = distances(capped(a.logits, a, rows.valid, acc), rows.temperature)
     zero = torch.zeros_like(g["total"])
@@ -354,6 +458,7 @@ def with_gradient(
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Stacked statistics, and the arguments of the backward pass."""
         acc = accumulator(a.logits)
+        check_terms(coefficients, terms, a.outputs, a.tokens.shape)
         saved, *values = forward(a, False)
         by_name = {name: c.to(acc) for name, c in zip(terms, coefficients, strict=True)}
         ups = [by_name.get(name) for name in a.outputs]
@@ -368,6 +473,7 @@ def with_gradient(
     def token_stats_and_grad_(
         coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs
     ) -> Tensor:
+        check_overwritable(a.logits, "logits", read_beside(a, "coefficients", terms, coefficients))
         stacked, backward_args = run(coefficients, terms, a)
         backward_(*backward_args)
         return stacked

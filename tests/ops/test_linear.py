@@ -37,9 +37,8 @@ def plain(inputs, tokens, outputs, logit_scale=1.0, **options):
     """The plain version: token_stats of all logits."""
 
     def logits(side):
-        x = inputs[f"{side}hidden"] @ inputs[f"{side}weight"].T
-        bias = inputs.get(f"{side}bias")
-        return logit_scale * (x if bias is None else x + bias)
+        parts = (inputs.get(f"{side}{name}") for name in ("hidden", "weight", "bias"))
+        return logit_scale * torch.nn.functional.linear(*parts)
 
     ref = logits("ref_") if "ref_hidden" in inputs else None
     return rewardops.token_stats(logits(""), tokens, ref_logits=ref, outputs=outputs, **options)
@@ -289,6 +288,65 @@ class Test_linear_token_stats:
             worst.append(float(off / exact["weight"].grad.abs().max()))
         assert worst[1] < max(2 * worst[0], 2**-8)
 
+    @pytest.mark.parametrize("products", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("chunks", [(None, None), (40, 96)], ids=["whole", "blocks"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"softcap": 4.0},
+            {"temperature": 0.7},
+            {"logit_scale": 0.5, "softcap": 6.0, "temperature": 1.3},
+        ],
+        ids=["plain", "softcap", "temperature", "all"],
+    )
+    def test_a_bias_is_rounded_once(self, target, generator, monkeypatch, options, chunks, products):
+        """No further off than the plain formula with a linear layer, with and without products of bfloat16."""
+        if target.interpreted and (options or products == "bfloat16"):
+            pytest.skip(
+                "the products are the same, and the interpreter cuts bfloat16 off instead of rounding"
+            )
+        monkeypatch.setattr(heads, "multiplies_bfloat16", lambda: products == "bfloat16")
+        vocab = 200 if target.interpreted else 800
+        inputs, tokens = draw(generator, (128,), hidden=32, vocab=vocab, ref=0, dtype=torch.bfloat16)
+        inputs["weight"] /= 6
+        up = torch.randn(tokens.shape, generator=generator)
+        scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+
+        def formula(hidden, weight, bias):
+            z = torch.nn.functional.linear(hidden, weight, bias)
+            z = z * scale if scale != 1.0 else z
+            z = cap * torch.tanh(z / cap) if cap else z
+            z = z / options["temperature"] if "temperature" in options else z
+            z = z.float() if z.dtype is torch.bfloat16 else z
+            return z.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+        def blocks(hidden, weight, bias):
+            return rewardops.linear_token_stats(
+                hidden, weight, tokens.to(target.device), bias=bias, outputs=("logprob",), chunk_tokens=chunks[0],
+                chunk_vocab=chunks[1], **options,
+            ).logprob  # fmt: skip
+
+        def run(fn, dtype, device="cpu"):
+            leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs.values()]
+            out = fn(*leaves)
+            grads = torch.autograd.grad(out, leaves, up.to(out))
+            return [x.detach().cpu().double() for x in (out, *grads)]
+
+        exact, eager = run(formula, torch.float64), run(formula, torch.bfloat16)
+        for got, want, plainly in zip(run(blocks, torch.bfloat16, target.device), exact, eager, strict=True):
+            assert (got - want).square().mean() <= 1.05 * (plainly - want).square().mean()
+
+    def test_a_bias_in_a_wider_precision(self, target, generator):
+        """A float32 bias of a bfloat16 head is not rounded to bfloat16."""
+        inputs, tokens = draw(generator, ref=0, dtype=torch.bfloat16)
+        inputs["bias"] = inputs["bias"].float() + 1000 * torch.rand(130, generator=generator)
+        x = inputs["hidden"].double() @ inputs["weight"].double().T
+        want = (x + inputs["bias"].double()).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        here = {k: v.to(target.device) for k, v in inputs.items()}
+        got = ours(here, tokens.to(target.device), ("logprob",)).logprob.cpu().double()
+        assert (got - want).abs().max() < 0.05  # the product may be rounded, to 2^-9 of about 10
+
     @pytest.mark.parametrize("backward", [False, True])
     def test_nothing_of_the_size_of_the_logits(self, generator, backward):
         if rewardops.core.native.compiled_module() is None:
@@ -359,6 +417,21 @@ class Test_linear_token_loss:
             )  # fmt: skip
         assert not loss.requires_grad
 
+    def test_several_upstream_gradients_at_once(self, target, generator):
+        """The gradients of the forward pass are scaled in place for one upstream gradient only."""
+        inputs, tokens = draw(generator, ref=0)
+        hidden, weight = (inputs[k].to(target.device).requires_grad_() for k in ("hidden", "weight"))
+        one = {"logprob": torch.ones(tokens.shape, device=target.device)}
+
+        def loss():
+            return rewardops.linear_token_loss(hidden, weight, tokens.to(target.device), one)[0]
+
+        ups = torch.tensor([1.0, -2.0, 0.5], device=target.device)
+        got = torch.autograd.grad(loss(), [hidden, weight], ups, is_grads_batched=True)
+        want = torch.autograd.grad(loss(), [hidden, weight])
+        for several, single in zip(got, want, strict=True):
+            torch.testing.assert_close(several, ups[:, None, None] * single)
+
 
 class Test_linear_token_stats_partial:
     def test_gradient_of_records_is_autograds(self, generator):
@@ -411,3 +484,48 @@ class Test_linear_token_stats_linear_token_loss:
             loss(hidden, weight, tokens, {"is_top1": torch.zeros(3)})
         with pytest.raises(ValueError, match=r"coefficients\['logprob'\]: got shape \[2\], want \[3\]"):
             loss(hidden, weight, tokens, {"logprob": torch.zeros(2)})
+
+    def test_arguments_of_ops_that_do_not_fit(self, target, generator):
+        """Ops called without the public functions raise, before a kernel reads or writes beyond a tensor."""
+        ops = torch.ops.rewardops
+        inputs, tokens = draw(generator)
+        good = {k: v.to(target.device) for k, v in inputs.items()} | {
+            "tokens": tokens.to(target.device), "mask": torch.ones(11, dtype=torch.bool, device=target.device),
+            "temperatures": torch.ones(11, dtype=torch.float64, device=target.device), "temperature": 1.0,
+            "softcap": 0.0, "first": 0, "vocab": 130, "beta": 0.5, "outputs": ["logprob", "kl"],
+            "chunk_tokens": 0, "chunk_vocab": 0, "num_tokens": -1,
+        }  # fmt: skip
+        saved, *outputs = ops.linear_token_stats(**good)
+        record = ops.linear_token_stats_partial(**good)
+        grads = [torch.ones_like(o) for o in outputs]
+        calls = {
+            "linear_token_stats": {}, "linear_token_stats_partial": {},
+            "linear_token_stats_backward": {"grads": grads, "saved": saved, "needs": [True] * 6},
+            "linear_token_stats_partial_backward": {
+                "grad_record": torch.ones_like(record), "record": record, "needs": [True] * 6,
+            },
+            "linear_token_loss": {"coefficients": grads, "terms": ["logprob", "kl"], "needs": [True] * 3},
+        }  # fmt: skip
+        bad = {
+            "hidden": [good["hidden"][:5], good["hidden"][:, :3]], "weight": [good["weight"][:, :3]],
+            "bias": [good["bias"][:1], good["bias"].repeat(2)], "ref_hidden": [None, good["ref_hidden"][:5]],
+            "ref_weight": [good["ref_weight"][:50]], "ref_bias": [good["ref_bias"][:1]],
+            "tokens": [good["tokens"][:5], good["tokens"].int()], "mask": [good["mask"][:5], good["mask"].long()],
+            "temperatures": [good["temperatures"][:1], good["temperatures"].float()],
+            "vocab": [131, -1], "first": [-1], "outputs": [["kl", "kl"], ["perplexity"]], "chunk_vocab": [-1],
+        }  # fmt: skip
+        for op, rest in calls.items():
+            for name, values in bad.items():
+                for value in values:
+                    with pytest.raises((ValueError, TypeError)):
+                        getattr(ops, op)(**(good | {name: value}), **rest)
+        wrong = {
+            "grads": [grads[:1], [grads[0][:5], None]], "saved": [saved[:5], saved[:, :5]], "needs": [[True]],
+            "record": [record[:5], record[:, :5]], "grad_record": [record[:5], record.float()],
+            "coefficients": [grads[:1], [g[:5] for g in grads]],
+        }  # fmt: skip
+        for op, rest in calls.items():
+            for name in rest.keys() & wrong.keys():
+                for value in wrong[name]:
+                    with pytest.raises((ValueError, TypeError)):
+                        getattr(ops, op)(**good, **(rest | {name: value}))

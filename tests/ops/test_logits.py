@@ -165,6 +165,53 @@ class Test_token_stats:
             if name != "is_top1":
                 assert o.isnan().tolist() == [True, True, False], name
 
+    @pytest.mark.parametrize("known", [False, True])
+    def test_an_infinite_logit_shows_as_a_nan_does(self, target, generator, known):
+        """Everything of its model and row is NaN, with the gradient; the other rows are what they were."""
+        vocab = 2100  # several blocks, also of the interpreter's
+        logits, tokens = draw((1,), vocab, generator)
+        logits = logits.repeat(7, 1)
+        for row, (column, value) in enumerate(
+            [(0, math.inf), (1500, math.inf), (vocab - 1, math.inf), (1100, math.nan)], 1
+        ):
+            logits[row, column] = value
+        logits[5], logits[6] = -math.inf, math.inf
+        logits[5, 1500] = math.inf
+        tokens = tokens.repeat(7)
+        names = [n for n in POLICY if n != "is_top1"]
+        x, here = logits.to(target.device).requires_grad_(), tokens.to(target.device)
+        for name in names:
+            if known:
+                one = {name: torch.ones(7, device=target.device)}
+                got, grad = rewardops.token_stats_and_grad(x, here, one, outputs=("is_top1",))
+            else:
+                got = rewardops.token_stats(x, here, outputs=(name, "is_top1"))
+                (grad,) = torch.autograd.grad(getattr(got, name).sum(), x)
+            assert getattr(got, name).isnan().tolist() == [False] + [True] * 6, name
+            assert grad.isnan().all(-1).tolist() == [False] + [True] * 6, name
+            assert grad[0].isfinite().all(), name
+            assert not got.is_top1[1:].any()
+
+    @pytest.mark.parametrize("broken", [math.nan, math.inf])
+    @pytest.mark.parametrize("to_ref", [False, True])
+    def test_a_broken_row_of_one_model_is_not_in_the_gradient_of_the_other(
+        self, target, generator, to_ref, broken
+    ):
+        logits, tokens = draw((2,), 300, generator)
+        ref = logits.flip(0).clone()
+        ref[1, 7] = broken
+        x, r = logits.to(target.device).requires_grad_(), ref.to(target.device).requires_grad_(to_ref)
+        got = rewardops.token_stats(
+            x, tokens.to(target.device), ref_logits=r, outputs=("logprob", "ref_logprob", "kl", "jsd")
+        )
+        assert got.ref_logprob.isnan().tolist() == got.kl.isnan().tolist() == [False, True]
+        (grad,) = torch.autograd.grad(got.logprob.sum(), x, retain_graph=True)
+        d = logits.double().requires_grad_()
+        (want,) = torch.autograd.grad(d.log_softmax(-1).gather(1, tokens[:, None]).sum(), d)
+        torch.testing.assert_close(grad.cpu().double(), want, rtol=1e-5, atol=1e-6)
+        (grad,) = torch.autograd.grad(got.kl.sum(), x)
+        assert grad.isnan().all(-1).tolist() == [False, True]
+
     def test_masked_rows_never_influence(self, target, generator):
         logits, tokens = draw((4, 5), 70, generator)
         mask = random_mask(4, 5, generator)

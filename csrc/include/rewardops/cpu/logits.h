@@ -33,7 +33,8 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   const double t = a.in.temperature_of(n), none = std::numeric_limits<double>::quiet_NaN();
   const Sums s = sums_of<T>(a.in, n, a.terms, t);
   const auto [column, found] = TokenColumn(a.in, n);
-  r[kFieldShift] = s.shift / t;
+  // The total of a part with a NaN or an infinity is NaN. So is its shift then, which all statistics depend on.
+  r[kFieldShift] = s.total == s.total ? s.shift / t : none;
   r[kFieldTotal] = s.total;
   r[kFieldWeighted] = a.terms & kTermEntropy ? kLn2 * s.weighted : none;
   r[kFieldSquares] = a.terms & kTermSquares ? s.squares : none;
@@ -45,7 +46,7 @@ inline void write_record(const TokenStatsArgs& a, int64_t n) {
   if (found) r[kFieldToken] = static_cast<double>(logit_at<Acc>(a.in.logits, n, column, a.in.softcap)) / t;
   if (!a.in.ref_logits.data) return;
   const double broken = infinity<double>();
-  r[kFieldRefShift] = s.ref_shift / t;
+  r[kFieldRefShift] = s.ref_total == s.ref_total ? s.ref_shift / t : none;
   r[kFieldRefTotal] = s.ref_total;
   if (found) r[kFieldRefToken] = static_cast<double>(logit_at<Acc>(a.in.ref_logits, n, column, a.in.softcap)) / t;
   r[kFieldKl] = !(a.terms & kTermKl) ? none : s.kl_broken ? broken : s.kl / t;
@@ -81,7 +82,7 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   put(kLogsumexp, s.shift / t + log_sum);
   put(kSumSq, empty ? none : sum_sq);
   put(kSumSqLogprob, sum_sq_logprob);
-  put(kMeanLogit, (s.origin + s.distance / static_cast<double>(a.in.vocab)) / t);
+  put(kMeanLogit, s.total != s.total ? none : (s.origin + s.distance / static_cast<double>(a.in.vocab)) / t);
   put_top1(at_token == s.shift && !empty && s.total == s.total);
   save(kShift, s.shift);
   save(kTotal, empty ? none : s.total);

@@ -49,11 +49,13 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   const double kl = divergence(kKl, kSavedKl, &policy.mean_gap), jsd = up(kJsd), beta = a.in.beta;
   const double reverse = divergence(kReverseKl, kSavedReverseKl, &ref.mean_gap);
   const double ref_logprob = a.grads[kRefLogprob] && !found ? none : up(kRefLogprob);
-  policy.on_p += reverse - (1 - beta) * jsd * saved(kMixedKl);
+  // Divergences of NaN are in no gradient that was not asked for.
+  const auto mean_of = [&](Saved row) { return a.grads[kJsd] ? saved(row) : 0.0; };
+  policy.on_p += reverse - (1 - beta) * jsd * mean_of(kMixedKl);
   policy.on_gap = kl;
   policy.on_mixed = (1 - beta) * jsd;
   policy.on_q = -reverse;
-  ref.on_p = kl - ref_logprob - beta * jsd * saved(kRefMixedKl);
+  ref.on_p = kl - ref_logprob - beta * jsd * mean_of(kRefMixedKl);
   ref.on_gap = reverse;
   ref.on_mixed = beta * jsd;
   ref.on_q = -kl;
@@ -227,7 +229,8 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   const Gradient<Acc> of_policy(policy, norm, ref_norm.total, t), of_ref(ref, ref_norm, norm.total, t);
   const LogSoftmax<Acc> logp(t, norm.shift, std::log(norm.total)), logq(t, ref_norm.shift, std::log(ref_norm.total));
   const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
-  const bool paired = write_ref || !policy.pair_free(), mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
+  // Without a divergence the two sides do not meet: a NaN on one does not reach the other.
+  const bool apart = policy.pair_free() && ref.pair_free(), paired = write_ref || !apart, mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
 
   alignas(64) Acc z_buffer[kLogitsBlock];
   alignas(64) Acc x_buffer[kLogitsBlock];
@@ -243,8 +246,9 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     };
     const Acc* z = load(in.logits, z_buffer);
     const Acc* x = paired ? load(in.ref_logits, x_buffer) : z;
-    if (!paired) block_gradient(of_policy, policy.plain(), z, padded, g);
-    else block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
+    if (apart) block_gradient(of_policy, policy.plain(), z, padded, g);
+    if (apart && write_ref) block_gradient(of_ref, ref.plain(), x, padded, h);
+    if (!apart) block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
     if (mixed)
       add_mixture(policy.on_mixed, ref.on_mixed, logp, logq, static_cast<Acc>(in.beta), z, x, count, g, h);
     if (found && column >= start && column < start + count) {
