@@ -22,7 +22,7 @@ inline double exp_minus_1_minus_x(double x) {
   const bool near = x < 1 && x > -1;
   const double s = near ? x : 0.0;
   const double small = s * s * exp_series(s), large = exp_any(x) - 1 - x;
-  return near ? small : large;
+  return near ? small : (x == infinity<double>() ? x : large);
 }
 
 inline double expm1(double x) {
@@ -54,6 +54,16 @@ inline T clamped(T x, T largest) {
   return x > largest ? largest : (x < -largest ? -largest : x);
 }
 
+template <typename T>
+inline bool infinite(T x) { return x == infinity<T>() || x == -infinity<T>(); }
+
+// a - b; 0 where they are equal, infinities included.
+template <typename T>
+inline T difference(T a, T b) { return a == b ? T{0} : a - b; }
+
+template <typename T>
+inline T sign_of(T x) { return x > 0 ? T{1} : (x < 0 ? T{-1} : (x == x ? T{0} : x)); }
+
 // a - b of probabilities a = b e^d and b, accurate also where they are close.
 template <typename T>
 inline T gap(T d, T a, T b) {
@@ -72,40 +82,55 @@ struct KlTerm {
   T value, on_logprob, on_ref;
 };
 
-// The estimate and its slopes, d = logprob - ref_logprob with its clamp, if any. Unused results cost nothing once the
-// function is inlined.
+// Where d is below this, exp(-d) - 1 + d is exp(-d) in every digit of double.
+template <typename T>
+constexpr T kFar = T{-64};
+
+// The divergence of the sampled token against all others, and its slopes.
+template <KlEstimator kind, typename T>
+inline KlTerm<T> binary_term(T logprob, T ref, T largest_value) {
+  const T d = difference(logprob, ref), a = exp_any(logprob), b = exp_any(ref);
+  T value, on_logprob, on_ref;
+  if constexpr (kind == KlEstimator::binary_tv) {
+    const T apart = gap(d, a, b), sign = sign_of(apart);
+    value = sign * apart;
+    on_logprob = sign * a;
+    on_ref = -sign * b;
+  } else {
+    // sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels. Of an outcome of probability 0 under
+    // the policy the reference's probability is left.
+    const bool excluded = d == infinity<T>();  // by the reference alone
+    const T rest = -expm1(logprob), ref_rest = -expm1(ref);
+    const T y = ref_rest > 0 ? log_rest(gap(d, a, b), rest, ref_rest) : infinity<T>();
+    const T own = a > 0 && d >= kFar<T> ? a * exp_minus_1_minus_x(-d) : b;
+    const T other = rest > 0 ? rest * exp_minus_1_minus_x(-y) : (ref_rest > 0 ? ref_rest : T{0});
+    value = excluded ? d : own + other;
+    on_logprob = excluded ? d : (rest > 0 && a > 0 ? a * (d - y) : T{0});
+    on_ref = ref_rest > 0 ? (rest > 0 ? rest : T{0}) * b / ref_rest - a : (rest > 0 ? infinity<T>() : T{0});
+  }
+  const bool outside = value > largest_value || value < -largest_value;
+  value = clamped(value, largest_value);
+  on_logprob = outside ? T{0} : on_logprob;
+  on_ref = outside ? T{0} : on_ref;
+  const bool number = d == d;
+  return {number ? value : d, number ? on_logprob : d, number ? on_ref : d};
+}
+
+// The estimate and its slopes without the ratio, d = logprob - ref_logprob with its clamp, if any: limits where a
+// probability is 0, NaN where a log-probability is NaN. Unused results cost nothing once the function is inlined.
 template <KlEstimator kind, typename T>
 inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
-  const T whole = logprob - ref;
   if constexpr (kind == KlEstimator::binary_kl || kind == KlEstimator::binary_tv) {
-    const T a = exp_any(logprob), b = exp_any(ref);
-    T value, on_logprob, on_ref;
-    if constexpr (kind == KlEstimator::binary_tv) {
-      const T apart = gap(whole, a, b), sign = apart > 0 ? T{1} : (apart < 0 ? T{-1} : T{0});
-      value = sign * apart;
-      on_logprob = sign * a;
-      on_ref = -sign * b;
-    } else {
-      // sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels.
-      const T rest = -expm1(logprob), ref_rest = -expm1(ref);
-      const T y = ref_rest > 0 ? log_rest(gap(whole, a, b), rest, ref_rest) : infinity<T>();
-      const T own = a > 0 ? a * exp_minus_1_minus_x(-whole) : b;
-      const T other = rest > 0 ? rest * exp_minus_1_minus_x(-y) : ref_rest;
-      value = own + other;
-      on_logprob = rest > 0 && a > 0 ? a * (whole - y) : T{0};
-      on_ref = rest > 0 ? rest * b / ref_rest - a : T{0};
-    }
-    const bool inside = value <= largest_value && value >= -largest_value;
-    return {clamped(value, largest_value), inside ? on_logprob : T{0}, inside ? on_ref : T{0}};
+    return binary_term<kind>(logprob, ref, largest_value);
   } else {
-    const T d = clamped(whole, largest_d);
+    const T whole = difference(logprob, ref), d = clamped(whole, largest_d);
     T value, slope;
     if constexpr (kind == KlEstimator::k1 || kind == KlEstimator::k1_plus) {
       value = d;
-      slope = T{1};
+      slope = d == d ? T{1} : d;
     } else if constexpr (kind == KlEstimator::abs) {
       value = d < 0 ? -d : d;
-      slope = d > 0 ? T{1} : (d < 0 ? T{-1} : T{0});
+      slope = sign_of(d);
     } else if constexpr (kind == KlEstimator::k2) {
       value = d * d / 2;
       slope = d;
@@ -113,13 +138,83 @@ inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
       value = exp_minus_1_minus_x(-d);
       slope = -expm1(-d);
     }
-    const bool inside = whole <= largest_d && whole >= -largest_d && value <= largest_value && value >= -largest_value;
-    slope = inside ? slope : T{0};
     // Straight-through estimator: the gradient of k2.
-    if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = whole;
+    if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = d;
+    const bool outside = whole > largest_d || whole < -largest_d || value > largest_value || value < -largest_value;
+    slope = outside ? T{0} : slope;
     return {clamped(value, largest_value), slope, -slope};
   }
 }
+
+template <typename T>
+struct KlRatio {
+  T log, value;       // its logarithm within the clamp, before the cap; the ratio itself
+  bool capped, free;  // free: neither unknown nor clamped nor capped, so it may have a gradient
+};
+
+template <typename T>
+inline KlRatio<T> kl_ratio(T logprob, T old, T largest_d, T cap) {
+  const bool known = old == old;
+  const T whole = known ? difference(logprob, old) : T{0}, log = clamped(whole, largest_d), ratio = exp_any(log);
+  const bool capped = ratio > cap;
+  return {log, capped ? cap : ratio, capped, known && !capped && whole <= largest_d && whole >= -largest_d};
+}
+
+// ratio x, with the limit of 0 times infinity: 0 where the policy gives the token probability 0, else infinity.
+template <typename T>
+inline T weigh(const KlRatio<T>& ratio, T x) {
+  const T product = x == 0 ? x : ratio.value * x;
+  return infinite(x) ? (ratio.log == -infinity<T>() ? T{0} : x) : product;
+}
+
+// The slope, and the value where the ratio has a gradient. Of opposite infinities the larger one stays: the value, but
+// for binary_kl against a certain token that is likelier than all others.
+template <KlEstimator kind, typename T>
+inline T slope_and_value(T slope, T value, T logprob, bool live) {
+  const bool opposite = slope == -infinity<T>() && value == infinity<T>();
+  const T larger = kind == KlEstimator::binary_kl && logprob > T(-0.6931471805599453) ? slope : value;
+  return live ? (opposite ? larger : slope + value) : slope;
+}
+
+// The estimate and its slopes, times the ratio.
+template <KlEstimator kind, typename T>
+inline KlTerm<T> weighted_kl_term(const TokenKlArgs<T>& a, T logprob, T ref, T old) {
+  const KlTerm<T> t = kl_term<kind>(logprob, ref, a.largest_d, a.largest_value);
+  const KlRatio<T> ratio = kl_ratio(logprob, old, a.largest_d, a.ratio_cap);
+  const bool live = ratio.free && a.ratio_grad;
+  const T value = weigh(ratio, t.value), on_ref = weigh(ratio, t.on_ref);
+  const T on_logprob = weigh(ratio, slope_and_value<kind>(t.on_logprob, t.value, logprob, live));
+  if constexpr (kind == KlEstimator::k3 || kind == KlEstimator::k3_plus) {
+    // Far below the reference k3 is exp(-d), which may overflow where the ratio vanishes: one exponential of both.
+    const T whole = difference(logprob, ref), d = clamped(whole, a.largest_d);
+    const bool inside = whole >= -a.largest_d;
+    const bool within = t.value < a.largest_value || a.largest_value == infinity<T>();
+    const bool far = d < kFar<T> && within && !ratio.capped;
+    const T both = exp_any(ratio.free && inside ? difference(ref, old) : ratio.log - d);
+    const T drift = weigh(ratio, d);
+    T slope, far_on_logprob;
+    if constexpr (kind == KlEstimator::k3) {
+      slope = inside ? -both : T{0};
+      far_on_logprob = live ? (inside ? drift : both) : slope;  // of slope and value only the ratio times d is left
+    } else {
+      slope = inside ? drift : T{0};
+      far_on_logprob = slope_and_value<kind>(slope, both, logprob, live);
+    }
+    return {far ? both : value, far ? far_on_logprob : on_logprob, far ? -slope : on_ref};
+  } else {
+    return {value, on_logprob, on_ref};
+  }
+}
+
+template <KlEstimator kind, bool kWeighted, typename T>
+inline KlTerm<T> kl_at(const TokenKlArgs<T>& a, int64_t n) {
+  if constexpr (kWeighted) return weighted_kl_term<kind>(a, a.logprob[n], a.ref_logprob[n], a.old_logprob[n]);
+  else return kl_term<kind>(a.logprob[n], a.ref_logprob[n], a.largest_d, a.largest_value);
+}
+
+// factor x; 0 where the factor is 0 and x infinite.
+template <typename T>
+inline T silenced(T factor, T x) { return factor == 0 && infinite(x) ? T{0} : factor * x; }
 
 constexpr int64_t kKlBlock = 1024;
 
@@ -128,13 +223,8 @@ inline void kl_forward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
   alignas(64) T buffer[kKlBlock];
   for (int64_t start = begin; start < end; start += kKlBlock) {
     const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
-    const T *logprob = a.logprob + start, *ref = a.ref_logprob + start;
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) {
-      T v = kl_term<kind>(logprob[k], ref[k], a.largest_d, a.largest_value).value;
-      if constexpr (kWeighted) v *= exp_any(logprob[k] - a.old_logprob[start + k]);
-      buffer[k] = a.scale * v;
-    }
+    for (int64_t k = 0; k < n; ++k) buffer[k] = silenced(a.scale, kl_at<kind, kWeighted>(a, start + k).value);
     if (a.rewards)
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) buffer[k] += a.rewards[start + k];
@@ -149,16 +239,13 @@ template <KlEstimator kind, bool kWeighted, bool kRef, typename T>
 inline void kl_backward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
   alignas(64) T buffer[kKlBlock];
   T* out = kRef ? a.out_ref : a.out;
-  const T ratio_slope = a.ratio_grad && !kRef ? T{1} : T{0};
   for (int64_t start = begin; start < end; start += kKlBlock) {
     const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
-    const T *logprob = a.logprob + start, *ref = a.ref_logprob + start, *grad = a.grad + start;
+    const T* grad = a.grad + start;
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
-      const KlTerm<T> t = kl_term<kind>(logprob[k], ref[k], a.largest_d, a.largest_value);
-      T g = kRef ? t.on_ref : t.on_logprob;
-      if constexpr (kWeighted) g = exp_any(logprob[k] - a.old_logprob[start + k]) * (g + ratio_slope * t.value);
-      buffer[k] = grad[k] * a.scale * g;
+      const KlTerm<T> t = kl_at<kind, kWeighted>(a, start + k);
+      buffer[k] = silenced(grad[k] * a.scale, kRef ? t.on_ref : t.on_logprob);
     }
     if (a.mask)
 #pragma omp simd
