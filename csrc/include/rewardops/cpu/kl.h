@@ -21,8 +21,9 @@ inline double exp_series(double x) {
 inline double exp_minus_1_minus_x(double x) {
   const bool near = x < 1 && x > -1;
   const double s = near ? x : 0.0;
-  const double small = s * s * exp_series(s), large = exp_any(x) - 1 - x;
-  return near ? small : (x == infinity<double>() ? x : large);
+  const double finite = x < 1000 ? x : 1000;  // infinity less infinity would be NaN
+  const double small = s * s * exp_series(s), large = exp_any(x) - 1 - finite;
+  return near ? small : large;
 }
 
 inline double expm1(double x) {
@@ -140,8 +141,8 @@ inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
     }
     // Straight-through estimator: the gradient of k2.
     if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = d;
-    const bool outside = whole > largest_d || whole < -largest_d || value > largest_value || value < -largest_value;
-    slope = outside ? T{0} : slope;
+    const bool inside = whole <= largest_d && whole >= -largest_d && value <= largest_value && value >= -largest_value;
+    slope = inside ? slope : (d == d ? T{0} : d);
     return {clamped(value, largest_value), slope, -slope};
   }
 }
@@ -212,9 +213,13 @@ inline KlTerm<T> kl_at(const TokenKlArgs<T>& a, int64_t n) {
   else return kl_term<kind>(a.logprob[n], a.ref_logprob[n], a.largest_d, a.largest_value);
 }
 
-// factor x; 0 where the factor is 0 and x infinite.
+// The product of a factor and an estimate or slope at token n; 0 where the factor is 0 and the other infinite, which is
+// where the product alone is NaN.
 template <typename T>
-inline T silenced(T factor, T x) { return factor == 0 && infinite(x) ? T{0} : factor * x; }
+inline T silenced(const TokenKlArgs<T>& a, int64_t n, T factor, T product) {
+  const T logprob = a.logprob[n], ref = a.ref_logprob[n];
+  return factor == 0 && product != product && logprob == logprob && ref == ref ? T{0} : product;
+}
 
 constexpr int64_t kKlBlock = 1024;
 
@@ -224,7 +229,10 @@ inline void kl_forward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t start = begin; start < end; start += kKlBlock) {
     const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) buffer[k] = silenced(a.scale, kl_at<kind, kWeighted>(a, start + k).value);
+    for (int64_t k = 0; k < n; ++k) buffer[k] = a.scale * kl_at<kind, kWeighted>(a, start + k).value;
+    if (a.scale == 0)
+#pragma omp simd
+      for (int64_t k = 0; k < n; ++k) buffer[k] = silenced(a, start + k, a.scale, buffer[k]);
     if (a.rewards)
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) buffer[k] += a.rewards[start + k];
@@ -245,8 +253,10 @@ inline void kl_backward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
       const KlTerm<T> t = kl_at<kind, kWeighted>(a, start + k);
-      buffer[k] = silenced(grad[k] * a.scale, kRef ? t.on_ref : t.on_logprob);
+      buffer[k] = grad[k] * a.scale * (kRef ? t.on_ref : t.on_logprob);
     }
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) buffer[k] = silenced(a, start + k, grad[k] * a.scale, buffer[k]);
     if (a.mask)
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) buffer[k] = a.mask[start + k] ? buffer[k] : T{0};
