@@ -114,7 +114,9 @@ def token_kl(
     old = None if old_logprob is None else next(wide).detach()
     added = None if rewards is None else next(wide)
     if weight is not None:
-        estimate = ops.token_kl(logprob, ref_logprob, mask, old, None, estimator, *largest, 1.0, ratio_grad, cap)
+        estimate = ops.token_kl(
+            logprob, ref_logprob, mask, old, None, estimator, *largest, 1.0, ratio_grad, cap
+        )
         return _weigh(estimate, weight, mask, added)
     scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
     out: Tensor = ops.token_kl(

@@ -143,7 +143,10 @@ def _ratio(a: TokenKlArgs, old_logprob: Tensor) -> Ratio:
     ratio = log.exp()
     capped = ratio > a.ratio_cap
     return Ratio(
-        log, torch.where(capped, a.ratio_cap, ratio), capped, ~(unknown | capped) & (whole.abs() <= a.largest_d)
+        log,
+        torch.where(capped, a.ratio_cap, ratio),
+        capped,
+        ~(unknown | capped) & (whole.abs() <= a.largest_d),
     )
 
 
@@ -181,7 +184,9 @@ def _weighted(a: TokenKlArgs, old_logprob: Tensor) -> Terms:
     else:
         slope = torch.where(inside, drift, 0)
         on_logprob = both(slope, value)
-    return Terms(*(torch.where(far, x, y) for x, y in zip((value, on_logprob, -slope), weighted, strict=True)))
+    return Terms(
+        *(torch.where(far, x, y) for x, y in zip((value, on_logprob, -slope), weighted, strict=True))
+    )
 
 
 def _times(factor: Tensor | float, x: Tensor) -> Tensor:
