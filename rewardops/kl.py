@@ -57,12 +57,12 @@ def token_kl(
     ``token_stats(..., ref_logits=, outputs=("kl",))`` has the exact value from the same memory pass.
     ``docs/kl.md`` has the measured mean and standard deviation of each.
 
-    A log-probability of ``-inf`` has the limit of its formula, in value and gradient: k3 is ``inf`` with slope
-    ``-inf`` in ``logprob`` at a token that the policy excludes, and ``inf`` with slope 1 where the reference does. A
-    token that both exclude counts as ``d = 0``, as a column that is ``-inf`` in both logits is in no divergence of
-    ``token_stats``. (In the binary forms, the slope in ``logprob`` at a policy's probability of exactly 0 or 1 is 0
-    unless the reference excludes the token.) An infinite estimate or slope times a ``beta`` or an upstream gradient
-    of 0 is 0. A NaN log-probability makes value and gradient NaN, with a clamp too.
+    A log-probability of ``-inf`` gives the limit of the formula, in value and gradient: k3 is ``inf`` with slope
+    ``-inf`` in ``logprob`` at a token that the policy excludes, and ``inf`` with slope 1 where the reference does.
+    Where both exclude it ``d`` counts as 0, as a column that is ``-inf`` in both logits is in no divergence of
+    ``token_stats``. An infinite estimate or slope times a ``beta`` or an upstream gradient of 0 is 0. (binary_kl's
+    slope in ``logprob`` counts as 0 at a policy's probability of exactly 1, unless the reference excludes the token.)
+    A NaN log-probability makes value and gradient NaN, with a clamp too.
 
     Args:
         logprob: any shape, so ``[B, T]`` as well as packed ``[N]``; float32, bfloat16, float16 or float64,

@@ -101,8 +101,8 @@ def times(factor, x):
 @triton.jit
 def binary_kl(logprob, ref, gap, TERMS: tl.constexpr):
     """KL of the token against all others, with its derivatives, from the gap of the token's probabilities."""
-    # sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels. Of an outcome of probability 0 under
-    # the policy the reference's probability is left.
+    # sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels. Of an outcome of probability 0
+    # under the policy the reference's probability is left.
     d = difference(logprob, ref)
     excluded = d == INF  # by the reference alone
     a = tl.exp(logprob)
@@ -178,15 +178,15 @@ def ratio_of(logprob, old, limits):
 
 @triton.jit
 def weigh(ratio, x):
-    """ratio x, with the limit of 0 times infinity: 0 where the policy gives the token probability 0, else infinity."""
+    """ratio x, with the limit of 0 times infinity: 0 where the policy excludes the token, else infinity."""
     product = tl.where(x == 0, x, ratio.value * x)
     return tl.where(tl.abs(x) == INF, tl.where(ratio.log == -INF, 0.0, x), product)
 
 
 @triton.jit
 def slope_and_value(slope, value, logprob, free, ESTIMATOR: tl.constexpr, RATIO_GRAD: tl.constexpr):
-    """The slope, and the value where the ratio has a gradient. Of opposite infinities the larger one stays: the value,
-    but for binary_kl against a certain token that is likelier than all others."""
+    """The slope, and the value where the ratio has a gradient. Of opposite infinities the larger one stays: the
+    value, but for binary_kl against a certain token that is likelier than all others."""
     if RATIO_GRAD:
         larger = value
         if ESTIMATOR == BINARY_KL:
@@ -208,7 +208,8 @@ def weighted_kl(
     by_logprob = weigh(ratio, slope)
     by_ref = weigh(ratio, plain.by_ref)
     if ESTIMATOR == K3 or ESTIMATOR == K3_PLUS:
-        # Far below the reference k3 is exp(-d), which may overflow where the ratio vanishes: one exponential of both.
+        # Far below the reference k3 is exp(-d), which may overflow where the ratio vanishes: one exponential of
+        # both.
         whole = difference(logprob, ref)
         d = clamp(whole, limits.difference)
         inside = whole >= -limits.difference

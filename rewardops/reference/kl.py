@@ -40,8 +40,8 @@ class TokenKlArgs(NamedTuple):
     mask: Tensor | None
     """bool; None: every token counts."""
     old_logprob: Tensor | None
-    """Logprob of the sampling policy, NaN where unknown; weights the estimate by ``exp(logprob - old_logprob)``. None:
-    no weight."""
+    """Logprob of the sampling policy, NaN where unknown; weights the estimate by ``exp(logprob - old_logprob)``.
+    None: no weight."""
     rewards: Tensor | None
     """Rewards to which the estimate is added; None for none, and in the backward pass."""
     estimator: str

@@ -170,7 +170,7 @@ class Test_token_kl_limits:
 
     @given(
         columns=st.lists(
-            st.tuples(*[st.sampled_from(kinds) | st.floats(-9, -0.0625, width=32) for kinds in (LOGPROBS, LOGPROBS, OLD)]),
+            st.tuples(*[st.sampled_from(x) | st.floats(-9, -0.0625, width=32) for x in (LOGPROBS, LOGPROBS, OLD)]),
             min_size=1, max_size=12,
         ),
         estimator=st.sampled_from(ESTIMATORS), clamp=st.sampled_from(CLAMPS), cap=st.sampled_from((None, 0.5, 3.0)),
@@ -205,7 +205,7 @@ class Test_token_kl_limits:
 
     @pytest.mark.parametrize("live", [True, False])
     def test_by_hand_with_a_ratio(self, target, live):
-        """exp(logprob - old) k3 tends to exp(ref - old) where the policy excludes the token; other estimates to 0."""
+        """exp(logprob - old) k3 tends to exp(ref - old) where the policy excludes the token; others to 0."""
         tokens = [(-INF, -1.0, -3.0), (-200.0, -1.0, -3.0)]
         e = math.exp(2)
         hand = {
@@ -221,7 +221,7 @@ class Test_token_kl_limits:
                 )
 
     def test_a_certain_reference(self, target):
-        """binary_kl is infinite where the reference gives all others 0; the slope with a ratio is that of the larger."""
+        """binary_kl is infinite where the reference gives all others 0; the slope is that of what is larger."""
         tokens = [(-1.0, 0.0, -1.0), (-0.1, 0.0, -1.0)]
         value, on_p, on_q = call(target, tokens, torch.float32, "binary_kl", weighted=True)
         assert value.tolist() == [INF, INF]
@@ -266,7 +266,8 @@ class Test_token_kl_limits:
             for fill in (-0.5, bad):
                 args = [torch.where(mask, x, fill).requires_grad_() for x in (p, q, p)]
                 extra = {
-                    "old_logprob": torch.where(mask, old, fill), "beta": torch.where(mask, -beta, fill), "mask": mask,
+                    "old_logprob": torch.where(mask, old, fill), "beta": torch.where(mask, -beta, fill),
+                    "mask": mask,
                 }  # fmt: skip
                 out = rewardops.token_kl(*args[:2], estimator=estimator, rewards=args[2], **extra)
                 results.append((out.detach(), *torch.autograd.grad(out.sum(), args)))
@@ -420,7 +421,7 @@ class Test_token_kl_beta:
             mask = torch.tensor([[True] * 3, [False] * 3])
             rewardops.token_kl(x, x, beta=torch.tensor([1.0, -1.0]), mask=mask)
             for bad in (-1.0, NAN, INF):
-                with pytest.raises(ValueError, match="beta: got .*, want finite values of at least 0"):
+                with pytest.raises(ValueError, match=r"beta: got .*, want finite values of at least 0"):
                     rewardops.token_kl(x, x, beta=torch.tensor([bad, 1.0]), mask=mask)
 
 
