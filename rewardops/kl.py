@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .core import checks
-from .core.settings import debugging, may_read
+from .core.settings import may_read
 from .ops import kl as ops
 from .ops.td import step_ends, sums_between
 from .reference.kl import ESTIMATORS
@@ -60,9 +60,9 @@ def token_kl(
     A log-probability of ``-inf`` gives the limit of the formula, in value and gradient: k3 is ``inf`` with slope
     ``-inf`` in ``logprob`` at a token that the policy excludes, and ``inf`` with slope 1 where the reference does.
     Where both exclude it ``d`` counts as 0, as a column that is ``-inf`` in both logits is in no divergence of
-    ``token_stats``. An infinite estimate or slope times a ``beta`` or an upstream gradient of 0 is 0. (binary_kl's
-    slope in ``logprob`` counts as 0 at a policy's probability of exactly 1, unless the reference excludes the token.)
-    A NaN log-probability makes value and gradient NaN, with a clamp too.
+    ``token_stats``. An infinite estimate or slope times a ``beta`` or an upstream gradient of 0 is 0. A NaN
+    log-probability makes value and gradient NaN, with a clamp too. (binary_kl's slope in ``logprob`` counts as 0 at a
+    policy's probability of exactly 1, unless the reference excludes the token.)
 
     Args:
         logprob: any shape, so ``[B, T]`` as well as packed ``[N]``; float32, bfloat16, float16 or float64,
@@ -83,7 +83,8 @@ def token_kl(
         ratio_cap: the largest ratio (truncated importance sampling); a larger one is the cap, constant.
         beta: a factor of the estimate; 1 by default. A number, or a float tensor in the precision of the result:
             of shape ``[]``, ``[B]`` for ``logprob`` of ``[B, T]`` (one per row), or the shape of ``logprob`` (one
-            per token). Constant: no gradient flows into it. Masked tokens do not read it.
+            per token), finite and at least 0 (checked on the CPU, elsewhere under :func:`rewardops.debug`).
+            Constant: no gradient flows into it. Masked tokens do not read it.
         rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass.
 
     Returns:
@@ -241,7 +242,7 @@ def _factors(beta: Tensor, logprob: Tensor, mask: Tensor | None) -> Tensor:
     if len(shape) == 2 and beta.dim() == 1:
         beta = beta[:, None]
     beta = beta if mask is None else torch.where(mask, beta, 0)
-    if debugging() and may_read(beta):
+    if may_read(beta):
         bad = ~(beta.isfinite() & (beta >= 0))
         if bool(bad.any()):
             raise ValueError(
