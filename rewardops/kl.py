@@ -61,8 +61,8 @@ def token_kl(
     ``-inf`` in ``logprob`` at a token that the policy excludes, and ``inf`` with slope 1 where the reference does.
     Where both exclude it ``d`` counts as 0, as a column that is ``-inf`` in both logits is in no divergence of
     ``token_stats``. An infinite estimate or slope times a ``beta`` or an upstream gradient of 0 is 0. A NaN
-    log-probability makes value and gradient NaN, with a clamp too. (binary_kl's slope in ``logprob`` counts as 0 at a
-    policy's probability of exactly 1, unless the reference excludes the token.)
+    log-probability makes value and gradient NaN, with a clamp too. (binary_kl's slope in ``logprob`` counts as 0
+    at a policy's probability of exactly 1, unless the reference excludes the token.)
 
     Args:
         logprob: any shape, so ``[B, T]`` as well as packed ``[N]``; float32, bfloat16, float16 or float64,

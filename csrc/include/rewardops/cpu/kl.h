@@ -150,7 +150,8 @@ REWARDOPS_INLINE KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_valu
     }
     // Straight-through estimator: the gradient of k2.
     if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = d;
-    const bool outside = (whole > largest_d) | (whole < -largest_d) | (value > largest_value) | (value < -largest_value);
+    const bool outside =
+        (whole > largest_d) | (whole < -largest_d) | (value > largest_value) | (value < -largest_value);
     slope = select(outside, T{0}, slope);
     return {clamped(value, largest_value), slope, -slope};
   }
@@ -226,8 +227,8 @@ REWARDOPS_INLINE KlTerm<T> weighted_kl_term(const TokenKlArgs<T>& a, T logprob, 
 // How the estimates of a block of tokens are weighted: not, by a ratio that no limit touches, or by any.
 enum class Weights : int { none, plain, any };
 
-// True if no token of a block has a limit, a clamped or capped ratio, or a product that could overflow: weights are then
-// plain products, whose loops are SIMD code.
+// True if no token of a block has a limit, a clamped or capped ratio, or a product that could overflow: weights are
+// then plain products, whose loops are SIMD code.
 template <typename T>
 inline bool plain_weights(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
   const T *logprob = a.logprob + start, *ref = a.ref_logprob + start, *old = a.old_logprob + start;
