@@ -228,8 +228,8 @@ REWARDOPS_INLINE KlTerm<T> weighted_kl_term(const TokenKlArgs<T>& a, T logprob, 
 enum class Weights : int { none, plain, any };
 
 // True if no token of a block has a limit, a clamped or capped ratio, or a product that could overflow: weights are
-// then plain products, whose loops are SIMD code.
-template <typename T>
+// then plain products, whose loops are SIMD code. binary_kl is infinite against a reference that is certain.
+template <KlEstimator kind, typename T>
 inline bool plain_weights(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
   const T *logprob = a.logprob + start, *ref = a.ref_logprob + start, *old = a.old_logprob + start;
   const T far = a.largest_d < -kFar<T> ? a.largest_d : -kFar<T>, cap = log_positive(a.ratio_cap) - T{0.001};
@@ -238,7 +238,8 @@ inline bool plain_weights(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
 #pragma omp simd reduction(+ : odd)
   for (int64_t k = 0; k < n; ++k) {
     const T d = logprob[k] - ref[k], log = logprob[k] - old[k];
-    odd += (d < -kFar<T>) & (d > kFar<T>) & (log < most) & (log > -far) ? T{0} : T{1};
+    const T below = kind == KlEstimator::binary_kl ? ref[k] : T{-1};
+    odd += (d < -kFar<T>) & (d > kFar<T>) & (log < most) & (log > -far) & (below < T(-1e-30)) ? T{0} : T{1};
   }
   return odd == 0;
 }
@@ -315,7 +316,7 @@ inline void kl_of(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t start = begin; start < end; start += kKlBlock) {
     const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
     if (!a.old_logprob) kl_block<kind, Weights::none>(a, start, n);
-    else if (plain_weights(a, start, n)) kl_block<kind, Weights::plain>(a, start, n);
+    else if (plain_weights<kind>(a, start, n)) kl_block<kind, Weights::plain>(a, start, n);
     else kl_block<kind, Weights::any>(a, start, n);
   }
 }
