@@ -71,7 +71,7 @@ void token_stats_backward(const py::tuple& problem, const py::tuple& grads, Addr
 // ---- kl -----------------------------------------------------------------------------------------------------
 
 // inputs: (logprob, ref_logprob, mask, old_logprob, rewards, grad)
-// options: (estimator, largest_d, largest_value, scale, ratio_grad)
+// options: (estimator, largest_d, largest_value, scale, ratio_grad, ratio_cap)
 template <typename T>
 void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Address out_ref, int64_t count,
               int threads) {
@@ -89,6 +89,7 @@ void token_kl(const py::tuple& inputs, const py::tuple& options, Address out, Ad
   a.largest_value = static_cast<T>(o.next<double>());
   a.scale = static_cast<T>(o.next<double>());
   a.ratio_grad = o.next<bool>();
+  a.ratio_cap = static_cast<T>(o.next<double>());
   a.stream = too_large_for_caches(count * static_cast<int64_t>(sizeof(T)));
   a.out = at<T>(out);
   a.out_ref = at<T>(out_ref);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .core import checks
+from .core.settings import may_read
 from .ops import kl as ops
 from .ops.td import step_ends, sums_between
 from .reference.kl import ESTIMATORS
@@ -25,7 +26,8 @@ def token_kl(
     clamp: float | tuple[float, float] | None = None,
     old_logprob: Tensor | None = None,
     ratio_grad: bool = True,
-    beta: float | None = None,
+    ratio_cap: float | None = None,
+    beta: float | Tensor | None = None,
     rewards: Tensor | None = None,
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference) from the sampled tokens' log-probabilities.
@@ -55,6 +57,13 @@ def token_kl(
     ``token_stats(..., ref_logits=, outputs=("kl",))`` has the exact value from the same memory pass.
     ``docs/kl.md`` has the measured mean and standard deviation of each.
 
+    A log-probability of ``-inf`` gives the limit of the formula, in value and gradient: k3 is ``inf`` with slope
+    ``-inf`` in ``logprob`` at a token that the policy excludes, and ``inf`` with slope 1 where the reference does.
+    Where both exclude it ``d`` counts as 0, as a column that is ``-inf`` in both logits is in no divergence of
+    ``token_stats``. An infinite estimate or slope times a ``beta`` or an upstream gradient of 0 is 0. A NaN
+    log-probability makes value and gradient NaN, with a clamp too. (binary_kl's slope in ``logprob`` counts as 0
+    at a policy's probability of exactly 1, unless the reference excludes the token.)
+
     Args:
         logprob: any shape, so ``[B, T]`` as well as packed ``[N]``; float32, bfloat16, float16 or float64,
             in nats.
@@ -62,14 +71,20 @@ def token_kl(
         estimator: a name of the table.
         mask: the same shape; bool, integer or float 0/1. Masked tokens are exactly 0, and so is their
             gradient.
-        clamp: the largest ``|d|``, or that and the largest ``|value|``; beyond them the gradient is 0. With a
-            clamp value and gradient are finite for any ``d``: ``(20, 10)`` is verl's for k3. (Binary forms do not
-            use the first.)
+        clamp: the largest ``|d|``, or that and the largest ``|value|``; beyond either the gradient is 0, of the
+            straight-through forms as well. Value and gradient are then finite for any ``d``, as far as ``exp`` of
+            the first number is: ``(20, 10)`` is verl's for k3. The binary forms have the second number only. The
+            first limits ``logprob - old_logprob`` too.
         old_logprob: log-probabilities of the policy that sampled, the same shape, constant: the estimate is
-            weighted by the ratio ``exp(logprob - old_logprob)``, which makes it unbiased off-policy.
-        ratio_grad: True if that ratio has a gradient. With it, k3's expected gradient is KL(policy ||
-            reference)'s.
-        beta: a factor of the estimate; 1 by default.
+            weighted by the ratio ``exp(logprob - old_logprob)``, which makes it unbiased off-policy. NaN means
+            unknown: the ratio is 1. With a clamp the result is finite for any number here.
+        ratio_grad: True if that ratio has a gradient, where it is neither unknown nor beyond ``clamp`` or
+            ``ratio_cap``. With it, k3's expected gradient is KL(policy || reference)'s.
+        ratio_cap: the largest ratio (truncated importance sampling); a larger one is the cap, constant.
+        beta: a factor of the estimate; 1 by default. A number, or a float tensor in the precision of the result:
+            of shape ``[]``, ``[B]`` for ``logprob`` of ``[B, T]`` (one per row), or the shape of ``logprob`` (one
+            per token), finite and at least 0 (checked on the CPU, elsewhere under :func:`rewardops.debug`).
+            Constant: no gradient flows into it. Masked tokens do not read it.
         rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass.
 
     Returns:
@@ -78,7 +93,7 @@ def token_kl(
 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown estimator, a clamp that is not above 0.
+            unknown estimator, a clamp or cap that is not above 0, a cap without ``old_logprob``.
     """
     _check_pair(logprob, ref_logprob)
     checks.check_choice("estimator", estimator, ESTIMATORS)
@@ -86,17 +101,28 @@ def token_kl(
     for name, value in (("old_logprob", old_logprob), ("rewards", rewards)):
         if value is not None:
             checks.check_like(name, value, logprob, "logprob")
-    if beta is not None:
-        checks.check_non_negative("beta", beta)
+    cap = _cap(ratio_cap, old_logprob)
     largest = _limits(clamp)
     mask = checks.as_mask(mask, logprob.shape, logprob.device, "logprob")
+    weight = None
+    if isinstance(beta, Tensor):
+        weight, beta = _factors(beta, logprob, mask), None
+    elif beta is not None:
+        checks.check_non_negative("beta", beta)
     optional = [t for t in (old_logprob, rewards) if t is not None]
     logprob, ref_logprob, *optional = checks.promote(logprob, ref_logprob, *optional)
     wide = iter(optional)
     old = None if old_logprob is None else next(wide).detach()
     added = None if rewards is None else next(wide)
+    if weight is not None:
+        estimate = ops.token_kl(
+            logprob, ref_logprob, mask, old, None, estimator, *largest, 1.0, ratio_grad, cap
+        )
+        return _weigh(estimate, weight, mask, added)
     scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
-    out: Tensor = ops.token_kl(logprob, ref_logprob, mask, old, added, estimator, *largest, scale, ratio_grad)
+    out: Tensor = ops.token_kl(
+        logprob, ref_logprob, mask, old, added, estimator, *largest, scale, ratio_grad, cap
+    )
     return out
 
 
@@ -112,16 +138,19 @@ def implicit_rewards(
 ) -> Tensor:
     """DPO's and PRIME's implicit token rewards, ``beta * (logprob - ref_logprob)``.
 
-    (2305.18290, 2502.01456; dense and clamped as in RTO, 2404.18922.)
+    (2305.18290, 2502.01456; dense as in RTO, 2404.18922.) RTO clips after the factor: its ``clip(scale * (logprob -
+    ref_logprob), -c, c)`` is ``beta=scale, clamp=c / scale``, with its 0.05 for both ``beta=0.05, clamp=1.0``.
 
     Args:
         logprob, ref_logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
         steps: step ids (integer, non-decreasing along a row, negative for none) or flags at step ends (bool),
             the same shape: the sum of a step's rewards is at its last valid token, 0 elsewhere.
-        clamp: the largest ``|logprob - ref_logprob|`` of a token.
+        clamp: the largest ``|logprob - ref_logprob|`` of a token, before ``beta``; beyond it the gradient is 0. The
+            rewards are then finite for any log-probabilities that are not NaN.
 
     Returns:
-        The layout of ``logprob``, 0 where masked. Differentiable in both.
+        The layout of ``logprob``, 0 where masked, and where both log-probabilities are ``-inf``. Differentiable in
+        both.
     """
     _check_pair(logprob, ref_logprob)
     checks.check_positive("beta", beta)
@@ -187,3 +216,46 @@ def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
             f"clamp: got {clamp!r}, want a number above 0, or two: of the difference and of the value"
         )
     return float(limits[0]), float(limits[1])
+
+
+def _cap(ratio_cap: float | None, old_logprob: Tensor | None) -> float:
+    if ratio_cap is None:
+        return float("inf")
+    checks.check_positive("ratio_cap", ratio_cap)
+    if old_logprob is None:
+        raise ValueError(f"ratio_cap: got {ratio_cap} without old_logprob, want None")
+    return float(ratio_cap)
+
+
+def _factors(beta: Tensor, logprob: Tensor, mask: Tensor | None) -> Tensor:
+    """Factors of the estimates, constant, in a shape that spreads over ``logprob``; 0 where masked."""
+    checks.check_float("beta", beta)
+    shape = tuple(logprob.shape)
+    forms = {(): "for all", shape: "one per token of logprob"}
+    if len(shape) == 2:
+        forms[shape[:1]] = "one per row of logprob"
+    if tuple(beta.shape) not in forms:
+        wanted = " or ".join(f"{checks.show(form)} ({meaning})" for form, meaning in forms.items())
+        raise ValueError(f"beta: got shape {checks.show(beta.shape)}, want {wanted}")
+    checks.check_device("beta", beta, logprob.device, "logprob")
+    beta = beta.detach()
+    if len(shape) == 2 and beta.dim() == 1:
+        beta = beta[:, None]
+    beta = beta if mask is None else torch.where(mask, beta, 0)
+    if may_read(beta):
+        bad = ~(beta.isfinite() & (beta >= 0))
+        if bool(bad.any()):
+            raise ValueError(
+                f"beta: got {beta[bad][0].item()}, want finite values of at least 0 wherever the mask counts"
+            )
+    return beta
+
+
+def _weigh(estimate: Tensor, factors: Tensor, mask: Tensor | None, rewards: Tensor | None) -> Tensor:
+    """``factors * estimate``, or ``rewards`` less that; a factor of 0 silences an infinite estimate."""
+    factors = factors.to(estimate.dtype)
+    out = factors * torch.where((factors == 0) & estimate.isinf(), 0, estimate)
+    if rewards is None:
+        return out
+    out = rewards - out
+    return out if mask is None else torch.where(mask, out, 0)

@@ -13,7 +13,7 @@ def _launch(grad: Tensor | None, a: TokenKlArgs, out: Tensor | None, out_ref: Te
     inputs = [dense(t) for t in (*a[:5], grad)]  # the tensors
     function("token_kl", a.logprob)(
         tuple([address(t) for t in inputs]),
-        (ESTIMATORS.index(a.estimator), a.largest_d, a.largest_value, a.scale, a.ratio_grad),
+        (ESTIMATORS.index(a.estimator), a.largest_d, a.largest_value, a.scale, a.ratio_grad, a.ratio_cap),
         address(out), address(out_ref), a.logprob.numel(), threads(),
     )  # fmt: skip
 

@@ -491,7 +491,8 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
         kl_penalty: ``kl``, ``k1``, ``abs``, ``mse``, ``k2``, ``low_var_kl`` or ``k3``, which clamp as verl does.
 
     Returns:
-        The shape of ``logprob``; float32 (float64 where an input is). Differentiable in both.
+        The shape of ``logprob``; float32 (float64 where an input is). Differentiable in both. Where verl's
+        difference of two infinities is NaN, the estimate stands, without gradient.
 
     Raises:
         ValueError: another name; a shape that does not match.
@@ -504,9 +505,9 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     if not plus or estimator == "k2":
         return rewardops.token_kl(logprob, ref_logprob, estimator=estimator, clamp=clamp)
     value = rewardops.token_kl(logprob.detach(), ref_logprob.detach(), estimator=estimator, clamp=clamp)
-    # Not "k3_plus": verl clamps the value of k3, and never the gradient of k2.
+    # Not "k3_plus", whose gradient is 0 beyond the clamps: verl clamps the value of k3, never the gradient of k2.
     through = rewardops.token_kl(logprob, ref_logprob, estimator="k2")
-    return through - through.detach() + value
+    return torch.where(through.isinf(), value, through - through.detach() + value)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:

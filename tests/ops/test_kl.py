@@ -37,10 +37,11 @@ class Test_token_kl:
         )
         rewards = torch.randn(6, 41, generator=generator, dtype=torch.float64)
         mask = random_mask(6, 41, generator)
-        largest_d, largest_value, beta = 1.5, 0.8, 0.3
+        largest_d, largest_value, beta, cap = 1.5, 0.8, 0.3, 3.0
 
         def plain(lp, r, extra):
-            w = (lp - old).exp() if live else (lp - old).exp().detach()
+            w = (lp - old).clamp(-largest_d, largest_d).exp().clamp(max=cap)
+            w = w if live else w.detach()
             whole = lp - r
             d = whole.clamp(-largest_d, largest_d)
             k = {
@@ -49,14 +50,15 @@ class Test_token_kl:
                 "binary_kl": lp.exp() * whole + (1 - lp.exp()) * ((1 - lp.exp()) / (1 - r.exp())).log(),
             }[estimator].clamp(-largest_value, largest_value)  # fmt: skip
             if estimator.endswith("plus"):
-                k = k.detach() + whole**2 / 2 - (whole**2 / 2).detach()
+                inside = (whole.abs() <= largest_d) & (k.abs() < largest_value)
+                k = k.detach() + torch.where(inside, whole**2 / 2 - (whole**2 / 2).detach(), 0)
             return torch.where(mask, extra - beta * w * k, 0)
 
         def ours(lp, r, extra):
             there = {k: v.to(lp.device) for k, v in {"old_logprob": old.to(lp.dtype), "mask": mask}.items()}
             return rewardops.token_kl(
                 lp, r, estimator=estimator, clamp=(largest_d, largest_value), ratio_grad=live, beta=beta,
-                rewards=extra, **there,
+                ratio_cap=cap, rewards=extra, **there,
             )  # fmt: skip
 
         leaves = [x.clone().requires_grad_() for x in (logprob, ref, rewards)]
@@ -79,8 +81,7 @@ class Test_token_kl:
         assert out.outputs[0].abs().max() <= 10
         for g in out.gradients:
             assert g.isfinite().all()
-            if not estimator.endswith("plus"):
-                assert not g[:6].any()
+            assert not g[:6].any()
 
     def test_binary_forms_at_the_edges(self, target):
         """Tokens of probability 1 and 0."""
@@ -148,7 +149,11 @@ class Test_token_kl:
         out = rewardops.token_kl(logprob, ref, estimator=estimator, clamp=clamp)
         (grad,) = torch.autograd.grad(out.sum(), logprob)
         torch.testing.assert_close(out.detach().cpu(), torch.tensor(d[estimator]), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(grad.cpu(), torch.tensor(d[f"{estimator}_grad"]), rtol=1e-5, atol=1e-6)
+        want = torch.tensor(d[f"{estimator}_grad"])
+        if clamp is not None:  # verl does not clamp the gradient of k2
+            inside = (logprob - ref).abs() <= 20
+            want = torch.where(inside.cpu() & (torch.tensor(d[estimator]) < 10), want, 0)
+        torch.testing.assert_close(grad.cpu(), want, rtol=1e-5, atol=1e-6)
 
     def test_expected_gradients_are_what_the_docstring_says(self):
         """Expected gradients by enumeration over a distribution of five tokens."""

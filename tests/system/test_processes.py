@@ -115,7 +115,7 @@ x = torch.full((2**18,), 0.5)
 def started(threads):
     torch.set_num_threads(threads)
     before = len(os.listdir("/proc/self/task"))
-    token_kl(TokenKlArgs(x, x, None, None, None, "k3", 20.0, 10.0, 1.0, False))
+    token_kl(TokenKlArgs(x, x, None, None, None, "k3", 20.0, 10.0, 1.0, False, float("inf")))
     return len(os.listdir("/proc/self/task")) - before
 print([started(n) for n in (1, 3, 5)])
 """

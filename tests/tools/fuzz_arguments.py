@@ -191,6 +191,18 @@ def _temperatures(call: Call) -> st.SearchStrategy[Tensor]:
     return st.builds(make, st.sampled_from(forms), some.generators())
 
 
+def _betas(call: Call) -> st.SearchStrategy[Tensor]:
+    """For all, per row or per token, where what is masked may be anything."""
+    rows = call.batch.rows
+    forms = [(), rows.shape, *([rows.shape[:1]] if len(rows.shape) == 2 else [])]
+
+    def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        found = torch.rand(shape, generator=generator)
+        return torch.where(rows.valid, found, torch.nan) if shape == rows.shape else found
+
+    return st.builds(make, st.sampled_from(forms), some.generators())
+
+
 HIDDEN, REF_HIDDEN = 5, 3
 
 
@@ -428,6 +440,17 @@ def _bad_clamps(call: Call, value: Any) -> Bad:
     yield from (("a negative one", (1.0, -1.0)), ("a flag and a number", (True, 1.0)))
 
 
+def _ratio_caps(call: Call) -> st.SearchStrategy[float] | None:
+    return None if call["old_logprob"] is ABSENT else st.sampled_from((0.5, 1, 3.0))
+
+
+def _bad_ratio_caps(call: Call, value: Any) -> Bad:
+    yield from strangers("None", "a number", "a whole number")
+    yield from (("zero", 0.0), ("negative", -1.0), ("infinite", math.inf), ("NaN", math.nan))
+    if call["old_logprob"] is ABSENT:
+        yield "without old_logprob", 2.0
+
+
 def _generators(call: Call) -> st.SearchStrategy[Fresh]:
     return st.integers(0, 2**31 - 1).map(Fresh)
 
@@ -608,6 +631,7 @@ ARGUMENTS: dict[str, Kind] = {
     "trace_clip": CLIP,
     "advantage_rho_clip": CLIP,
     "clamp": Made(_clamps, _bad_clamps),
+    "ratio_cap": Made(_ratio_caps, _bad_ratio_caps),
     "min_count": Whole(lambda call: st.integers(1, 4), 1),
     "generator": Made(_generators, lambda call, value: strangers("None")),
     # tests/system/test_distributed.py gives these
@@ -692,7 +716,12 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
     **_each(LINEAR, "num_tokens", Whole(_counted, 0)),
     **_first("logprob", LOGPROB_FIRST),
     **_first("entropy", ENTROPY_FIRST),
-    ("token_kl", "beta"): Number(0.0, 0.25, 1, least=0, none=True),
+    ("token_kl", "beta"): Either(
+        Number(0.0, 0.25, 1, least=0, none=True, also=("a tensor",)),
+        Array(_betas),
+        -1.0,
+        lambda call: call.batch.rows.valid if call["mask"] is not ABSENT else torch.ones(call.batch.rows.shape),
+    ),
     ("unlikeliness_rewards", "beta"): Number(0.0, 0.25, 1, least=0),
     ("advantages.pure", "beta"): ANY,
     ("entropy_reward", "reduce"): Choice(("mean", "sum")),
@@ -714,7 +743,7 @@ OVERRIDES: dict[tuple[str, str], Kind] = {
 # What others depend on is drawn before them.
 EARLY = (
     "parent", "scores", "vocab_size", "vocab_start", "rewards", "tokens", "ref_logits", "ref_hidden", "baseline",
-    "scale", "scope", "normalize", "masked", "mask", "cu_seqlens", "outputs", "groups",
+    "scale", "scope", "normalize", "masked", "old_logprob", "mask", "cu_seqlens", "outputs", "groups",
 )  # fmt: skip
 # On a device, these say what would have to be read there.
 TOLD = ("num_tokens", "num_steps", "max_group_size", "max_depth")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import os
 import pkgutil
 import re
@@ -166,7 +167,7 @@ def of_kl() -> None:
     from rewardops.reference.kl import ESTIMATORS, TokenKlArgs
 
     for (values, mask, _), estimator in itertools.product(layouts(), ESTIMATORS):
-        a = TokenKlArgs(values, values, mask, None, None, estimator, 20.0, float("inf"), 0.1, True)
+        a = TokenKlArgs(values, values, mask, None, None, estimator, 20.0, math.inf, 0.1, True, 3.0)
         kl.token_kl(a._replace(old_logprob=values if estimator == "k3" else None))
         kl.token_kl_backward(values, a, True, True)
 

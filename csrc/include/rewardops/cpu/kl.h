@@ -5,37 +5,52 @@
 #include "rewardops/cpu/math.h"
 #include "rewardops/cpu/simd.h"
 
+// A call that is not inlined keeps the loop over tokens from becoming SIMD code.
+#define REWARDOPS_INLINE [[gnu::always_inline]] inline
+
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
 namespace {
 
 // (e^x - 1 - x) / x^2 on |x| < 1 by its Taylor series. The series is unrolled:
 // an inner loop would keep the loop over tokens from becoming SIMD code.
-inline double exp_series(double x) {
+REWARDOPS_INLINE double exp_series(double x) {
   double y = 1;
 #pragma GCC unroll 20
   for (int k = 20; k > 2; --k) y = 1 + y * x * (1.0 / k);
   return y / 2;
 }
 
-inline double exp_minus_1_minus_x(double x) {
+REWARDOPS_INLINE double exp_minus_1_minus_x(double x) {
   const bool near = x < 1 && x > -1;
   const double s = near ? x : 0.0;
-  const double small = s * s * exp_series(s), large = exp_any(x) - 1 - x;
+  const double finite = x < 1000 ? x : 1000;  // infinity less infinity would be NaN
+  const double small = s * s * exp_series(s), large = exp_any(x) - 1 - finite;
   return near ? small : large;
 }
 
-inline double expm1(double x) {
+REWARDOPS_INLINE double expm1(double x) {
   const bool near = x < 1 && x > -1;
   const double s = near ? x : 0.0;
   const double small = s + s * s * exp_series(s), large = exp_any(x) - 1;
   return near ? small : large;
 }
 
+// condition ? a : b by masks. Where an operand is a constant, compilers turn the plain form into branches to what
+// follows from the constant, and the loop over tokens would not become SIMD code; as with && and ||.
+REWARDOPS_INLINE float select(bool condition, float a, float b) {
+  const uint32_t mask = -static_cast<uint32_t>(condition);
+  return bits<float>((bits<uint32_t>(a) & mask) | (bits<uint32_t>(b) & ~mask));
+}
+REWARDOPS_INLINE double select(bool condition, double a, double b) {
+  const uint64_t mask = -static_cast<uint64_t>(condition);
+  return bits<double>((bits<uint64_t>(a) & mask) | (bits<uint64_t>(b) & ~mask));
+}
+
 // With x = n ln 2 + r: 2^n (e^r - 1 - r) + ((2^n - 1) + (2^n r - x)), whose brackets are exact where they cancel. The
 // power is applied in halves, as 2^128 overflows. kLinear: minus x.
 template <bool kLinear>
-inline float exp_less(float x) {
+REWARDOPS_INLINE float exp_less(float x) {
   float c = x < -87.0f ? -87.0f : x;
   c = c > 89.0f ? 89.0f : c;
   const float n = round_to_integer(c * 1.44269504f);
@@ -43,26 +58,33 @@ inline float exp_less(float x) {
   const float half = power_of_two(integer_of(n - 1.0f));
   const float rest = kLinear ? half * r - 0.5f * x : half * r;
   const float y = 2.0f * (half * exp_remainder(r) + ((half - 0.5f) + rest));
-  return x > 89.0f ? infinity<float>() : y;
+  return select(x > 89.0f, infinity<float>(), y);
 }
 
-inline float exp_minus_1_minus_x(float x) { return exp_less<true>(x); }
-inline float expm1(float x) { return exp_less<false>(x); }
+REWARDOPS_INLINE float exp_minus_1_minus_x(float x) { return exp_less<true>(x); }
+REWARDOPS_INLINE float expm1(float x) { return exp_less<false>(x); }
 
 template <typename T>
-inline T clamped(T x, T largest) {
+REWARDOPS_INLINE T clamped(T x, T largest) {
   return x > largest ? largest : (x < -largest ? -largest : x);
 }
 
+// a - b; 0 where they are equal, infinities included.
+template <typename T>
+REWARDOPS_INLINE T difference(T a, T b) { return select(a == b, T{0}, a - b); }
+
+template <typename T>
+REWARDOPS_INLINE T sign_of(T x) { return select(x == x, x > 0 ? T{1} : (x < 0 ? T{-1} : T{0}), x); }
+
 // a - b of probabilities a = b e^d and b, accurate also where they are close.
 template <typename T>
-inline T gap(T d, T a, T b) {
+REWARDOPS_INLINE T gap(T d, T a, T b) {
   return d > -1 && d < 1 ? b * expm1(d) : a - b;
 }
 
 // log(own / rest) of own = 1 - a and rest = 1 - b, with apart = a - b; accurate also where they are close.
 template <typename T>
-inline T log_rest(T apart, T own, T rest) {
+REWARDOPS_INLINE T log_rest(T apart, T own, T rest) {
   const T change = -apart / rest;
   return change > T{-0.5} && change < T{0.5} ? log1p_any(change) : log_positive(own) - log_positive(rest);
 }
@@ -72,40 +94,53 @@ struct KlTerm {
   T value, on_logprob, on_ref;
 };
 
-// The estimate and its slopes, d = logprob - ref_logprob with its clamp, if any. Unused results cost nothing once the
-// function is inlined.
+// Where d is below this, exp(-d) - 1 + d is exp(-d) in every digit of double.
+template <typename T>
+constexpr T kFar = T{-64};
+
+// The divergence of the sampled token against all others, and its slopes.
 template <KlEstimator kind, typename T>
-inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
-  const T whole = logprob - ref;
-  if constexpr (kind == KlEstimator::binary_kl || kind == KlEstimator::binary_tv) {
-    const T a = exp_any(logprob), b = exp_any(ref);
-    T value, on_logprob, on_ref;
-    if constexpr (kind == KlEstimator::binary_tv) {
-      const T apart = gap(whole, a, b), sign = apart > 0 ? T{1} : (apart < 0 ? T{-1} : T{0});
-      value = sign * apart;
-      on_logprob = sign * a;
-      on_ref = -sign * b;
-    } else {
-      // sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels.
-      const T rest = -expm1(logprob), ref_rest = -expm1(ref);
-      const T y = ref_rest > 0 ? log_rest(gap(whole, a, b), rest, ref_rest) : infinity<T>();
-      const T own = a > 0 ? a * exp_minus_1_minus_x(-whole) : b;
-      const T other = rest > 0 ? rest * exp_minus_1_minus_x(-y) : ref_rest;
-      value = own + other;
-      on_logprob = rest > 0 && a > 0 ? a * (whole - y) : T{0};
-      on_ref = rest > 0 ? rest * b / ref_rest - a : T{0};
-    }
-    const bool inside = value <= largest_value && value >= -largest_value;
-    return {clamped(value, largest_value), inside ? on_logprob : T{0}, inside ? on_ref : T{0}};
+REWARDOPS_INLINE KlTerm<T> binary_term(T logprob, T ref, T largest_value) {
+  const T d = difference(logprob, ref), a = exp_any(logprob), b = exp_any(ref);
+  T value, on_logprob, on_ref;
+  if constexpr (kind == KlEstimator::binary_tv) {
+    const T apart = gap(d, a, b), sign = sign_of(apart);
+    value = sign * apart;
+    on_logprob = sign * a;
+    on_ref = -sign * b;
   } else {
-    const T d = clamped(whole, largest_d);
+    // sum p (e^-x - 1 + x) over both outcomes, each at least 0: nothing cancels. Of an outcome of probability 0 under
+    // the policy the reference's probability is left.
+    const bool excluded = d == infinity<T>();  // by the reference alone
+    const T rest = -expm1(logprob), ref_rest = -expm1(ref);
+    const T y = ref_rest > 0 ? log_rest(gap(d, a, b), rest, ref_rest) : infinity<T>();
+    const T own = select((a > 0) & (d >= kFar<T>), a * exp_minus_1_minus_x(-d), b);
+    const T other = select(rest > 0, rest * exp_minus_1_minus_x(-y), select(ref_rest > 0, ref_rest, T{0}));
+    value = select(excluded, d, own + other);
+    on_logprob = select(excluded, d, select((rest > 0) & (a > 0), a * (d - y), T{0}));
+    const T far_ref = select(rest > 0, infinity<T>(), T{0});  // where the reference gives all others 0
+    on_ref = select(ref_rest > 0, select(rest > 0, rest, T{0}) * b / ref_rest - a, far_ref);
+  }
+  const bool outside = (value > largest_value) | (value < -largest_value), number = d == d;
+  return {select(number, clamped(value, largest_value), d), select(number, select(outside, T{0}, on_logprob), d),
+          select(number, select(outside, T{0}, on_ref), d)};
+}
+
+// The estimate and its slopes without the ratio, d = logprob - ref_logprob with its clamp, if any: limits where a
+// probability is 0, NaN where a log-probability is NaN. Unused results cost nothing once the function is inlined.
+template <KlEstimator kind, typename T>
+REWARDOPS_INLINE KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
+  if constexpr (kind == KlEstimator::binary_kl || kind == KlEstimator::binary_tv) {
+    return binary_term<kind>(logprob, ref, largest_value);
+  } else {
+    const T whole = difference(logprob, ref), d = clamped(whole, largest_d);
     T value, slope;
     if constexpr (kind == KlEstimator::k1 || kind == KlEstimator::k1_plus) {
       value = d;
-      slope = T{1};
+      slope = select(d == d, T{1}, d);
     } else if constexpr (kind == KlEstimator::abs) {
       value = d < 0 ? -d : d;
-      slope = d > 0 ? T{1} : (d < 0 ? T{-1} : T{0});
+      slope = sign_of(d);
     } else if constexpr (kind == KlEstimator::k2) {
       value = d * d / 2;
       slope = d;
@@ -113,67 +148,177 @@ inline KlTerm<T> kl_term(T logprob, T ref, T largest_d, T largest_value) {
       value = exp_minus_1_minus_x(-d);
       slope = -expm1(-d);
     }
-    const bool inside = whole <= largest_d && whole >= -largest_d && value <= largest_value && value >= -largest_value;
-    slope = inside ? slope : T{0};
     // Straight-through estimator: the gradient of k2.
-    if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = whole;
+    if constexpr (kind == KlEstimator::k1_plus || kind == KlEstimator::k3_plus) slope = d;
+    const bool outside =
+        (whole > largest_d) | (whole < -largest_d) | (value > largest_value) | (value < -largest_value);
+    slope = select(outside, T{0}, slope);
     return {clamped(value, largest_value), slope, -slope};
   }
 }
 
-constexpr int64_t kKlBlock = 1024;
+template <typename T>
+struct KlRatio {
+  T log, value;  // its logarithm within the clamp, before the cap; the ratio itself
+  bool capped;
+  bool free;  // neither unknown nor clamped nor capped
+  bool live;  // and it has a gradient
+};
 
-template <KlEstimator kind, bool kWeighted, typename T>
-inline void kl_forward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
-  alignas(64) T buffer[kKlBlock];
-  for (int64_t start = begin; start < end; start += kKlBlock) {
-    const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
-    const T *logprob = a.logprob + start, *ref = a.ref_logprob + start;
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) {
-      T v = kl_term<kind>(logprob[k], ref[k], a.largest_d, a.largest_value).value;
-      if constexpr (kWeighted) v *= exp_any(logprob[k] - a.old_logprob[start + k]);
-      buffer[k] = a.scale * v;
+// live_d: the clamp where the ratio has a gradient, else a negative number: a condition that is the same for all tokens
+// would keep the loop from becoming SIMD code.
+template <typename T>
+REWARDOPS_INLINE KlRatio<T> kl_ratio(T logprob, T old, T largest_d, T live_d, T cap) {
+  const T whole = select(old == old, difference(logprob, old), T{0}), log = clamped(whole, largest_d);
+  const T ratio = exp_any(log);
+  const bool known = (old == old) & (ratio <= cap);
+  return {log, select(ratio > cap, cap, ratio), ratio > cap, known & (whole <= largest_d) & (whole >= -largest_d),
+          known & (whole <= live_d) & (whole >= -live_d)};
+}
+
+// ratio x, with the limit of 0 times infinity: 0 where the policy gives the token probability 0, else infinity.
+template <typename T>
+REWARDOPS_INLINE T weigh(const KlRatio<T>& ratio, T x) {
+  const bool infinite = (x == infinity<T>()) | (x == -infinity<T>());
+  const T product = select(x == 0, x, ratio.value * x);
+  return select(infinite, select(ratio.log == -infinity<T>(), T{0}, x), product);
+}
+
+// The slope, and the value where the ratio has a gradient. Of opposite infinities the larger one stays: the value, but
+// for binary_kl against a certain token that is likelier than all others.
+template <KlEstimator kind, typename T>
+REWARDOPS_INLINE T slope_and_value(T slope, T value, T logprob, bool live) {
+  const bool opposite = (slope == -infinity<T>()) & (value == infinity<T>());
+  T larger = value;
+  if constexpr (kind == KlEstimator::binary_kl) larger = select(logprob > T(-0.6931471805599453), slope, value);
+  return select(live, select(opposite, larger, slope + value), slope);
+}
+
+// The estimate and its slopes, times the ratio.
+template <KlEstimator kind, typename T>
+REWARDOPS_INLINE KlTerm<T> weighted_kl_term(const TokenKlArgs<T>& a, T logprob, T ref, T old, T live_d) {
+  const KlTerm<T> t = kl_term<kind>(logprob, ref, a.largest_d, a.largest_value);
+  const KlRatio<T> ratio = kl_ratio(logprob, old, a.largest_d, live_d, a.ratio_cap);
+  const T value = weigh(ratio, t.value), on_ref = weigh(ratio, t.on_ref);
+  const T on_logprob = weigh(ratio, slope_and_value<kind>(t.on_logprob, t.value, logprob, ratio.live));
+  if constexpr (kind == KlEstimator::k3 || kind == KlEstimator::k3_plus) {
+    // Far below the reference k3 is exp(-d), which may overflow where the ratio vanishes: one exponential of both.
+    const T whole = difference(logprob, ref), d = clamped(whole, a.largest_d);
+    const bool inside = whole >= -a.largest_d;
+    const bool within = (t.value < a.largest_value) | (t.value == infinity<T>());
+    const bool far = (d < kFar<T>) & within & !ratio.capped;
+    const T both = exp_any(select(ratio.free & inside, difference(ref, old), ratio.log - d));
+    const T drift = weigh(ratio, d);
+    T slope, far_on_logprob;
+    if constexpr (kind == KlEstimator::k3) {
+      slope = select(inside, -both, T{0});
+      // Of slope and value only the ratio times d is left.
+      far_on_logprob = select(ratio.live, select(inside, drift, both), slope);
+    } else {
+      slope = select(inside, drift, T{0});
+      far_on_logprob = slope_and_value<kind>(slope, both, logprob, ratio.live);
     }
-    if (a.rewards)
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) buffer[k] += a.rewards[start + k];
-    if (a.mask)
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) buffer[k] = a.mask[start + k] ? buffer[k] : T{0};
-    store_out(a.out + start, buffer, n, a.stream);
+    return {select(far, both, value), select(far, far_on_logprob, on_logprob), select(far, -slope, on_ref)};
+  } else {
+    return {value, on_logprob, on_ref};
   }
 }
 
-template <KlEstimator kind, bool kWeighted, bool kRef, typename T>
-inline void kl_backward(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
+// How the estimates of a block of tokens are weighted: not, by a ratio that no limit touches, or by any.
+enum class Weights : int { none, plain, any };
+
+// True if no token of a block has a limit, a clamped or capped ratio, or a product that could overflow: weights are
+// then plain products, whose loops are SIMD code. binary_kl is infinite against a reference that is certain.
+template <KlEstimator kind, typename T>
+inline bool plain_weights(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
+  const T *logprob = a.logprob + start, *ref = a.ref_logprob + start, *old = a.old_logprob + start;
+  const T far = a.largest_d < -kFar<T> ? a.largest_d : -kFar<T>, cap = log_positive(a.ratio_cap) - T{0.001};
+  const T most = a.ratio_cap < infinity<T>() && cap < far ? cap : far;
+  T odd = 0;
+#pragma omp simd reduction(+ : odd)
+  for (int64_t k = 0; k < n; ++k) {
+    const T d = logprob[k] - ref[k], log = logprob[k] - old[k];
+    const T below = kind == KlEstimator::binary_kl ? ref[k] : T{-1};
+    odd += (d < -kFar<T>) & (d > kFar<T>) & (log < most) & (log > -far) & (below < T(-1e-30)) ? T{0} : T{1};
+  }
+  return odd == 0;
+}
+
+template <KlEstimator kind, Weights weights, typename T>
+REWARDOPS_INLINE KlTerm<T> kl_at(const TokenKlArgs<T>& a, int64_t n, T live_d) {
+  const T logprob = a.logprob[n], ref = a.ref_logprob[n];
+  if constexpr (weights == Weights::any) {
+    return weighted_kl_term<kind>(a, logprob, ref, a.old_logprob[n], live_d);
+  } else {
+    const KlTerm<T> t = kl_term<kind>(logprob, ref, a.largest_d, a.largest_value);
+    if constexpr (weights == Weights::none) return t;
+    const T ratio = exp_any(logprob - a.old_logprob[n]), slope = live_d < 0 ? T{0} : T{1};
+    return {ratio * t.value, ratio * (t.on_logprob + slope * t.value), ratio * t.on_ref};
+  }
+}
+
+// The product of a factor and an estimate or slope at token n; 0 where the factor is 0 and the other infinite, which is
+// where the product alone is NaN.
+template <typename T>
+REWARDOPS_INLINE T silenced(const TokenKlArgs<T>& a, int64_t n, T factor, T product) {
+  const T logprob = a.logprob[n], ref = a.ref_logprob[n];
+  const bool lost = (factor == 0) & (product != product) & (logprob == logprob) & (ref == ref);
+  return select(lost, T{0}, product);
+}
+
+constexpr int64_t kKlBlock = 1024;
+
+template <KlEstimator kind, Weights weights, typename T>
+inline void kl_forward(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
+  alignas(64) T buffer[kKlBlock];
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) buffer[k] = a.scale * kl_at<kind, weights>(a, start + k, T{-1}).value;
+  if (a.scale == 0)
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) buffer[k] = silenced(a, start + k, a.scale, buffer[k]);
+  if (a.rewards)
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) buffer[k] += a.rewards[start + k];
+  if (a.mask)
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) buffer[k] = a.mask[start + k] ? buffer[k] : T{0};
+  store_out(a.out + start, buffer, n, a.stream);
+}
+
+template <KlEstimator kind, Weights weights, bool kRef, typename T>
+inline void kl_backward(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
   alignas(64) T buffer[kKlBlock];
   T* out = kRef ? a.out_ref : a.out;
-  const T ratio_slope = a.ratio_grad && !kRef ? T{1} : T{0};
-  for (int64_t start = begin; start < end; start += kKlBlock) {
-    const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
-    const T *logprob = a.logprob + start, *ref = a.ref_logprob + start, *grad = a.grad + start;
+  const T live_d = a.ratio_grad && !kRef ? a.largest_d : T{-1};
+  const T* grad = a.grad + start;
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) {
-      const KlTerm<T> t = kl_term<kind>(logprob[k], ref[k], a.largest_d, a.largest_value);
-      T g = kRef ? t.on_ref : t.on_logprob;
-      if constexpr (kWeighted) g = exp_any(logprob[k] - a.old_logprob[start + k]) * (g + ratio_slope * t.value);
-      buffer[k] = grad[k] * a.scale * g;
-    }
-    if (a.mask)
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) buffer[k] = a.mask[start + k] ? buffer[k] : T{0};
-    store_out(out + start, buffer, n, a.stream);
+  for (int64_t k = 0; k < n; ++k) {
+    const KlTerm<T> t = kl_at<kind, weights>(a, start + k, live_d);
+    buffer[k] = grad[k] * a.scale * (kRef ? t.on_ref : t.on_logprob);
   }
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) buffer[k] = silenced(a, start + k, grad[k] * a.scale, buffer[k]);
+  if (a.mask)
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) buffer[k] = a.mask[start + k] ? buffer[k] : T{0};
+  store_out(out + start, buffer, n, a.stream);
+}
+
+template <KlEstimator kind, Weights weights, typename T>
+inline void kl_block(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
+  if (!a.grad) return kl_forward<kind, weights>(a, start, n);
+  if (a.out) kl_backward<kind, weights, false>(a, start, n);
+  if (a.out_ref) kl_backward<kind, weights, true>(a, start, n);
 }
 
 template <KlEstimator kind, typename T>
 inline void kl_of(const TokenKlArgs<T>& a, int64_t begin, int64_t end) {
-  if (!a.grad) return a.old_logprob ? kl_forward<kind, true>(a, begin, end) : kl_forward<kind, false>(a, begin, end);
-  if (a.out)
-    a.old_logprob ? kl_backward<kind, true, false>(a, begin, end) : kl_backward<kind, false, false>(a, begin, end);
-  if (a.out_ref)
-    a.old_logprob ? kl_backward<kind, true, true>(a, begin, end) : kl_backward<kind, false, true>(a, begin, end);
+  for (int64_t start = begin; start < end; start += kKlBlock) {
+    const int64_t n = end - start < kKlBlock ? end - start : kKlBlock;
+    if (!a.old_logprob) kl_block<kind, Weights::none>(a, start, n);
+    else if (plain_weights<kind>(a, start, n)) kl_block<kind, Weights::plain>(a, start, n);
+    else kl_block<kind, Weights::any>(a, start, n);
+  }
 }
 
 // The forward pass, or the backward pass where there is an upstream gradient.
