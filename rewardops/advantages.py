@@ -12,6 +12,8 @@ from typing_extensions import Unpack
 from . import entropy as entropy_family
 from .core import checks, distributed
 from .core.groups import GroupSize, Labels, group_ids
+from .core.precision import wide, widest
+from .core.scalars import listed
 from .ops.group_spec import (
     AllOptions,
     BaselineOptions,
@@ -45,7 +47,7 @@ def group_advantages(
     group_size: GroupSize = None,
     baseline: str | float | Tensor = "mean",
     scale: str = "std",
-    eps: float = 1e-6,
+    eps: float | Tensor = 1e-6,
     ddof: int = 1,
     singleton: str = "zero",
     lengths: Tensor | None = None,
@@ -172,7 +174,7 @@ def whiten(
     mask: Tensor | None = None,
     *,
     ddof: int = 1,
-    eps: float = 1e-8,
+    eps: float | Tensor = 1e-8,
     shift_mean: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -183,7 +185,8 @@ def whiten(
 
     Args:
         values: any shape, padded or packed; float32, bfloat16, float16 or float64.
-        mask: the same shape.
+        mask: the same shape. Floats other than 0 and 1 are weights of the elements in mean and variance, and their sum
+            is the number of elements.
         process_group: mean and variance are over the elements of all its ranks, any number on each. One
             collective, of four numbers.
 
@@ -191,29 +194,35 @@ def whiten(
         The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
     """
     checks.check_float("values", values)
-    checks.check_eps_ddof(eps, ddof)
+    eps = checks.check_eps_ddof(eps, ddof)
     checks.check_flag("shift_mean", shift_mean)
     if process_group is not None:
         distributed.check(process_group)
-    valid = checks.as_mask(mask, values.shape, values.device, "values")
+    valid, weight = checks.as_weights(mask, values.shape, values.device, "values")
     (x,) = checks.promote(values)
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
     if not x.numel() and process_group is None:
         return x
     x = torch.where(valid, x, 0)
-    count = valid.sum()
+    weight = None if weight is None else wide(weight)
+
+    def total(x: Tensor) -> Tensor:
+        """The sum of what is 0 where masked, weighed."""
+        return x.sum(dtype=widest(x.device)) if weight is None else (torch.where(valid, weight, 0) * x).sum()
+
+    count = total(valid)
     # Subtract some element first: large values keep their differences, and equal values give exactly 0.
     first = torch.where(valid, x, torch.inf).detach().amin() if x.numel() else x.new_zeros(())
     first = torch.where(first.isfinite(), first, 0)
     above = torch.where(valid, x - first, 0)
-    mean = above.sum(dtype=torch.float64) / count.clamp(min=1)
+    mean = total(above) / torch.where(count > 0, count, 1)
     centred = torch.where(valid, above - mean, 0)
-    squares = centred.double().square().sum()
+    squares = total(wide(centred).square())
     if process_group is not None:
         base, total, mean, squares = _merged_moments(process_group, count, first, mean, squares)
         centred = torch.where(valid, above + ((first - base) - mean), 0)
         count, first = total, base
-    var = squares / (count - ddof).clamp(min=1)
+    var = squares / torch.where(count > ddof, count - ddof, torch.where(count > 0, count, 1))
     varies = var + eps > 0
     out = centred * torch.where(varies, torch.where(varies, var + eps, 1).rsqrt(), 0)
     if not shift_mean:
@@ -358,13 +367,13 @@ def gtpo(
     group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    positive: float | None = None,
-    eps: float = 1e-8,
+    positive: float | Tensor | None = None,
+    eps: float | Tensor = 1e-8,
     joint: bool = False,
     **options: Unpack[GtpoOptions],
 ) -> Tensor:
     """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`; ``[B, T]`` or packed."""
-    checks.check_non_negative("eps", eps)
+    eps = checks.check_non_negative("eps", eps)
     checks.check_flag("joint", joint)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = entropy_family.gtpo_rewards(rewards, entropy, groups, positive=positive, **where, **options)
@@ -381,11 +390,11 @@ def grpo_s(
     group_size: GroupSize = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    eps: float = 1e-8,
+    eps: float | Tensor = 1e-8,
     **options: Unpack[GrpoSOptions],
 ) -> Tensor:
     """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`, written to all tokens of a row; ``[B, T]`` or packed."""
-    checks.check_non_negative("eps", eps)
+    eps = checks.check_non_negative("eps", eps)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = entropy_family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
     if cu_seqlens is not None:
@@ -402,12 +411,12 @@ def pure(
     *,
     group_size: GroupSize = None,
     outcome: Tensor | None = None,
-    outcome_weight: float = 1.0,
+    outcome_weight: float | Tensor = 1.0,
     kl: Tensor | None = None,
-    beta: float = 1.0,
-    temperature: float = 0.1,
+    beta: float | Tensor = 1.0,
+    temperature: float | Tensor = 0.1,
     baseline: str = "token",
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     separators: bool = False,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -444,11 +453,11 @@ def pure(
     ids = group_ids(groups, group_size, rows.batch, device, "process_rewards")
     if outcome is not None:
         checks.check_rows("outcome", outcome, rows.batch, device, "process_rewards")
-    checks.check_finite("outcome_weight", outcome_weight)
+    outcome_weight = checks.check_finite("outcome_weight", outcome_weight)
     if kl is not None:
         checks.check_like("kl", kl, process_rewards, "process_rewards")
-    checks.check_finite("beta", beta)
-    checks.check_positive("temperature", temperature)
+    beta = checks.check_finite("beta", beta)
+    temperature = checks.check_positive("temperature", temperature)
     factor("gamma", gamma, rows, device, "process_rewards")
     checks.check_flag("separators", separators)
     where: dict[str, Any] = {"mask": rows.mask, "cu_seqlens": rows.cu_seqlens}
@@ -500,17 +509,17 @@ def remax(
 def reinforce_plus_plus(
     token_rewards: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ddof: int = 1,
-    eps: float = 1e-8,
+    eps: float | Tensor = 1e-8,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
     checks.check_float("token_rewards", token_rewards)
     checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
-    checks.check_eps_ddof(eps, ddof)
+    eps = checks.check_eps_ddof(eps, ddof)
     if process_group is not None:
         distributed.check(process_group)
     returns = discounted_returns(token_rewards, gamma=gamma, mask=mask, cu_seqlens=cu_seqlens)
@@ -525,7 +534,7 @@ def reinforce_plus_plus_baseline(
     cu_seqlens: Tensor | None = None,
     num_tokens: int | None = None,
     ddof: int = 1,
-    eps: float = 1e-8,
+    eps: float | Tensor = 1e-8,
     process_group: ProcessGroup | None = None,
     **options: Unpack[ReinforceOptions],
 ) -> Tensor:
@@ -535,7 +544,7 @@ def reinforce_plus_plus_baseline(
         raise ValueError(
             "mask: got None without cu_seqlens, want one of the two (it is whitened over tokens)"
         )
-    checks.check_eps_ddof(eps, ddof)
+    eps = checks.check_eps_ddof(eps, ddof)
     advantages = dr_grpo(rewards, groups, **tokens, process_group=process_group, **options)
     return whiten(advantages, mask, ddof=ddof, eps=eps, process_group=process_group)
 
@@ -627,13 +636,11 @@ def _summed(
     columns = rewards.unbind(1)
     spec = GroupSpec.of(columns[0] if columns else rewards.sum(1), groups, **options)
     count = len(columns)
-    shares = (
-        [1.0] * count
-        if weights is None
-        else checks.as_numbers("weights", weights, count, "the columns of rewards")
-    )
     by_row = spec.by_row()
     total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
+    shares = [1.0] * count if weights is None else weights
+    numbers = checks.as_numbers("weights", shares, count, "the columns of rewards")
+    shares = listed(numbers, total.dtype, total.device).unbind()
     for share, column, absent in zip(shares, columns, missing.unbind(1), strict=True):
         total = total + share * by_row.among(~absent).advantages(column)[:, 0]
     return spec, total
@@ -650,7 +657,7 @@ def _merged_moments(
     Each rank contributes the count of its elements, one element, the mean relative to that element, and the sum of
     squares about that mean. The result is an element that all ranks subtract, and count, mean and squares of all.
     """
-    record = torch.stack([x.double() for x in (count, first, mean, squares)])
+    record = torch.stack([wide(x) for x in (count, first, mean, squares)])
     (records,) = distributed.gather([record[None]], process_group, 1).tensors
     counts, firsts, means, parts = records.unbind(1)
     base = torch.where(counts > 0, firsts.detach(), torch.inf).amin()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .core import checks
+from .core.checks import Number
 from .core.settings import may_read
 from .ops import kl as ops
 from .ops.td import step_ends, sums_between
@@ -16,6 +18,8 @@ from .segments import row_sum
 
 __all__ = ["TdpoTerms", "implicit_rewards", "tdpo_terms", "token_kl"]
 
+Clamp = float | Tensor | tuple[float | Tensor, float | Tensor]
+
 
 def token_kl(
     logprob: Tensor,
@@ -23,10 +27,10 @@ def token_kl(
     *,
     estimator: str = "k3",
     mask: Tensor | None = None,
-    clamp: float | tuple[float, float] | None = None,
+    clamp: Clamp | None = None,
     old_logprob: Tensor | None = None,
     ratio_grad: bool = True,
-    ratio_cap: float | None = None,
+    ratio_cap: float | Tensor | None = None,
     beta: float | Tensor | None = None,
     rewards: Tensor | None = None,
 ) -> Tensor:
@@ -105,10 +109,11 @@ def token_kl(
     largest = _limits(clamp)
     mask = checks.as_mask(mask, logprob.shape, logprob.device, "logprob")
     weight = None
-    if isinstance(beta, Tensor):
-        weight, beta = _factors(beta, logprob, mask), None
+    factor: Number = 1.0
+    if isinstance(beta, Tensor) and beta.dim():
+        weight = _factors(beta, logprob, mask)
     elif beta is not None:
-        checks.check_non_negative("beta", beta)
+        factor = checks.check_non_negative("beta", beta)
     optional = [t for t in (old_logprob, rewards) if t is not None]
     logprob, ref_logprob, *optional = checks.promote(logprob, ref_logprob, *optional)
     wide = iter(optional)
@@ -119,7 +124,7 @@ def token_kl(
             logprob, ref_logprob, mask, old, None, estimator, *largest, 1.0, ratio_grad, cap
         )
         return _weigh(estimate, weight, mask, added)
-    scale = float(1.0 if beta is None else beta) * (1.0 if rewards is None else -1.0)
+    scale = factor if rewards is None else -factor
     out: Tensor = ops.token_kl(
         logprob, ref_logprob, mask, old, added, estimator, *largest, scale, ratio_grad, cap
     )
@@ -130,11 +135,11 @@ def implicit_rewards(
     logprob: Tensor,
     ref_logprob: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     steps: Tensor | None = None,
-    clamp: float | None = None,
+    clamp: float | Tensor | None = None,
 ) -> Tensor:
     """DPO's and PRIME's implicit token rewards, ``beta * (logprob - ref_logprob)``.
 
@@ -153,7 +158,7 @@ def implicit_rewards(
         both.
     """
     _check_pair(logprob, ref_logprob)
-    checks.check_positive("beta", beta)
+    beta = checks.check_positive("beta", beta)
     rows = checks.token_layout("logprob", logprob, mask, cu_seqlens)
     markers = checks.step_markers(steps, logprob, rows, "logprob")
     rewards = token_kl(logprob, ref_logprob, estimator="k1", mask=rows.mask, clamp=clamp, beta=beta)
@@ -206,32 +211,35 @@ def _check_pair(logprob: Tensor, ref_logprob: Tensor) -> None:
     checks.check_like("ref_logprob", ref_logprob, logprob, "logprob")
 
 
-def _limits(clamp: float | tuple[float, float] | None) -> tuple[float, float]:
+def _limits(clamp: Clamp | None) -> tuple[Number, Number]:
     if clamp is None:
-        return float("inf"), float("inf")
-    limits = tuple(clamp) if isinstance(clamp, (tuple, list)) else (clamp, float("inf"))
-    numbers = [c for c in limits if isinstance(c, (int, float)) and not isinstance(c, bool) and c > 0]
-    if len(limits) != 2 or len(numbers) != 2:
-        raise ValueError(
-            f"clamp: got {clamp!r}, want a number above 0, or two: of the difference and of the value"
-        )
-    return float(limits[0]), float(limits[1])
+        return math.inf, math.inf
+    want = "a number above 0, or two: of the difference and of the value"
+    limits = tuple(clamp) if isinstance(clamp, (tuple, list)) else (clamp, math.inf)
+    if len(limits) != 2 or any(
+        isinstance(c, bool) or not isinstance(c, (int, float, Tensor)) for c in limits
+    ):
+        raise ValueError(f"clamp: got {clamp!r}, want {want}")
+    d, value = (checks.check_number("clamp", c, want) for c in limits)
+    if any(not isinstance(c, Tensor) and c <= 0 for c in (d, value)):
+        raise ValueError(f"clamp: got {clamp!r}, want {want}")
+    return d, value
 
 
-def _cap(ratio_cap: float | None, old_logprob: Tensor | None) -> float:
+def _cap(ratio_cap: float | Tensor | None, old_logprob: Tensor | None) -> Number:
     if ratio_cap is None:
-        return float("inf")
-    checks.check_positive("ratio_cap", ratio_cap)
+        return math.inf
+    number = checks.check_positive("ratio_cap", ratio_cap)
     if old_logprob is None:
         raise ValueError(f"ratio_cap: got {ratio_cap} without old_logprob, want None")
-    return float(ratio_cap)
+    return number
 
 
 def _factors(beta: Tensor, logprob: Tensor, mask: Tensor | None) -> Tensor:
     """Factors of the estimates, constant, in a shape that spreads over ``logprob``; 0 where masked."""
     checks.check_float("beta", beta)
     shape = tuple(logprob.shape)
-    forms = {(): "for all", shape: "one per token of logprob"}
+    forms = {shape: "one per token of logprob"}
     if len(shape) == 2:
         forms[shape[:1]] = "one per row of logprob"
     if tuple(beta.shape) not in forms:

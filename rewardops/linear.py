@@ -34,12 +34,12 @@ def linear_token_stats(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     outputs: Sequence[str] = ("logprob", "entropy"),
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
@@ -116,8 +116,8 @@ def linear_token_stats_partial(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     outputs: Sequence[str] = ("logprob", "entropy"),
@@ -156,11 +156,11 @@ class LinearOptions(TypedDict, total=False):
     ref_weight: Tensor | None
     ref_bias: Tensor | None
     temperature: float | Tensor
-    softcap: float | None
-    logit_scale: float
+    softcap: float | Tensor | None
+    logit_scale: float | Tensor
     vocab_size: int | None
     mask: Tensor | None
-    beta: float
+    beta: float | Tensor
     chunk_tokens: int | None
     chunk_vocab: int | None
     num_tokens: int | None
@@ -270,11 +270,11 @@ def _arguments(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
@@ -297,7 +297,7 @@ def _arguments(
     elif ref_bias is not None:
         raise ValueError("ref_bias: got a value without ref_hidden, want None")
     names = check_outputs(outputs, PARTIAL_OUTPUTS if partial else OUTPUTS, ref_hidden is not None)
-    checks.check_positive("logit_scale", logit_scale)
+    logit_scale = checks.check_positive("logit_scale", logit_scale)
     options = token_arguments(
         tokens, names, width=weight.shape[0], temperature=temperature, softcap=softcap, vocab_size=vocab_size,
         mask=mask, beta=beta, vocab_start=vocab_start, partial=partial,

@@ -30,7 +30,7 @@ def row_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. The sum of
             per-token KL is the sequence KL.
-        mask: the shape of ``values``; bool, integer or float 0/1.
+        mask: the shape of ``values``; bool, integer or float. Floats other than 0 and 1 are weights of the tokens.
         cu_seqlens: ``[B + 1]`` for packed rows.
 
     Returns:
@@ -40,14 +40,27 @@ def row_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | 
     Raises:
         TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
     """
-    tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
-    return ops.row_sums(tokens.values, tokens.rows)
+    tokens, weight = _weighed(values, mask, cu_seqlens)
+    return ops.row_sums(tokens.values if weight is None else tokens.values * weight, tokens.rows)
 
 
 def row_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The mean of each row's valid tokens, 0 for a row without one; arguments and result as in :func:`row_sum`."""
-    tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
-    return tokens.means(tokens.values, tokens.counts())
+    """The (weighted) mean of each row's valid tokens, 0 for a row without one; else as :func:`row_sum`."""
+    tokens, weight = _weighed(values, mask, cu_seqlens)
+    if weight is None:
+        return tokens.means(tokens.values, tokens.counts())
+    total = ops.row_sums(weight, tokens.rows)
+    return ops.row_sums(tokens.values * weight, tokens.rows) / torch.where(total > 0, total, 1)
+
+
+def _weighed(
+    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[TokenValues, Tensor | None]:
+    """The validated values, and the weights of a mask that is not of 0 and 1."""
+    checks.check_float("values", values)
+    valid, weight = checks.as_weights(mask, values.shape, values.device, "values")
+    tokens = TokenValues.of("values", values, valid, cu_seqlens, grad=True)
+    return tokens, None if weight is None else torch.where(tokens.valid(), weight, 0).to(tokens.values.dtype)
 
 
 def running_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

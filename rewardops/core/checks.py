@@ -234,6 +234,27 @@ def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str)
     return valid
 
 
+def as_weights(
+    mask: object, like: Sequence[int], device: torch.device, other: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mask where it may weigh: the bool mask, and the weights, None where all are 0 or 1.
+
+    A float mask whose numbers cannot be looked at is taken for weights.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype not in FLOATS:
+        return as_mask(mask, like, device, other), None
+    check_shape("mask", mask, like, f"one entry per token of {other}")
+    check_device("mask", mask, device, other)
+    weight = mask.detach()
+    valid = weight != 0
+    if may_read(weight):
+        if not bool(((weight >= 0) & (weight < float("inf"))).all()):
+            raise ValueError("mask: got a weight below 0, or not finite, want weights of at least 0")
+        if not bool((valid & (weight != 1)).any()):
+            return valid, None
+    return valid, weight
+
+
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the precision of the ops: float64 if any of them is float64, else float32."""
     dtype = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32

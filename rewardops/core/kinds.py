@@ -46,9 +46,9 @@ IdRows = Annotated[Tensor, "int64", "B"]
 
 
 class Kind(NamedTuple):
-    """The accepted dtypes, and the sizes; None: any shape."""
+    """The accepted dtypes, and the sizes; None: any."""
 
-    dtype: str
+    dtype: str | None
     shape: tuple[str, ...] | None
 
     @staticmethod
@@ -59,6 +59,9 @@ class Kind(NamedTuple):
                 dtype, *shape = part.__metadata__
                 return Kind(dtype, tuple(shape) or None)
         return None
+
+
+_ANY = Kind(None, None)  # a dense tensor on the device of the others
 
 
 def kinds_of(record: type[NamedTuple] | None) -> dict[str, Kind]:
@@ -82,6 +85,14 @@ class _Call:
         self.real: tuple[str, torch.dtype] | None = None
 
     def dtype(self, name: str, tensor: Tensor, kind: Kind) -> None:
+        if kind.dtype is not None:
+            self._check_dtype(name, tensor, kind)
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: got layout {tensor.layout}, want torch.strided")
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: got device {tensor.device}, want {self.device}")
+
+    def _check_dtype(self, name: str, tensor: Tensor, kind: Kind) -> None:
         narrow = kind.dtype == "float64" and not has_float64(self.device.type)
         if tensor.dtype not in DTYPES["real" if narrow else kind.dtype]:
             want = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind.dtype])
@@ -93,10 +104,6 @@ class _Call:
                 raise TypeError(
                     f"{name}: got dtype {tensor.dtype}, want {self.real[1]} (that of {self.real[0]})"
                 )
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name}: got layout {tensor.layout}, want torch.strided")
-        if tensor.device != self.device:
-            raise ValueError(f"{name}: got device {tensor.device}, want {self.device}")
 
     def _size(self, symbol: str) -> int | None:
         """The size that a symbol stands for; None if no tensor with it was seen."""
@@ -172,8 +179,6 @@ def checker(
                 present.append((name, value, kind))
             elif value is not None:
                 present += [(f"{name}[{i}]", t, kind) for i, t in enumerate(value) if t is not None]
-        if not present:
-            return next(a.device for a in args if isinstance(a, Tensor))
         sizes, dims = {name: args[k] for k, name in numbers}, None
         if offsets is not None:
             cu_seqlens = args[offsets]

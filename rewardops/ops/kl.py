@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.dispatch import define
+from ..core.kinds import RealTokens
 from ..core.records import save_record, saved_record, schema_of
 from ..reference.kl import TokenKlArgs
 
@@ -36,6 +37,7 @@ token_kl_backward = define(
     "kl",
     f"token_kl_backward(Tensor grad, {_ARGS}, bool to_logprob, bool to_ref) -> (Tensor, Tensor)",
     record=TokenKlArgs,
+    tensors={"grad": RealTokens},
     fake=lambda grad, args, *wanted: tuple(grad.new_empty(grad.shape if want else 0) for want in wanted),
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.checks import Number
 from ..core.settings import debugging, may_read
 from ..reference.logits import OUTPUTS, REF_OUTPUTS, valid_rows
 
@@ -19,11 +20,11 @@ class TokenArguments(NamedTuple):
     tokens: Tensor
     mask: Tensor | None
     temperatures: Tensor | None
-    temperature: float
-    softcap: float
+    temperature: Number
+    softcap: Number
     first: int
     vocab: int
-    beta: float
+    beta: Number
     outputs: list[str]
 
 
@@ -33,10 +34,10 @@ def token_arguments(
     *,
     width: int,
     temperature: float | Tensor,
-    softcap: float | None,
+    softcap: float | Tensor | None,
     vocab_size: int | None,
     mask: Tensor | None,
-    beta: float,
+    beta: float | Tensor,
     vocab_start: int,
     partial: bool,
 ) -> TokenArguments:
@@ -51,11 +52,11 @@ def token_arguments(
     temperatures, scalar = _temperatures(temperature, tokens, mask)
     cap = 0.0 if softcap is None else _softcap(softcap)
     vocab = _columns(vocab_start, vocab_size, width) if partial else _vocab(vocab_size, width)
-    _check_beta(beta, outputs)
+    beta = _checked_beta(beta, outputs)
     tokens = tokens if tokens.dtype is torch.int64 else tokens.to(torch.int64)
     if debugging() and not partial:
         checks.check_token_ids(tokens, vocab, valid_rows(tokens, mask))
-    return TokenArguments(tokens, mask, temperatures, scalar, cap, vocab_start, vocab, float(beta), outputs)
+    return TokenArguments(tokens, mask, temperatures, scalar, cap, vocab_start, vocab, beta, outputs)
 
 
 def check_outputs(outputs: Sequence[str], choices: Sequence[str], has_ref: bool) -> list[str]:
@@ -95,11 +96,12 @@ def check_coefficients(
 
 def _temperatures(
     temperature: float | Tensor, tokens: Tensor, mask: Tensor | None
-) -> tuple[Tensor | None, float]:
+) -> tuple[Tensor | None, Number]:
     """Validate a temperature: a tensor gives (float64 tensor per token, 1.0), a number (None, number)."""
-    if not isinstance(temperature, Tensor):
-        checks.check_positive("temperature", temperature)
-        return None, float(temperature)
+    if not isinstance(temperature, Tensor) or (
+        temperature.dim() == 0 and temperature.device != tokens.device
+    ):
+        return None, checks.check_positive("temperature", temperature)
     checks.check_float("temperature", temperature)
     checks.check_device("temperature", temperature, tokens.device, "logits")
     t = temperature.detach().to(torch.float64)
@@ -122,11 +124,8 @@ def _temperatures(
     return t.expand(tokens.shape).contiguous(), 1.0
 
 
-def _softcap(softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    checks.check_positive("softcap", softcap)
-    return float(softcap)
+def _softcap(softcap: float | Tensor | None) -> Number:
+    return 0.0 if softcap is None else checks.check_positive("softcap", softcap)
 
 
 def _vocab(vocab_size: int | None, width: int) -> int:
@@ -154,8 +153,11 @@ def _columns(vocab_start: int, vocab_size: int | None, width: int) -> int:
     return min(max(vocab_size - vocab_start, 0), width)
 
 
-def _check_beta(beta: float, names: Sequence[str]) -> None:
-    if "jsd" in names:
-        checks.check_positive("beta", beta)
-        if beta >= 1:
-            raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
+def _checked_beta(beta: float | Tensor, names: Sequence[str]) -> Number:
+    """The beta of ``jsd``; without it any number will do."""
+    if "jsd" not in names:
+        return 0.5
+    number = checks.check_positive("beta", beta)
+    if not isinstance(number, Tensor) and number >= 1:
+        raise ValueError(f"beta: got {beta}, want a number above 0 and below 1")
+    return number

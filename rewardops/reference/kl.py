@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.kinds import Flags, RealTokens
+
 # Near 0, exp(x) - 1 - x loses all its digits to cancellation; the Taylor series for |x| < 1 does not (20 terms:
 # the first omitted one is under 1e-19 of the value).
 _SERIES = [1.0 / math.factorial(k) for k in range(2, 22)]
@@ -33,16 +35,16 @@ ESTIMATORS = ("k1", "abs", "k2", "k3", "k1_plus", "k3_plus", "binary_kl", "binar
 class TokenKlArgs(NamedTuple):
     """Arguments of ``token_kl`` and its backward pass; tensors of one shape, float32 or float64."""
 
-    logprob: Tensor
+    logprob: RealTokens
     """Logprob of the policy, in nats."""
-    ref_logprob: Tensor
+    ref_logprob: RealTokens
     """Logprob of the reference, in nats."""
-    mask: Tensor | None
+    mask: Flags | None
     """bool; None: every token counts."""
-    old_logprob: Tensor | None
+    old_logprob: RealTokens | None
     """Logprob of the sampling policy, NaN where unknown; weights the estimate by ``exp(logprob - old_logprob)``.
     None: no weight."""
-    rewards: Tensor | None
+    rewards: RealTokens | None
     """Rewards to which the estimate is added; None for none, and in the backward pass."""
     estimator: str
     """One of ``ESTIMATORS``."""
