@@ -185,7 +185,7 @@ def whiten(
 
     Args:
         values: any shape, padded or packed; float32, bfloat16, float16 or float64.
-        mask: the same shape. Floats other than 0 and 1 are weights of the elements in mean and variance, and their sum
+        mask: the same shape. Floats other than 0 and 1 are weights of the elements in mean and variance; their sum
             is the number of elements.
         process_group: mean and variance are over the elements of all its ranks, any number on each. One
             collective, of four numbers.

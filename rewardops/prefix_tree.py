@@ -498,8 +498,8 @@ def _off_the_heavy_path(forest: Forest, sums: Tensor, sizes: Tensor, terms: Tens
     Below such a node, that row's path goes through children that are the larger part of theirs: its sum is that of
     the other children, and what its heavy child has without the row. Rows are children of their leaves.
     """
-    nodes = sums.shape[0]
-    node = torch.arange(nodes + terms.shape[0], device=sums.device)
+    nodes, total = sums.shape[0], sums.shape[0] + terms.shape[0]
+    node = torch.arange(total, device=sums.device)
     above = torch.cat([forest.parent, forest.leaf])
     inside = above >= 0
     above = torch.where(inside, above, node)
@@ -509,11 +509,11 @@ def _off_the_heavy_path(forest: Forest, sums: Tensor, sizes: Tensor, terms: Tens
     size = times(discount, torch.cat([sizes, terms.detach().abs()]))
     heavy = inside & (2 * size > at_nodes(torch.cat([sizes, sizes.new_zeros(terms.shape)]), above))[:, 0]
     light = torch.where(heavy[:, None], 0, times(discount, torch.cat([sums, terms])))
-    rest = sums_at_nodes(light, above, len(node))
+    rest = sums_at_nodes(light, above, total)
     # Every node's heavy child, itself if there is none (the last place takes the others), and the discount to it.
-    to = torch.cat([node, node[:1]]).scatter(0, torch.where(heavy, above, len(node)), node)[:-1]
+    to = torch.cat([node, node[:1]]).scatter(0, torch.where(heavy, above, total), node)[:-1]
     factor = torch.where((to == node)[:, None], 0, discount[to])
-    for _ in range(len(node).bit_length()):
+    for _ in range(total.bit_length()):
         rest = rest + times(factor, at_nodes(rest, to))
         factor, to = factor * factor[to], to[to]
     return rest[:nodes]

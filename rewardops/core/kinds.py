@@ -61,9 +61,6 @@ class Kind(NamedTuple):
         return None
 
 
-_ANY = Kind(None, None)  # a dense tensor on the device of the others
-
-
 def kinds_of(record: type[NamedTuple] | None) -> dict[str, Kind]:
     """The kinds of a record's fields."""
     hints = typing.get_type_hints(record, include_extras=True) if record is not None else {}
@@ -163,11 +160,11 @@ def checker(
 ) -> Callable[[Sequence[Any]], torch.device]:
     """The check of the arguments of an op; it returns the device of the tensors, or raises."""
     names = [argument.name for argument in schema.arguments]
+    tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type) and a.name != "numbers"]
+    kinds = {name: kinds.get(name, Kind(None, None)) for name in tensors}
     # Shapes that others refer to come first.
-    places = sorted(
-        [k for k, n in enumerate(names) if n in kinds], key=lambda k: kinds[names[k]].shape != ("...",)
-    )
-    entries = [(k, names[k], kinds[names[k]]) for k in places]
+    tensors.sort(key=lambda name: kinds[name].shape != ("...",))
+    entries = [(names.index(name), name, kinds[name]) for name in tensors]
     numbers = [(k, a.name) for k, a in enumerate(schema.arguments) if str(a.type) == "int"]
     offsets = names.index("cu_seqlens") if "cu_seqlens" in names else None
 

@@ -104,7 +104,7 @@ def listed(numbers: Tensor | Sequence[float], dtype: torch.dtype, device: torch.
     if isinstance(numbers, Tensor):
         return numbers.detach().to(device, dtype)
     if not torch.compiler.is_compiling():
-        return torch.tensor(numbers, dtype=dtype, device=device)
+        return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
     one = torch.ones(1, dtype=dtype, device=device)
     return torch.cat([one[:0], *(one * number for number in numbers)])
 

@@ -98,9 +98,10 @@ class _Members(NamedTuple):
         # and equal rewards, which have a std of rounding size, come out as exactly 0.
         above = rewards - torch.where(low.isfinite(), low, 0)
         centred = above - g.total(above) / count
-        # In units of a power of two of which neither squares nor their sum leave the range of float64.
-        spread = high - low
-        unit = torch.where(spread > 2.0**400, 2.0**-600, torch.where(spread < 2.0**-400, 2.0**600, one))
+        # In units of a power of two of which neither squares nor their sum leave the range of float64 (or float32).
+        spread, power = high - low, 400.0 if rewards.dtype is torch.float64 else 50.0
+        small, large = 2.0 ** (-1.5 * power), 2.0 ** (1.5 * power)
+        unit = torch.where(spread > 2.0**power, small, torch.where(spread < 2.0**-power, large, one))
         square = g.total((centred * unit).square()) / (count - ddof).clamp(min=1)
         return g._replace(
             low=low,
