@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .core import checks, distributed
 from .core.inplace import check_overwritable, in_memory, physical
+from .core.precision import widest
 from .ops import logits as ops
 from .ops.token_arguments import check_coefficients, check_outputs, token_arguments
 from .reference import logits as spec
@@ -300,7 +301,7 @@ def merge_token_stats(
         parts = torch.stack(list(records))
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype: got {dtype}, want float32, bfloat16, float16 or float64")
-    if parts.dtype is not torch.float64:
+    if parts.dtype is not widest(parts.device):
         raise TypeError(f"records: got dtype {parts.dtype}, want float64")
     if parts.dim() < 2 or parts.shape[-1] != fields or not parts.shape[0]:
         raise ValueError(f"records: got shape {checks.show(parts.shape)}, want [parts, ..., {fields}]")

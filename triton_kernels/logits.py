@@ -21,7 +21,6 @@ from ..reference.logits import (
     TokenStatsArgs,
     accumulator,
     check_args,
-    check_records,
     check_upstream,
     read_beside,
     saved_rows,
@@ -218,7 +217,7 @@ def token_stats_backward_(
     """Overwrite the logits with their gradient; return the gradient of the reference's logits."""
     check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
     launch = TokenStatsLaunch(a)
-    check_upstream(a, grads, saved)
+    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     ref_out = launch.ref.new_empty(launch.ref.shape if to_ref else 0)
     out = launch.logits
     launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out if to_ref else None)
@@ -255,7 +254,7 @@ def token_stats_backward_to(
 ) -> None:
     """:func:`token_stats_backward` with results in ``out`` and ``ref_out``, which may overlap the logits."""
     launch = TokenStatsLaunch(a)
-    check_upstream(a, grads, saved)
+    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
 
 
@@ -264,5 +263,4 @@ def token_stats_partial_backward_to(
 ) -> None:
     """:func:`token_stats_partial_backward` with results in ``out`` and ``ref_out``, likewise."""
     launch = TokenStatsLaunch(a)
-    check_records(a.tokens.shape, grad_record=grad_record, record=record)
     launch.backward({}, record.contiguous(), out, ref_out, grad_record.contiguous())

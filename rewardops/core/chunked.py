@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..reference import logits as spec
-from ..reference.linear import LinearArgs, check_needs, check_upstream, pack_saved, unpack_saved
-from ..reference.logits import TokenStatsArgs, check_records, check_terms
+from ..reference.linear import LinearArgs, check_needs, pack_saved, precision, unpack_saved
+from ..reference.logits import TokenStatsArgs, check_terms, check_upstream
 from ..reference.token_records import RECORD, finish, merge, merge_records, record_gradient
 from .heads import Models, blocks
 
@@ -158,7 +158,7 @@ def linear_token_stats_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     models = Models(args)
-    check_upstream(args, grads, saved)
+    check_upstream(args.outputs, precision(*args[:6]), grads, saved.shape[-1], len(RECORD))
     check_needs(needs, 6)
     rows = models.rows
     upstream = {name: rows.gather(g) for name, g in zip(models.outputs, grads, strict=True) if g is not None}
@@ -181,7 +181,6 @@ def linear_token_stats_partial_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides from those of the records; empty for those not needed."""
     models = Models(args)
-    check_records(args.tokens.shape, grad_record=grad_record, record=record)
     check_needs(needs, 6)
     for k, head in enumerate(models.heads):
         head.prepare(needs[3 * k : 3 * k + 3], summed=False)
@@ -201,7 +200,7 @@ def linear_token_loss(
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs; logits are computed once per block."""
     models = Models(args)
-    check_terms(coefficients, terms, args.outputs, args.tokens.shape)
+    check_terms(coefficients, terms, args.outputs)
     check_needs(needs, 3)
     rows, policy = models.rows, models.policy
     factors = {name: rows.gather(c.to(models.wide)) for name, c in zip(terms, coefficients, strict=True)}

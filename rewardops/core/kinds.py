@@ -7,6 +7,7 @@ Kernels take addresses. A tensor of another dtype would be read as what it is no
 A kind is ``Annotated[Tensor, dtype, *shape]``. Dtypes are keys of ``DTYPES``; ``"real"`` tensors of a call have one
 dtype. A shape is a list of sizes: numbers, names (equal names are equal sizes, that of an integer argument if one
 has the name; ``"2B"`` and ``"B+1"`` follow from ``"B"``), and ``"..."`` for any sizes, the same wherever it stands.
+An integer argument ``size`` is the last of them.
 ``"or"`` separates two shapes. Where an op has ``cu_seqlens``, ``"..."`` is the shape of the tokens, ``[B, T]`` or
 packed ``[N]``, and ``"B"`` the number of rows.
 """
@@ -41,6 +42,8 @@ Flags = Annotated[Tensor, "bool", "..."]
 Markers = Annotated[Tensor, "markers", "..."]
 Offsets = Annotated[Tensor, "offsets", "B+1"]
 Factors = Annotated[Tensor, "float64", "...", "or", "B", "1"]
+Records = Annotated[Tensor, "float64", "...", "14"]  # of token statistics
+Coefficients = Annotated[Tensor, "float", "..."]
 IdTokens = Annotated[Tensor, "int64", "..."]
 IdRows = Annotated[Tensor, "int64", "B"]
 
@@ -118,6 +121,8 @@ class _Call:
             end = len(shape) - (len(symbols) - at - 1)
             if self.leading is None and self.dims in (None, max(end - at, 0)):
                 self.leading = shape[at : max(end, at)]
+                if "size" in self.sizes:
+                    self.leading = (*self.leading[:-1], self.sizes["size"])
                 if self.dims == 2:
                     self.sizes.setdefault("B", self.leading[0])
             if self.leading is None:

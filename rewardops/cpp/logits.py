@@ -17,7 +17,6 @@ from ..reference.logits import (
     TokenStatsArgs,
     accumulator,
     check_args,
-    check_records,
     check_upstream,
     read_beside,
     saved_rows,
@@ -96,7 +95,7 @@ def _from_saved(
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
-    check_upstream(a, grads, saved)
+    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     ups = {name: g.contiguous() for name, g in zip(a.outputs, grads, strict=True) if g is not None}
     saved = saved.contiguous()
     compiled_module().token_stats_backward(  # type: ignore[union-attr]
@@ -115,7 +114,6 @@ def _from_saved(
 def _from_record(
     launch: TokenStatsLaunch, grad_record: Tensor, record: Tensor, out: Tensor | None, ref_out: Tensor | None
 ) -> None:
-    check_records(launch.logits.shape[:-1], grad_record=grad_record, record=record)
     grad_record, record = grad_record.contiguous(), record.contiguous()
     compiled_module().token_stats_backward(  # type: ignore[union-attr]
         launch.tuple, _NO_ADDRESSES, 0, address(grad_record), address(record), launch.logits.shape[-1],

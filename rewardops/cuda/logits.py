@@ -51,7 +51,7 @@ def _one_pass(
     if not blocks:
         return None
     launch = TokenStatsLaunch(a)
-    check_terms(coefficients, terms, a.outputs, a.tokens.shape)
+    check_terms(coefficients, terms, a.outputs)
     if inplace:
         check_overwritable(a.logits, "logits", read_beside(a, "coefficients", terms, coefficients))
     grad = launch.logits if inplace else CUDA.fresh(a.logits.shape, a.logits.dtype, a.logits.device)

@@ -86,7 +86,9 @@ class GroupSpec:
     def by_row(self) -> GroupSpec:
         """These arguments for rows of one token, ``[B, 1]``, masked where the row has no token."""
         live = self.live()[:, None]
-        return replace(self, rows=Layout(len(live), tuple(live.shape), live, None), lengths=self.weights())
+        return replace(
+            self, rows=Layout(live.shape[0], tuple(live.shape), live, None), lengths=self.weights()
+        )
 
     def among(self, rows: Tensor) -> GroupSpec:
         """These arguments, :meth:`by_row`, with no row in any group but those of the mask ``rows`` ``[B]``."""
@@ -125,7 +127,7 @@ class GroupSpec:
         if self.rows is None:
             return values
         # Every row is a group of its own: the kernel writes the tokens in its only pass.
-        alone = torch.arange(len(values), device=values.device)
+        alone = torch.arange(values.shape[0], device=values.device)
         return replace(
             self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None
         ).advantages(values)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..core.dispatch import define
 from ..core.inplace import backward_may_overwrite
+from ..core.kinds import Coefficients, RealTokens, Records
+from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved, second_derivative
 from ..reference.linear import LinearArgs, precision
@@ -24,7 +26,7 @@ def _wide(args: LinearArgs) -> torch.dtype:
 
 
 def _fake_record(args: LinearArgs) -> Tensor:
-    return args.hidden.new_empty((*args.tokens.shape, len(RECORD)), dtype=torch.float64)
+    return args.hidden.new_empty((*args.tokens.shape, len(RECORD)), dtype=widest(args.hidden.device))
 
 
 def _fake_outputs(args: LinearArgs) -> list[Tensor]:
@@ -69,6 +71,7 @@ linear_token_stats_backward = define(
     "linear",
     f"linear_token_stats_backward(Tensor?[] grads, Tensor saved, {_ARGS}, bool[] needs) -> Tensor[]",
     record=LinearArgs,
+    tensors={"grads": RealTokens, "saved": Records},
     fake=lambda grads, saved, args, needs: _fake_gradients(args, needs),
 )
 
@@ -113,6 +116,7 @@ linear_token_loss = define(
     "linear",
     f"linear_token_loss(Tensor[] coefficients, str[] terms, bool[] needs, {_ARGS}) -> Tensor[]",
     record=LinearArgs,
+    tensors={"coefficients": Coefficients},
     fake=_fake_loss,
     setup_context=_setup_loss,
     backward=_gradient_loss,
@@ -132,6 +136,7 @@ linear_token_stats_partial_backward = define(
     "linear",
     f"linear_token_stats_partial_backward(Tensor grad_record, Tensor record, {_ARGS}, bool[] needs) -> Tensor[]",
     record=LinearArgs,
+    tensors={"grad_record": Records, "record": Records},
     fake=lambda grad_record, record, args, needs: _fake_gradients(args, needs),
 )
 

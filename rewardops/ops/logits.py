@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..core.dispatch import define
 from ..core.inplace import backward_may_overwrite, obstacle
+from ..core.kinds import Coefficients, RealTokens, Records
+from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved
 from ..reference.logits import RECORD, TokenStatsArgs, accumulator, read_beside, saved_rows
@@ -29,7 +32,9 @@ def _fake_gradients(args: TokenStatsArgs, to_logits: bool, to_ref: bool) -> tupl
 
 def _fake(args: TokenStatsArgs, inplace: bool) -> list[Tensor]:
     shape, acc = args.tokens.shape, accumulator(args.logits)
-    saved = args.logits.new_empty((saved_rows(args.ref_logits is not None), *shape), dtype=torch.float64)
+    saved = args.logits.new_empty(
+        (saved_rows(args.ref_logits is not None), *shape), dtype=widest(args.logits.device)
+    )
     dtypes = (torch.bool if name == "is_top1" else acc for name in args.outputs)
     return [saved, *(args.logits.new_empty(shape, dtype=dtype) for dtype in dtypes)]
 
@@ -64,11 +69,14 @@ def _gradient(ctx, grads):  # type: ignore[no-untyped-def]
     return {"logits": grad if needs.logits else None, "ref_logits": ref if to_ref else None}
 
 
+_UPSTREAM = {"grads": RealTokens, "saved": Annotated[Tensor, "float64", "S", "..."]}
+
 token_stats_backward = define(
     "logits",
     f"token_stats_backward(Tensor?[] grads, Tensor saved, {_ARGS}, bool to_logits, bool to_ref)"
     " -> (Tensor, Tensor)",
     record=TokenStatsArgs,
+    tensors=_UPSTREAM,
     fake=lambda grads, saved, args, *wanted: _fake_gradients(args, *wanted),
 )
 
@@ -77,6 +85,7 @@ token_stats_backward_ = define(
     f"token_stats_backward_(Tensor?[] grads, Tensor saved, {_ARGS_OVERWRITTEN}, bool to_logits, bool to_ref)"
     " -> Tensor",
     record=TokenStatsArgs,
+    tensors=_UPSTREAM,
     fake=lambda grads, saved, args, to_logits, to_ref: _fake_gradients(args, False, to_ref)[1],
 )
 
@@ -105,6 +114,7 @@ token_stats_and_grad = define(
     "logits",
     f"token_stats_and_grad({_KNOWN}, {_ARGS}) -> (Tensor, Tensor)",
     record=TokenStatsArgs,
+    tensors={"coefficients": Coefficients},
     fake=lambda *args: (_fake_stacked(*args), args[-1].logits.new_empty(args[-1].logits.shape)),
 )
 
@@ -112,6 +122,7 @@ token_stats_and_grad_ = define(
     "logits",
     f"token_stats_and_grad_({_KNOWN}, {_ARGS_OVERWRITTEN}) -> Tensor",
     record=TokenStatsArgs,
+    tensors={"coefficients": Coefficients},
     fake=_fake_stacked,
 )
 
@@ -132,6 +143,7 @@ token_stats_partial_backward = define(
     f"token_stats_partial_backward(Tensor grad_record, Tensor record, {_ARGS}, bool to_logits, bool to_ref)"
     " -> (Tensor, Tensor)",
     record=TokenStatsArgs,
+    tensors={"grad_record": Records, "record": Records},
     fake=lambda grad_record, record, args, *wanted: _fake_gradients(args, *wanted),
 )
 
@@ -139,7 +151,9 @@ token_stats_partial = define(
     "logits",
     f"token_stats_partial({_ARGS}) -> Tensor",
     record=TokenStatsArgs,
-    fake=lambda args: args.logits.new_empty((*args.tokens.shape, len(RECORD)), dtype=torch.float64),
+    fake=lambda args: args.logits.new_empty(
+        (*args.tokens.shape, len(RECORD)), dtype=widest(args.logits.device)
+    ),
     setup_context=lambda ctx, inputs, output: save_record(ctx, *inputs, output),
     backward=_gradient_partial,
 )

@@ -81,7 +81,7 @@ nodes_to_tokens_backward = define(
     "prefix_tree",
     f"nodes_to_tokens_backward(Tensor grad, {_NODE_TOKENS}) -> (Tensor, Tensor, Tensor, Tensor)",
     record=NodeTokensArgs,
-    tensors={"grad": Annotated[Tensor, "real", "C", "B", "size", "or", "C", "size"]},
+    tensors={"grad": Annotated[Tensor, "real", "C", "..."]},
     fake=lambda grad, args: args.zero_gradients(grad),
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.checks import Number
+from ..core.precision import wide
 from ..core.settings import debugging, may_read
 from ..reference.logits import OUTPUTS, REF_OUTPUTS, valid_rows
 
@@ -97,14 +98,14 @@ def check_coefficients(
 def _temperatures(
     temperature: float | Tensor, tokens: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, Number]:
-    """Validate a temperature: a tensor gives (float64 tensor per token, 1.0), a number (None, number)."""
+    """Validate a temperature: a tensor gives (tensor per token, 1.0), a number (None, number)."""
     if not isinstance(temperature, Tensor) or (
         temperature.dim() == 0 and temperature.device != tokens.device
     ):
         return None, checks.check_positive("temperature", temperature)
     checks.check_float("temperature", temperature)
     checks.check_device("temperature", temperature, tokens.device, "logits")
-    t = temperature.detach().to(torch.float64)
+    t = wide(temperature.detach())
     if t.dim() == 1 and tokens.dim() == 2 and t.shape[0] == tokens.shape[0]:
         t = t[:, None]
     elif t.dim() not in (0, tokens.dim()) or (t.dim() and t.shape[0] != tokens.shape[0]):

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.checks import show
+from ..core.kinds import Flags, IdTokens, WideTokens
 from . import logits as spec
-from .logits import TokenStatsArgs, check_like, check_names, check_records, check_terms
+from .logits import TokenStatsArgs, check_names, check_terms, check_upstream
 from .token_records import RECORD, finish, merge, record_gradient
 
 
 class LinearArgs(NamedTuple):
     """Arguments of every op of the family; rows ``[...]`` are ``[N]`` or ``[B, T]``."""
 
-    hidden: Tensor
+    hidden: Annotated[Tensor, "float", "...", "D"]
     """``[..., D]``; float32, bfloat16, float16 or float64."""
-    weight: Tensor
+    weight: Annotated[Tensor, "float", "V", "D"]
     """``[V, D]``, the head."""
-    bias: Tensor | None
+    bias: Annotated[Tensor, "float", "V"] | None
     """``[V]``."""
-    ref_hidden: Tensor | None
+    ref_hidden: Annotated[Tensor, "float", "...", "E"] | None
     """``[..., D_ref]``, hidden states of the reference model; None without one."""
-    ref_weight: Tensor | None
+    ref_weight: Annotated[Tensor, "float", "V", "E"] | None
     """``[V, D_ref]``."""
-    ref_bias: Tensor | None
+    ref_bias: Annotated[Tensor, "float", "V"] | None
     """``[V]``."""
-    tokens: Tensor
+    tokens: IdTokens
     """This and the fields up to ``outputs``: as in ``TokenStatsArgs``."""
-    mask: Tensor | None
-    temperatures: Tensor | None
+    mask: Flags | None
+    temperatures: WideTokens | None
     temperature: float
     softcap: float
     first: int
@@ -52,29 +52,10 @@ class LinearArgs(NamedTuple):
 # ---- arguments as the products and kernels rely on them ------------------------------------------------------
 
 
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: LinearArgs) -> None:
-    rows = a.tokens.shape
-    if len(rows) not in (1, 2) or hidden.shape[:-1] != rows:
-        raise ValueError(
-            f"{side}hidden: got shape {show(hidden.shape)}, want {show([*rows, 'D'])} (a row per token)"
-        )
-    check_like(f"{side}weight", weight, (a.weight.shape[0], hidden.shape[-1]))
-    if bias is not None:
-        check_like(f"{side}bias", bias, weight.shape[:1])
-
-
 def check_args(a: LinearArgs) -> None:
-    """Raise where shapes do not fit together. Public functions have said more by then."""
-    check_like("tokens", a.tokens, a.tokens.shape, torch.int64)
-    _check_head("", a.hidden, a.weight, a.bias, a)
+    """Raise where arguments do not fit together; kinds have checked dtypes and shapes by then."""
     if (a.ref_hidden is None) != (a.ref_weight is None):
         raise ValueError("ref_hidden: got one of ref_hidden and ref_weight, want both or neither")
-    if a.ref_hidden is not None and a.ref_weight is not None:
-        _check_head("ref_", a.ref_hidden, a.ref_weight, a.ref_bias, a)
-    if a.mask is not None:
-        check_like("mask", a.mask, a.tokens.shape, torch.bool)
-    if a.temperatures is not None:
-        check_like("temperatures", a.temperatures, a.tokens.shape, torch.float64)
     if not 0 <= a.vocab <= a.weight.shape[0]:
         raise ValueError(f"vocab: got {a.vocab}, want 0 to {a.weight.shape[0]} (the rows of weight)")
     for name in ("first", "chunk_tokens", "chunk_vocab"):
@@ -86,16 +67,6 @@ def check_args(a: LinearArgs) -> None:
 def check_needs(needs: Sequence[bool], count: int) -> None:
     if len(needs) != count:
         raise ValueError(f"needs: got {len(needs)}, want {count} (one per tensor with a gradient)")
-
-
-def check_upstream(a: LinearArgs, grads: Sequence[Tensor | None], saved: Tensor) -> None:
-    """Raise unless the gradients of the outputs and the saved statistics are those of these arguments."""
-    if len(grads) != len(a.outputs):
-        raise ValueError(f"grads: got {len(grads)}, want {len(a.outputs)} (one per output)")
-    for name, grad in zip(a.outputs, grads, strict=True):
-        if grad is not None:
-            check_like(f"grads of {name}", grad, a.tokens.shape, _wide(a))
-    check_records(a.tokens.shape, saved=saved)
 
 
 # ---- products of whole rows ----------------------------------------------------------------------------------
@@ -177,7 +148,7 @@ def linear_token_stats_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     rows = _token_stats_args(a)
-    check_upstream(a, grads, saved)
+    check_upstream(a.outputs, _wide(a), grads, saved.shape[-1], len(RECORD))
     check_needs(needs, 6)
     paired = rows.ref_logits is not None
     if "jsd" in a.outputs:
@@ -199,7 +170,6 @@ def linear_token_stats_partial_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     rows = _token_stats_args(a)
-    check_records(a.tokens.shape, grad_record=grad_record, record=record)
     check_needs(needs, 6)
     paired = rows.ref_logits is not None
     return _head_gradients(
@@ -212,7 +182,7 @@ def linear_token_loss(
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs."""
     rows, wide = _token_stats_args(a), _wide(a)
-    check_terms(coefficients, terms, a.outputs, a.tokens.shape)
+    check_terms(coefficients, terms, a.outputs)
     check_needs(needs, 3)
     valid = spec.valid_rows(a.tokens, a.mask)
     saved, *values = spec.token_stats(rows)

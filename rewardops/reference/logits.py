@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.checks import show
 from ..core.inplace import check_overwritable
+from ..core.kinds import Flags, IdTokens, WideTokens
 from .token_records import OUTPUTS as OUTPUTS
 from .token_records import RECORD as RECORD
 from .token_records import REF_OUTPUTS as REF_OUTPUTS
@@ -29,15 +29,15 @@ IGNORED = -100
 class TokenStatsArgs(NamedTuple):
     """Arguments of every op of the family; rows ``[...]`` are ``[N]`` or ``[B, T]``."""
 
-    logits: Tensor
+    logits: Annotated[Tensor, "float", "...", "V"]
     """``[..., V]``; float32, bfloat16, float16 or float64."""
-    tokens: Tensor
+    tokens: IdTokens
     """``[...]``, int64; ids in the whole vocabulary, -100 for a masked token."""
-    ref_logits: Tensor | None
+    ref_logits: Annotated[Tensor, "float", "...", "V"] | None
     """Logits of the reference model, the shape of ``logits``; float64 if and only if those are."""
-    mask: Tensor | None
+    mask: Flags | None
     """``[...]``, bool; None: every token counts."""
-    temperatures: Tensor | None
+    temperatures: WideTokens | None
     """``[...]``, float64, one per token; None: ``temperature`` for all."""
     temperature: float
     softcap: float
@@ -76,63 +76,38 @@ def check_names(outputs: tuple[str, ...], paired: bool) -> None:
         raise ValueError(f"outputs: got {outputs}, want distinct names out of {known}")
 
 
-def check_like(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
-    """Raise unless a tensor has this shape, and this dtype if one is given."""
-    if value.shape != shape or dtype not in (None, value.dtype):
-        got = f"{value.dtype} of shape {show(value.shape)}"
-        raise ValueError(f"{name}: got {got}, want {dtype or 'a tensor'} of shape {show(shape)}")
-
-
 def check_args(a: TokenStatsArgs) -> None:
-    """Raise where a kernel would read or write beyond a tensor. Public functions have said more by then."""
-    logits, tokens, ref, mask, temperatures = a[:5]
-    shape, rows = logits.shape, tokens.shape
-    if tokens.dtype is not torch.int64 or len(rows) not in (1, 2) or shape[:-1] != rows:
-        got = f"{tokens.dtype} of shape {show(rows)} with logits of shape {show(shape)}"
-        raise ValueError(f"tokens: got {got}, want torch.int64, a token for each row of [N, V] or [B, T, V]")
-    if not 0 <= a.vocab <= shape[-1]:
-        raise ValueError(f"vocab: got {a.vocab}, want 0 to {shape[-1]} (the columns of logits)")
+    """Raise where a kernel would read or write beyond a tensor; kinds have checked dtypes and shapes by then."""
+    if a.tokens.dim() not in (1, 2):
+        raise ValueError(f"tokens: got {a.tokens.dim()} dimensions, want [N] or [B, T]")
+    if not 0 <= a.vocab <= a.logits.shape[-1]:
+        raise ValueError(f"vocab: got {a.vocab}, want 0 to {a.logits.shape[-1]} (the columns of logits)")
     if a.first < 0:
         raise ValueError(f"first: got {a.first}, want at least 0")
-    if ref is not None and (
-        ref.shape != shape or (ref.dtype is torch.float64) != (logits.dtype is torch.float64)
-    ):
-        check_like(
-            "ref_logits", ref, shape, torch.float64 if logits.dtype is torch.float64 else torch.float32
-        )
-    if mask is not None and (mask.shape != rows or mask.dtype is not torch.bool):
-        check_like("mask", mask, rows, torch.bool)
-    if temperatures is not None and (temperatures.shape != rows or temperatures.dtype is not torch.float64):
-        check_like("temperatures", temperatures, rows, torch.float64)
-    check_names(tuple(a.outputs), ref is not None)
+    if a.ref_logits is not None and accumulator(a.ref_logits) is not accumulator(a.logits):
+        want = f"that of logits, {a.logits.dtype}, or one as wide"
+        raise ValueError(f"ref_logits: got dtype {a.ref_logits.dtype}, want {want}")
+    check_names(tuple(a.outputs), a.ref_logits is not None)
 
 
-def check_upstream(a: TokenStatsArgs, grads: Sequence[Tensor | None], saved: Tensor) -> None:
-    """Raise unless the gradients of the outputs and the saved statistics are those of these arguments."""
-    if len(grads) != len(a.outputs):
-        raise ValueError(f"grads: got {len(grads)}, want {len(a.outputs)} (one per output)")
-    rows, acc = a.tokens.shape, accumulator(a.logits)
-    for name, grad in zip(a.outputs, grads, strict=True):
-        if grad is not None:
-            check_like(f"grads of {name}", grad, rows, acc)
-    check_like("saved", saved, (saved_rows(a.ref_logits is not None), *rows), torch.float64)
-
-
-def check_records(rows: Sequence[int], **records: Tensor) -> None:
-    """Raise unless there is a record per row."""
-    for name, record in records.items():
-        check_like(name, record, (*rows, len(RECORD)), torch.float64)
-
-
-def check_terms(
-    coefficients: Sequence[Tensor], terms: Sequence[str], outputs: Sequence[str], rows: Sequence[int]
+def check_upstream(
+    outputs: Sequence[str], acc: torch.dtype, grads: Sequence[Tensor | None], saved: int, wanted: int
 ) -> None:
-    """Raise unless there is a coefficient per row for each term of a loss."""
+    """Raise unless there is a gradient, or None, per output, and as many saved statistics as wanted."""
+    if len(grads) != len(outputs):
+        raise ValueError(f"grads: got {len(grads)}, want {len(outputs)} (one per output)")
+    for name, grad in zip(outputs, grads, strict=True):
+        if grad is not None and grad.dtype is not acc:
+            raise TypeError(f"grads of {name}: got dtype {grad.dtype}, want {acc}")
+    if saved != wanted:
+        raise ValueError(f"saved: got {saved} statistics, want {wanted}")
+
+
+def check_terms(coefficients: Sequence[Tensor], terms: Sequence[str], outputs: Sequence[str]) -> None:
+    """Raise unless there is a coefficient for each term of a loss."""
     if len(coefficients) != len(terms) or any(n not in outputs or n == "is_top1" for n in terms):
         got = f"{list(terms)} with {len(coefficients)} coefficients"
         raise ValueError(f"terms: got {got}, want names out of {list(outputs)}, one for each")
-    for name, coefficient in zip(terms, coefficients, strict=True):
-        check_like(f"coefficients of {name}", coefficient, rows)
 
 
 def read_beside(
@@ -344,7 +319,7 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor]:
     """All upstream gradients folded into one gradient of the logits, and one of the reference logits."""
     rows, acc = _rows(a), accumulator(a.logits)
-    check_upstream(a, grads, saved)
+    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     known = dict(zip(SAVED, saved.to(acc), strict=False))
     zero = torch.zeros_like(known["shift"])
     upstream = {name: g for name, g in zip(a.outputs, grads, strict=True) if g is not None}
@@ -422,7 +397,6 @@ def token_stats_partial_backward(
     """Gradients of the logits from that of their record: the same terms, of sums that are not normalised."""
     acc = torch.float64  # sums are not normalised: large terms cancel
     rows = _rows(a)
-    check_records(a.tokens.shape, grad_record=grad_record, record=record)
     g = dict(zip(RECORD, torch.where(rows.valid[..., None], grad_record, 0).unbind(-1), strict=True))
     y, _ = distances(capped(a.logits, a, rows.valid, acc), rows.temperature)
     zero = torch.zeros_like(g["total"])
@@ -458,7 +432,7 @@ def with_gradient(
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Stacked statistics, and the arguments of the backward pass."""
         acc = accumulator(a.logits)
-        check_terms(coefficients, terms, a.outputs, a.tokens.shape)
+        check_terms(coefficients, terms, a.outputs)
         saved, *values = forward(a, False)
         by_name = {name: c.to(acc) for name, c in zip(terms, coefficients, strict=True)}
         ups = [by_name.get(name) for name in a.outputs]

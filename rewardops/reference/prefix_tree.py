@@ -269,7 +269,7 @@ class NodeTokensArgs(NamedTuple):
     """``[5, B]`` int64, from ``prefix_tree``; ``leaf`` is the node at which a row's path ends."""
     nodes: TreeNodes
     """``[4, 2 B]`` int64, from ``prefix_tree``."""
-    mask: Annotated[Tensor, "bool", "B", "size", "or", "size"] | None
+    mask: Flags | None
     """bool, the shape of the tokens; None: every token counts."""
     cu_seqlens: Offsets | None
     """``[B + 1]`` int32 or int64, offsets of packed rows; None: padded rows."""

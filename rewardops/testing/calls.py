@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 import rewardops as ro
 
 from ..core.families import FAMILIES
+from ..core.precision import wide
 from .inputs import adversarial_logits, random_groups, random_mask, shared_prefix_tokens
 
 LAYOUTS = ("padded", "packed")
@@ -143,8 +144,8 @@ class KnownLoss(torch.autograd.Function):
             inplace=inplace,
         )
         # Terms cancel: summed in float64, the loss does not depend on the order of summation.
-        terms = [torch.where(mask, coefficient * getattr(stats, name), 0).double() for name in coefficients]
-        return torch.stack(terms).sum().to(coefficient.dtype), grad
+        terms = [torch.where(mask, coefficient * getattr(stats, name), 0) for name in coefficients]
+        return wide(torch.stack(terms)).sum().to(coefficient.dtype), grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:

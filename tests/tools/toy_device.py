@@ -32,6 +32,9 @@ class Toy(Tensor):
         out.data_on_cpu = data
         return out
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "rewardops":
@@ -71,6 +74,10 @@ def register() -> None:
 # ---- the comparison ----------------------------------------------------------------------------------------
 
 
+# The device has no generators, and its tensors no addresses, from which a write over an input is judged.
+LEFT_OUT = ("clip_cov_mask", "token_stats_and_grad in place")
+
+
 def _results(call: Any) -> list[Tensor]:
     """Outputs and gradients, on the CPU."""
     inputs = [x.detach().requires_grad_(call.differentiable) for x in call.inputs]
@@ -86,6 +93,8 @@ def compare(layout: str) -> Iterator[str]:
     """The calls that differ between the devices, with the reason."""
     batch = make_batch(layout=layout, dtype=torch.float32)
     for ours, wanted in zip(calls(batch.to("toy")), calls(batch), strict=True):
+        if ours.name in LEFT_OUT:
+            continue
         try:
             with rewardops.use_backend("reference"):
                 want = _results(wanted)
