@@ -538,6 +538,7 @@ def steer_weights(
         least = torch.where(valid, x, torch.inf).amin()
         span = top - least
         equal = span == 0
-        out = high - (x - least) * ((high - low) / torch.where(equal, 1, span))
-        out = torch.where(equal, (low + high) / 2, out)
+        bottom, most = filled(x, low), filled(x, high)
+        out = most - (x - least) * ((most - bottom) / torch.where(equal, 1, span))
+        out = torch.where(equal, (bottom + most) / 2, out)
     return torch.where(valid, out, 0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 from ..core.dispatch import define
-from ..core.kinds import RealRows
+from ..core.kinds import Real, RealRows
 from ..core.records import save_record, saved_record, schema_of
 from ..reference.advantages import AdvantagesArgs
 
@@ -52,7 +50,7 @@ group_advantages_backward = define(
     f" {_ARGS}) -> (Tensor, Tensor)",
     record=AdvantagesArgs,
     tensors={
-        "grad": Annotated[Tensor, "real", "...", "or", "B"],
+        "grad": Real,  # of tokens, or of rows where there are none
         "grad_inv_scale": RealRows,
         "inv_scale": RealRows,
         "numerator": RealRows,

@@ -55,6 +55,13 @@ class AdvantagesArgs(NamedTuple):
         return None if self.cu_seqlens is None else (self.num_tokens,)
 
 
+def check_gradient(grad: Tensor | None, a: AdvantagesArgs) -> None:
+    """Raise unless the gradient has the shape of the advantages."""
+    want = tuple(a.rewards.shape if a.token_shape is None else a.token_shape)
+    if grad is not None and tuple(grad.shape) != want:
+        raise ValueError(f"grad: got shape {list(grad.shape)}, want {list(want)}")
+
+
 def live_rows(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """``[B]`` bool: the rows that have a token; all rows where there are no tokens."""
     if mask is None and cu_seqlens is None:
@@ -235,6 +242,7 @@ def group_advantages_backward(
     a: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the rewards, and of the baseline values (empty without such values)."""
+    check_gradient(grad, a)
     live = live_rows(a.rewards, a.mask, a.cu_seqlens)
     s = _statistics(a, live)
     if grad is None:

@@ -64,11 +64,20 @@ def _on_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map(_outside, out)
 
 
+def _arange(*numbers: int, device: Any = None, dtype: Any = None, **_: Any) -> Toy:
+    """PyTorch's own resizes an empty tensor, which a wrapper cannot do."""
+    return Toy.of(torch.arange(*numbers, dtype=dtype, device="cpu"))
+
+
 def register() -> None:
-    global _library
     _setup_privateuseone_for_python_backend("toy")
-    _library = torch.library.Library("_", "IMPL")
-    _library.fallback(_on_cpu, dispatch_key="PrivateUse1")  # tensors made on the device, and moved to it
+    # Tensors made on the device, and moved to it.
+    _libraries[0].fallback(_on_cpu, dispatch_key="PrivateUse1")
+    for name in ("arange", "arange.start", "arange.start_step"):
+        _libraries[1].impl(name, _arange, "PrivateUse1")
+
+
+_libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
