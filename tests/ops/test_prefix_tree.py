@@ -105,7 +105,7 @@ class Test_prefix_tree_arrays:
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
     def test_ids_and_labels_at_the_ends_of_their_types(self, target, generator, dtype):
-        """Compared as signed numbers, without a difference of two of them; a row before those that continue it."""
+        """Compared as numbers, without a difference of two of them; a row before those that continue it."""
         info, last = torch.iinfo(dtype), torch.iinfo(torch.int64)
         ids = torch.tensor([info.min, info.max, 0, info.min + 1, info.max - 1], dtype=dtype)
         tokens = ids[torch.randint(0, 5, (24, 4), generator=generator)]
