@@ -104,9 +104,3 @@ def group_sums(x: Tensor, number: Tensor, order: Tensor | None = None) -> Tensor
     sums = x.new_zeros((x.shape[0] + 1, *x.shape[1:]), dtype=widest(x.device))
     parts, to = (t if order is None else t.index_select(0, order) for t in (wide(x), number))
     return sums.index_put_((to,), parts, accumulate=True).index_select(0, number)
-
-
-def same_group(groups: Tensor, live: Tensor | None = None) -> Tensor:
-    """``[B, B]``, bool: True where two rows belong to one group (and both have a token)."""
-    same = groups[:, None] == groups[None, :]
-    return same if live is None else same & live[:, None] & live[None, :]

@@ -13,12 +13,13 @@ top, from 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.groups import same_group
+from ..core.groups import numbered
 from ..core.kinds import Flags, IdRows, Offsets
 from ..core.rows import from_rows, move, move_back, places_without_holes, to_rows
 
@@ -83,45 +84,82 @@ def _spans(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _S
     return _Spans(x.gather(1, index), valid, first, length)
 
 
-def longest_common_prefixes(spans: _Spans, groups: Tensor) -> Tensor:
-    """``[B, B]``: the number of equal leading tokens of two rows; -1 for two groups, or if one row is empty."""
+def _rank(spans: _Spans) -> Tensor:
+    """``[B]``: the place of each row's tokens among the rows in lexicographic order; the same for equal rows.
+
+    Tokens become ranks, and neighbouring columns of ranks one column of the ranks of the pairs, until one is left.
+    A row's end is rank 0, so that it comes before any token.
+    """
     batch, width = spans.tokens.shape
-    same = same_group(groups, spans.length > 0)
-    column = torch.arange(width, device=spans.tokens.device)
-    lcp = torch.zeros(batch, batch, dtype=torch.int64, device=spans.tokens.device)
-    for i in range(batch):
-        shorter = torch.minimum(spans.length, spans.length[i])
-        equal = (spans.tokens == spans.tokens[i]) & (column < shorter[:, None])
-        lcp[i] = equal.to(torch.int64).cumprod(1).sum(1)
-    return torch.where(same, lcp, -1)
+    inside = torch.arange(width, device=spans.tokens.device) < spans.length[:, None]
+    ranks = numbered(spans.tokens.to(torch.int64).flatten()).view(batch, width)
+    ranks = torch.where(inside, ranks + 1, 0)
+    while width > 1:
+        if width % 2:
+            ranks = torch.cat([ranks, torch.zeros_like(ranks[:, :1])], 1)
+        pairs = ranks[:, ::2] * (ranks.numel() + 1) + ranks[:, 1::2]
+        ranks = numbered(pairs.flatten()).view(pairs.shape)
+        width = pairs.shape[1]
+    return ranks.sum(1)
 
 
-def _precedes(spans: _Spans, groups: Tensor, lcp: Tensor) -> Tensor:
-    """``[B, B]`` bool: True at ``[i, j]`` if row j comes before row i."""
-    row = torch.arange(len(groups), device=groups.device)
-    at = lcp.clamp(min=0)
-    width = spans.tokens.shape[1]
-    token = spans.tokens.gather(1, at.clamp(max=width - 1)) if width else at
-    goes_on = at < spans.length[:, None]
-    earlier = row < row[:, None]
-    both = torch.where(goes_on, token > token.T, earlier)
-    by_token = torch.where(goes_on == goes_on.T, both, goes_on)
-    empty = spans.length == 0
-    same = groups == groups[:, None]
-    by_end = torch.where(empty == empty[:, None], earlier, empty[:, None])
-    return torch.where(same, torch.where(lcp >= 0, by_token, by_end), groups < groups[:, None])
+def _lexicographic_order(spans: _Spans, groups: Tensor) -> Tensor:
+    """``[B]``: the rows by label, by tokens (empty ones last), and by their index."""
+    order = _rank(spans).argsort(stable=True)
+    for key in (spans.length == 0, groups):
+        order = order[key.to(torch.int64)[order].argsort(stable=True)]
+    return order
 
 
-def _enclosing(shared: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def _shared_with_previous(spans: _Spans, groups: Tensor, order: Tensor) -> Tensor:
+    """``[B]``: tokens shared by the rows at a position and before it; -1 at a group's first and an empty row."""
+    tokens, length, label = spans.tokens[order], spans.length[order], groups[order]
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    shorter = torch.minimum(length[1:], length[:-1])
+    equal = (tokens[1:] == tokens[:-1]) & (column < shorter[:, None])
+    both = (label[1:] == label[:-1]) & (shorter > 0)
+    shared = torch.where(both, equal.to(torch.int64).cumprod(1).sum(1), -1)
+    return torch.cat([shared.new_full((1,), -1), shared])
+
+
+class _Minima(NamedTuple):
+    """The least of any range of ``[B]`` numbers, from the minima of ranges whose lengths are powers of two."""
+
+    of_powers: Tensor
+    """``[log2 B + 1, B]``: in row k and column p the minimum of ``[p, p + 2 ** k)``, cut off at B."""
+
+    @staticmethod
+    def of(x: Tensor) -> _Minima:
+        rows, size = [x], 1
+        while 2 * size <= len(x):
+            x = torch.cat([torch.minimum(x[:-size], x[size:]), x[-size:]])
+            rows.append(x)
+            size *= 2
+        return _Minima(torch.stack(rows))
+
+    def between(self, begin: Tensor, end: Tensor) -> Tensor:
+        """The minima of ``[begin, end)``, none of them empty: of two ranges that together cover it."""
+        powers = 2 ** torch.arange(len(self.of_powers), device=begin.device)
+        k = torch.searchsorted(powers, end - begin, right=True) - 1
+        return torch.minimum(self.of_powers[k, begin], self.of_powers[k, end - powers[k]])
+
+
+def _next_lower(x: Tensor) -> Tensor:
+    """``[B]``: the next position that has a lower number; B where there is none."""
+    size = len(x)
+    end = torch.arange(1, size + 1, device=x.device)
+    of_powers = _Minima.of(x).of_powers
+    for k in reversed(range(len(of_powers))):
+        none = of_powers[k][end.clamp(max=size - 1)] >= x
+        end = torch.where(none, (end + 2**k).clamp(max=size), end)
+    return end
+
+
+def _enclosing(shared: Tensor, node: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Node and depth of the longest prefix that the rows at ``[begin, end)`` share with a neighbour; -1 if none."""
-    position = torch.arange(len(shared), device=shared.device)
-    padded = torch.cat([shared, shared.new_full((1,), -1)])
-    depth = torch.maximum(padded[begin], padded[end])
-    below = (shared < depth[:, None]) & (position <= begin[:, None])
-    start = torch.where(below, position, -1).amax(1)
-    at_depth = (shared == depth[:, None]) & (position > start[:, None])
-    node = torch.where(at_depth, position, 2 * len(shared)).amin(1)
-    return torch.where(depth >= 0, node, -1), depth
+    before, after = shared[begin], torch.cat([shared, shared.new_full((1,), -1)])[end]
+    depth = torch.maximum(before, after)
+    return torch.where(depth >= 0, node[torch.where(before >= after, begin, end)], -1), depth
 
 
 def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
@@ -133,23 +171,20 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
     batch = len(groups)
     if batch == 0:
         return groups.new_zeros(5, 0), groups.new_zeros(4, 0)
-    lcp = longest_common_prefixes(spans, groups)
-    precedes = _precedes(spans, groups, lcp)
-    place = precedes.sum(1)
-    position = torch.arange(batch, device=groups.device)
-    order = torch.empty_like(place)
-    order[place] = position
-    shared = torch.where(precedes, lcp, -1).amax(1)[order]
-
-    lower = shared < shared[:, None]
-    begin = torch.where(lower & (position < position[:, None]), position, -1).amax(1)
-    end = torch.where(lower & (position > position[:, None]), position, batch).amin(1)
-    between = (position > begin[:, None]) & (position < position[:, None])
-    diverges = (shared >= 0) & ~(between & (shared == shared[:, None])).any(1)
-    begin = begin.clamp(min=0)
-    node, _ = _enclosing(shared, begin, end)
-    alone_node, alone_up = _enclosing(shared, position, position + 1)
+    order = _lexicographic_order(spans, groups)
+    shared = _shared_with_previous(spans, groups, order)
     length = spans.length[order]
+    position = torch.arange(batch, device=groups.device)
+
+    # The rows around a position that share its prefix of `shared` tokens, and where the first of them diverges.
+    end = _next_lower(shared)
+    begin = (batch - 1 - _next_lower(shared.flip(0)).flip(0)).clamp(min=0)
+    inner = torch.where(shared >= 0, begin + 1, position)
+    node = _Minima.of(shared * batch + position).between(inner, end) % batch
+    diverges = (shared >= 0) & (node == position)
+
+    above, _ = _enclosing(shared, node, begin, end)
+    alone_above, alone_up = _enclosing(shared, node, position, position + 1)
     is_alone = length > alone_up.clamp(min=0)
 
     nodes = torch.stack(
@@ -157,11 +192,11 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
             torch.cat([torch.where(diverges, begin, 0), torch.where(is_alone, position, 0)]),
             torch.cat([torch.where(diverges, end, 0), torch.where(is_alone, position + 1, 0)]),
             torch.cat([torch.where(diverges, shared, -1), torch.where(is_alone, length, -1)]),
-            torch.cat([torch.where(diverges, node, -1), torch.where(is_alone, alone_node, -1)]),
+            torch.cat([torch.where(diverges, above, -1), torch.where(is_alone, alone_above, -1)]),
         ]
     )
-    leaf = torch.where(is_alone, batch + position, alone_node)
-    leaf = torch.where(length > 0, leaf, -1)[place]
+    leaf = torch.where(is_alone, batch + position, alone_above)
+    leaf = torch.empty_like(leaf).index_copy_(0, order, torch.where(length > 0, leaf, -1))
     # An empty row has no first column: 0 on every backend.
     rows = torch.stack([order, leaf, torch.where(spans.length > 0, spans.first, 0), spans.length, shared])
     return rows, nodes
@@ -170,20 +205,15 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
 def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Members of each row's group in row order, and the common prefix with each; ``[B, most]`` both."""
     order, _, _, length, shared = rows
-    batch, device = len(order), rows.device
-    if batch == 0:
-        return (torch.zeros(0, most, dtype=torch.int32, device=device),) * 2
-    position = torch.arange(batch, device=device)
-    # Two rows share the minimum over the neighbours between them: [position, distance ahead].
-    ahead = torch.cat([shared, shared.new_full((batch,), -1)])[position[:, None] + position]
-    ahead[:, 0] = torch.iinfo(torch.int64).max
-    ahead = ahead.cummin(1).values
-    ahead[:, 0] = torch.where(length > 0, length, -1)[order]
+    if len(order) == 0:
+        return (torch.zeros(0, most, dtype=torch.int32, device=rows.device),) * 2
     members, _ = members_of(groups, most)
-    place = torch.empty_like(order)
-    place[order] = position
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=rows.device))
     here, there = place[:, None], place[members.clamp(min=0)]
-    lcp = ahead[torch.minimum(here, there), (here - there).abs()]
+    # Two rows share the minimum over the neighbours between them; a row shares all of its tokens with itself.
+    first, last = torch.minimum(here, there), torch.maximum(here, there)
+    lcp = _Minima.of(shared).between(torch.minimum(first + 1, last), last + 1)
+    lcp = torch.where(here == there, torch.where(length > 0, length, -1)[:, None], lcp)
     return members.to(torch.int32), torch.where(members >= 0, lcp, -1).to(torch.int32)
 
 
@@ -207,41 +237,53 @@ def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
 # ---- sums over subtrees ------------------------------------------------------------------------------------
 
 
-class _Terms(NamedTuple):
-    """Terms of the sums by node and position, ``[2 B, B, C]``."""
+def _paths(rows: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows in order, and a node of each: first the leaves, then the parents of these, as long as any have one."""
+    order, leaf = rows[:2]
+    row, node = order, leaf[order]
+    while True:
+        there = node >= 0
+        row, node = row[there], node[there]
+        if len(row) == 0:
+            return
+        yield row, node
+        node = nodes[3][node]
 
-    inside: Tensor  # True if the row at the position is the node's
+
+class _Terms(NamedTuple):
+    """Terms of the sums by row and node, ``[K, C]``."""
+
     weight: Tensor
     value: Tensor  # multiplied by the weight
     slope: Tensor  # derivative of the value in x
 
 
-def _terms(a: SubtreeArgs) -> _Terms:
-    order, _, _, length, _ = a.rows
-    begin, end, depth, _ = a.nodes
-    position = torch.arange(a.rows.shape[1], device=a.rows.device)
-    inside = ((position >= begin[:, None]) & (position < end[:, None]))[:, :, None]
-    weights = torch.ones_like(length, dtype=a.x.dtype) if a.weights is None else a.weights
-    weight, x = weights[order][None, :, None], a.x[order]
+def _terms(a: SubtreeArgs, row: Tensor, node: Tensor) -> _Terms:
+    x = a.x[row]
+    weight = x.new_ones(len(x), 1) if a.weights is None else a.weights[row, None]
     if a.centre is None:
-        left = (length[order] - depth[:, None]).clamp(min=0)
-        slope = (a.gamma ** left.to(x.dtype))[:, :, None].expand(-1, -1, x.shape[1])
-        return _Terms(inside, weight, slope * x, slope)
-    off = x - a.centre[:, None]
-    return _Terms(inside, weight, off * off, 2 * off)
+        left = a.rows[3][row] - a.nodes[2][node]
+        slope = (a.gamma ** left.to(x.dtype))[:, None].expand_as(x)
+        return _Terms(weight, slope * x, slope)
+    off = x - a.centre[node]
+    return _Terms(weight, off * off, 2 * off)
 
 
 def subtree_sums(a: SubtreeArgs) -> Tensor:
-    t = _terms(a)
-    return torch.where(t.inside, t.weight * t.value, 0).sum(1)
+    sums = a.x.new_zeros(a.nodes.shape[1], a.x.shape[1])
+    for row, node in _paths(a.rows, a.nodes):
+        t = _terms(a, row, node)
+        sums.index_put_((node,), t.weight * t.value, accumulate=True)
+    return sums
 
 
 def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
-    t, order = _terms(a), a.rows[0]
     on_x, on_weights = torch.zeros_like(a.x), a.x.new_zeros(0 if a.weights is None else len(a.x))
-    on_x[order] = torch.where(t.inside, grad[:, None] * t.weight * t.slope, 0).sum(0)
-    if a.weights is not None:
-        on_weights[order] = torch.where(t.inside, grad[:, None] * t.value, 0).sum((0, 2))
+    for row, node in _paths(a.rows, a.nodes):
+        t, up = _terms(a, row, node), grad[node]
+        on_x[row] += up * t.weight * t.slope
+        if a.weights is not None:
+            on_weights[row] += (up * t.value).sum(1)
     return on_x, on_weights
 
 
@@ -304,16 +346,15 @@ class NodeTokensArgs(NamedTuple):
 
 def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     """Per state ``[B, width + 1]``: its node, and the discounts from the node's depth and from the row's end."""
-    _, _, depth, parent = nodes
+    depth = nodes[2]
     state = torch.arange(width + 1, device=rows.device)
-    node = rows[1].clamp(min=0)
-    at = node[:, None].repeat(1, width + 1)
-    while True:
-        up = parent[node]
-        if not bool((up >= 0).any()):
-            break
-        node = torch.where(up >= 0, up, node)
-        at = torch.where(state <= depth[node][:, None], node[:, None], at)
+    # A state's node is the first node of the row's path that is as deep; after the last, the leaf.
+    at = rows[1].clamp(min=0)[:, None].repeat(1, width + 1)
+    ends = torch.full_like(at, width)
+    for row, node in _paths(rows, nodes):
+        at[row, depth[node]] = node
+        ends[row, depth[node]] = depth[node]
+    at = at.gather(1, ends.flip(1).cummin(1).values.flip(1))
     to_depth = (depth[at] - state).clamp(min=0).to(torch.float64)
     to_end = to_depth + (rows[3][:, None] - depth[at]).clamp(min=0)
     return at, gamma**to_depth, gamma**to_end
@@ -341,13 +382,12 @@ def nodes_to_tokens(a: NodeTokensArgs, dtype: torch.dtype) -> Tensor:
         return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
     values, scaled_values, row_bias, row_factor = a[:4]
     places = _places(a)
-    width = places.valid.shape[1]
+    batch, width = places.valid.shape
+    if batch == 0 or a.channels == 0:
+        return torch.zeros((a.channels, *a.shape), dtype=dtype, device=a.rows.device)
+    node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
     out = []
     for c in range(a.channels):
-        if a.rows.shape[1] == 0:
-            out.append(torch.zeros(a.shape, dtype=dtype, device=a.rows.device))
-            continue
-        node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
         value = torch.zeros_like(to_depth) if values is None else values[:, c][node] * to_depth
         if scaled_values is not None and row_factor is not None:
             value = value + row_factor[:, c, None] * scaled_values[:, c][node] * to_end
@@ -355,7 +395,7 @@ def nodes_to_tokens(a: NodeTokensArgs, dtype: torch.dtype) -> Tensor:
         x = {"before": before, "after": after, "step": after - before}[a.at].gather(1, places.column)
         x = x if row_bias is None else row_bias[:, c, None] + x
         out.append(from_rows(torch.where(places.valid, x, 0).to(dtype), a.shape, a.cu_seqlens))
-    return torch.stack(out) if out else torch.zeros((0, *a.shape), dtype=dtype, device=a.rows.device)
+    return torch.stack(out)
 
 
 def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, ...]:
@@ -365,9 +405,11 @@ def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, .
     values, scaled_values, row_bias, row_factor = a[:4]
     places = _places(a)
     batch, width = places.valid.shape
-    on_values, on_scaled, on_bias, on_factor = a.zero_gradients(grad)
-    for c in range(a.channels if batch else 0):
-        node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
+    on_values, on_scaled, on_bias, on_factor = gradients = a.zero_gradients(grad)
+    if batch == 0:
+        return gradients
+    node, to_depth, to_end = _states(a.rows, a.nodes, width, a.gamma)
+    for c in range(a.channels):
         up = to_rows(grad[c], None, a.cu_seqlens)[0].to(torch.float64)
         up = torch.where(places.valid, up, 0)
         if row_bias is not None:

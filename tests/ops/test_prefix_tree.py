@@ -103,9 +103,25 @@ class Test_prefix_tree_arrays:
         assert rows[4].tolist() == [-1, *shared]
         assert int((nodes[2] >= 0).sum()) <= 2 * batch - len(sizes)
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
+    def test_ids_and_labels_at_the_ends_of_their_types(self, target, generator, dtype):
+        """Compared as numbers, without a difference of two of them; a row before those that continue it."""
+        info, last = torch.iinfo(dtype), torch.iinfo(torch.int64)
+        ids = torch.tensor([info.min, info.max, 0, info.min + 1, info.max - 1], dtype=dtype)
+        tokens = ids[torch.randint(0, 5, (24, 4), generator=generator)]
+        tokens[:, :2] = tokens[torch.randint(0, 3, (24,), generator=generator), :2]
+        groups = torch.tensor([last.max, last.min, 0])[torch.randint(0, 3, (24,), generator=generator)]
+        lengths = torch.randint(0, 5, (24,), generator=generator)
+        mask = torch.arange(4) < lengths[:, None]
+        rows, _ = arrays(tokens, groups, mask, None, target.backend, target.device)
+        spans = rows_of(tokens, mask)
+        want = sorted(range(24), key=lambda b: (int(groups[b]), not spans[b], spans[b], b))
+        assert rows[0].tolist() == want
+        same_arrays(target, tokens, groups, mask)
+
     def test_a_tree_that_leans(self, target):
         """Each row leaves the next one token later: the tree is as deep as the number of rows, in both orders."""
-        n = 24 if target.interpreted else {"reference": 60, "cpp": 200}.get(target.backend, 300)
+        n = 24 if target.interpreted else {"reference": 200, "cpp": 200}.get(target.backend, 300)
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         for x in (tokens, tokens.flip(0), 1 - tokens):
             where = (target.backend, target.device)
@@ -178,6 +194,47 @@ class Test_prefix_tree_arrays:
             want = rewardops.prefix_lcp(tokens, groups, max_group_size=40)
         for member_rows in members:
             assert all(torch.equal(a.cpu(), b) for a, b in zip(member_rows, want, strict=True))
+
+
+def sums_of_rows(target, x, weights, centre, rows, nodes, gamma):
+    """``subtree_sums``, and its gradients for an upstream gradient of 1."""
+    tensors = [None if t is None else t.to(target.device) for t in (x, weights, centre, rows, nodes)]
+    ops = torch.ops.rewardops
+    out = ops.subtree_sums(*tensors, gamma)
+    return [t.cpu() for t in (out, *ops.subtree_sums_backward(torch.ones_like(out), *tensors, gamma))]
+
+
+class Test_subtree_sums:
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+    def test_a_number_that_is_not_finite_stays_in_its_nodes(self, target, generator, gamma, bad):
+        """Sums of the rows of a node alone, not differences of sums of more rows: others have the same bits."""
+        tokens, groups, mask = draw(20, 8, generator)
+        tokens[7], groups[7], mask[7] = tokens[3], groups[3], mask[3]
+        rows, nodes = arrays(tokens, groups, mask)
+        x = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+        weights = torch.rand(20, generator=generator, dtype=torch.float64)
+        centre = torch.randn(40, 2, generator=generator, dtype=torch.float64) if gamma == 1 else None
+        want = sums_of_rows(target, x, weights, centre, rows, nodes, gamma)
+        row = int(rows[0, 4])
+        spoiled = x.clone()
+        spoiled[row, 1] = bad
+        got = sums_of_rows(target, spoiled, weights, centre, rows, nodes, gamma)
+        position = torch.arange(20)
+        inside = (position >= nodes[0][:, None]) & (position < nodes[1][:, None])
+        has_row = inside[:, rows[0] == row].any(1)
+        assert bool(has_row.any())
+        assert torch.equal(got[0][:, 1].isfinite(), ~has_row)
+        assert torch.equal(got[0][~has_row], want[0][~has_row])
+        assert torch.equal(got[0][:, 0], want[0][:, 0])
+        others = torch.arange(20) != row
+        assert all(torch.equal(a[others], b[others]) for a, b in zip(got[1:], want[1:], strict=True))
+        left = (rows[3][rows[0]] - nodes[2][:, None]).clamp(min=0).double()
+        for c in range(2):
+            y = x[rows[0], c]
+            terms = gamma**left * y if centre is None else (y - centre[:, c, None]) ** 2
+            by_hand = torch.where(inside, weights[rows[0]] * terms, 0).sum(1)
+            torch.testing.assert_close(want[0][:, c], by_hand, rtol=1e-12, atol=1e-12)
 
 
 def on_tokens(
