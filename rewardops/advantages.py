@@ -206,18 +206,18 @@ def whiten(
     x = torch.where(valid, x, 0)
     weight = None if weight is None else wide(weight)
 
-    def total(x: Tensor) -> Tensor:
+    def summed(x: Tensor) -> Tensor:
         """The sum of what is 0 where masked, weighed."""
         return x.sum(dtype=widest(x.device)) if weight is None else (torch.where(valid, weight, 0) * x).sum()
 
-    count = total(valid)
+    count = summed(valid)
     # Subtract some element first: large values keep their differences, and equal values give exactly 0.
     first = torch.where(valid, x, torch.inf).detach().amin() if x.numel() else x.new_zeros(())
     first = torch.where(first.isfinite(), first, 0)
     above = torch.where(valid, x - first, 0)
-    mean = total(above) / torch.where(count > 0, count, 1)
+    mean = summed(above) / torch.where(count > 0, count, 1)
     centred = torch.where(valid, above - mean, 0)
-    squares = total(wide(centred).square())
+    squares = summed(wide(centred).square())
     if process_group is not None:
         base, total, mean, squares = _merged_moments(process_group, count, first, mean, squares)
         centred = torch.where(valid, above + ((first - base) - mean), 0)
@@ -638,10 +638,11 @@ def _summed(
     count = len(columns)
     by_row = spec.by_row()
     total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
-    shares = [1.0] * count if weights is None else weights
-    numbers = checks.as_numbers("weights", shares, count, "the columns of rewards")
-    shares = listed(numbers, total.dtype, total.device).unbind()
-    for share, column, absent in zip(shares, columns, missing.unbind(1), strict=True):
+    numbers = checks.as_numbers(
+        "weights", [1.0] * count if weights is None else weights, count, "the columns of rewards"
+    )
+    shares = listed(numbers, total.dtype, total.device)
+    for share, column, absent in zip(shares.unbind(), columns, missing.unbind(1), strict=True):
         total = total + share * by_row.among(~absent).advantages(column)[:, 0]
     return spec, total
 

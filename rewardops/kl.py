@@ -239,7 +239,7 @@ def _factors(beta: Tensor, logprob: Tensor, mask: Tensor | None) -> Tensor:
     """Factors of the estimates, constant, in a shape that spreads over ``logprob``; 0 where masked."""
     checks.check_float("beta", beta)
     shape = tuple(logprob.shape)
-    forms = {shape: "one per token of logprob"}
+    forms = {(): "for all", shape: "one per token of logprob"}
     if len(shape) == 2:
         forms[shape[:1]] = "one per row of logprob"
     if tuple(beta.shape) not in forms:

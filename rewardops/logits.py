@@ -348,7 +348,7 @@ def _arguments(
     outputs: Sequence[str],
     *,
     temperature: float | Tensor,
-    softcap: float | None,
+    softcap: float | Tensor | None,
     vocab_size: int | None,
     ref_logits: Tensor | None,
     mask: Tensor | None,

@@ -262,7 +262,7 @@ def tempo_advantages(
             unknown scale.
     """
     checks.check_rewards(rewards)
-    eps = check_group_scale(scale, eps, ddof)
+    added_to_scale = check_group_scale(scale, eps, ddof)
     checks.check_choice("td_scale", td_scale, TD_SCALES)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, _ = checked_rewards(rewards, rows)
@@ -278,7 +278,7 @@ def tempo_advantages(
         baseline="mean",
         quantile=0.0,
         scale=scale,
-        eps=eps,
+        eps=added_to_scale,
         ddof=ddof,
         raw=False,
     )
@@ -482,7 +482,7 @@ def _others(forest: Forest, terms: Tensor, gamma: Number, leaf: Tensor, at: str)
         )
 
     rest = [
-        _off_the_heavy_path(forest, *(t[:, c : c + 1] for t in (sums, sizes, terms)), gamma)
+        _off_the_heavy_path(forest, sums[:, c, None], sizes[:, c, None], terms[:, c, None], gamma)
         for c in range(terms.shape[1])
     ]
     if not rest:

@@ -60,10 +60,10 @@ def tree_values(
     """
     parent, rewards, dtype = _checked(parent, leaf_rewards)
     checks.check_choice("reduce", reduce, REDUCES)
-    temperature = checks.check_positive("temperature", temperature)
+    softness = checks.check_positive("temperature", temperature)
     depth = _checked_depth(max_depth, parent)
     weight = _checked_visits(visits, parent, depth)
-    args = TreeArgs(parent, rewards, weight, reduce, temperature, depth)
+    args = TreeArgs(parent, rewards, weight, reduce, softness, depth)
     values: Tensor = ops.tree_values(*args)[0]
     return values.to(dtype)
 
@@ -106,13 +106,13 @@ def tree_advantages(
     checks.check_choice("kind", kind, KINDS)
     checks.check_choice("form", form, FORMS)
     checks.check_choice("reduce", reduce, REDUCES)
-    temperature = checks.check_positive("temperature", temperature)
+    softness = checks.check_positive("temperature", temperature)
     eps = check_group_scale(scale, eps, ddof)
     depth = _checked_depth(max_depth, parent)
     if visits is None and kind == "tree_rl" and reduce == "mean":
         visits = "leaves"
     weight = _checked_visits(visits, parent, depth)
-    args = TreeArgs(parent, rewards, weight, reduce, temperature, depth)
+    args = TreeArgs(parent, rewards, weight, reduce, softness, depth)
     values = ops.tree_values(*args)[0][:, None]
     if kind == "local":
         out = _less(values, _up(parent))
@@ -219,7 +219,7 @@ def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor
     return value + _less(value, up)
 
 
-def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float, ddof: int) -> Tensor:
+def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float | Tensor, ddof: int) -> Tensor:
     """``[M, C]``: advantages relative to the siblings of a node; 0 at a root."""
     up = _up(parent)
     labels = torch.where(up == _numbers(parent), -1 - up, up)

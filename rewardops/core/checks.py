@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(repr(c) for c in choices)}")
 
 
-Number = float | Tensor
+# A float; a tensor of no dimensions where a graph is traced. Records and ops take both for a float.
+Number = Any
 
 
 def check_number(name: str, value: object, want: str = "a number") -> Number:

@@ -158,19 +158,19 @@ def define(
     others = {name: kind for name, hint in (tensors or {}).items() if (kind := Kind.of(hint)) is not None}
     check = checker(overload._schema, {**kinds_of(record), **others})
 
-    def on_cpu(*args: Any) -> Any:
-        args = floats.read(args)
+    def on_cpu(*given: Any) -> Any:
+        args = floats.read(given)
         check(args)
         return _run("cpu", family, op, pack(args))
 
-    def on_cuda(*args: Any) -> Any:
-        args = floats.read(args)
+    def on_cuda(*given: Any) -> Any:
+        args = floats.read(given)
         # Kernels are launched on the current device, which need not be the tensors'.
         with torch.cuda.device(check(args)):
             return _run("cuda", family, op, pack(args))
 
-    def elsewhere(*args: Any) -> Any:
-        args = floats.read(args)
+    def elsewhere(*given: Any) -> Any:
+        args = floats.read(given)
         device = check(args)
         with contextlib.nullcontext() if has_float64(device.type) else InFloat32():
             return _run(device.type, family, op, pack(args))

@@ -94,8 +94,9 @@ class _Call:
 
     def _check_dtype(self, name: str, tensor: Tensor, kind: Kind) -> None:
         narrow = kind.dtype == "float64" and not has_float64(self.device.type)
-        if tensor.dtype not in DTYPES["real" if narrow else kind.dtype]:
-            want = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind.dtype])
+        dtypes = DTYPES["real" if narrow else str(kind.dtype)]
+        if tensor.dtype not in dtypes:
+            want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{name}: got dtype {tensor.dtype}, want {want}")
         if kind.dtype == "real":
             if self.real is None:

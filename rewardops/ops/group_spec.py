@@ -32,7 +32,7 @@ class GroupSpec:
     baseline: str
     quantile: Number
     scale: str
-    eps: float | Tensor
+    eps: Number
     ddof: int
     raw: bool
     lengths: Tensor | None
@@ -59,7 +59,7 @@ class GroupSpec:
         checks.check_rewards(rewards, name)
         ids = group_ids(groups, group_size, rewards.shape[0], rewards.device, name)
         kind, quantile, values = _baseline(baseline, rewards)
-        eps = check_group_scale(scale, eps, ddof)
+        added = check_group_scale(scale, eps, ddof)
         checks.check_choice("singleton", singleton, ("zero", "raw"))
         if singleton == "raw" and scale == "batch_std":
             raise ValueError("singleton: got 'raw' with scale='batch_std', want 'zero'")
@@ -68,7 +68,7 @@ class GroupSpec:
             _check_lengths(lengths, rows, ids, rewards)
         elif lengths is not None:
             raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
-        return GroupSpec(ids, rows, kind, quantile, scale, eps, ddof, singleton == "raw", lengths, values)
+        return GroupSpec(ids, rows, kind, quantile, scale, added, ddof, singleton == "raw", lengths, values)
 
     def weights(self) -> Tensor | None:
         """``[B]``, the lengths that weigh rewards in the baseline; None for other baselines."""

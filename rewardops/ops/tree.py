@@ -13,6 +13,11 @@ from ..reference.tree import TreeArgs
 
 # ---- nodes by index ----------------------------------------------------------------------------------------
 
+
+def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
+    return {"grad": at_nodes(grad, *ctx.saved_tensors)}
+
+
 # The sums of terms at each node, in order: also by itself, with the gradient that belongs to it.
 sums_at_nodes = define(
     "tree",
@@ -20,7 +25,7 @@ sums_at_nodes = define(
     tensors={"grad": Annotated[Tensor, "real", "N", "C"], "index": Annotated[Tensor, "int64", "N"]},
     fake=lambda grad, index, size: grad.new_empty(size, grad.shape[1]),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
-    backward=lambda ctx, grad: {"grad": at_nodes(grad, *ctx.saved_tensors)},
+    backward=_gradient_sums,
 )
 
 

@@ -156,7 +156,7 @@ class TestNumbers:
             TypeError, match=r"temperature: got a tensor \[2\] of torch.float32, want a number above 0"
         ):
             rewardops.softmin_returns(x, temperature=torch.ones(2))
-        with pytest.raises(ValueError, match="temperature: got -1.0, want a finite number above 0"):
+        with pytest.raises(ValueError, match=r"temperature: got -1\.0, want a finite number above 0"):
             rewardops.softmin_returns(x, temperature=torch.tensor(-1.0))
 
     def test_no_gradient_flows_into_them(self):
