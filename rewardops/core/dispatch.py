@@ -128,6 +128,10 @@ def _run(device_type: str, family: str, op: str, args: Sequence[Any]) -> Any:
     return implementation(*args)
 
 
+def _device(args: Sequence[Any]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, torch.Tensor))
+
+
 def define(
     family: str,
     schema: str,
@@ -160,18 +164,20 @@ def define(
 
     def on_cpu(*given: Any) -> Any:
         args = floats.read(given)
-        check(args)
+        check(args, on_cpu=True)
         return _run("cpu", family, op, pack(args))
 
     def on_cuda(*given: Any) -> Any:
         args = floats.read(given)
+        check(args)
         # Kernels are launched on the current device, which need not be the tensors'.
-        with torch.cuda.device(check(args)):
+        with torch.cuda.device(_device(args)):
             return _run("cuda", family, op, pack(args))
 
     def elsewhere(*given: Any) -> Any:
         args = floats.read(given)
-        device = check(args)
+        check(args)
+        device = _device(args)
         with contextlib.nullcontext() if has_float64(device.type) else InFloat32():
             return _run(device.type, family, op, pack(args))
 
