@@ -513,7 +513,8 @@ def _off_the_heavy_path(forest: Forest, sums: Tensor, sizes: Tensor, terms: Tens
     # Every node's heavy child, itself if there is none (the last place takes the others), and the discount to it.
     to = torch.cat([node, node[:1]]).scatter(0, torch.where(heavy, above, total), node)[:-1]
     factor = torch.where((to == node)[:, None], 0, discount[to])
-    for _ in range(total.bit_length()):
+    # Enough steps for any path; a compiled graph serves trees of any size.
+    for _ in range(32 if torch.compiler.is_compiling() else total.bit_length()):
         rest = rest + times(factor, at_nodes(rest, to))
         factor, to = factor * factor[to], to[to]
     return rest[:nodes]

@@ -209,11 +209,11 @@ def factor(
     masked: str = "skip",
     most: float = 1.0,
 ) -> tuple[Number, Tensor | None]:
-    """Validate a discount from 0 to ``most``: a number gives ``(value, None)``, a tensor ``(1.0, tensor)``.
+    """Validate a discount from 0 to ``most``, 1 or infinity: a number gives ``(value, None)``, a tensor ``(1.0, tensor)``.
 
     The tensor is per row, ``[B, 1]``, or per token of ``other``.
     """
-    limits = f"from 0 to {most:g}" if most < math.inf else "of at least 0"
+    limits = "from 0 to 1" if most == 1 else "of at least 0"
     if not isinstance(value, Tensor) or value.dim() == 0:
         number = checks.check_number(name, value, f"a number {limits}, or a tensor")
         if not (isinstance(number, Tensor) or (0 <= number <= most and number < math.inf)):

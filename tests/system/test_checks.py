@@ -155,17 +155,17 @@ class TestNumbers:
         with pytest.raises(
             TypeError, match=r"temperature: got a tensor \[2\] of torch.float32, want a number above 0"
         ):
-            rewardops.softmin_returns(x, temperature=torch.ones(2))
+            rewardops.softmin_rewards(x, temperature=torch.ones(2))
         with pytest.raises(ValueError, match=r"temperature: got -1\.0, want a finite number above 0"):
-            rewardops.softmin_returns(x, temperature=torch.tensor(-1.0))
+            rewardops.softmin_rewards(x, temperature=torch.tensor(-1.0))
 
     def test_no_gradient_flows_into_them(self):
         x, t = torch.ones(2, 3, requires_grad=True), torch.tensor(0.5, requires_grad=True)
-        out = rewardops.softmin_returns(x, temperature=t)
+        out = rewardops.softmin_rewards(x, temperature=t)
         assert torch.autograd.grad(out.sum(), [x, t], allow_unused=True)[1] is None
 
     def test_vmap_over_a_number(self):
         x, t = torch.rand(2, 3), torch.tensor([0.1, 0.5, 2.0])
-        got = torch.vmap(lambda t: rewardops.softmin_returns(x, temperature=t))(t)
-        want = torch.stack([rewardops.softmin_returns(x, temperature=float(value)) for value in t])
+        got = torch.vmap(lambda t: rewardops.softmin_rewards(x, temperature=t))(t)
+        want = torch.stack([rewardops.softmin_rewards(x, temperature=float(value)) for value in t])
         torch.testing.assert_close(got, want)

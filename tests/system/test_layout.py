@@ -187,10 +187,11 @@ def test_debug_opens_and_closes(monkeypatch):
     assert not debugging()
 
 
-def test_debug_checks_step_ids():
+@pytest.mark.parametrize("debug", [False, True])
+def test_step_ids_are_checked(debug):
+    """On a CPU always; elsewhere the check costs a synchronisation."""
     ids, cu = T([0, 0, 1, 3, -1, 2, 2]), T([0, 3, 7])
-    R.min_returns(F(7), cu_seqlens=cu, steps=ids)  # off by default: the check costs a synchronisation
-    with R.debug():
+    with R.debug(debug):
         with pytest.raises(ValueError, match="steps: got id 2 after a larger one, at token 2 of row 1"):
             R.min_returns(F(7), cu_seqlens=cu, steps=ids)
         R.min_returns(F(7), cu_seqlens=cu, steps=ids, mask=T([1, 1, 1, 0, 1, 1, 1]))
