@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import show
+from ..core.checks import FLOATS, show
 from ..core.inplace import check_overwritable
 from .token_records import OUTPUTS as OUTPUTS
 from .token_records import RECORD as RECORD
@@ -87,6 +87,8 @@ def check_args(a: TokenStatsArgs) -> None:
     """Raise where a kernel would read or write beyond a tensor. Public functions have said more by then."""
     logits, tokens, ref, mask, temperatures = a[:5]
     shape, rows = logits.shape, tokens.shape
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"logits: got dtype {logits.dtype}, want float32, bfloat16, float16 or float64")
     if tokens.dtype is not torch.int64 or len(rows) not in (1, 2) or shape[:-1] != rows:
         got = f"{tokens.dtype} of shape {show(rows)} with logits of shape {show(shape)}"
         raise ValueError(f"tokens: got {got}, want torch.int64, a token for each row of [N, V] or [B, T, V]")
@@ -95,7 +97,9 @@ def check_args(a: TokenStatsArgs) -> None:
     if a.first < 0:
         raise ValueError(f"first: got {a.first}, want at least 0")
     if ref is not None and (
-        ref.shape != shape or (ref.dtype is torch.float64) != (logits.dtype is torch.float64)
+        ref.shape != shape
+        or ref.dtype not in FLOATS
+        or (ref.dtype is torch.float64) != (logits.dtype is torch.float64)
     ):
         check_like(
             "ref_logits", ref, shape, torch.float64 if logits.dtype is torch.float64 else torch.float32
