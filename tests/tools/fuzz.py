@@ -243,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in _progress(names):
         try:
             fuzz(name, each, tally, backend=args.backend, device=args.device, seed=args.seed,
-                 max_width=args.max_width, max_vocab=args.max_vocab, conditions=lambda call: CONDITIONS)  # fmt: skip
+                 max_width=args.max_width, max_vocab=args.max_vocab,
+                 conditions=lambda call: CONDITIONS)  # fmt: skip
         except Exception:
             failed.append(name)
             print(f"\n==== {name}\n{traceback.format_exc(limit=-4)}", file=sys.stderr)

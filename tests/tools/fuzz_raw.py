@@ -98,8 +98,13 @@ def beyond_offsets(op: Any, args: Args) -> bool:
     )
 
 
-def check_refused_or_right(op: Any, args: Args, backend: str, what: str) -> bool:
-    """True for arguments that are taken, of which backend and reference agree; else the error names what it got."""
+def check_refused_or_right(op: Any, args: Args, backend: str, what: str, rounded: bool = False) -> bool:
+    """True for arguments that are taken, of which backend and reference agree; else the error names what it got.
+
+    Args:
+        what: the op and its argument. rounded: numbers that others are not of any more, as gradients of logits in
+            half precision with sums of those before; results are not compared.
+    """
     try:
         message, out = outcome(op, args, backend)
     except Exception as error:
@@ -107,14 +112,12 @@ def check_refused_or_right(op: Any, args: Args, backend: str, what: str) -> bool
     if message is not None:
         assert ": got " in message, f"{what}: {message}"
         return False
-    if beyond_offsets(op, args):
+    if rounded or beyond_offsets(op, args):
         return True
     message, want = outcome(op, args, "reference")
     assert message is None, f"{what}: {backend} takes what the reference refuses: {message}"
     for a, b in zip(tree_leaves(out), tree_leaves(want), strict=True):
         if a is not None:
-            if a.dtype in (torch.float16, torch.bfloat16):
-                continue  # gradients of rounded logits, with what was saved of those before
             torch.testing.assert_close(
                 a, b, rtol=1e-3, atol=1e-3, equal_nan=True, msg=lambda m: f"{what}: {m}"
             )
