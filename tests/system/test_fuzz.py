@@ -116,8 +116,17 @@ def test_a_dtype_of_its_own_is_refused():
     with Recorder() as recorder:
         rewardops.token_kl(x, x)
     ((op, _), args), *_ = recorder.seen.items()
-    with pytest.raises(TypeError, match="ref_logprob: got dtype torch.float64, want torch.float32"):
+    with pytest.raises(TypeError, match=r"ref_logprob: got dtype torch\.float64, want torch\.float32"):
         op(args[0], args[1].double(), *args[2:])
+
+
+def test_memory_that_is_shared_is_seen():
+    x = torch.zeros(4, 6)
+    for windows in (x[:1].expand(4, 6), x.as_strided((3, 4), (1, 1)), x.as_strided((3, 4), (3, 1))):
+        assert inplace.overlaps_itself(windows)
+    assert not inplace.overlaps_itself(x[:, :3])
+    assert inplace.share_memory(x[:3], x[1:])
+    assert not inplace.share_memory(x[:2], x[2:])
 
 
 def test_weights_are_no_mask():
