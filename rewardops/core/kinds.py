@@ -204,6 +204,8 @@ def checker(schema: torch.FunctionSchema, kinds: Mapping[str, Kind]) -> Callable
             if cu_seqlens is not None and cu_seqlens.dim() == 1:
                 sizes["B"] = max(len(cu_seqlens) - 1, 0)
         call = _Call(present[0][1].device, sizes, dims)
+        if dims == 1 and "num_tokens" in sizes:
+            call.leading = (sizes["num_tokens"],)
         for name, tensor, kind in present:
             call.dtype(name, tensor, kind)
             if kind.shape is not None:

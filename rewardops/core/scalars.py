@@ -34,11 +34,13 @@ class Carried(float):
         return number
 
 
-def _as_tensor(number: Any, one: Tensor) -> Tensor:
+def _as_tensor(name: str, number: Any, one: Tensor) -> Tensor:
     """``[1]``; a product with a tensor, as tracing keeps the number symbolic in one."""
     if isinstance(number, Carried):
         number = number.tensor
     if isinstance(number, Tensor):
+        if number.is_meta:
+            raise ValueError(f"{name}: got a number on the device meta, want one that has a value")
         return number.detach().to(one).reshape(1)
     return one * number
 
@@ -64,7 +66,7 @@ class Floats:
             if constant:
                 return overload(*args)
             one = torch.ones(1, dtype=torch.float64, device="cpu")
-            numbers = torch.cat([_as_tensor(args[k], one) for k in places])
+            numbers = torch.cat([_as_tensor(self.names[k], args[k], one) for k in places])
             return overload(*self._with(args, [0.0] * len(places)), numbers)
 
         return call

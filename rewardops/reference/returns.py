@@ -150,4 +150,4 @@ def softmin_rewards_backward(
     out = weight * up
     if through_weights:
         out = out - weight * (up * r - (weight * up * r).sum(1, keepdim=True)) / temperature
-    return from_rows(out, a.rewards.shape, a.cu_seqlens)
+    return from_rows(torch.where(ends, out, 0), a.rewards.shape, a.cu_seqlens)

@@ -147,7 +147,7 @@ def same_bits(a: Outcome, b: Outcome) -> bool:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().flatten().view(torch.uint8)
+    return x.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)  # empty ones too
 
 
 @contextmanager

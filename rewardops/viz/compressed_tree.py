@@ -115,8 +115,8 @@ class CompressedTree:
         nodes = (depth >= 0).nonzero()[:, 0]
         nodes = nodes[torch.argsort(depth[nodes], stable=True)]
         nodes = nodes[torch.argsort(begin[nodes], stable=True)]
-        number = torch.full((len(depth) + 1,), -1)
-        number[nodes] = torch.arange(len(nodes))
+        number = torch.full((len(depth) + 1,), -1, dtype=torch.int64, device="cpu")
+        number[nodes] = torch.arange(len(nodes), device="cpu")
         parent, begin, end, depth = number[parent[nodes]], begin[nodes], end[nodes], depth[nodes]
         above = torch.where(parent >= 0, depth[parent], 0)
         row = order[begin]
@@ -131,7 +131,7 @@ class CompressedTree:
             order=order,
             leaf=number[leaf],
             group=token_rows.labels.cpu()[row],
-            tin=torch.arange(len(nodes)),
+            tin=torch.arange(len(nodes), device="cpu"),
             tout=torch.searchsorted(begin, end),
             mean=None if mean is None else mean[nodes],
             std=None if std is None else std[nodes],

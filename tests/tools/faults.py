@@ -50,6 +50,108 @@ FAULTS = [
         "self.grad_bias[first:end] = g.sum(",
         "tests/ops/test_linear.py", "matches_float64 and triton and float32",
     ),
+    Fault(
+        "a tensor of another dtype than its neighbours' is taken", "unchecked kind", "rewardops/core/kinds.py",
+        "elif tensor.dtype is not self.real[1]:",
+        "elif tensor.dtype is torch.bool:",
+        "tests/system/test_fuzz.py", "dtype_of_its_own",
+    ),
+    Fault(
+        "a sparse tensor goes to the kernels", "unchecked kind", "rewardops/core/kinds.py",
+        "if tensor.layout is not torch.strided:",
+        "if tensor.layout is torch.sparse_csr:",
+        "tests/system/test_fuzz.py", "test_conditions and reference and raw",
+    ),
+    Fault(
+        "an index has the default device", "default dtype or device", "rewardops/viz/compressed_tree.py",
+        "number[nodes] = torch.arange(len(nodes), device=\"cpu\")",
+        "number[nodes] = torch.arange(len(nodes), dtype=torch.int64)",
+        "tests/system/test_fuzz.py", "test_conditions and reference and defaults",
+    ),
+    Fault(
+        "discounts have the default dtype", "default dtype or device", "rewardops/reference/td.py",
+        "return like.new_full(like.shape, value, dtype=torch.float64)",
+        "return like.new_full(like.shape, value, dtype=torch.get_default_dtype()).double()",
+        "tests/system/test_default_dtype.py", "do_not_depend and td and reference and padded",
+    ),
+    Fault(
+        "rows that share one element are apart", "shared memory", "rewardops/core/inplace.py",
+        "if stride <= reach:",
+        "if stride < reach:",
+        "tests/system/test_fuzz.py", "memory_that_is_shared",
+    ),
+    Fault(
+        "tensors that begin at other addresses are apart", "shared memory", "rewardops/core/inplace.py",
+        "if a_end <= b_start or b_end <= a_start:",
+        "if a_start != b_start:",
+        "tests/system/test_fuzz.py", "memory_that_is_shared",
+    ),
+    Fault(
+        "an infinite scale makes 0 of a group", "infinity", "rewardops/reference/advantages.py",
+        "above = rewards - torch.where(low.isfinite(), low, 0)",
+        "above = torch.where(rewards.isfinite(), rewards - torch.where(low.isfinite(), low, 0), 0)",
+        "tests/ops/test_advantages_extremes.py", "values_and_gradients and reference",
+    ),
+    Fault(
+        "equal infinities differ by NaN", "infinity", "rewardops/reference/kl.py",
+        "return torch.where(a == b, 0, a - b)",
+        "return a - b",
+        "tests/ops/test_kl_limits.py", "test_every_pair and reference",
+    ),
+    Fault(
+        "masked tokens have the NaN of their row's gradient", "infinity", "rewardops/reference/returns.py",
+        "from_rows(torch.where(ends, out, 0), a.rewards.shape",
+        "from_rows(out, a.rewards.shape",
+        "tests/system/test_fuzz.py", "minus_infinity_among_rewards and reference",
+    ),
+    Fault(
+        "every value of a number is a constant of the graph", "number of a graph", "rewardops/core/scalars.py",
+        "has_static_value(args[k]) for k",
+        "True for k",
+        "tests/system/test_numbers.py", "two_graphs and implicit_rewards",
+    ),
+    Fault(
+        "numbers that travel in a tensor change places", "number of a graph", "rewardops/core/scalars.py",
+        "self._with(args[:count], args[count].tolist())",
+        "self._with(args[:count], args[count].tolist()[::-1])",
+        "tests/system/test_numbers.py", "no_dimensions and token_kl",
+    ),
+    Fault(
+        "a mask of other numbers than 0 and 1 is taken", "unchecked value", "rewardops/core/checks.py",
+        "_first(valid & (mask.detach() != 1), None)",
+        "_first(valid & (mask.detach() < 0), None)",
+        "tests/system/test_fuzz.py", "weights_are_no_mask",
+    ),
+    Fault(
+        "step ids may fall behind a masked token", "unchecked value", "rewardops/core/checks.py",
+        "torch.where(counted, ids, -1).cummax(1).values > ids",
+        "torch.where(counted, ids, -1).roll(1, 1) > ids",
+        "tests/system/test_fuzz.py", "step_ids_fall",
+    ),
+    Fault(
+        "per-token rewards are several per row", "unchecked value", "rewardops/advantages.py",
+        "if weights is None and rewards.dim() == 2:",
+        "if weights is None and rewards.dim() == 3:",
+        "tests/ops/test_advantages_extremes.py", "test_presets",
+    ),
+    Fault(
+        "shares are not divided by the largest weight first", "range", "rewardops/shaping.py",
+        "w = w / rows.expand(torch.where(some, size, 1))",
+        "w = w * 1",
+        "tests/ops/test_shaping.py", "reference and 1e-4",
+    ),
+    Fault(
+        "the larger part of a sum is subtracted from it", "lost digits", "rewardops/prefix_tree.py",
+        "return torch.where(larger, without, less_own(sums, terms))",
+        "return torch.where(larger & (without == 0), without, less_own(sums, terms))",
+        "tests/ops/test_prefix_tree_values.py", "others and reference",
+    ),
+    Fault(
+        "cases without a number pass", "nothing compared", "rewardops/testing/checks.py",
+        "    if not report.compared():\n",
+        "    if not report.comparisons:\n",
+        "tests/system/test_testing.py", "nothing_to_compare",
+    ),
     # ---- Triton
     Fault(
         "the sum behind the entropy stays relative to the old maximum", "lost rescale",
@@ -66,8 +168,8 @@ FAULTS = [
     ),
     Fault(
         "the gradient passes through the clamp of the difference", "wrong comparison", "triton_kernels/kl.py",
-        "not_clamped = tl.abs(difference) <=",
-        "not_clamped = tl.abs(d) <=",
+        "outside = (tl.abs(whole) > limits.difference) |",
+        "outside = (tl.abs(d) > limits.difference) |",
         "tests/ops/test_kl.py", "every_option and triton and k3",
     ),
     Fault(
@@ -178,8 +280,8 @@ FAULTS = [
     ),
     Fault(
         "masked tokens have a gradient in the reference's log-probability", "dropped mask", f"{CPU}kl.h",
-        "buffer[k] = grad[k] * a.scale * g;\n    }\n    if (a.mask)",
-        "buffer[k] = grad[k] * a.scale * g;\n    }\n    if (a.mask && !kRef)",
+        "silenced(a, start + k, grad[k] * a.scale, buffer[k]);\n  if (a.mask)",
+        "silenced(a, start + k, grad[k] * a.scale, buffer[k]);\n  if (a.mask && !kRef)",
         "tests/ops/test_kl.py", "masked_tokens and cpp",
     ),
     Fault(

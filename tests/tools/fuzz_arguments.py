@@ -518,6 +518,12 @@ FACTOR = Either(
     1.5,
     lambda call: call.batch.rows.valid,
 )
+TRACE = Either(
+    Number(*FRACTIONS, 1.5, least=0, also=("a tensor",)),
+    Array(_factors, dtypes="real"),
+    -0.5,
+    lambda call: call.batch.rows.valid,
+)
 TEMPERATURE = Either(
     Number(0.5, 1, 2.5, above=0, also=("a tensor",)),
     Array(_temperatures),
@@ -607,7 +613,7 @@ ARGUMENTS: dict[str, Kind] = {
     "dtype": Made(lambda call: some.dtypes(), _bad_dtypes),
     # numbers
     "gamma": FACTOR,
-    "lam": FACTOR,
+    "lam": TRACE,
     "temperature": Number(0.1, 0.5, 1.0, 2, above=0),
     "eps": NON_NEGATIVE,
     "ddof": Whole(lambda call: st.integers(0, 1), 0, lambda call: 1),
