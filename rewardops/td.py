@@ -209,7 +209,9 @@ def factor(
     masked: str = "skip",
     most: float = 1.0,
 ) -> tuple[Number, Tensor | None]:
-    """Validate a discount from 0 to ``most``, 1 or infinity: a number gives ``(value, None)``, a tensor ``(1.0, tensor)``.
+    """Validate a discount from 0 to ``most``, 1 or infinity.
+
+    A number gives ``(value, None)``, a tensor ``(1.0, tensor)``.
 
     The tensor is per row, ``[B, 1]``, or per token of ``other``.
     """
