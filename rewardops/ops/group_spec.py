@@ -15,7 +15,7 @@ from ..core.checks import Number
 from ..core.groups import GroupSize, Labels, group_ids
 from ..core.rows import Layout
 from ..core.settings import may_read
-from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs, live_rows
+from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs
 from .advantages import group_advantages
 from .segments import row_counts
 
@@ -165,7 +165,8 @@ def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
 
 
 def _live(ids: Tensor, rows: Layout | None) -> Tensor:
-    return live_rows(ids, *((None, None) if rows is None else (rows.mask, rows.cu_seqlens)))
+    """``[B]``: rows that have a token; all rows where there are no tokens."""
+    return torch.ones_like(ids, dtype=torch.bool) if rows is None else row_counts(rows, ids.device) > 0
 
 
 def _check_lengths(lengths: Tensor | None, rows: Layout | None, ids: Tensor, rewards: Tensor) -> None:
