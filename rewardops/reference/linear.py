@@ -126,7 +126,9 @@ def _head_gradients(a: LinearArgs, of_logits: Sequence[Tensor], needs: Sequence[
         g = of_logits[k]
         flat = g.reshape(-1, g.shape[-1])
         inputs = torch.where(valid[..., None], hidden, 0).to(wide).reshape(-1, hidden.shape[-1])
-        grads.append((g @ weight.to(wide)).to(hidden.dtype) if to_hidden else empty())
+        # Rows of padding and hidden states of masked tokens may hold anything.
+        on_hidden = torch.where(valid[..., None], g[..., : a.vocab] @ weight[: a.vocab].to(wide), 0)
+        grads.append(on_hidden.to(hidden.dtype) if to_hidden else empty())
         grads.append((flat.T @ inputs).to(weight.dtype) if to_weight else empty())
         grads.append(flat.sum(0).to(bias.dtype) if to_bias and bias is not None else empty())
     return grads

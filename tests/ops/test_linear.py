@@ -13,7 +13,7 @@ from rewardops.cpp import logits as kernels
 from rewardops.reference import token_records as spec
 from rewardops.reference.linear import LinearArgs
 from rewardops.reference.logits import TokenStatsArgs, token_stats_partial
-from rewardops.testing import assert_within_budget
+from rewardops.testing import assert_within_budget, evaluate
 
 EVERY = rewardops.logits.OUTPUTS
 POLICY = EVERY[:7]
@@ -170,6 +170,20 @@ class Test_linear_token_stats:
         for name in NAMES:
             assert grads[name].shape == inputs[name].shape
             assert not grads[name].any()
+
+    def test_rows_of_padding_may_hold_anything(self, target, generator):
+        hidden, weight = torch.randn(5, 3, generator=generator), torch.randn(7, 3, generator=generator)
+        tokens, mask = torch.randint(0, 4, (5,), generator=generator), torch.tensor([1, 0, 1, 1, 0]).bool()
+
+        def fn(h, w):
+            where = {"mask": mask.to(h.device), "vocab_size": 4}
+            return rewardops.linear_token_stats(h, w, tokens.to(h.device), **where)[:2]
+
+        clean = evaluate(fn, [hidden, weight], backend=target.backend, device=target.device)
+        hidden[~mask], weight[4:] = torch.nan, torch.inf
+        ours = evaluate(fn, [hidden, weight], backend=target.backend, device=target.device)
+        for a, b in zip([*clean.outputs, *clean.gradients], [*ours.outputs, *ours.gradients], strict=True):
+            assert torch.equal(a, b)
 
     def test_tokens_out_of_range_and_infinite_logits(self, target, generator):
         inputs, tokens = draw(generator, ref=0)
