@@ -136,7 +136,10 @@ class Case:
             outs = as_tuple(fn(*leaves, *inputs[self.differentiable :]))
             if not upstream:
                 g = torch.Generator(leaves[0].device).manual_seed(1)
-                upstream.extend(torch.randn(o.shape, generator=g, device=o.device).to(o.dtype) for o in outs)
+                upstream.extend(
+                    torch.randn(o.shape, generator=g, dtype=torch.float32, device=o.device).to(o.dtype)
+                    for o in outs
+                )
             return torch.autograd.grad(outs, leaves, upstream)
 
         return step

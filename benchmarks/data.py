@@ -64,7 +64,10 @@ class Data:
     # ---- numbers ---------------------------------------------------------------------------------------------
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.rand(shape, generator=self.random, device=self.device) * (high - low) + low
+        return (
+            torch.rand(shape, generator=self.random, dtype=torch.float32, device=self.device) * (high - low)
+            + low
+        )
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal random numbers in the dtype of the case."""
@@ -311,8 +314,10 @@ def shared_prefixes(
     """
     tokens = torch.randint(0, vocab, (rows, length), generator=g, device=device)
     place = torch.arange(rows, device=device) % group
-    earlier = (torch.rand(rows, generator=g, device=device) * place).long()  # an earlier row of the group
-    depth = -shared * torch.rand(rows, generator=g, device=device).clamp(min=1e-9).log()
+    earlier = (
+        torch.rand(rows, generator=g, dtype=torch.float32, device=device) * place
+    ).long()  # an earlier row of the group
+    depth = -shared * torch.rand(rows, generator=g, dtype=torch.float32, device=device).clamp(min=1e-9).log()
     column = torch.arange(length, device=device)
     for k in range(1, group):
         later = (place == k).nonzero()[:, 0]

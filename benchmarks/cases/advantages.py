@@ -47,7 +47,7 @@ def plain_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 def multiply(rows: int, length: int, device: torch.device) -> tuple[str, Callable[[], Tensor]]:
     """A product of two float32 tensors ``[rows, length]`` written to a third."""
-    x, y = (torch.rand(rows, length, device=device) for _ in range(2))
+    x, y = (torch.rand(rows, length, dtype=torch.float32, device=device) for _ in range(2))
     return "torch.mul [B, T]", lambda: torch.mul(x, y)
 
 

@@ -130,7 +130,7 @@ def linear_token_loss_jsd(d: Data) -> Case:
         d.normal(*weight.shape, scale=2 / hidden.shape[1] ** 0.5),
     )
     mask, count = d.counted, len(hidden) if d.counted is None else int(d.counted.sum())
-    each = torch.full((len(hidden),), 1 / count, device=d.device)
+    each = torch.full((len(hidden),), 1 / count, dtype=torch.float32, device=d.device)
     d.backward = True
 
     def ours(

@@ -161,7 +161,10 @@ def token_stats_partial(d: Data) -> Case:
 def merge_token_stats(d: Data) -> Case:
     """Eight records per token, for as many tokens as the logits have."""
     n, parts = d.sizes.tokens * 64, 8
-    logits, tokens = torch.randn(parts, n, 64, generator=d.random, device=d.device), d.ids(parts * 64, n)
+    logits, tokens = (
+        torch.randn(parts, n, 64, generator=d.random, dtype=torch.float32, device=d.device),
+        d.ids(parts * 64, n),
+    )
     records = torch.stack(
         [rewardops.token_stats_partial(x, tokens, vocab_start=64 * k) for k, x in enumerate(logits)]
     )

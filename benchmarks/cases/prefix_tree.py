@@ -54,7 +54,7 @@ def trie_prefix_values(
     tokens: Tensor, rewards: Tensor, mask: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A trie of dictionaries per group, as in trainers."""
-    before, after, shared = (torch.zeros(tokens.shape) for _ in range(3))
+    before, after, shared = (torch.zeros(tokens.shape, dtype=torch.float32) for _ in range(3))
     rows = [x[m].tolist() for x, m in zip(tokens.cpu(), mask.cpu(), strict=True)]
     outcome = rewards.tolist()
     for start in range(0, len(rows), group):
@@ -76,9 +76,9 @@ def trie_prefix_values(
                 count[node] += 1
             paths.append(path)
         for b, path in enumerate(paths, start):
-            values = torch.tensor([total[n] / count[n] for n in path])
+            values = torch.tensor([total[n] / count[n] for n in path], dtype=torch.float32)
             before[b, : len(path) - 1], after[b, : len(path) - 1] = values[:-1], values[1:]
-            shared[b, : len(path) - 1] = torch.tensor([float(count[n]) for n in path[1:]])
+            shared[b, : len(path) - 1] = torch.tensor([count[n] for n in path[1:]], dtype=torch.float32)
     return before.to(tokens.device), after.to(tokens.device), shared.int().to(tokens.device)
 
 

@@ -75,37 +75,42 @@ def make_batch(
         logits, ref_logits: one of the kinds ``LOGITS``.
         poison: put NaN in every float, and ids outside any vocabulary, at masked tokens.
     """
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.ones(rows, width, dtype=torch.bool) if full else random_mask(rows, width, g)
+    g = torch.Generator("cpu").manual_seed(seed)
+    here: Any = {"generator": g, "dtype": torch.float32, "device": "cpu"}
+    mask = torch.ones(rows, width, dtype=torch.bool, device="cpu") if full else random_mask(rows, width, g)
     mask[:1] = True
     groups = random_groups(rows, g)
     groups[: rows // 2] = 4
-    above = [-1, *(int(torch.randint(0, i, (), generator=g)) for i in range(1, rows))]
-    parent = torch.tensor(above[:rows], dtype=torch.int64)
+    above = [-1, *(int(torch.randint(0, i, (), generator=g, device="cpu")) for i in range(1, rows))]
+    parent = torch.tensor(above[:rows], dtype=torch.int64, device="cpu")
     tokens = shared_prefix_tokens(groups, width, g).clamp(max=vocab - 1)
-    scores, rewards = torch.rand(rows, 2, generator=g) + 0.1, torch.randn(rows, generator=g).round(decimals=2)
-    steps, values, critic = torch.rand(3, rows, width, generator=g)
+    scores, rewards = torch.rand(rows, 2, **here) + 0.1, torch.randn(rows, **here).round(decimals=2)
+    steps, values, critic = torch.rand(3, rows, width, **here)
     tensors: dict[str, Tensor] = {
         "mask": mask,
         "tokens": tokens,
         "steps": steps > 0.5,
         "values": values + 0.1,
         "critic": critic + 0.1,
-        "hidden": torch.randn(rows, width, 3, generator=g),
+        "hidden": torch.randn(rows, width, 3, **here),
     }
     for name, kind in (("logits", logits), ("ref_logits", ref_logits)):
         tensors[name] = adversarial_logits(kind, rows * width, vocab, g).view(rows, width, vocab)
-    weight = torch.randn(vocab, 3, generator=g)
+    weight = torch.randn(vocab, 3, **here)
     if poison:
         for name in ("values", "critic", "logits", "ref_logits", "hidden"):
             tensors[name][~mask] = torch.nan
         tensors["tokens"] = torch.where(mask, tokens, -(10**9))
     cu = None
     if layout == "packed":
-        length = (mask * torch.arange(1, width + 1)).amax(1) if width else torch.zeros(rows, dtype=torch.long)
-        cu = torch.zeros(rows + 1, dtype=torch.int32)
+        length = (
+            (mask * torch.arange(1, width + 1, device="cpu")).amax(1)
+            if width
+            else torch.zeros(rows, dtype=torch.long, device="cpu")
+        )
+        cu = torch.zeros(rows + 1, dtype=torch.int32, device="cpu")
         cu[1:] = length.cumsum(0)
-        inside = torch.arange(width) < length[:, None]
+        inside = torch.arange(width, device="cpu") < length[:, None]
         tensors = {name: x[inside] for name, x in tensors.items()}
     tensors.update(groups=groups, rewards=rewards, scores=scores, parent=parent, weight=weight)
     cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
