@@ -33,6 +33,18 @@ CUDA = "csrc/include/rewardops/cuda/"
 FAULTS = [
     # ---- Python
     Fault(
+        "devices without kernels have none at all", "other device", "rewardops/core/dispatch.py",
+        '    _library.impl(op, elsewhere, "CompositeExplicitAutograd")\n',
+        "",
+        "tests/system/test_other_devices.py", "test_every_op_has_a_kernel",
+    ),
+    Fault(
+        "float64 stays where there is none", "other device", "rewardops/core/precision.py",
+        "return torch.float32 if value is torch.float64 else value",
+        "return value",
+        "tests/system/test_other_devices.py", "test_float64_is_replaced_by_float32",
+    ),
+    Fault(
         "the first token of a packed row counts as the row before's", "off by one", "rewardops/core/rows.py",
         "position, right=True)\n",
         "position, right=False)\n",
