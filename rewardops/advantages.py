@@ -636,11 +636,11 @@ def _summed(
     columns = rewards.unbind(1)
     spec = GroupSpec.of(columns[0] if columns else rewards.sum(1), groups, **options)
     count = len(columns)
-    by_row = spec.by_row()
-    total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
     numbers = checks.as_numbers(
         "weights", [1.0] * count if weights is None else weights, count, "the columns of rewards"
     )
+    by_row = spec.by_row()
+    total = checks.promote(rewards)[0].new_zeros(rewards.shape[0])
     shares = listed(numbers, total.dtype, total.device)
     for share, column, absent in zip(shares.unbind(), columns, missing.unbind(1), strict=True):
         total = total + share * by_row.among(~absent).advantages(column)[:, 0]

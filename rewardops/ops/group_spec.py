@@ -15,7 +15,7 @@ from ..core.checks import Number
 from ..core.groups import GroupSize, Labels, group_ids
 from ..core.rows import Layout
 from ..core.settings import may_read
-from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs
+from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs, live_rows
 from .advantages import group_advantages
 from .segments import row_counts
 
@@ -81,7 +81,9 @@ class GroupSpec:
 
     def live(self) -> Tensor:
         """``[B]``, rows that have a token; all rows where there are no tokens."""
-        return _live(self.ids, self.rows)
+        if self.rows is None:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return row_counts(self.rows, self.ids.device) > 0
 
     def by_row(self) -> GroupSpec:
         """These arguments for rows of one token, ``[B, 1]``, masked where the row has no token."""
@@ -164,11 +166,6 @@ def _per_row(name: str, value: object, rewards: Tensor) -> Tensor:
     return tensor
 
 
-def _live(ids: Tensor, rows: Layout | None) -> Tensor:
-    """``[B]``: rows that have a token; all rows where there are no tokens."""
-    return torch.ones_like(ids, dtype=torch.bool) if rows is None else row_counts(rows, ids.device) > 0
-
-
 def _check_lengths(lengths: Tensor | None, rows: Layout | None, ids: Tensor, rewards: Tensor) -> None:
     if lengths is None:
         if rows is None:
@@ -180,7 +177,10 @@ def _check_lengths(lengths: Tensor | None, rows: Layout | None, ids: Tensor, rew
     if not may_read(lengths):
         return
     bad = ~((lengths >= 0) & (lengths < torch.inf))
-    if bool(bad.any()) and bool((bad := bad & _live(ids, rows)).any()):
+    if rows is not None and bool(bad.any()):
+        # Not by an op: none runs before all arguments are checked.
+        bad = bad & live_rows(ids, rows.mask, rows.cu_seqlens)
+    if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"lengths: got {lengths[row].item()} at row {row}, want finite numbers of at least 0"
