@@ -45,14 +45,15 @@ def gtpo_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k), b the first row of its group: the blocks k, k + splits, ... of positions."""
-    ACC: tl.constexpr = out.dtype.element_ty
+    ACC: tl.constexpr = tl.float64
+    REWARD: tl.constexpr = rewards.dtype.element_ty
     b = tl.program_id(0)
     label = tl.load(groups + b)
     first = next_member(groups, label, b * 0 - 1, batch, LABELS)
     if first == b:
         alpha1 = tl.full([], alpha1_high, ACC) + tl.full([], alpha1_low, ACC)
         alpha2 = tl.full([], alpha2_high, ACC) + tl.full([], alpha2_low, ACC)
-        threshold = tl.full([], threshold_high, ACC) + tl.full([], threshold_low, ACC)
+        threshold = tl.full([], threshold_high, REWARD) + tl.full([], threshold_low, REWARD)
         floor = tl.full([], floor_high, ACC) + tl.full([], floor_low, ACC)
         longest = tl.zeros([], tl.int64)
         member = b
@@ -73,7 +74,7 @@ def gtpo_kernel(
                 base, length = row_bounds(cu, member, width, total, PACKED)
                 row = member.to(tl.int64)
                 valid = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
-                h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
+                h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0).to(ACC)
                 reward = tl.load(rewards + member)
                 right = reward > threshold
                 weight = tl.where(valid, weight_of(h, floor, reward, right), 0.0)
@@ -83,7 +84,7 @@ def gtpo_kernel(
                 right_weight += tl.where(right, weight, 0.0)
                 wrong_weight += tl.where(right, 0.0, weight)
                 if BACKWARD:
-                    up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
+                    up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0).to(ACC)
                     right_grad += tl.where(right, up * weight, 0.0)
                     wrong_grad += tl.where(right, 0.0, up * weight)
                 member = next_member(groups, label, member, batch, LABELS)
@@ -93,7 +94,7 @@ def gtpo_kernel(
                 row = member.to(tl.int64)
                 inside = at < length
                 valid = load_valid(mask, base + row * mask_stride + at, inside, HAS_MASK)
-                h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0)
+                h = tl.load(entropy + base + row * entropy_stride + at, mask=valid, other=1.0).to(ACC)
                 reward = tl.load(rewards + member)
                 right = reward > threshold
                 weight = weight_of(h, floor, reward, right)
@@ -102,7 +103,7 @@ def gtpo_kernel(
                 even = mass == 0.0  # every entropy of the class is 0: all have the same share
                 mass = tl.where(even, 1.0, mass)
                 if BACKWARD:
-                    up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0)
+                    up = tl.load(grad + base + row * grad_stride + at, mask=valid, other=0.0).to(ACC)
                     weighted_grad = tl.where(right, right_grad, wrong_grad)
                     value = alpha2 * count * (up - weighted_grad / mass) / mass
                     # d weight / d H is 1, or -1 / H^2 against the minus sign of a wrong row's share.
