@@ -20,7 +20,7 @@ def module() -> Path:
 
 
 def test_no_report(module):
-    size = ["--max-width", "33", "--max-vocab", "129"]
+    size = ["--plain", "--max-width", "33", "--max-vocab", "129"]
     done = sanitized.run(module, "sanitized.py", "--calls", CALLS, *size, timeout=24 * 3600)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-5000:]
     assert "failed: none" in done.stdout

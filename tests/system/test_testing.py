@@ -314,7 +314,7 @@ def test_a_backend_that_served_nothing_is_not_checked():
     for unknown in ("", "cp", "cpp,"):
         with pytest.raises(ValueError, match="backend: got '"):
             check_backend(rewardops.discounted_returns, x, backend=unknown)
-    if not torch.cuda.is_available():
+    if rewardops.core.dispatch.unavailable("cuda", "cpu"):
         with pytest.raises(rewardops.BackendUnavailable):
             check_backend(rewardops.discounted_returns, x, backend="cuda")
 
