@@ -113,7 +113,7 @@ def softmin_returns_backward(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, tem
         here = logs[:, t]
         # Relative to this step's sum, which is at most the previous step's.
         fall = torch.where(here == before, 0, here - before).exp()
-        summed = torch.where((fall > 0) & (total != 0), fall * total, 0) + pending
+        summed = torch.where((fall == 0) | (total == 0), 0, fall * total) + pending
         weight = (-r[:, t].double() / temperature - here).exp()
         value = torch.where(here.isinf(), 0, summed * weight)
         end = ends[:, t]
