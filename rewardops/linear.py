@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from .core import checks, distributed
+from .core.precision import autocast_enabled
 from .core.settings import may_read
 from .core.transforms import may_require_grad
 from .logits import OUTPUTS, PARTIAL_OUTPUTS, TokenStats, merge_over_ranks, shard_start
@@ -239,8 +240,7 @@ def _check_tokens(tokens: Tensor, hidden: Tensor) -> None:
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Cast as a linear layer does under autocast: float32 and half precision inputs to autocast's dtype."""
     device = next(t.device.type for t in tensors if t is not None)
-    # Devices without autocast, such as meta, cannot be asked whether it is enabled.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]

@@ -14,15 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.inplace import check_overwritable
 from ..reference.logits import (
     RECORD,
     SAVED,
     TokenStatsArgs,
     accumulator,
-    check_args,
-    check_upstream,
-    read_beside,
     saved_rows,
     with_gradient,
 )
@@ -66,7 +62,6 @@ class TokenStatsLaunch:
     """
 
     def __init__(self, a: TokenStatsArgs) -> None:
-        check_args(a)
         self.vocab, self.first, self.beta = a.vocab, a.first, pair(a.beta)
         self.has_ref = a.ref_logits is not None
         self.logits = _unit_stride(a.logits)
@@ -215,9 +210,7 @@ def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
     """Overwrite the logits with their gradient; return the gradient of the reference's logits."""
-    check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
     launch = TokenStatsLaunch(a)
-    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     ref_out = launch.ref.new_empty(launch.ref.shape if to_ref else 0)
     out = launch.logits
     launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out if to_ref else None)
@@ -254,7 +247,6 @@ def token_stats_backward_to(
 ) -> None:
     """:func:`token_stats_backward` with results in ``out`` and ``ref_out``, which may overlap the logits."""
     launch = TokenStatsLaunch(a)
-    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     launch.backward(_present(a.outputs, grads), saved.contiguous(), out, ref_out)
 
 

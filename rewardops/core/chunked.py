@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..reference import logits as spec
-from ..reference.linear import LinearArgs, check_needs, pack_saved, precision, unpack_saved
-from ..reference.logits import TokenStatsArgs, check_terms, check_upstream
+from ..reference.linear import LinearArgs, pack_saved, unpack_saved
+from ..reference.logits import TokenStatsArgs
 from ..reference.token_records import RECORD, finish, merge, merge_records, record_gradient
 from .heads import Models, blocks
 
@@ -158,8 +158,6 @@ def linear_token_stats_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     models = Models(args)
-    check_upstream(args.outputs, precision(*args[:6]), grads, saved.shape[-1], len(RECORD))
-    check_needs(needs, 6)
     rows = models.rows
     upstream = {name: rows.gather(g) for name, g in zip(models.outputs, grads, strict=True) if g is not None}
     saved = rows.gather(saved, 1)
@@ -181,7 +179,6 @@ def linear_token_stats_partial_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides from those of the records; empty for those not needed."""
     models = Models(args)
-    check_needs(needs, 6)
     for k, head in enumerate(models.heads):
         head.prepare(needs[3 * k : 3 * k + 3], summed=False)
     _record_gradients(kernels, models, models.rows.gather(record, 1), models.rows.gather(grad_record, 1))
@@ -200,8 +197,6 @@ def linear_token_loss(
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs; logits are computed once per block."""
     models = Models(args)
-    check_terms(coefficients, terms, args.outputs)
-    check_needs(needs, 3)
     rows, policy = models.rows, models.policy
     factors = {name: rows.gather(c.to(models.wide)) for name, c in zip(terms, coefficients, strict=True)}
     policy.prepare(needs, summed=not models.one_block)

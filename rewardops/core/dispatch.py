@@ -139,6 +139,7 @@ def define(
     fake: Callable[..., Any],
     record: type[NamedTuple] | None = None,
     tensors: Mapping[str, Any] | None = None,
+    check: Callable[..., None] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -148,6 +149,8 @@ def define(
         record: the family's argument record, whose fields stand side by side in the schema
             (:func:`.records.schema_of`). Backends, ``fake`` and ``setup_context`` receive them as one record.
         tensors: the kinds of the tensors that are not fields of the record (:mod:`.kinds`).
+        check: called with the op's arguments, as backends are, before any of them; it raises where they do not fit
+            together in a way that no kind says.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
         backward: ``(ctx, *grads)``; returns a gradient for each name of an argument, a dict, without those that
             have none. ``ctx.needs_input_grad`` has a flag per argument, those of the record in one record.
@@ -160,26 +163,30 @@ def define(
     floats = Floats(overload._schema)
     pack = packer(floats.names, record)
     others = {name: kind for name, hint in (tensors or {}).items() if (kind := Kind.of(hint)) is not None}
-    check = checker(overload._schema, {**kinds_of(record), **others})
+    check_kinds = checker(overload._schema, {**kinds_of(record), **others})
+
+    def checked(given: Sequence[Any], on_cpu: bool = False) -> Sequence[Any]:
+        """The arguments of a backend."""
+        args = floats.read(given)
+        check_kinds(args, on_cpu)
+        packed = pack(args)
+        if check is not None:
+            check(*packed)
+        return packed
 
     def on_cpu(*given: Any) -> Any:
-        args = floats.read(given)
-        check(args, on_cpu=True)
-        return _run("cpu", family, op, pack(args))
+        return _run("cpu", family, op, checked(given, on_cpu=True))
 
     def on_cuda(*given: Any) -> Any:
-        args = floats.read(given)
-        check(args)
+        args = checked(given)
         # Kernels are launched on the current device, which need not be the tensors'.
-        with torch.cuda.device(_device(args)):
-            return _run("cuda", family, op, pack(args))
+        with torch.cuda.device(_device(given)):
+            return _run("cuda", family, op, args)
 
     def elsewhere(*given: Any) -> Any:
-        args = floats.read(given)
-        check(args)
-        device = _device(args)
+        args, device = checked(given), _device(given)
         with contextlib.nullcontext() if has_float64(device.type) else InFloat32():
-            return _run(device.type, family, op, pack(args))
+            return _run(device.type, family, op, args)
 
     _library.impl(op, on_cpu, "CPU")
     _library.impl(op, on_cuda, "CUDA")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import logits as spec
-from ..reference.linear import LinearArgs, check_args
+from ..reference.linear import LinearArgs
 from ..reference.logits import TokenStatsArgs
 from .native import fresh
 
@@ -239,7 +239,6 @@ class Models:
     """The heads of the policy and, if any, the reference: logits of the valid tokens, in blocks."""
 
     def __init__(self, args: LinearArgs) -> None:
-        check_args(args)
         self.args = args
         self.rows = ValidTokens(args.tokens, args.mask, args.num_tokens)
         self.policy = Head(args.hidden, args.weight, args.bias, self.rows, args.vocab)

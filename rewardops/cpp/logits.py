@@ -9,19 +9,8 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from ..core.inplace import check_overwritable
 from ..core.native import compiled_module, fresh
-from ..reference.logits import (
-    OUTPUTS,
-    RECORD,
-    TokenStatsArgs,
-    accumulator,
-    check_args,
-    check_upstream,
-    read_beside,
-    saved_rows,
-    with_gradient,
-)
+from ..reference.logits import OUTPUTS, RECORD, TokenStatsArgs, accumulator, saved_rows, with_gradient
 from .memory import address, dense, threads
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -54,7 +43,6 @@ class TokenStatsLaunch:
     """Arguments as the compiled module takes them; keeps the tensors alive whose addresses they hold."""
 
     def __init__(self, a: TokenStatsArgs) -> None:
-        check_args(a)
         self.logits = _unit_stride(a.logits)
         self.ref = None if a.ref_logits is None else _unit_stride(a.ref_logits)
         self.per_row = a.tokens.contiguous(), dense(a.mask), dense(a.temperatures)
@@ -91,12 +79,11 @@ def _from_saved(
     launch: TokenStatsLaunch,
     grads: Sequence[Tensor | None],
     saved: Tensor,
-    a: TokenStatsArgs,
+    outputs: Sequence[str],
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
-    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
-    ups = {name: g.contiguous() for name, g in zip(a.outputs, grads, strict=True) if g is not None}
+    ups = {name: g.contiguous() for name, g in zip(outputs, grads, strict=True) if g is not None}
     saved = saved.contiguous()
     compiled_module().token_stats_backward(  # type: ignore[union-attr]
         launch.tuple,
@@ -129,7 +116,7 @@ def token_stats_backward_to(
     ref_out: Tensor | None,
 ) -> None:
     """As :func:`token_stats_backward`, into ``out`` and ``ref_out``, which may lie over the logits."""
-    _from_saved(TokenStatsLaunch(a), grads, saved, a, out, ref_out)
+    _from_saved(TokenStatsLaunch(a), grads, saved, a.outputs, out, ref_out)
 
 
 def token_stats_partial_backward_to(
@@ -161,7 +148,7 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor]:
     launch = TokenStatsLaunch(a)
     out, ref_out = _gradients(launch, to_logits, to_ref)
-    _from_saved(launch, grads, saved, a, out, ref_out)
+    _from_saved(launch, grads, saved, a.outputs, out, ref_out)
     return _or_empty(out, a.logits, a.logits), _or_empty(ref_out, a.ref_logits, a.logits)
 
 
@@ -169,10 +156,9 @@ def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
     """Write the gradient of the logits over them; return that of the reference."""
-    check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
     launch = TokenStatsLaunch(a)
     _, ref_out = _gradients(launch, False, to_ref)
-    _from_saved(launch, grads, saved, a, launch.logits, ref_out)
+    _from_saved(launch, grads, saved, a.outputs, launch.logits, ref_out)
     if launch.logits is not a.logits:
         a.logits.copy_(launch.logits)  # the columns did not have unit stride
     return _or_empty(ref_out, a.ref_logits, a.logits)

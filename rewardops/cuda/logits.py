@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inplace import check_overwritable
 from ..cpp.logits import TokenStatsLaunch, rows
 from ..cpp.memory import address
-from ..reference.logits import OUTPUTS, REF_OUTPUTS, TokenStatsArgs, check_terms, read_beside, with_gradient
+from ..reference.logits import OUTPUTS, REF_OUTPUTS, TokenStatsArgs, with_gradient
 from .memory import CUDA
 
 # Bytes of a row per block, so that two blocks share a multiprocessor; blocks of a longer row hold more.
@@ -51,9 +50,6 @@ def _one_pass(
     if not blocks:
         return None
     launch = TokenStatsLaunch(a)
-    check_terms(coefficients, terms, a.outputs)
-    if inplace:
-        check_overwritable(a.logits, "logits", read_beside(a, "coefficients", terms, coefficients))
     grad = launch.logits if inplace else CUDA.fresh(a.logits.shape, a.logits.dtype, a.logits.device)
     stacked = CUDA.fresh((len(a.outputs), *a.tokens.shape), torch.float32, a.logits.device)
     out = dict(zip(a.outputs, stacked.unbind(0), strict=True))

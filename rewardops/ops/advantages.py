@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core.dispatch import define
 from ..core.kinds import Real, RealRows
 from ..core.records import save_record, saved_record, schema_of
-from ..reference.advantages import AdvantagesArgs
+from ..reference.advantages import AdvantagesArgs, check_backward
 
 _ARGS = schema_of(AdvantagesArgs)
 
@@ -55,6 +55,7 @@ group_advantages_backward = define(
         "inv_scale": RealRows,
         "numerator": RealRows,
     },
+    check=check_backward,
     fake=_fake_backward,
 )
 

@@ -14,6 +14,7 @@ from ..core.kinds import Coefficients, RealTokens, Records
 from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved, second_derivative
+from ..reference import linear as spec
 from ..reference.linear import LinearArgs, precision
 from ..reference.logits import RECORD
 
@@ -72,6 +73,7 @@ linear_token_stats_backward = define(
     f"linear_token_stats_backward(Tensor?[] grads, Tensor saved, {_ARGS}, bool[] needs) -> Tensor[]",
     record=LinearArgs,
     tensors={"grads": RealTokens, "saved": Records},
+    check=spec.check_backward,
     fake=lambda grads, saved, args, needs: _fake_gradients(args, needs),
 )
 
@@ -79,6 +81,7 @@ linear_token_stats = define(
     "linear",
     f"linear_token_stats({_ARGS}) -> Tensor[]",
     record=LinearArgs,
+    check=spec.check_args,
     fake=lambda args: [_fake_record(args), *_fake_outputs(args)],
     setup_context=_setup,
     backward=_gradient,
@@ -117,6 +120,7 @@ linear_token_loss = define(
     f"linear_token_loss(Tensor[] coefficients, str[] terms, bool[] needs, {_ARGS}) -> Tensor[]",
     record=LinearArgs,
     tensors={"coefficients": Coefficients},
+    check=spec.check_loss,
     fake=_fake_loss,
     setup_context=_setup_loss,
     backward=_gradient_loss,
@@ -137,6 +141,7 @@ linear_token_stats_partial_backward = define(
     f"linear_token_stats_partial_backward(Tensor grad_record, Tensor record, {_ARGS}, bool[] needs) -> Tensor[]",
     record=LinearArgs,
     tensors={"grad_record": Records, "record": Records},
+    check=spec.check_partial_backward,
     fake=lambda grad_record, record, args, needs: _fake_gradients(args, needs),
 )
 
@@ -144,6 +149,7 @@ linear_token_stats_partial = define(
     "linear",
     f"linear_token_stats_partial({_ARGS}) -> Tensor",
     record=LinearArgs,
+    check=spec.check_args,
     fake=_fake_record,
     setup_context=lambda ctx, inputs, output: save_record(ctx, *inputs, output),
     backward=_gradient_partial,

@@ -14,6 +14,7 @@ from ..core.kinds import Coefficients, RealTokens, Records
 from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.transforms import may_overwrite_saved
+from ..reference import logits as spec
 from ..reference.logits import RECORD, TokenStatsArgs, accumulator, read_beside, saved_rows
 
 _ARGS = schema_of(TokenStatsArgs)
@@ -77,6 +78,7 @@ token_stats_backward = define(
     " -> (Tensor, Tensor)",
     record=TokenStatsArgs,
     tensors=_UPSTREAM,
+    check=spec.check_backward,
     fake=lambda grads, saved, args, *wanted: _fake_gradients(args, *wanted),
 )
 
@@ -86,6 +88,7 @@ token_stats_backward_ = define(
     " -> Tensor",
     record=TokenStatsArgs,
     tensors=_UPSTREAM,
+    check=spec.check_backward_,
     fake=lambda grads, saved, args, to_logits, to_ref: _fake_gradients(args, False, to_ref)[1],
 )
 
@@ -93,6 +96,7 @@ token_stats = define(
     "logits",
     f"token_stats({_ARGS}, bool inplace) -> Tensor[]",
     record=TokenStatsArgs,
+    check=lambda args, inplace: spec.check_args(args),
     fake=_fake,
     setup_context=_setup,
     backward=_gradient,
@@ -115,6 +119,7 @@ token_stats_and_grad = define(
     f"token_stats_and_grad({_KNOWN}, {_ARGS}) -> (Tensor, Tensor)",
     record=TokenStatsArgs,
     tensors={"coefficients": Coefficients},
+    check=spec.check_loss,
     fake=lambda *args: (_fake_stacked(*args), args[-1].logits.new_empty(args[-1].logits.shape)),
 )
 
@@ -123,6 +128,7 @@ token_stats_and_grad_ = define(
     f"token_stats_and_grad_({_KNOWN}, {_ARGS_OVERWRITTEN}) -> Tensor",
     record=TokenStatsArgs,
     tensors={"coefficients": Coefficients},
+    check=spec.check_loss_,
     fake=_fake_stacked,
 )
 
@@ -144,6 +150,7 @@ token_stats_partial_backward = define(
     " -> (Tensor, Tensor)",
     record=TokenStatsArgs,
     tensors={"grad_record": Records, "record": Records},
+    check=lambda grad_record, record, args, *wanted: spec.check_args(args),
     fake=lambda grad_record, record, args, *wanted: _fake_gradients(args, *wanted),
 )
 
@@ -151,6 +158,7 @@ token_stats_partial = define(
     "logits",
     f"token_stats_partial({_ARGS}) -> Tensor",
     record=TokenStatsArgs,
+    check=spec.check_args,
     fake=lambda args: args.logits.new_empty(
         (*args.tokens.shape, len(RECORD)), dtype=widest(args.logits.device)
     ),

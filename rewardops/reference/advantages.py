@@ -55,7 +55,13 @@ class AdvantagesArgs(NamedTuple):
         return None if self.cu_seqlens is None else (self.num_tokens,)
 
 
-def check_gradient(grad: Tensor | None, a: AdvantagesArgs) -> None:
+def check_backward(
+    grad: Tensor | None,
+    grad_inv_scale: Tensor | None,
+    inv_scale: Tensor,
+    numerator: Tensor,
+    a: AdvantagesArgs,
+) -> None:
     """Raise unless the gradient has the shape of the advantages."""
     want = tuple(a.rewards.shape if a.token_shape is None else a.token_shape)
     if grad is not None and tuple(grad.shape) != want:
@@ -242,7 +248,6 @@ def group_advantages_backward(
     a: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the rewards, and of the baseline values (empty without such values)."""
-    check_gradient(grad, a)
     live = live_rows(a.rewards, a.mask, a.cu_seqlens)
     s = _statistics(a, live)
     if grad is None:

@@ -64,7 +64,30 @@ def check_args(a: LinearArgs) -> None:
     check_names(tuple(a.outputs), a.ref_hidden is not None)
 
 
-def check_needs(needs: Sequence[bool], count: int) -> None:
+def check_backward(
+    grads: Sequence[Tensor | None], saved: Tensor, a: LinearArgs, needs: Sequence[bool]
+) -> None:
+    """Raise unless gradients and saved statistics are those of the arguments."""
+    check_args(a)
+    check_upstream(a.outputs, _wide(a), grads, saved.shape[-1], len(RECORD))
+    _check_needs(needs, 6)
+
+
+def check_partial_backward(grad_record: Tensor, record: Tensor, a: LinearArgs, needs: Sequence[bool]) -> None:
+    check_args(a)
+    _check_needs(needs, 6)
+
+
+def check_loss(
+    coefficients: Sequence[Tensor], terms: Sequence[str], needs: Sequence[bool], a: LinearArgs
+) -> None:
+    """Raise unless a loss that is known at the call is of outputs of the arguments."""
+    check_args(a)
+    check_terms(coefficients, terms, a.outputs)
+    _check_needs(needs, 3)
+
+
+def _check_needs(needs: Sequence[bool], count: int) -> None:
     if len(needs) != count:
         raise ValueError(f"needs: got {len(needs)}, want {count} (one per tensor with a gradient)")
 
@@ -99,7 +122,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, 
 
 def _token_stats_args(a: LinearArgs) -> TokenStatsArgs:
     """The logits of the policy and the reference, with the other arguments of their statistics."""
-    check_args(a)
     valid, wide, ref = spec.valid_rows(a.tokens, a.mask), _wide(a), None
     if a.ref_hidden is not None and a.ref_weight is not None:
         ref = _logits(a.ref_hidden, a.ref_weight, a.ref_bias, valid, wide)
@@ -150,8 +172,6 @@ def linear_token_stats_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     rows = _token_stats_args(a)
-    check_upstream(a.outputs, _wide(a), grads, saved.shape[-1], len(RECORD))
-    check_needs(needs, 6)
     paired = rows.ref_logits is not None
     if "jsd" in a.outputs:
         of_logits = spec.token_stats_backward(grads, unpack_saved(saved, paired), rows, True, paired)
@@ -172,7 +192,6 @@ def linear_token_stats_partial_backward(
 ) -> list[Tensor]:
     """Gradients of hidden, weight and bias of both sides; empty for those not needed."""
     rows = _token_stats_args(a)
-    check_needs(needs, 6)
     paired = rows.ref_logits is not None
     return _head_gradients(
         a, spec.token_stats_partial_backward(grad_record, record, rows, True, paired), needs
@@ -184,8 +203,6 @@ def linear_token_loss(
 ) -> list[Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the outputs."""
     rows, wide = _token_stats_args(a), _wide(a)
-    check_terms(coefficients, terms, a.outputs)
-    check_needs(needs, 3)
     valid = spec.valid_rows(a.tokens, a.mask)
     saved, *values = spec.token_stats(rows)
     by_name = dict(zip(a.outputs, values, strict=True))

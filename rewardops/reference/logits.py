@@ -90,6 +90,30 @@ def check_args(a: TokenStatsArgs) -> None:
     check_names(tuple(a.outputs), a.ref_logits is not None)
 
 
+def check_backward(grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, *_: bool) -> None:
+    """Raise unless gradients and saved statistics are those of the arguments."""
+    check_args(a)
+    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
+
+
+def check_backward_(grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, *_: bool) -> None:
+    """As :func:`check_backward`, and unless the gradient can be written over the logits."""
+    check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
+    check_backward(grads, saved, a)
+
+
+def check_loss(coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs) -> None:
+    """Raise unless a loss that is known at the call is of outputs of the arguments."""
+    check_args(a)
+    check_terms(coefficients, terms, a.outputs)
+
+
+def check_loss_(coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs) -> None:
+    """As :func:`check_loss`, and unless the gradient can be written over the logits."""
+    check_overwritable(a.logits, "logits", read_beside(a, "coefficients", terms, coefficients))
+    check_loss(coefficients, terms, a)
+
+
 def check_upstream(
     outputs: Sequence[str], acc: torch.dtype, grads: Sequence[Tensor | None], saved: int, wanted: int
 ) -> None:
@@ -130,7 +154,6 @@ class _Rows(NamedTuple):
 
 
 def _rows(a: TokenStatsArgs) -> _Rows:
-    check_args(a)
     column = a.tokens - a.first
     t = a.temperatures
     if t is None:
@@ -319,7 +342,6 @@ def token_stats_backward(
 ) -> tuple[Tensor, Tensor]:
     """All upstream gradients folded into one gradient of the logits, and one of the reference logits."""
     rows, acc = _rows(a), accumulator(a.logits)
-    check_upstream(a.outputs, accumulator(a.logits), grads, len(saved), saved_rows(a.ref_logits is not None))
     known = dict(zip(SAVED, saved.to(acc), strict=False))
     zero = torch.zeros_like(known["shift"])
     upstream = {name: g for name, g in zip(a.outputs, grads, strict=True) if g is not None}
@@ -385,7 +407,6 @@ def token_stats_backward_(
     grads: Sequence[Tensor | None], saved: Tensor, a: TokenStatsArgs, to_logits: bool, to_ref: bool
 ) -> Tensor:
     """Write the gradient of the logits over them; return that of the reference."""
-    check_overwritable(a.logits, "logits", read_beside(a, "grads", a.outputs, grads) | {"saved": saved})
     grad, ref = token_stats_backward(grads, saved, a, to_logits, to_ref)
     a.logits.copy_(grad)
     return ref
@@ -432,7 +453,6 @@ def with_gradient(
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Stacked statistics, and the arguments of the backward pass."""
         acc = accumulator(a.logits)
-        check_terms(coefficients, terms, a.outputs)
         saved, *values = forward(a, False)
         by_name = {name: c.to(acc) for name, c in zip(terms, coefficients, strict=True)}
         ups = [by_name.get(name) for name in a.outputs]
@@ -447,7 +467,6 @@ def with_gradient(
     def token_stats_and_grad_(
         coefficients: Sequence[Tensor], terms: Sequence[str], a: TokenStatsArgs
     ) -> Tensor:
-        check_overwritable(a.logits, "logits", read_beside(a, "coefficients", terms, coefficients))
         stacked, backward_args = run(coefficients, terms, a)
         backward_(*backward_args)
         return stacked
