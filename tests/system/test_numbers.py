@@ -139,8 +139,8 @@ def test_the_table_has_every_function():
     assert {name.removeprefix("advantages.") for name in CALLS} == with_numbers
 
 
-def run(name: str, batch: Batch, given: dict, wrap=lambda f: f):
-    """A call's outputs, and the gradient of their sum."""
+def run(name: str, batch: Batch, wrap=lambda f: f):
+    """A function of a call's numbers: its outputs, and the gradient of their sum."""
     of, call = CALLS[name]
     fn = FUNCTIONS[name.removeprefix("advantages.")]
 
@@ -150,7 +150,8 @@ def run(name: str, batch: Batch, given: dict, wrap=lambda f: f):
 
     step = wrap(step)
 
-    def both(given):
+    def both(given, seed):
+        torch.manual_seed(seed)
         x = getattr(batch, of).detach().requires_grad_(True)
         out = step(x, given)
         smooth = [t for t in out if t.requires_grad]
@@ -162,6 +163,14 @@ def run(name: str, batch: Batch, given: dict, wrap=lambda f: f):
     return both
 
 
+def eager_and_compiled(name: str):
+    """The call in both modes, and the counter of its graphs."""
+    batch, counter = make_batch(dtype=torch.float32), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = run(name, batch, lambda f: torch.compile(f, backend=counter, fullgraph=True))
+    return run(name, batch), compiled, counter
+
+
 def check(ours, wanted, name: str):
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda m: f"{name}: {m}")
@@ -170,39 +179,23 @@ def check(ours, wanted, name: str):
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_two_graphs_serve_every_value(name):
     """A controller moves every number at each step: the first graph is for constants, the second for all others."""
-    batch = make_batch(dtype=torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = run(name, batch, {}, lambda f: torch.compile(f, backend=counter, fullgraph=True))
-    eager = run(name, batch, {})
+    eager, compiled, counter = eager_and_compiled(name)
     for step in range(4):
         given = {option: numbers(option, step) for option in names_of(name)}
-        torch.manual_seed(step)
-        ours = compiled(given)
-        torch.manual_seed(step)
-        check(ours, eager(given), f"{name} at step {step}")
-        if step == 1:
-            graphs = (
-                counter.frame_count
-            )  # a second compilation may start over, to specialise what it does not use
+        check(compiled(given, step), eager(given, step), f"{name} at step {step}")
+        if step == 1:  # a second compilation may start over, to specialise what it does not use
+            graphs = counter.frame_count
     assert counter.frame_count == graphs
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_a_tensor_of_no_dimensions_is_a_number(name):
     """In eager mode, and compiled."""
-    batch = make_batch(dtype=torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = run(name, batch, {}, lambda f: torch.compile(f, backend=counter, fullgraph=True))
-    eager = run(name, batch, {})
+    eager, compiled, counter = eager_and_compiled(name)
     for step in range(2):
         given = {option: numbers(option, step) for option in names_of(name)}
         tensors = {option: torch.tensor(value, dtype=torch.float64) for option, value in given.items()}
-        results = []
-        for call, numbers_or_tensors in ((eager, given), (eager, tensors), (compiled, tensors)):
-            torch.manual_seed(step)
-            results.append(call(numbers_or_tensors))
-        check(results[1], results[0], f"{name} with tensors")
-        check(results[2], results[0], f"{name} compiled with tensors")
+        want = eager(given, step)
+        check(eager(tensors, step), want, f"{name} with tensors")
+        check(compiled(tensors, step), want, f"{name} compiled with tensors")
     assert counter.frame_count <= 2
