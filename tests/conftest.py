@@ -74,29 +74,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("target", TARGETS + cuda, indirect=True)
 
 
-@functools.cache
-def run_cuda_on_host() -> None:
-    """Make the CUDA C++ kernels serve CPU tensors in this process, through the harness."""
-    os.environ.setdefault("REWARDOPS_CUDA_ON_HOST", str(cuda_on_host.build()))
+_cuda_on_host_module = functools.cache(cuda_on_host.build)
+
+
+def run_cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the CUDA C++ kernels serve CPU tensors through the harness, during one test."""
+    if "REWARDOPS_CUDA_ON_HOST" not in os.environ:
+        monkeypatch.setenv("REWARDOPS_CUDA_ON_HOST", str(_cuda_on_host_module()))
 
 
 @pytest.fixture
-def target(request: pytest.FixtureRequest):
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Each backend in turn, forced for the whole test."""
     if request.param.backend.startswith("cuda") and not HAS_GPU:
-        run_cuda_on_host()
+        run_cuda_on_host(monkeypatch)
     with dispatch.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.fixture
-def target_cuda() -> torch.device:
+def target_cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device of the kernels in CUDA C++."""
     target = CUDA_TARGET.values[0]
     if why := CUDA_TARGET.marks:
         pytest.skip(why[0].kwargs["reason"])
     if not HAS_GPU:
-        run_cuda_on_host()
+        run_cuda_on_host(monkeypatch)
     return target.device
 
 

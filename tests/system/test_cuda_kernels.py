@@ -138,9 +138,9 @@ def test_cuda_alone_serves_what_it_has(target_cuda):
 def test_what_was_asked_first_does_not_stay(monkeypatch, target_cuda):
     """The module is looked up by its current path, even if `show_config` has already looked it up."""
     here = native.cuda_module()
-    monkeypatch.delenv("REWARDOPS_CUDA_ON_HOST", raising=False)
-    rewardops.show_config()
-    monkeypatch.undo()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delenv("REWARDOPS_CUDA_ON_HOST", raising=False)
+        rewardops.show_config()
     assert native.cuda_module() is here
 
 
