@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DREWARDOPS_MODULE_DIR={target.parent}",
-            f"-DREWARDOPS_CUDA={os.environ.get('REWARDOPS_CUDA', 'AUTO')}",
+            f"-DREWARDOPS_CUDA={os.environ.get('REWARDOPS_CUDA', '0')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)

@@ -162,7 +162,8 @@ void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
   auto a = td_args<T>(shape, mask, inputs, per_row, gamma, lambda, decay, backward, outputs, grad_bootstrap);
   const std::vector<double> state = plan_scan(a, longest);
   const py::gil_scoped_release release;
-  run_scan(kernels().of<T>().td, a, threads);
+  const TypedKernels<T>& k = kernels().of<T>();
+  run_scan<TdArgs<T>>({k.td_rows, k.td_aggregates, k.td_carries, k.td_chunks, k.td_joins}, a, threads);
 }
 
 template <typename T>
@@ -177,9 +178,13 @@ void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
   if (which == "extremes") {
     // An extreme is exact for any number of chunks: several are used only where whole rows would leave threads idle.
     if (a.rows.batch >= threads) a.chunks = 1;
-    return run_scan(k.extremes, a, threads);
+    return run_scan<ReturnsArgs<T>>(
+        {k.extremes_rows, k.extremes_aggregates, k.extremes_carries, k.extremes_chunks, nullptr}, a, threads);
   }
-  if (which == "extremes_backward") return run_scan(k.extremes_backward, a, threads);
+  if (which == "extremes_backward")
+    return run_scan<ReturnsArgs<T>>({k.extremes_backward_rows, k.extremes_backward_aggregates,
+                                     k.extremes_backward_carries, k.extremes_backward_chunks, nullptr},
+                                    a, threads);
   const auto kernel = which == "softmin"            ? k.softmin_rewards
                       : which == "softmin_backward" ? k.softmin_rewards_backward
                       : which == "softmin_returns"  ? k.softmin_returns

@@ -292,8 +292,8 @@ FAULTS = [
     ),
     Fault(
         "masked tokens have a gradient in the reference's log-probability", "dropped mask", f"{CPU}kl.h",
-        "silenced(a, start + k, grad[k] * a.scale, buffer[k]);\n  if (a.mask)",
-        "silenced(a, start + k, grad[k] * a.scale, buffer[k]);\n  if (a.mask && !kRef)",
+        "  if (a.mask)\n#pragma omp simd\n    for (int64_t k = 0; k < n; ++k) buffer[k] =",
+        "  if (a.mask && out != a.out_ref)\n#pragma omp simd\n    for (int64_t k = 0; k < n; ++k) buffer[k] =",
         "tests/ops/test_kl.py", "masked_tokens and cpp",
     ),
     Fault(

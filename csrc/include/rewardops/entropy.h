@@ -11,6 +11,7 @@ struct GtpoArgs {
   const T* rewards;            // [B]
   Tokens<const T> entropy;     // [tokens]
   Groups groups;
+  int64_t blocks;              // of positions, which a kernel takes one at a time
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
   double alpha1, alpha2;       // weights of the reward, and of the entropy's share

@@ -5,7 +5,6 @@
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
-namespace {
 
 template <typename T>
 void rows_to_tokens(const RowsToTokensArgs<T>& a, int64_t begin, int64_t end) {
@@ -24,6 +23,5 @@ void rows_to_tokens(const RowsToTokensArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

@@ -68,11 +68,11 @@ void gtpo_sums(const GtpoArgs<T>& a, int64_t group, int64_t from, GtpoBlock<T>& 
 }
 
 template <bool kBackward, typename T>
-void gtpo_blocks(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t end) {
+void gtpo_blocks(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
   GtpoBlock<T> block;
   const T floor = static_cast<T>(a.floor);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t group = item / blocks, from = item % blocks * kGtpoBlock;
+    const int64_t group = item / a.blocks, from = item % a.blocks * kGtpoBlock;
     bool any = false;
     for (int64_t m = a.groups.offsets[group]; m < a.groups.offsets[group + 1]; ++m)
       any = any || a.rows.size(a.groups.members[m]) > from;
@@ -115,16 +115,17 @@ void gtpo_blocks(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t en
   }
 }
 
-template <typename T>
-void gtpo(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t end) {
-  gtpo_blocks<false>(a, blocks, begin, end);
-}
-
-template <typename T>
-void gtpo_backward(const GtpoArgs<T>& a, int64_t blocks, int64_t begin, int64_t end) {
-  gtpo_blocks<true>(a, blocks, begin, end);
-}
-
 }  // namespace
+
+template <typename T>
+void gtpo(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
+  gtpo_blocks<false>(a, begin, end);
+}
+
+template <typename T>
+void gtpo_backward(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
+  gtpo_blocks<true>(a, begin, end);
+}
+
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

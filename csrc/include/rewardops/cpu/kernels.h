@@ -33,16 +33,24 @@ struct Scan {
   void (*joins)(const Args&, int64_t begin, int64_t end);       // items: rows; may be null
 };
 
-// The kernels that loop over items and exist for float and double: X(name, arguments). A new kernel is added here, and
-// its header is included in kernels.cpp.
-#define REWARDOPS_TYPED_KERNELS(X)             \
-  X(token_kl, TokenKlArgs)                     /* items: tokens */ \
-  X(rows_to_tokens, RowsToTokensArgs)          /* items: rows, as of all that follow */ \
-  X(row_sums, RowSumsArgs)                     \
-  X(softmin_returns, ReturnsArgs)              \
-  X(softmin_returns_backward, ReturnsArgs)     \
-  X(softmin_rewards, ReturnsArgs)              \
-  X(softmin_rewards_backward, ReturnsArgs)
+// The kernels that exist for float and double, by family: X(name, arguments). A new kernel is added here.
+#define REWARDOPS_KL_KERNELS(X) X(token_kl, TokenKlArgs)                 /* items: tokens */
+#define REWARDOPS_ADVANTAGES_KERNELS(X) X(rows_to_tokens, RowsToTokensArgs)  /* items: rows, where nothing is said */
+#define REWARDOPS_SEGMENTS_KERNELS(X) X(row_sums, RowSumsArgs)
+#define REWARDOPS_ENTROPY_KERNELS(X)  /* items: groups x blocks of kGtpoBlock positions */ \
+  X(gtpo, GtpoArgs) X(gtpo_backward, GtpoArgs)
+#define REWARDOPS_TD_KERNELS(X)  /* the parts of a scan */ \
+  X(td_rows, TdArgs) X(td_aggregates, TdArgs) X(td_carries, TdArgs) X(td_chunks, TdArgs) X(td_joins, TdArgs)
+#define REWARDOPS_RETURNS_KERNELS(X)  /* the parts of two scans, then rows */                                       \
+  X(extremes_rows, ReturnsArgs) X(extremes_aggregates, ReturnsArgs)                                                 \
+  X(extremes_carries, ReturnsArgs) X(extremes_chunks, ReturnsArgs)                                                  \
+  X(extremes_backward_rows, ReturnsArgs) X(extremes_backward_aggregates, ReturnsArgs)                               \
+  X(extremes_backward_carries, ReturnsArgs) X(extremes_backward_chunks, ReturnsArgs)                                \
+  X(softmin_returns, ReturnsArgs) X(softmin_returns_backward, ReturnsArgs)                                          \
+  X(softmin_rewards, ReturnsArgs) X(softmin_rewards_backward, ReturnsArgs)
+#define REWARDOPS_TYPED_KERNELS(X)                                                                                  \
+  REWARDOPS_KL_KERNELS(X) REWARDOPS_ADVANTAGES_KERNELS(X) REWARDOPS_SEGMENTS_KERNELS(X) REWARDOPS_ENTROPY_KERNELS(X) \
+  REWARDOPS_TD_KERNELS(X) REWARDOPS_RETURNS_KERNELS(X)
 
 // The kernels of one precision.
 template <typename T>
@@ -50,11 +58,6 @@ struct TypedKernels {
 #define REWARDOPS_DECLARE(name, Args) void (*name)(const Args<T>&, int64_t begin, int64_t end);
   REWARDOPS_TYPED_KERNELS(REWARDOPS_DECLARE)
 #undef REWARDOPS_DECLARE
-  // items: groups x blocks of kGtpoBlock positions
-  void (*gtpo)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
-  void (*gtpo_backward)(const GtpoArgs<T>&, int64_t blocks, int64_t begin, int64_t end);
-  Scan<TdArgs<T>> td;
-  Scan<ReturnsArgs<T>> extremes, extremes_backward;
 };
 
 // The kernels of one instruction set.
@@ -80,5 +83,31 @@ inline const TypedKernels<double>& Kernels::of<double>() const { return f64; }
 
 // The table of the best instruction set of this machine, or of the one that the environment's REWARDOPS_ISA names.
 const Kernels& kernels();
+
+#ifdef REWARDOPS_ISA
+// In a file that is compiled once per instruction set: its kernels, which csrc/cpu/isa/<family>.cpp define.
+//
+// Their names, and those of all helpers, are in the namespace of the instruction set, and they instantiate no template
+// of the standard library: the linker would keep one copy of such code, possibly of an instruction set that this
+// machine does not have.
+namespace REWARDOPS_ISA {
+
+// Compiled once, not once per caller: for what works on a block or a row, whose call costs nothing.
+#define REWARDOPS_ONCE [[gnu::noinline, gnu::noclone]]
+
+#define REWARDOPS_DECLARE(name, Args) template <typename T> void name(const Args<T>&, int64_t begin, int64_t end);
+REWARDOPS_TYPED_KERNELS(REWARDOPS_DECLARE)
+#undef REWARDOPS_DECLARE
+#define REWARDOPS_INSTANTIATE(name, Args)                        \
+  template void name<float>(const Args<float>&, int64_t, int64_t); \
+  template void name<double>(const Args<double>&, int64_t, int64_t);
+
+void token_stats(const TokenStatsArgs&, int64_t begin, int64_t end);
+void token_stats_backward(const TokenStatsBackwardArgs&, int64_t begin, int64_t end);
+template <typename Token>
+int64_t common_prefix(const Token* a, const Token* b, int64_t n);
+
+}  // namespace REWARDOPS_ISA
+#endif
 
 }  // namespace rewardops::cpu

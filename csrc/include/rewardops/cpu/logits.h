@@ -120,6 +120,8 @@ void token_stats_rows(const TokenStatsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
 void token_stats(const TokenStatsArgs& a, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
   switch (a.in.logits.dtype) {
@@ -130,6 +132,5 @@ void token_stats(const TokenStatsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

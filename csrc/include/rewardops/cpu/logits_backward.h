@@ -265,6 +265,8 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   store_zeros(a.grad_ref, n, in.vocab, a.width);
 }
 
+}  // namespace
+
 void token_stats_backward(const TokenStatsBackwardArgs& a, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
   for (int64_t n = begin; n < end; ++n) {
@@ -272,6 +274,5 @@ void token_stats_backward(const TokenStatsBackwardArgs& a, int64_t begin, int64_
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

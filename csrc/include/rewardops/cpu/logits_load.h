@@ -42,19 +42,24 @@ inline T* logits_row(const LogitsRows& rows, int64_t n) {
 template <typename Acc>
 inline Acc capped(Acc x, Acc cap, Acc inverse_cap) { return cap * tanh_any(x * inverse_cap); }
 
+template <typename T, typename Acc>
+REWARDOPS_ONCE void fill_block(const T* x, int64_t n, double softcap, Acc* buffer) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
+  if (!(softcap > 0)) return;
+  const Acc cap = static_cast<Acc>(softcap), inverse = static_cast<Acc>(1.0 / softcap);
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) buffer[k] = capped(buffer[k], cap, inverse);
+}
+
 // Columns of a row in the accumulation type, after the softcap. Returns the row itself where it needs no conversion,
 // else the buffer.
 template <typename T, typename Acc>
 inline const Acc* load_block(const T* x, int64_t n, double softcap, Acc* buffer) {
-  if (softcap > 0) {
-    const Acc cap = static_cast<Acc>(softcap), inverse = static_cast<Acc>(1.0 / softcap);
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) buffer[k] = capped(static_cast<Acc>(widen(x[k])), cap, inverse);
-    return buffer;
+  if constexpr (sizeof(T) == sizeof(Acc)) {
+    if (!(softcap > 0)) return x;
   }
-  if constexpr (sizeof(T) == sizeof(Acc)) return x;
-#pragma omp simd
-  for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
+  fill_block(x, n, softcap, buffer);
   return buffer;
 }
 

@@ -127,7 +127,7 @@ inline bool add_quickly(const T* x, int64_t n, Acc scale, Sums& sums) {
 
 // Exact path: full lanes of one row, any logits up to the shift.
 template <int kTerms, typename Acc>
-inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
+REWARDOPS_ONCE void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const L shift = L::splat(static_cast<Acc>(sums.shift)), scales = L::splat(scale);
   const L zero = L::splat(0), one = L::splat(1), low = L::splat(Acc(-2000));
@@ -150,7 +150,7 @@ inline void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) {
 }
 
 template <int kTerms, typename T>
-inline void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
+REWARDOPS_ONCE void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
                       typename AccOf<T>::type* buffer) {
   using Acc = typename AccOf<T>::type;
   if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums))
@@ -198,7 +198,7 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
 // ---- with a reference: both rows together -------------------------------------------------------------------
 
 template <int kTerms, typename T, typename Acc>
-inline bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
+REWARDOPS_ONCE bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scale, Sums& sums) {
   using L = Lanes<Acc>;
   const Exponents<Acc> exponents(sums.shift, scale), ref_exponents(sums.ref_shift, scale);
   const L shift = L::splat(static_cast<Acc>(sums.shift)), ref_shift = L::splat(static_cast<Acc>(sums.ref_shift));
@@ -282,7 +282,7 @@ inline void add_pair_exactly(const Acc* z, const Acc* x, int64_t n, Acc scale, S
 
 // Adds a block of both rows, from the buffers.
 template <int kTerms, typename Acc>
-inline void add_pair_block(Acc* z, Acc* x, int64_t n, Acc scale, Sums& sums) {
+REWARDOPS_ONCE void add_pair_block(Acc* z, Acc* x, int64_t n, Acc scale, Sums& sums) {
   constexpr Acc kNone = -infinity<Acc>();
   const int64_t padded = padded_to_lanes<Acc>(n);
   for (int64_t k = n; k < padded; ++k) z[k] = x[k] = kNone;

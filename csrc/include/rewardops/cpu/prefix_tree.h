@@ -1,11 +1,10 @@
 // The longest common prefix of two rows of tokens.
 #pragma once
 
-#include <cstdint>
+#include "rewardops/cpu/kernels.h"
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
-namespace {
 
 template <typename Token>
 int64_t common_prefix(const Token* a, const Token* b, int64_t n) {
@@ -22,6 +21,5 @@ int64_t common_prefix(const Token* a, const Token* b, int64_t n) {
   return t;
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

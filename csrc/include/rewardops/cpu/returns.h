@@ -74,7 +74,7 @@ struct ExtremeCarry {
 // Tokens [begin, end) of row b, from the right. The carry comes from the steps after them, and becomes that for the
 // tokens before them; without `store` nothing else is computed. A NaN stays in all returns before it.
 template <bool kLargest, typename T>
-inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, bool store,
+REWARDOPS_ONCE void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, bool store,
                            ExtremeCarry<T>& carry) {
   constexpr int64_t kWidth = Sixteen<T>::kWidth;
   constexpr T kNone = kLargest ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity();
@@ -139,6 +139,8 @@ inline void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, in
   else extremes_range<false>(a, b, begin, end, store, carry);
 }
 
+}  // namespace
+
 template <typename T>
 void extremes_rows(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
@@ -189,11 +191,13 @@ void extremes_chunks(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
 
 // ---- backward -----------------------------------------------------------------------------------------------
 
+namespace {
+
 // The gradient at a step end that attains the extreme, so that its reward is the return there, is the sum of upstream
 // gradients since the previous such end; ties go to the earliest. Returns the sum that remains; `taken` becomes true if
 // any step end attains the extreme.
 template <typename T>
-inline double extremes_backward_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, double sum,
+REWARDOPS_ONCE double extremes_backward_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, double sum,
                                       bool store, bool* taken) {
   uint8_t ends[kScanBlock];
   alignas(64) T out[kScanBlock];
@@ -218,6 +222,8 @@ inline double extremes_backward_range(const ReturnsArgs<T>& a, int64_t b, int64_
   }
   return sum;
 }
+
+}  // namespace
 
 template <typename T>
 void extremes_backward_rows(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
@@ -249,6 +255,5 @@ void extremes_backward_chunks(const ReturnsArgs<T>& a, int64_t begin, int64_t en
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

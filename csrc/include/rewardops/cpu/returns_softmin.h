@@ -5,7 +5,6 @@
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
-namespace {
 
 // ---- returns: the soft minimum of the steps still to come ---------------------------------------------------
 
@@ -71,6 +70,8 @@ void softmin_returns_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
 
 // ---- rewards: PURE's transform, each step's reward times its soft-min weight ---------------------------------
 
+namespace {
+
 // The normaliser of the weights exp(-r / T) of a row's steps.
 struct Softmin {
   double low = infinity<double>();  // the smallest reward
@@ -99,7 +100,7 @@ inline double softmin_weight(const ReturnsArgs<T>& a, const Softmin& s, T reward
 }
 
 template <typename T>
-inline Softmin softmin_row(const ReturnsArgs<T>& a, int64_t b, const T* rewards) {
+REWARDOPS_ONCE Softmin softmin_row(const ReturnsArgs<T>& a, int64_t b, const T* rewards) {
   Softmin s;
   each_step_block(a, b, [&](int64_t at, int64_t, const int32_t* places, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
@@ -113,6 +114,8 @@ inline Softmin softmin_row(const ReturnsArgs<T>& a, int64_t b, const T* rewards)
   });
   return s;
 }
+
+}  // namespace
 
 template <typename T>
 void softmin_rewards(const ReturnsArgs<T>& a, int64_t begin, int64_t end) {
@@ -157,6 +160,5 @@ void softmin_rewards_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

@@ -5,7 +5,6 @@
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
-namespace {
 
 template <typename T>
 void row_sums(const RowSumsArgs<T>& a, int64_t begin, int64_t end) {
@@ -30,6 +29,5 @@ void row_sums(const RowSumsArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

@@ -304,7 +304,7 @@ inline Lanes<float> exp(Lanes<float> x) {
 // Writes an output from a buffer. Outputs too large for the caches are streamed past them: a cached store reads the
 // line first.
 template <typename T>
-inline void store_out(T* out, const T* from, int64_t n, bool stream) {
+inline void store_out(T* out, const T* from, int64_t n, [[maybe_unused]] bool stream) {
 #if defined(__AVX2__)
   if (stream) {
 #if defined(__AVX512F__)

@@ -162,7 +162,7 @@ inline void store_zeros(const TdRow<T>& row, Tokens<T> out, int64_t begin, int64
 // Tokens [begin, end) of a row of `live` tokens, from the carry y[end]. Without `store` only the aggregate is computed:
 // y[begin] for a carry of 0, and the factor by which the carry is multiplied.
 template <typename T>
-inline double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t live, double carry, bool store,
+REWARDOPS_ONCE double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t live, double carry, bool store,
                        double* product) {
   TdBlock s;
   double ahead = row.value_after(end, live);
@@ -194,7 +194,7 @@ inline double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t 
 
 // s.x becomes u of [begin, end) from the carry factor[t-] u[t-]; `passed` is gamma[t-] rho[t-] u[t-], before and after.
 template <typename T>
-inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end, double carry, bool store,
+REWARDOPS_ONCE double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end, double carry, bool store,
                                 double* product, double* passed) {
   TdBlock s;
   alignas(64) double up[kScanBlock];
@@ -249,7 +249,7 @@ inline double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end,
 
 // Writes tokens [begin, end) of a row that ends at `live`, from their carry. Returns the carry of a backward pass.
 template <typename T>
-inline double td_stretch(const TdRow<T>& row, int64_t live, int64_t begin, int64_t end, double carry) {
+REWARDOPS_ONCE double td_stretch(const TdRow<T>& row, int64_t live, int64_t begin, int64_t end, double carry) {
   const TdArgs<T>& a = row.a;
   const int64_t to = end < live ? end : live, rest = to > begin ? to : begin;
   double passed = 0;
@@ -261,6 +261,8 @@ inline double td_stretch(const TdRow<T>& row, int64_t live, int64_t begin, int64
   for (const Tokens<T>& out : outputs) store_zeros(row, out, rest, end);
   return passed;
 }
+
+}  // namespace
 
 template <typename T>
 void td_rows(const TdArgs<T>& a, int64_t begin, int64_t end) {
@@ -326,6 +328,5 @@ void td_joins(const TdArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
 }  // namespace REWARDOPS_ISA
 }  // namespace rewardops::cpu

@@ -1,0 +1,5 @@
+#include "rewardops/cpu/kl.h"
+
+namespace rewardops::cpu::REWARDOPS_ISA {
+REWARDOPS_KL_KERNELS(REWARDOPS_INSTANTIATE)
+}

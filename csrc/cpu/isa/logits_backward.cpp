@@ -1,0 +1,1 @@
+#include "rewardops/cpu/logits_backward.h"
