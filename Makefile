@@ -6,17 +6,34 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 ARGS ?=
 
+# Three steps, each said before it is taken.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+, := ,
+define install
+@echo "1 of 3: virtual environment in $(VENV), and PyTorch (a large download where pip has not cached it)"
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+@$(PIP) torch
+@echo "2 of 3: the C++ kernels (about half a minute on two cores)"
+@$(PIP) --no-deps -e .
+@echo "3 of 3: what is required for: $(1)"
+@$(PIP) "rewardops[$(1)]"
+endef
+
 .PHONY: venv demo test quick check thorough integrations lint bench gpu gpu-dry clean
 
 venv: $(INSTALLED)
 
 $(INSTALLED): $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	$(call install,test$(,)lint)
 	touch $@
 
-demo: venv
+# The demo needs neither the tests' requirements nor Triton.
+demo: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.demo)
 	$(BIN)/python -m rewardops.demo $(ARGS)
+
+$(VENV)/.demo: $(SOURCES)
+	$(call install,demo)
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .

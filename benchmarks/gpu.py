@@ -59,12 +59,12 @@ class Walk:
             "REWARDOPS_OFFLINE": "1",
         }
         if self.dry:
-            # Building CUDA C++ for GPUs takes minutes, and a dry run does not use it.
             variables.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0")
-        elif "CUDAARCHS" not in variables:
+        else:
             import torch
 
-            variables["CUDAARCHS"] = "".join(map(str, torch.cuda.get_device_capability()))
+            variables.setdefault("REWARDOPS_CUDA", "1" if shutil.which("nvcc") else "0")
+            variables.setdefault("CUDAARCHS", "".join(map(str, torch.cuda.get_device_capability())))
         return variables
 
     def run(self, command: list[str], limit: float, **environment: str) -> tuple[int, str]:

@@ -91,7 +91,7 @@ def unavailable(
             "it serves GPU tensors; on the CPU only a build of its kernels for tests (REWARDOPS_CUDA_ON_HOST)"
         )
     if cuda_module() is None:
-        return "the CUDA C++ kernels are missing (install rewardops where nvcc is found)"
+        return "the CUDA C++ kernels are missing (install rewardops with REWARDOPS_CUDA=1 and nvcc)"
     if family is not None and op is not None and _implementation(backend, family, op) is None:
         return "it has no kernel for it"
     return None

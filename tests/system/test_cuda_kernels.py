@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import pytest
 import torch
 from conftest import THOROUGH
@@ -20,7 +21,8 @@ from cuda_on_host import build as cuda_on_host
 import rewardops
 from rewardops.core import native
 
-HERE = Path(__file__).parents[1] / "cuda_on_host"
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests" / "cuda_on_host"
 
 
 # ---- machine code ------------------------------------------------------------------------------------------
@@ -36,13 +38,13 @@ def disassembler() -> Path:
 
 @pytest.fixture(scope="module")
 def module() -> Path:
-    """The compiled module with the kernels of all architectures."""
+    """The compiled module with the kernels of all architectures, as ``REWARDOPS_CUDA=1`` builds it."""
     built = native.compiled_module()
-    if built is None or not hasattr(built, "cuda"):
-        if shutil.which("nvcc") and os.environ.get("REWARDOPS_CUDA") != "0":
-            pytest.fail("nvcc is here, and the kernels were not built")
-        pytest.skip("built without CUDA")
-    return Path(built.__file__)
+    if built is not None and hasattr(built, "cuda"):
+        return Path(built.__file__)
+    if not (shutil.which("nvcc") and compiled.TOOLS):
+        pytest.skip("no nvcc, cmake or ninja")
+    return compiled.build(ROOT / "build" / "cuda", "-DREWARDOPS_CUDA=1", "-DREWARDOPS_ISAS=portable")
 
 
 def dump(module: Path, *options: str) -> str:

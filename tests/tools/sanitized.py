@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import platform
@@ -15,15 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import compiled
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "sanitized"
 MODULE = "REWARDOPS_SANITIZED_MODULE"  # for the child process: the path of the module
-
-
-def tool(name: str) -> str | None:
-    """The path of a program in this environment, or in the system."""
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 
 def runtimes() -> list[str]:
@@ -41,34 +37,16 @@ def runtimes() -> list[str]:
 
 def why_not() -> str | None:
     """The reason why the module cannot be built here; None if it can."""
-    if not (tool("cmake") and tool("ninja")):
+    if not compiled.TOOLS:
         return "no cmake, or no ninja"
     return None if runtimes() else "the compiler has no address or undefined behaviour sanitizer"
 
 
 def build(source: Path = ROOT, folder: Path = BUILD) -> Path:
-    """Build the module, recompiling changed sources; safe to call from several processes at once."""
-    import pybind11
-
-    folder.mkdir(parents=True, exist_ok=True)
-    configure = [
-        str(tool("cmake")), "-S", str(source), "-B", str(folder), "-G", "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        "-DREWARDOPS_SANITIZE=address,undefined,float-cast-overflow",
-        # One instruction set: the same loops, as wide as with AVX-512.
-        f"-DREWARDOPS_ISAS={'avx2' if platform.machine() == 'x86_64' else 'portable'}",
-        f"-DREWARDOPS_MODULE_DIR={folder / 'module'}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, [str(tool("cmake")), "--build", str(folder)]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(" ".join(command) + "\n" + (done.stdout + done.stderr)[-8000:])
-    (module,) = (folder / "module").glob("_C.*.so")
-    return module
+    """Build the module under the sanitizers, with one instruction set: the same loops, as wide as with AVX-512."""
+    isa = "avx2" if platform.machine() == "x86_64" else "portable"
+    sanitize = "-DREWARDOPS_SANITIZE=address,undefined,float-cast-overflow"
+    return compiled.build(folder, sanitize, f"-DREWARDOPS_ISAS={isa}", source=source)
 
 
 def run(module: Path, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
