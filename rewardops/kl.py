@@ -38,19 +38,19 @@ def token_kl(
 
     With ``d = logprob - ref_logprob``:
 
-    ==============  ====================================  ====================================================
-    estimator       value                                 over samples from the policy
-    ==============  ====================================  ====================================================
-    ``"k1"``        ``d``                                 unbiased; expected gradient 0
-    ``"abs"``       ``|d|``                               an upper bound
-    ``"k2"``        ``d**2 / 2``                          biased; its gradient is KL(policy || reference)'s
-    ``"k3"``        ``exp(-d) - 1 + d``                   unbiased, never negative; its gradient is that of the
-                                                          other direction, KL(reference || policy)
-    ``"k1_plus"``   k1                                    straight-through: the gradient of k2
-    ``"k3_plus"``   k3                                    straight-through: the gradient of k2
-    ``"binary_kl"`` of the token against all others       a lower bound of the exact KL (DPPO)
-    ``"binary_tv"`` ``|exp(logprob) - exp(ref)|``         total variation of the same two outcomes (DPPO)
-    ==============  ====================================  ====================================================
+    ================  ====================================  ====================================================
+    estimator         value                                 over samples from the policy
+    ================  ====================================  ====================================================
+    ``"k1"``          ``d``                                 unbiased; expected gradient 0
+    ``"abs"``         ``|d|``                               an upper bound
+    ``"k2"``          ``d**2 / 2``                          biased; its gradient is KL(policy || reference)'s
+    ``"k3"``          ``exp(-d) - 1 + d``                   unbiased, never negative; its gradient is that of the
+                                                            other direction, KL(reference || policy)
+    ``"k1_plus"``     k1                                    straight-through: the gradient of k2
+    ``"k3_plus"``     k3                                    straight-through: the gradient of k2
+    ``"binary_kl"``   of the token against all others       a lower bound of the exact KL (DPPO)
+    ``"binary_tv"``   ``|exp(logprob) - exp(ref)|``         total variation of the same two outcomes (DPPO)
+    ================  ====================================  ====================================================
 
     k3 keeps full relative accuracy near 0, where ``exp(-d) - 1`` does not (Schulman, "Approximating KL divergence",
     2020; the straight-through forms are verl's ``k1+`` and ``k3+``). The gradient matters more than the value: in

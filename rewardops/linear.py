@@ -260,10 +260,10 @@ def linear_token_loss(
         num_tokens: an upper bound of the number of valid tokens; None to read the number from the device.
 
     Returns:
-        The loss (a scalar, float32; float64 for float64), differentiable once in hidden, weight and bias: a
-        second backward pass raises. The gradient is scaled by the upstream one, so loss scaling works; the
-        reference's side is constant. And :class:`TokenStats`, detached. The weight's gradient is summed over
-        blocks in a float32 tensor of its size.
+        The loss (a scalar, float32; float64 for float64), and :class:`TokenStats`, detached. The loss is
+        differentiable once in hidden, weight and bias: a second backward pass raises. The gradient is scaled by
+        the upstream one, so loss scaling works; the reference's side is constant. The weight's gradient is
+        summed over blocks in a float32 tensor of its size.
 
     Raises:
         TypeError: an argument of a type or dtype that is not accepted.

@@ -143,8 +143,8 @@ def token_stats(
             :func:`token_stats_partial`.
 
     Returns:
-        :class:`TokenStats`, with the requested outputs. Differentiable once, in ``logits`` and ``ref_logits``:
-        all upstream gradients are folded into one read and one write, in the dtype of the logits.
+        :class:`TokenStats`, with the requested outputs. Differentiable once, in ``logits`` and ``ref_logits``.
+        All upstream gradients are folded into one read and one write, in the dtype of the logits.
 
     Raises:
         TypeError: an argument of a type or dtype that is not accepted.
@@ -225,7 +225,7 @@ def token_stats_and_grad(
             are lost then; autograd raises where another op has saved them for its backward pass.
 
     Returns:
-        :class:`TokenStats`, and the gradient, in the shape and dtype of the logits: zeros where masked and from
+        :class:`TokenStats`, and the gradient, in the shape and dtype of the logits, zeros where masked and from
         ``vocab_size`` on. With ``inplace`` it is the logits' own memory. Neither is differentiable. The
         reference's side is constant.
 
@@ -304,7 +304,7 @@ def token_stats_partial(
             terms need the whole row's normalisers.
 
     Returns:
-        ``[*tokens.shape, 14]``, float64: for each token sums relative to the part's largest logit
+        ``[*tokens.shape, 14]``, float64, for each token sums relative to the part's largest logit
         (``rewardops.reference.logits.RECORD`` names them). Sums that no output needs are NaN. Differentiable
         once in ``logits`` and ``ref_logits``.
 
