@@ -95,42 +95,58 @@ def group_advantages(
     Args:
         rewards: ``[B]``, one per row; float32, bfloat16, float16 or float64. With ``weights``: ``[B, R]``, R
             rewards, normalised separately and then summed (GDPO, MO-GRPO). There a NaN is a reward that the row
-            does not have: the row is left out of the column's groups, and the column adds 0 to its advantage and
-            has gradient 0 there; a row of NaN alone has advantage 0.
+            does not have: the row is left out of the column's groups, and the column adds 0 to its advantage
+            and has gradient 0 there; a row of NaN alone has advantage 0.
         groups: ``[B]``: integer labels of any value in any order, groups may be ragged; or a numpy array or a
-            sequence of strings or other objects, such as prompt ids (compared on the host).
+            sequence of strings or other objects, such as prompt ids (compared on the host). None with
+            ``group_size``.
         group_size: instead of ``groups``: contiguous groups of this many rows, or of these sizes, a
             list or an integer tensor ``[G]``; sizes may be 0.
-        eps: added to the scale.
+        baseline: what is subtracted: a name, a number or a tensor of the table.
+        scale: what is divided by, a name of the list above.
+        eps: added to the scale; at least 0.
         ddof: 1 for the unbiased std, 0 for the population's.
         singleton: the advantage of a group of one: ``"zero"``, or ``"raw"`` for its reward, as in verl's GRPO
             (not with ``scale="batch_std"``).
-        lengths: ``[B]``, finite numbers of at least 0, for ``"length_weighted"``; by default the number of valid
+        lengths: ``[B]``, finite numbers of at least 0, for ``"length_weighted"``; None for the number of valid
             tokens. Only their ratios matter; in a group whose lengths are all 0 rows weigh the same.
-        weights: ``[R]``, which asks for rewards ``[B, R]``; ``[1] * R`` for their plain sum.
-        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``): the advantage is written to every valid token
-            and 0 to the others. A row without a valid token does not count in its group.
-        cu_seqlens: ``[B + 1]``, int32 or int64: the advantage is written to packed tokens ``[N]``.
+        weights: ``[R]``, which asks for rewards ``[B, R]``; ``[1] * R`` for their plain sum. None for rewards
+            ``[B]``.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: the advantage is
+            written to every valid token and 0 to the others. A row without a valid token does not count in its
+            group. None for all tokens of ``cu_seqlens``, or without them for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: the advantage is written to packed tokens ``[N]``. None for
+            padded ones.
         num_tokens: ``N``; needed where ``cu_seqlens`` lies on a device (or a graph is traced) and there is no
             mask.
         process_group: groups, and the batch of ``"batch_std"``, span the rows of all its ranks; each rank gets
             the advantages of its own rows. A label denotes the same group on every rank (labels outside tensors
             are str, bytes or int); ``group_size`` counts on from rank to rank. One collective, of a few numbers
-            per row.
-        max_per_rank: with a process group, an upper bound of the rows per rank. Without it the ranks exchange their
-            numbers of rows first, and the host reads them.
+            per row. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank. Without it the ranks exchange
+            their numbers of rows first, and the host reads them.
 
     Returns:
-        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64
-        rewards). Differentiable in ``rewards``, through baseline and scale; a statistic that selects a
-        reward (median, quantile, largest, range) has its gradient at the earliest row with that reward; a group of
-        equal rewards under a scale, where a std has no gradient, has gradient 0.
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64 rewards).
+        Differentiable in ``rewards``, through baseline and scale, and in a tensor ``baseline``; a statistic
+        that selects a reward (median, quantile, largest, range) has its gradient at the earliest row with that
+        reward; a group of equal rewards under a scale, where a std has no gradient, has gradient 0.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, rewards
-            ``[B, R]`` without weights (they could be per token), a group size that does not divide the rows, an
-            unknown baseline or scale, lengths that are missing, negative or not finite (values are read on a CPU,
-            elsewhere under :func:`rewardops.debug`).
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, rewards ``[B, R]`` without weights (they could be per
+            token), neither or both of ``groups`` and ``group_size``, sizes that do not add up to the rows, an
+            unknown baseline, scale or singleton, lengths that are missing, negative or not finite (values are
+            read on a CPU, elsewhere under :func:`rewardops.debug`), a number out of its range, no
+            ``num_tokens`` where it is needed, more rows than ``max_per_rank``.
+
+    Example:
+        >>> rewards, prompts = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), ["a", "b", "a", "b", "b"]
+        >>> [round(x, 3) for x in ro.group_advantages(rewards, prompts).tolist()]
+        [0.707, -1.155, -0.707, 0.577, 0.577]
+        >>> mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+        >>> ro.group_advantages(torch.tensor([1.0, 0.0]), group_size=2, scale="none", mask=mask).tolist()
+        [[0.5, 0.5, 0.0], [-0.5, -0.5, -0.5]]
     """
     _check_channels(rewards, weights, "; for R separate rewards [B, R] pass weights=")
     options: dict[str, Any] = {
@@ -155,10 +171,24 @@ def advantages_to_tokens(
     """Per-row values written to the valid tokens of their rows, 0 elsewhere.
 
     Args:
-        advantages: ``[B]``. mask, cu_seqlens, num_tokens: as in :func:`group_advantages`; one of the first two.
+        advantages: ``[B]``; float32, bfloat16, float16 or float64.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1. None for all tokens of
+            ``cu_seqlens``.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed tokens ``[N]``. None for padded ones, with
+            ``mask``.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
 
     Returns:
-        ``[B, T]`` or ``[N]``; float32 (float64 for float64). Differentiable.
+        ``[B, T]`` or ``[N]``; float32 (float64 for float64). Differentiable in ``advantages``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither ``mask`` nor ``cu_seqlens``, no
+            ``num_tokens`` where it is needed.
+
+    Example:
+        >>> ro.advantages_to_tokens(torch.tensor([1.0, -2.0]), cu_seqlens=torch.tensor([0, 1, 3])).tolist()
+        [1.0, -2.0, -2.0]
     """
     if mask is None and cu_seqlens is None:
         raise ValueError("mask: got None without cu_seqlens, want one of the two")
@@ -185,13 +215,26 @@ def whiten(
 
     Args:
         values: any shape, padded or packed; float32, bfloat16, float16 or float64.
-        mask: the same shape. Floats other than 0 and 1 are weights of the elements in mean and variance; their sum
-            is the number of elements.
+        mask: the same shape. Floats other than 0 and 1 are weights of the elements in mean and variance; their
+            sum is the number of elements. None for all elements.
+        ddof: 1 for the unbiased variance, 0 for the population's.
+        eps: added to the variance; at least 0.
+        shift_mean: True for a mean of 0; False adds the mean back.
         process_group: mean and variance are over the elements of all its ranks, any number on each. One
-            collective, of four numbers.
+            collective, of four numbers. None for this process alone.
 
     Returns:
         The shape of ``values``, float32 (float64 for float64). Differentiable, through mean and variance.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, a weight below 0 or not finite, a number out of its
+            range.
+
+    Example:
+        >>> out = ro.whiten(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[1, 1], [1, 0]]))
+        >>> [[round(x, 3) for x in row] for row in out.tolist()]
+        [[-1.0, 0.0], [1.0, 0.0]]
     """
     checks.check_float("values", values)
     eps = checks.check_eps_ddof(eps, ddof)
@@ -235,22 +278,174 @@ def whiten(
 
 
 def grpo(rewards: Tensor, groups: Labels = None, **options: Unpack[AllOptions]) -> Tensor:
-    """GRPO (2402.03300): ``(r - mean) / (std + eps)``. Options as in :func:`group_advantages`."""
+    """GRPO (2402.03300): ``(r - mean) / (std + eps)``, the defaults of :func:`group_advantages`.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: added to the scale; at least 0, 1e-6 by default.
+        ddof: 1 (by default) for the unbiased std, 0 for the population's.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        scale: what is divided by, ``"std"`` by default; ``"batch_std"``, ``"mean_abs"``, ``"range"`` or
+            ``"none"``.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through baseline and scale.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown baseline, scale or singleton, a number out of its
+            range, no ``num_tokens`` where it is needed.
+
+    Example:
+        >>> out = ro.advantages.grpo(torch.tensor([1.0, 0.0, 0.0, 1.0]), group_size=2)
+        >>> [round(x, 3) for x in out.tolist()]
+        [0.707, -0.707, -0.707, 0.707]
+    """
     return group_advantages(rewards, groups, **options)
 
 
 def dr_grpo(rewards: Tensor, groups: Labels = None, **options: Unpack[BaselineOptions]) -> Tensor:
-    """Dr. GRPO (2503.20783): ``r - mean``. The loss is then divided by a constant length, not the response's."""
+    """Dr. GRPO (2503.20783): ``r - mean``. The loss is then divided by a constant length, not the response's.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: no effect, as there is no scale.
+        ddof: no effect, as there is no std.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through the baseline.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown baseline or singleton, a number out of its range, no
+            ``num_tokens`` where it is needed.
+
+    Example:
+        >>> ro.advantages.dr_grpo(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4).tolist()
+        [0.75, -0.25, -0.25, -0.25]
+    """
     return group_advantages(rewards, groups, scale="none", **options)
 
 
 def rloo(rewards: Tensor, groups: Labels = None, **options: Unpack[FixedOptions]) -> Tensor:
-    """RLOO (2402.14740): reward less the mean of the others."""
+    """RLOO (2402.14740): reward less the mean of the others.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: no effect, as there is no scale.
+        ddof: no effect, as there is no std.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through the baseline.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown singleton, a number out of its range, no
+            ``num_tokens`` where it is needed.
+
+    Example:
+        >>> ro.advantages.rloo(torch.tensor([1.0, 0.0, 0.5]), group_size=3).tolist()
+        [0.75, -0.75, 0.0]
+    """
     return group_advantages(rewards, groups, baseline="leave_one_out", scale="none", **options)
 
 
 def lite_ppo(rewards: Tensor, groups: Labels = None, **options: Unpack[BaselineOptions]) -> Tensor:
-    """Lite PPO (2508.08221): group mean, std of the rewards of the batch (as TRL's ``scale_rewards="batch"``)."""
+    """Lite PPO (2508.08221): group mean, std of the rewards of the batch (as TRL's ``scale_rewards="batch"``).
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: added to the scale; at least 0, 1e-6 by default.
+        ddof: 1 (by default) for the unbiased std, 0 for the population's.
+        singleton: the advantage of a group of one: ``"zero"``; ``"raw"`` is not accepted.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups and batch span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through baseline and scale.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown baseline or singleton, a number out of its range, no
+            ``num_tokens`` where it is needed.
+
+    Example:
+        >>> out = ro.advantages.lite_ppo(torch.tensor([1.0, 0.0, 4.0, 0.0]), group_size=2)
+        >>> [round(x, 3) for x in out.tolist()]  # the std of all four is 1.893
+        [0.264, -0.264, 1.057, -1.057]
+    """
     return group_advantages(rewards, groups, scale="batch_std", **options)
 
 
@@ -261,7 +456,43 @@ def opo(
     lengths: Tensor | None = None,
     **options: Unpack[FixedOptions],
 ) -> Tensor:
-    """OPO (2505.23585): reward less the group's length-weighted mean reward."""
+    """OPO (2505.23585): reward less the group's length-weighted mean reward.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        lengths: ``[B]``, integer or float, finite and at least 0; None for the rows' numbers of valid tokens.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: no effect, as there is no scale.
+        ddof: no effect, as there is no std.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through the baseline.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown singleton, neither lengths nor tokens, a number out
+            of its range, no ``num_tokens`` where it is needed.
+
+    Example:
+        >>> rewards, lengths = torch.tensor([1.0, 0.0]), torch.tensor([1, 3])
+        >>> ro.advantages.opo(rewards, group_size=2, lengths=lengths).tolist()  # the baseline is 1 / 4
+        [0.75, -0.25]
+    """
     return group_advantages(
         rewards, groups, baseline="length_weighted", scale="none", lengths=lengths, **options
     )
@@ -270,12 +501,86 @@ def opo(
 def pass_at_k(
     rewards: Tensor, groups: Labels = None, *, scale: str = "none", **options: Unpack[FixedOptions]
 ) -> Tensor:
-    """Pass@k with k = n (2503.19595): the best row has the margin to the second, the others 0."""
+    """Pass@k with k = n (2503.19595): the best row has the margin to the second, the others 0.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        scale: what is divided by: ``"none"``, ``"std"``, ``"batch_std"``, ``"mean_abs"`` or ``"range"``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: added to the scale; at least 0, 1e-6 by default.
+        ddof: 1 (by default) for the unbiased std, 0 for the population's.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through baseline and scale.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown scale or singleton, a number out of its range, no
+            ``num_tokens`` where it is needed.
+
+    Example:
+        >>> ro.advantages.pass_at_k(torch.tensor([0.25, 1.0, 0.5]), group_size=3).tolist()
+        [0.0, 0.5, 0.0]
+    """
     return group_advantages(rewards, groups, baseline="second_max", scale=scale, **options)
 
 
 def max_rl(rewards: Tensor, groups: Labels = None, **options: Unpack[BaselineOptions]) -> Tensor:
-    """MaxRL: ``(r - mean) / (mean + eps)`` for rewards of at least 0; the mean of absolute rewards otherwise."""
+    """MaxRL: ``(r - mean) / (mean + eps)`` for rewards of at least 0; the mean of absolute rewards otherwise.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: added to the scale; at least 0, 1e-6 by default.
+        ddof: no effect, as there is no std.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        weights: ``[R]``, of R rewards per row, normalised separately and summed; None for one reward per row.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through baseline and scale.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards ``[B, R]`` without weights, an unknown baseline or singleton, a number out of its range, no
+            ``num_tokens`` where it is needed.
+
+    Example:
+        >>> out = ro.advantages.max_rl(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4)
+        >>> [round(x, 3) for x in out.tolist()]
+        [3.0, -1.0, -1.0, -1.0]
+    """
     return group_advantages(rewards, groups, scale="mean_abs", **options)
 
 
@@ -293,8 +598,45 @@ def gpg(
 ) -> Tensor:
     """GPG (2504.02546): ``alpha (r - mean)``, with alpha the number of rows over that of rows with a signal.
 
-    ``alpha="informative"`` counts rows whose reward is not their group's mean; ``"rewards"`` rows whose reward is
-    not 0, as verl does. Alpha is a constant to the gradient.
+    Args:
+        rewards: ``[B]``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        alpha: which rows have a signal: ``"informative"``, those whose reward is not their group's mean, or
+            ``"rewards"``, those whose reward is not 0, as verl does. Alpha is a constant to the gradient.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups, and the rows that alpha counts, span all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: added to the scale; at least 0, 0 by default.
+        ddof: 1 (by default) for the unbiased std, 0 for the population's.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        scale: what is divided by, ``"none"`` by default; ``"std"``, ``"batch_std"``, ``"mean_abs"`` or
+            ``"range"``.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through baseline and scale.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, an
+            unknown alpha, baseline, scale or singleton, a number out of its range, no ``num_tokens`` where it
+            is needed.
+
+    Example:
+        >>> ro.advantages.gpg(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2).tolist()  # alpha is 4 / 2
+        [1.0, -1.0, 0.0, 0.0]
     """
     checks.check_choice("alpha", alpha, ("informative", "rewards"))
     settings: dict[str, Any] = {"scale": "none", "eps": 0.0, **options}
@@ -327,12 +669,52 @@ def gdpo(
 ) -> Tensor:
     """GDPO: GRPO per reward of ``[B, R]``, their weighted sum, whitened over the batch.
 
-    ``whitening="rows"`` (the authors' code, TRL), ``"tokens"`` (verl: long rows weigh more) or ``"none"`` (MO-GRPO,
-    2509.22047). ``weights``: 1 each by default; needed where ``mask`` has the shape of the rewards, which could
-    then be per token.
-
     A NaN is a reward that the row does not have, as in :func:`group_advantages`: per reward the z-score over the
     rows that have it, 0 for the others. A row of NaN alone has 0, and is left out of the whitening.
+
+    Args:
+        rewards: ``[B, R]``, R rewards per row; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones. None with
+            ``group_size``.
+        weights: ``[R]``, None for 1 each; needed where ``mask`` has the shape of the rewards, which could then
+            be per token.
+        whitening: over ``"rows"`` (the authors' code, TRL), ``"tokens"`` (verl: long rows weigh more), or
+            ``"none"`` (MO-GRPO, 2509.22047).
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1: advantages are written
+            to the valid tokens. None for advantages per row.
+        cu_seqlens: ``[B + 1]``, int32 or int64: advantages are written to packed tokens ``[N]``. None for
+            padded ones.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        process_group: groups and whitening span the rows of all its ranks. None for this process alone.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        eps: added to the scale; at least 0, 1e-6 by default.
+        ddof: 1 (by default) for the unbiased std, 0 for the population's.
+        singleton: the advantage of a group of one: ``"zero"`` (by default), or ``"raw"`` for its reward.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        scale: what is divided by, ``"std"`` by default; ``"batch_std"``, ``"mean_abs"``, ``"range"`` or
+            ``"none"``.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+
+    Returns:
+        ``[B]``, or ``[B, T]`` or ``[N]`` with a mask or cu_seqlens; float32 (float64 for float64), 0 where
+        masked. Differentiable in ``rewards``, through baseline, scale and whitening.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``,
+            rewards that could be per token, an unknown whitening, baseline, scale or singleton, a number out of
+            its range, no ``num_tokens`` where it is needed.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 3.0], [0.0, 1.0], [0.0, 9.0], [1.0, 1.0]])
+        >>> out = ro.advantages.gdpo(rewards, group_size=2, weights=[1.0, 0.5])
+        >>> [round(x, 3) for x in out.tolist()]
+        [1.162, -1.162, -0.387, 0.387]
     """
     checks.check_choice("whitening", whitening, ("rows", "tokens", "none"))
     checks.check_float("rewards", rewards)
@@ -372,7 +754,40 @@ def gtpo(
     joint: bool = False,
     **options: Unpack[GtpoOptions],
 ) -> Tensor:
-    """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`; ``[B, T]`` or packed."""
+    """GTPO (2508.04349): :func:`gtpo_rewards`, then :func:`signed_group_normalize`.
+
+    Args:
+        rewards: ``[B]``, the outcome of each row; float32, bfloat16, float16 or float64.
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, in nats.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        mask: the shape of ``entropy``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+        positive: rows with a reward above this are right, the others wrong; None for 0.
+        eps: added to the variance; at least 0.
+        joint: normalise right and wrong rows together.
+        alpha1: weight of the outcome, 1 by default.
+        alpha2: weight of the entropy's share, 0.1 by default.
+        entropy_floor: in wrong rows, entropies below it are raised to it; above 0, by default 0.01 nats.
+        entropy_grad: let the gradient flow into ``entropy`` too; False by default.
+
+    Returns:
+        The layout of ``entropy``; float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``rewards``, and in ``entropy`` with ``entropy_grad``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, a
+            number out of its range.
+
+    Example:
+        >>> entropy = torch.tensor([[1.0, 3.0], [3.0, 1.0], [2.0, 2.0]])
+        >>> out = ro.advantages.gtpo(torch.tensor([1.0, 1.0, 0.0]), entropy, group_size=3)
+        >>> [[round(x, 2) for x in row] for row in out.tolist()]  # a wrong row of equal charges has 0
+        [[-1.0, 1.0], [1.0, -1.0], [0.0, 0.0]]
+    """
     eps = checks.check_non_negative("eps", eps)
     checks.check_flag("joint", joint)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
@@ -393,7 +808,39 @@ def grpo_s(
     eps: float | Tensor = 1e-8,
     **options: Unpack[GrpoSOptions],
 ) -> Tensor:
-    """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`, written to all tokens of a row; ``[B, T]`` or packed."""
+    """GRPO-S (2508.04349): GRPO on :func:`grpo_s_rewards`, written to all tokens of a row.
+
+    Args:
+        rewards: ``[B]``, the outcome of each row; float32, bfloat16, float16 or float64.
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, in nats.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        mask: the shape of ``entropy``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+        eps: added to the std; at least 0.
+        beta1: weight of the outcome, 1 by default.
+        beta2: weight of the entropy's share, 0.1 by default.
+        positive: rows with a reward above this are right, the others wrong; None for 0.
+        entropy_floor: in wrong rows, mean entropies below it are raised to it; above 0, by default 0.01 nats.
+        entropy_grad: let the gradient flow into ``entropy`` too; False by default.
+
+    Returns:
+        The layout of ``entropy``; float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``rewards``, and in ``entropy`` with ``entropy_grad``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, a
+            number out of its range.
+
+    Example:
+        >>> entropy = torch.tensor([[1.0, 1.0], [3.0, 3.0], [2.0, 2.0]])
+        >>> out = ro.advantages.grpo_s(torch.tensor([1.0, 1.0, 0.0]), entropy, group_size=3)
+        >>> [[round(x, 2) for x in row] for row in out.tolist()]
+        [[0.54, 0.54], [0.62, 0.62], [-1.15, -1.15]]
+    """
     eps = checks.check_non_negative("eps", eps)
     where: dict[str, Any] = {"group_size": group_size, "mask": mask, "cu_seqlens": cu_seqlens}
     shaped = entropy_family.grpo_s_rewards(rewards, entropy, groups, **where, **options)
@@ -425,23 +872,48 @@ def pure(
 
     The order of the authors' main branch: :func:`softmin_rewards` at step ends; less the baseline; the outcome,
     less its mean over the other rows, on the last token; the KL penalty off every token; discounted sums; and 0 on
-    the tokens that end a step.
-    ``baseline="token"`` (their scripts): ``b`` is the others' reward per token, step ends counted, and a step pays
-    ``b`` for each of its tokens but its end. ``"step"``: each step pays the mean over the others of their reward
-    per step. ``"none"``. A row alone in its group has no baseline; a row without a step has no process reward.
+    the tokens that end a step. A row alone in its group has no baseline, a row without a step no process reward.
 
     Args:
-        process_rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; read at step ends.
-        steps: step-end flags or step ids, as in :func:`min_returns`.
-        outcome: ``[B]``, the reward of a verifier (0 for right and -1 for wrong in the authors' code).
+        process_rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64; read
+            at step ends.
+        steps: the shape of ``process_rewards``: step-end flags (bool) or step ids (integer), as in
+            :func:`rewardops.min_returns`.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        outcome: ``[B]``, the reward of a verifier (0 for right and -1 for wrong in the authors' code). None for
+            no outcome.
         outcome_weight: factor of the outcome.
-        kl: the shape of ``process_rewards``, KL to the reference per token, as from :func:`token_kl`: ``beta * kl``
-            is subtracted from the rewards before the sums, and has no baseline. None for no penalty.
+        kl: the shape of ``process_rewards``, KL to the reference per token, as from :func:`rewardops.token_kl`:
+            ``beta * kl`` is subtracted from the rewards before the sums, and has no baseline. None for no
+            penalty.
         beta: factor of ``kl``.
+        temperature: of the soft minimum, above 0.
+        baseline: ``"token"`` (the authors' scripts): ``b`` is the others' reward per token, step ends counted,
+            and a step pays ``b`` for each of its tokens but its end. ``"step"``: each step pays the mean over
+            the others of their reward per step. ``"none"``.
+        gamma: 0 to 1: a number, or a tensor with one per row ``[B]`` or per token; no gradient flows into it.
         separators: keep the advantages on tokens that end a step.
+        mask: the shape of ``process_rewards``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
 
     Returns:
-        The layout of ``process_rewards``, 0 where masked. Differentiable in both rewards and ``kl``.
+        The layout of ``process_rewards``, float32 (float64 for float64), 0 where masked. Differentiable in both
+        rewards and ``kl``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, an
+            unknown baseline, step ids that fall along a row, a number out of its range.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 1.0, 0.0, 0.5]])
+        >>> steps = torch.tensor([[False, True, False, True]])
+        >>> out = ro.advantages.pure(rewards, steps, group_size=1, temperature=1.0, separators=True)
+        >>> [[round(x, 3) for x in row] for row in out.tolist()]
+        [[0.689, 0.689, 0.311, 0.311]]
     """
     checks.check_float("process_rewards", process_rewards)
     checks.check_choice("baseline", baseline, ("token", "step", "none"))
@@ -497,7 +969,25 @@ def pure(
 def remax(
     token_rewards: Tensor, baseline: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """ReMax (2310.10505): the sum of rewards from a token on, less the reward of the greedy response ``[B]``."""
+    """ReMax (2310.10505): the sum of rewards from a token on, less the reward of the greedy response.
+
+    Args:
+        token_rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        baseline: ``[B]``, the reward of the greedy response to each row's prompt.
+        mask: the shape of ``token_rewards``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+
+    Returns:
+        The layout of ``token_rewards``, float32 (float64 for float64), 0 where masked. Differentiable in both.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match.
+
+    Example:
+        >>> ro.advantages.remax(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([0.25])).tolist()
+        [[0.75, 0.75, 0.75]]
+    """
     checks.check_float("token_rewards", token_rewards)
     rows = checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
     checks.check_rows("baseline", baseline, rows.batch, token_rewards.device, "token_rewards")
@@ -516,7 +1006,31 @@ def reinforce_plus_plus(
     eps: float | Tensor = 1e-8,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch."""
+    """REINFORCE++ (2501.03262): discounted returns, whitened over all valid tokens of the batch.
+
+    Args:
+        token_rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        gamma: 0 to 1: a number, or a tensor with one per row ``[B]`` or per token; no gradient flows into it.
+        mask: the shape of ``token_rewards``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+        ddof: 1 for the unbiased variance, 0 for the population's.
+        eps: added to the variance; at least 0.
+        process_group: whitening spans the tokens of all its ranks. None for this process alone.
+
+    Returns:
+        The layout of ``token_rewards``, float32 (float64 for float64), 0 where masked. Differentiable in
+        ``token_rewards``, through mean and variance.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, a number out of its range.
+
+    Example:
+        >>> rewards, mask = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
+        >>> out = ro.advantages.reinforce_plus_plus(rewards, mask=mask)
+        >>> [[round(x, 3) for x in row] for row in out.tolist()]
+        [[0.577, 0.577], [-1.155, 0.0]]
+    """
     checks.check_float("token_rewards", token_rewards)
     checks.token_layout("token_rewards", token_rewards, mask, cu_seqlens)
     eps = checks.check_eps_ddof(eps, ddof)
@@ -538,7 +1052,48 @@ def reinforce_plus_plus_baseline(
     process_group: ProcessGroup | None = None,
     **options: Unpack[ReinforceOptions],
 ) -> Tensor:
-    """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens."""
+    """REINFORCE++-baseline: reward less group mean on every token, whitened over all valid tokens.
+
+    Args:
+        rewards: ``[B]``, or ``[B, R]`` with ``weights``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        mask: ``[B, T]`` (or ``[N]`` beside ``cu_seqlens``); bool, integer or float 0/1. None for all tokens of
+            ``cu_seqlens``.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed tokens ``[N]``. None for padded ones, with
+            ``mask``.
+        num_tokens: N; needed with ``cu_seqlens`` on a device (or in a graph) and no mask.
+        ddof: 1 for the unbiased variance of the whitening, 0 for the population's.
+        eps: added to the variance of the whitening; at least 0.
+        process_group: groups and whitening span all its ranks. None for this process alone.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        singleton: the value of a group of one before whitening: ``"zero"`` (by default), or ``"raw"`` for its
+            reward.
+        baseline: what is subtracted, ``"mean"`` by default: a name, a quantile or a tensor ``[B]``, as in the
+            table of :func:`group_advantages`.
+        lengths: ``[B]``, what rows weigh in ``baseline="length_weighted"``; None for their numbers of valid
+            tokens.
+        weights: ``[R]``, of R rewards per row, summed; None for one reward per row.
+        max_per_rank: with a process group, an upper bound of the rows per rank; None to exchange the numbers of
+            rows.
+
+    Returns:
+        ``[B, T]`` or ``[N]``; float32 (float64 for float64), 0 where masked. Differentiable in ``rewards``,
+        through baseline, mean and variance.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither ``mask`` nor ``cu_seqlens``, neither or both
+            of ``groups`` and ``group_size``, rewards ``[B, R]`` without weights, an unknown baseline or
+            singleton, a number out of its range, no ``num_tokens`` where it is needed.
+
+    Example:
+        >>> rewards, mask = torch.tensor([1.0, 0.0]), torch.tensor([[1, 1], [1, 0]])
+        >>> out = ro.advantages.reinforce_plus_plus_baseline(rewards, group_size=2, mask=mask)
+        >>> [[round(x, 3) for x in row] for row in out.tolist()]
+        [[0.577, 0.577], [-1.155, 0.0]]
+    """
     tokens: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "num_tokens": num_tokens}
     if mask is None and cu_seqlens is None:
         raise ValueError(

@@ -53,13 +53,18 @@ def gtpo_rewards(
     in the denominators, which is ``entropy_floor=1e-8`` here (its clamp to [0.2, 0.28] is optional).
 
     Args:
-        rewards: ``[B]``, the outcome of each row.
+        rewards: ``[B]``, the outcome of each row; float32, bfloat16, float16 or float64.
         entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: the entropy of the behaviour policy at each
             token, in nats, as :func:`rewardops.token_stats` returns it.
-        groups: ``[B]``, integer labels in any order; or ``group_size`` for contiguous groups.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
         mask: the shape of ``entropy``; bool, integer or float 0/1; masked tokens may lie between valid ones.
-        cu_seqlens: ``[B + 1]`` for packed rows.
-        alpha1: weight of the outcome. alpha2: weight of the entropy's share.
+            None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+        alpha1: weight of the outcome.
+        alpha2: weight of the entropy's share.
         positive: rows with a reward above this are right, the others wrong; None for 0.
         entropy_floor: in wrong rows, entropies below it are raised to it; above 0, by default 0.01 nats.
         entropy_grad: let the gradient flow into ``entropy`` too. Off by default: a gradient through the
@@ -67,11 +72,20 @@ def gtpo_rewards(
 
     Returns:
         The layout of ``entropy``; float32 (float64 where an input is), 0 where masked. Differentiable in
-        ``rewards`` (right rows), and in ``entropy`` with ``entropy_grad``. An entropy that is not finite makes its
-        class NaN at its position, in results and gradients; so does a NaN reward, which counts as a wrong row's.
+        ``rewards`` (right rows), and in ``entropy`` with ``entropy_grad``. An entropy that is not finite makes
+        its class NaN at its position, in results and gradients; so does a NaN reward, which counts as a wrong
+        row's.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, a
+            number out of its range.
+
+    Example:
+        >>> entropy = torch.tensor([[1.0, 3.0], [3.0, 1.0], [0.5, 2.0]])
+        >>> shaped = ro.gtpo_rewards(torch.tensor([1.0, 1.0, 0.0]), entropy, group_size=3)
+        >>> [[round(x, 2) for x in row] for row in shaped.tolist()]
+        [[1.05, 1.15], [1.15, 1.05], [-1.1, -1.1]]
     """
     checks.check_rewards(rewards)
     checks.check_float("entropy", entropy)
@@ -128,10 +142,37 @@ def grpo_s_rewards(
     with P and N the right and wrong rows of the group. Arguments as in :func:`gtpo_rewards`; a row without a valid
     token is in neither, and has 0.
 
+    Args:
+        rewards: ``[B]``, the outcome of each row; float32, bfloat16, float16 or float64.
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, in nats.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        mask: the shape of ``entropy``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+        beta1: weight of the outcome.
+        beta2: weight of the entropy's share.
+        positive: rows with a reward above this are right, the others wrong; None for 0.
+        entropy_floor: in wrong rows, mean entropies below it are raised to it; above 0, in nats.
+        entropy_grad: let the gradient flow into ``entropy`` too.
+
     Returns:
-        ``[B]``, rewards for :func:`rewardops.group_advantages`, which normalises right and wrong rows of a group
-        together, as GRPO does. To normalise them apart, as GTPO's tokens are:
-        ``signed_group_normalize(grpo_s_rewards(...)[:, None], rewards, groups)``.
+        ``[B]``, float32 (float64 where an input is), rewards for :func:`rewardops.group_advantages`, which
+        normalises right and wrong rows of a group together, as GRPO does. To normalise them apart, as GTPO's
+        tokens are: ``signed_group_normalize(grpo_s_rewards(...)[:, None], rewards, groups)``. Differentiable in
+        ``rewards`` (right rows), and in ``entropy`` with ``entropy_grad``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, a
+            number out of its range.
+
+    Example:
+        >>> entropy = torch.tensor([[1.0, 1.0], [2.0, 4.0], [2.0, 2.0]])
+        >>> shaped = ro.grpo_s_rewards(torch.tensor([1.0, 1.0, 0.0]), entropy, group_size=3)
+        >>> [round(x, 2) for x in shaped.tolist()]  # the surer right row is paid less
+        [1.05, 1.15, -1.1]
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=True)
@@ -187,16 +228,38 @@ def signed_group_normalize(
     the sign of the outcome: with a mask of step ends, the z-scores of all steps of a group.
 
     Args:
-        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as from :func:`gtpo_rewards`.
-        rewards: ``[B]``; rows with a reward above ``positive`` (0 by default) are right, the others wrong.
-        groups, group_size: as in :func:`gtpo_rewards`.
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as from :func:`gtpo_rewards`; float32, bfloat16,
+            float16 or float64.
+        rewards: ``[B]``; rows with a reward above ``positive`` are right, the others wrong.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        mask: the shape of ``values``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+        positive: the largest reward of a wrong row; None for 0.
+        eps: at least 0, see ``eps_at``.
         ddof: 0 for the population's variance, 1 for the unbiased one, as of ``torch.std`` (IGPO, 2510.14967).
-        eps_at: what ``eps`` is added to: ``"variance"``, inside the root, or ``"std"``: ``(value - mean) / (std +
-            eps)``.
+        eps_at: what ``eps`` is added to: ``"variance"``, inside the root, or ``"std"``: ``(value - mean) / (std
+            + eps)``.
+        joint: normalise right and wrong rows together.
 
     Returns:
-        The layout of ``values``, 0 where masked. Equal values, and a single one, give exactly 0. Differentiable in
-        ``values``. A value that is not finite makes what it is normalised with NaN, in values and gradients.
+        The layout of ``values``, float32 (float64 for float64), 0 where masked. Equal values, and a single one,
+        give exactly 0. Differentiable in ``values``. A value that is not finite makes what it is normalised
+        with NaN, in values and gradients.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, an
+            unknown ``eps_at``, a number out of its range.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 3.0], [-1.0, -3.0]])
+        >>> rewards = torch.tensor([1.0, 0.0])
+        >>> out = ro.signed_group_normalize(values, rewards, group_size=2)
+        >>> [[round(x, 2) for x in row] for row in out.tolist()]
+        [[-1.0, 1.0], [1.0, -1.0]]
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
@@ -238,6 +301,24 @@ def advantage_logprob_cov(
     """``(A - mean A) * (logprob - mean logprob)`` with means over all valid tokens; 0 where masked, no gradient.
 
     Its mean is the covariance that drives the decrease of the entropy (2505.22617).
+
+    Args:
+        advantages: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        logprob: the same shape, in nats.
+        mask: the same shape; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+
+    Returns:
+        The layout of ``advantages``, float32 (float64 for float64 advantages), 0 where masked. Not
+        differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match.
+
+    Example:
+        >>> ro.advantage_logprob_cov(torch.tensor([[1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])).tolist()
+        [[1.0, 1.0]]
     """
     tokens = TokenValues.of("advantages", advantages, mask, cu_seqlens)
     checks.check_like("logprob", logprob, advantages, "advantages")
@@ -265,10 +346,23 @@ def entropy_bonus(
     GRPO and 0.1 for PPO in the paper.
 
     Args:
-        advantages, entropy: one shape, padded or packed.
+        advantages: any shape, padded or packed; float32, bfloat16, float16 or float64.
+        entropy: the same shape, in nats.
+        mask: the same shape; bool, integer or float 0/1. None for all tokens.
+        alpha: factor of the entropy, at least 0.
+        kappa: above 0: the bonus is at most ``|A| / kappa``.
 
     Returns:
-        That shape, 0 where masked. Differentiable in ``advantages``. NaN where the entropy is not finite.
+        The shape of ``advantages``, float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``advantages``. NaN where the entropy is not finite.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, a number out of its range.
+
+    Example:
+        >>> ro.entropy_bonus(torch.tensor([2.0, -2.0, 2.0]), torch.tensor([1.0, 1.0, 9.0]), alpha=0.5).tolist()
+        [2.5, -1.5, 3.0]
     """
     checks.check_float("advantages", advantages)
     checks.check_like("entropy", entropy, advantages, "advantages")
@@ -297,10 +391,26 @@ def unlikeliness_rewards(
     them makes its group NaN.
 
     Args:
-        rewards, sequence_logprob: ``[B]``; the authors rank by the mean log-probability of a row's tokens.
+        rewards: ``[B]``; float32, bfloat16, float16 or float64.
+        sequence_logprob: ``[B]``, in nats; the authors rank by the mean log-probability of a row's tokens.
+        groups: ``[B]``: integer labels in any order, or an array or sequence of hashable ones, such as prompt
+            ids. None with ``group_size``.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        beta: at least 0, the share that the likeliest row loses but for ``1 / n``.
 
     Returns:
-        ``[B]``. Differentiable in ``rewards``.
+        ``[B]``, float32 (float64 where an input is). Differentiable in ``rewards``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, neither or both of ``groups`` and ``group_size``, a
+            ``beta`` below 0 or not finite.
+
+    Example:
+        >>> rewards, logprob = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([-1.0, -4.0, -2.0, -3.0])
+        >>> ro.unlikeliness_rewards(rewards, logprob, group_size=4, beta=0.5).tolist()
+        [0.625, 1.0, 0.0, 0.875]
     """
     checks.check_rewards(rewards)
     checks.check_like("sequence_logprob", sequence_logprob, rewards, "rewards")
@@ -328,10 +438,25 @@ def entropy_reward(
     No gradient flows into ``entropy``: as a loss use the entropy itself.
 
     Args:
-        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64, in nats.
+        mask: the shape of ``entropy``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
         per: ``"row"`` or ``"token"``.
-        reduce: what becomes of a row's tokens: ``"mean"`` (RENT, 2505.22660), or ``"sum"`` (the token-level EM-RL
-            of 2505.15134), with which a long row costs more. Of no effect with ``per="token"``.
+        reduce: what becomes of a row's tokens: ``"mean"`` (RENT, 2505.22660), or ``"sum"`` (the token-level
+            EM-RL of 2505.15134), with which a long row costs more. Of no effect with ``per="token"``.
+
+    Returns:
+        ``[B]``, or the layout of ``entropy`` with ``per="token"``, 0 where masked; float32 (float64 for
+        float64). Not differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown ``per`` or ``reduce``.
+
+    Example:
+        >>> entropy, mask = torch.tensor([[1.0, 2.0], [4.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
+        >>> ro.entropy_reward(entropy, mask).tolist()
+        [-1.5, -4.0]
     """
     checks.check_choice("per", per, ("row", "token"))
     checks.check_choice("reduce", reduce, ("mean", "sum"))
@@ -370,15 +495,37 @@ def entropy_weights(
     Where all raw weights are 0 the weights are 1. An entropy that is not finite makes the weights of its scope NaN.
 
     Args:
-        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64, in nats.
+        mask: the shape of ``entropy``; bool, integer or float 0/1. None for all tokens.
+        mode: ``"linear"``, ``"softmax"``, ``"rank"`` or ``"quantile"``.
         normalize: the scope over which the mean is 1: ``"batch"``, ``"row"`` or ``"group"`` (with ``groups`` or
             ``group_size``).
+        groups: ``[B]``: labels of the rows' groups, as in :func:`gtpo_rewards`; for ``normalize="group"``
+            alone.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
         inverse: for wrong rows: more weight where the policy was sure.
-        entropy_grad: let the gradient flow into the entropy (linear and softmax); off by default, as it is a hidden
-            entropy term in a loss.
+        temperature: above 0, for ``"softmax"``, in nats.
+        fraction: 0 to 1, for ``"quantile"``.
+        entropy_floor: above 0, in nats: lower entropies are raised to it, for ``"linear"`` with ``inverse``.
+        entropy_grad: let the gradient flow into the entropy (linear and softmax); off by default, as it is a
+            hidden entropy term in a loss.
 
     Returns:
-        The layout of ``entropy``, 0 where masked.
+        The layout of ``entropy``, float32 (float64 for float64), 0 where masked. Differentiable in ``entropy``
+        with ``entropy_grad``.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown ``mode`` or ``normalize``, groups that are
+            missing or not asked for, a number out of its range.
+
+    Example:
+        >>> ro.entropy_weights(torch.tensor([[1.0, 2.0, 3.0]])).tolist()
+        [[0.5, 1.0, 1.5]]
+        >>> ro.entropy_weights(torch.tensor([[1.0, 2.0, 3.0]]), mode="quantile", fraction=0.3).tolist()
+        [[0.0, 0.0, 3.0]]
     """
     checks.check_choice("mode", mode, MODES)
     temperature = checks.check_positive("temperature", temperature)
@@ -450,11 +597,28 @@ def entropy_change(
     covariance of 2505.22617; :func:`steer_metric` leaves out the sum. No gradient.
 
     Args:
-        advantages, logprob, entropy, sum_p2, sum_p2_logp: one shape, padded or packed; all but the first as
-            :func:`rewardops.token_stats` returns them.
+        advantages: any shape, padded or packed; float32, bfloat16, float16 or float64.
+        logprob: the same shape, log-probability of the token, in nats, as :func:`rewardops.token_stats` returns
+            it.
+        entropy: the same shape, in nats.
+        sum_p2: the same shape, the sum of squared probabilities.
+        sum_p2_logp: the same shape, the sum of ``p^2 log p``.
+        mask: the same shape; bool, integer or float 0/1. None for all tokens.
 
     Returns:
-        That shape, 0 where masked; positive where the entropy rises.
+        The shape of ``advantages``, float32 (float64 where an input is), 0 where masked; positive where the
+        entropy rises. Not differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match.
+
+    Example:
+        >>> names = ["logprob", "entropy", "sum_p2", "sum_p2_logp"]
+        >>> stats = ro.token_stats(torch.tensor([[2.0, 0.0]] * 2), torch.tensor([0, 1]), outputs=names)
+        >>> change = ro.entropy_change(torch.ones(2), *(getattr(stats, name) for name in names))
+        >>> [round(x, 3) for x in change.tolist()]  # more of the likelier token: less entropy
+        [-0.05, 0.37]
     """
     checks.check_float("advantages", advantages)
     inputs = {"logprob": logprob, "entropy": entropy, "sum_p2": sum_p2, "sum_p2_logp": sum_p2_logp}
@@ -483,7 +647,25 @@ def steer_metric(
     change: that has a term of the whole distribution, which this estimate leaves out. No gradient.
 
     Args:
-        advantages, logprob, entropy, old_logprob: one shape, padded or packed.
+        advantages: any shape, padded or packed; float32, bfloat16, float16 or float64.
+        logprob: the same shape, log-probability of the token, in nats.
+        entropy: the same shape, in nats.
+        mask: the same shape; bool, integer or float 0/1. None for all tokens.
+        old_logprob: the same shape, of the policy that sampled; None where it is the policy.
+
+    Returns:
+        The shape of ``advantages``, float32 (float64 where an input is), at least 0; 0 where masked. Not
+        differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match.
+
+    Example:
+        >>> logprob = torch.tensor([0.5, 0.25]).log()
+        >>> metric = ro.steer_metric(torch.tensor([1.0, -1.0]), logprob, torch.tensor([1.0, 1.0]))
+        >>> [round(x, 3) for x in metric.tolist()]
+        [0.153, 0.29]
     """
     checks.check_float("advantages", advantages)
     inputs = [advantages, logprob, entropy] + ([] if old_logprob is None else [old_logprob])
@@ -514,10 +696,23 @@ def steer_weights(
     ``"exp"``: ``exp(-k * metric)`` with ``k = -ln(low) / max(largest metric, 0.02)``, no less than ``low``.
 
     Args:
-        metric: any shape, as from :func:`steer_metric`. low, high: ``0 < low <= high``.
+        metric: any shape, as from :func:`steer_metric`; float32, bfloat16, float16 or float64.
+        mask: the same shape; bool, integer or float 0/1. None for all tokens.
+        mode: ``"linear"`` or ``"exp"``.
+        low: the smallest weight, above 0.
+        high: the largest weight of ``"linear"``, at least ``low``.
 
     Returns:
-        That shape, 0 where masked.
+        The shape of ``metric``, float32 (float64 for float64), 0 where masked. Not differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown mode, a number out of its range.
+
+    Example:
+        >>> weights = ro.steer_weights(torch.tensor([0.0, 1.0, 2.0, 9.0]), torch.tensor([1, 1, 1, 0]))
+        >>> [round(x, 3) for x in weights.tolist()]
+        [1.2, 1.0, 0.8, 0.0]
     """
     checks.check_float("metric", metric)
     checks.check_choice("mode", mode, ("linear", "exp"))

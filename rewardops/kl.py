@@ -38,19 +38,19 @@ def token_kl(
 
     With ``d = logprob - ref_logprob``:
 
-    ==============  ====================================  ====================================================
-    estimator       value                                 over samples from the policy
-    ==============  ====================================  ====================================================
-    ``"k1"``        ``d``                                 unbiased; expected gradient 0
-    ``"abs"``       ``|d|``                               an upper bound
-    ``"k2"``        ``d**2 / 2``                          biased; its gradient is KL(policy || reference)'s
-    ``"k3"``        ``exp(-d) - 1 + d``                   unbiased, never negative; its gradient is that of the
-                                                          other direction, KL(reference || policy)
-    ``"k1_plus"``   k1                                    straight-through: the gradient of k2
-    ``"k3_plus"``   k3                                    straight-through: the gradient of k2
-    ``"binary_kl"`` of the token against all others       a lower bound of the exact KL (DPPO)
-    ``"binary_tv"`` ``|exp(logprob) - exp(ref)|``         total variation of the same two outcomes (DPPO)
-    ==============  ====================================  ====================================================
+    ================  ====================================  ====================================================
+    estimator         value                                 over samples from the policy
+    ================  ====================================  ====================================================
+    ``"k1"``          ``d``                                 unbiased; expected gradient 0
+    ``"abs"``         ``|d|``                               an upper bound
+    ``"k2"``          ``d**2 / 2``                          biased; its gradient is KL(policy || reference)'s
+    ``"k3"``          ``exp(-d) - 1 + d``                   unbiased, never negative; its gradient is that of the
+                                                            other direction, KL(reference || policy)
+    ``"k1_plus"``     k1                                    straight-through: the gradient of k2
+    ``"k3_plus"``     k3                                    straight-through: the gradient of k2
+    ``"binary_kl"``   of the token against all others       a lower bound of the exact KL (DPPO)
+    ``"binary_tv"``   ``|exp(logprob) - exp(ref)|``         total variation of the same two outcomes (DPPO)
+    ================  ====================================  ====================================================
 
     k3 keeps full relative accuracy near 0, where ``exp(-d) - 1`` does not (Schulman, "Approximating KL divergence",
     2020; the straight-through forms are verl's ``k1+`` and ``k3+``). The gradient matters more than the value: in
@@ -74,30 +74,40 @@ def token_kl(
         ref_logprob: the same shape.
         estimator: a name of the table.
         mask: the same shape; bool, integer or float 0/1. Masked tokens are exactly 0, and so is their
-            gradient.
+            gradient. None for all tokens.
         clamp: the largest ``|d|``, or that and the largest ``|value|``; beyond either the gradient is 0, of the
-            straight-through forms as well. Value and gradient are then finite for any ``d``, as far as ``exp`` of
-            the first number is: ``(20, 10)`` is verl's for k3. The binary forms have the second number only. The
-            first limits ``logprob - old_logprob`` too.
+            straight-through forms as well. Value and gradient are then finite for any ``d``, as far as ``exp``
+            of the first number is: ``(20, 10)`` is verl's for k3. The binary forms have the second number only.
+            The first limits ``logprob - old_logprob`` too. None for no limit.
         old_logprob: log-probabilities of the policy that sampled, the same shape, constant: the estimate is
             weighted by the ratio ``exp(logprob - old_logprob)``, which makes it unbiased off-policy. NaN means
-            unknown: the ratio is 1. With a clamp the result is finite for any number here.
+            unknown: the ratio is 1. With a clamp the result is finite for any number here. None for no ratio.
         ratio_grad: True if that ratio has a gradient, where it is neither unknown nor beyond ``clamp`` or
             ``ratio_cap``. With it, k3's expected gradient is KL(policy || reference)'s.
-        ratio_cap: the largest ratio (truncated importance sampling); a larger one is the cap, constant.
-        beta: a factor of the estimate; 1 by default. A number, or a float tensor in the precision of the result:
-            of shape ``[]``, ``[B]`` for ``logprob`` of ``[B, T]`` (one per row), or the shape of ``logprob`` (one
-            per token), finite and at least 0 (checked on the CPU, elsewhere under :func:`rewardops.debug`).
-            Constant: no gradient flows into it. Masked tokens do not read it.
-        rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass.
+        ratio_cap: the largest ratio (truncated importance sampling); a larger one is the cap, constant. None
+            for no cap.
+        beta: a factor of the estimate; None for 1. A number, or a float tensor in the precision of the result:
+            of shape ``[]``, ``[B]`` for ``logprob`` of ``[B, T]`` (one per row), or the shape of ``logprob``
+            (one per token), finite and at least 0 (checked on the CPU, elsewhere under
+            :func:`rewardops.debug`). Constant: no gradient flows into it. Masked tokens do not read it.
+        rewards: the same shape: the result is ``rewards - beta * estimate``, in the same pass. None for the
+            estimate.
 
     Returns:
         The shape of ``logprob``; float32 (float64 where an input is). Differentiable in ``logprob``,
         ``ref_logprob`` and ``rewards``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown estimator, a clamp or cap that is not above 0, a cap without ``old_logprob``.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown estimator, a clamp or cap that is not
+            above 0, a cap without ``old_logprob``, a ``beta`` below 0 or not finite.
+
+    Example:
+        >>> logprob, ref_logprob = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])
+        >>> [round(x, 3) for x in ro.token_kl(logprob, ref_logprob).tolist()]  # k3: e - 2
+        [0.0, 0.718]
+        >>> ro.token_kl(logprob, ref_logprob, estimator="k1", beta=0.5, rewards=torch.ones(2)).tolist()
+        [1.0, 1.5]
     """
     _check_pair(logprob, ref_logprob)
     checks.check_choice("estimator", estimator, ESTIMATORS)
@@ -147,15 +157,32 @@ def implicit_rewards(
     ref_logprob), -c, c)`` is ``beta=scale, clamp=c / scale``, with its 0.05 for both ``beta=0.05, clamp=1.0``.
 
     Args:
-        logprob, ref_logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64, in nats.
+        ref_logprob: the same shape.
+        beta: a finite number above 0.
+        mask: the shape of ``logprob``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
         steps: step ids (integer, non-decreasing along a row, negative for none) or flags at step ends (bool),
-            the same shape: the sum of a step's rewards is at its last valid token, 0 elsewhere.
-        clamp: the largest ``|logprob - ref_logprob|`` of a token, before ``beta``; beyond it the gradient is 0. The
-            rewards are then finite for any log-probabilities that are not NaN.
+            the same shape: the sum of a step's rewards is at its last valid token, 0 elsewhere. None for
+            rewards at every token.
+        clamp: the largest ``|logprob - ref_logprob|`` of a token, before ``beta``; beyond it the gradient is 0.
+            The rewards are then finite for any log-probabilities that are not NaN. None for no limit.
 
     Returns:
-        The layout of ``logprob``, 0 where masked, and where both log-probabilities are ``-inf``. Differentiable in
-        both.
+        The layout of ``logprob``, float32 (float64 where an input is), 0 where masked, and where both
+        log-probabilities are ``-inf``. Differentiable in both.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, a number out of its range, step ids that fall along a
+            row.
+
+    Example:
+        >>> logprob, ref_logprob = torch.tensor([[-1.0, -2.0, -1.0]]), torch.tensor([[-2.0, -2.0, -2.0]])
+        >>> ro.implicit_rewards(logprob, ref_logprob, beta=0.5).tolist()
+        [[0.5, 0.0, 0.5]]
+        >>> ro.implicit_rewards(logprob, ref_logprob, beta=0.5, steps=torch.tensor([[0, 1, 1]])).tolist()
+        [[0.5, 0.0, 0.5]]
     """
     _check_pair(logprob, ref_logprob)
     beta = checks.check_positive("beta", beta)
@@ -170,7 +197,17 @@ def implicit_rewards(
 
 
 class TdpoTerms(NamedTuple):
-    """Per row, ``[B]``: the sum of log-ratios, and TDPO's sequential KL(reference || policy)."""
+    """Terms of TDPO's loss, one per row.
+
+    Attributes:
+        log_ratio: ``[B]``, the sum of the row's log-ratios.
+        sequential_kl: ``[B]``, TDPO's sequential KL(reference || policy).
+
+    Example:
+        >>> terms = ro.tdpo_terms(torch.zeros(2, 3), -torch.ones(2, 3), torch.ones(2, 3))
+        >>> terms.log_ratio.tolist()
+        [3.0, 3.0]
+    """
 
     log_ratio: Tensor
     sequential_kl: Tensor
@@ -190,8 +227,25 @@ def tdpo_terms(
     (w.log_ratio - l.log_ratio) - alpha * beta * (l.sequential_kl - w.sequential_kl.detach()))``.
 
     Args:
-        logprob, ref_logprob: per token, ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
-        reverse_kl: exact KL(reference || policy) at every token, ``reverse_kl`` of :func:`rewardops.token_stats`.
+        logprob: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64, in nats.
+        ref_logprob: the same shape.
+        reverse_kl: the same shape, exact KL(reference || policy) at every token, ``reverse_kl`` of
+            :func:`rewardops.token_stats`.
+        mask: the shape of ``logprob``; bool, integer or float 0/1. None for all tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+
+    Returns:
+        :class:`TdpoTerms`, two tensors ``[B]``, float32 (float64 for float64). Differentiable in all three.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match.
+
+    Example:
+        >>> logprob, ref_logprob = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.5]])
+        >>> terms = ro.tdpo_terms(logprob, ref_logprob, torch.tensor([[0.25, 0.5]]))
+        >>> terms.log_ratio.tolist(), terms.sequential_kl.tolist()
+        ([1.5], [0.75])
     """
     _check_pair(logprob, ref_logprob)
     checks.check_like("reverse_kl", reverse_kl, logprob, "logprob")

@@ -46,7 +46,7 @@ def linear_token_stats(
     num_tokens: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """:func:`rewardops.token_stats` of ``logit_scale * (hidden @ weight.T + bias)``, never holding the logits.
+    """Token statistics of the logits ``logit_scale * (hidden @ weight.T + bias)``, which are never held.
 
     Logits are computed block by block in a small workspace, read once, and computed again in the backward pass,
     where each block becomes its gradient in place: four products forward and backward, instead of the plain
@@ -61,27 +61,46 @@ def linear_token_stats(
         hidden: ``[N, D]`` or ``[B, T, D]``, float32, bfloat16, float16 or float64.
         weight: ``[V, D]``, the head; may have another dtype (products are in the wider of the two), and may be
             tied to the embedding. Under autocast both are cast as in a linear layer.
-        tokens: ``[N]`` or ``[B, T]``; -100 counts as masked.
-        bias: ``[V]``. ref_hidden, ref_weight, ref_bias: those of the reference model, for the outputs that
-            compare the two; its hidden size may differ.
+        tokens: ``[N]`` or ``[B, T]``, integer ids; -100 counts as masked.
+        bias: ``[V]``; None for none.
+        ref_hidden: hidden states of the reference model, one per token, for the outputs that compare the two;
+            its hidden size may differ. None, with ``ref_weight``, for no reference.
+        ref_weight: the reference's head, with the rows of ``weight``.
+        ref_bias: ``[V]``, the reference's bias; None for none.
+        temperature: above 0: a number, or a float tensor with one per row (``[B]``) or per token; no gradient
+            flows into it.
+        softcap: above 0; None for no softcap.
         logit_scale: above 0; applied before the softcap (as in Cohere and Granite).
-        temperature, softcap, vocab_size, mask, outputs, beta: as in :func:`rewardops.token_stats`.
-        chunk_tokens, chunk_vocab: tokens and vocabulary entries of a block. By default 4096 tokens by as much
-            vocabulary as the workspace holds: 256 MiB or 1 % of the logits in float32, the larger; 32 MiB on a
-            CPU, near its caches. For ``jsd``, which needs whole rows, as many tokens as it holds, at least 512,
-            and ``chunk_vocab`` has no effect.
-        num_tokens: an upper bound of the number of valid tokens. Without it the number is read from the device, the
-            one synchronisation of this op, forward and backward.
-        process_group: for tensor parallelism, as in :func:`rewardops.token_stats`: weight and bias are this rank's
-            shards, hidden states are the same on all ranks. One collective forward, and one backward that sums the
-            hidden states' gradient over the ranks (in float32, or float64), which is then the same on each.
+        vocab_size: rows of the head from here on are padding; None for no padding.
+        mask: the shape of ``tokens``; bool, integer or float 0/1. None for all tokens.
+        outputs: names of the statistics to return, as in :func:`rewardops.token_stats`.
+        beta: for ``jsd``, above 0 and below 1.
+        chunk_tokens: tokens of a block; None for 4096. For ``jsd``, which needs whole rows, None is as many as
+            the workspace holds, at least 512.
+        chunk_vocab: vocabulary entries of a block; None for as many as the workspace holds: 256 MiB or 1 % of
+            the logits in float32, the larger; 32 MiB on a CPU, near its caches. No effect for ``jsd``.
+        num_tokens: an upper bound of the number of valid tokens. Without it the number is read from the device,
+            the one synchronisation of this op, forward and backward.
+        process_group: for tensor parallelism, as in :func:`rewardops.token_stats`: weight and bias are this
+            rank's shards, hidden states are the same on all ranks. One collective forward, and one backward
+            that sums the hidden states' gradient over the ranks (in float32, or float64), which is then the
+            same on each.
 
     Returns:
-        :class:`TokenStats`. Differentiable once in hidden, weight and bias of both sides. The weight's gradient is
-        computed part by part, once per part; for ``jsd`` it is summed in a float32 tensor of its size.
+        :class:`TokenStats`, with the shape of ``tokens``. Differentiable once in hidden, weight and bias of
+        both sides. The weight's gradient is computed part by part, once per part; for ``jsd`` it is summed in a
+        float32 tensor of its size.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, half a reference, an unknown output, an output of two
+            models without a reference, a number out of its range, ``jsd`` with a process group.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+        >>> stats = ro.linear_token_stats(hidden, weight, torch.tensor([2, 0]))
+        >>> [round(x, 3) for x in stats.logprob.tolist()]  # of the logits [1, 2, 3] and [0, 0, 0]
+        [-0.408, -1.099]
     """
     if process_group is not None:
         checks.check_float("hidden", hidden)
@@ -126,19 +145,47 @@ def linear_token_stats_partial(
     chunk_vocab: int | None = None,
     num_tokens: int | None = None,
 ) -> Tensor:
-    """:func:`rewardops.token_stats_partial` from hidden states and a part of the head, never holding the logits.
+    """The records of :func:`rewardops.token_stats_partial` from hidden states and a part of the head.
+
+    The logits are never held.
 
     Args:
-        weight, bias, ref_weight, ref_bias: the rows from ``vocab_start`` on, ``[V_part, D]`` and ``[V_part]``.
-        vocab_start, vocab_size, outputs: as in :func:`rewardops.token_stats_partial`. The others: as in
-            :func:`linear_token_stats`.
+        hidden: ``[N, D]`` or ``[B, T, D]``, float32, bfloat16, float16 or float64.
+        weight: ``[V_part, D]``, the rows of the head from ``vocab_start`` on.
+        tokens: ``[N]`` or ``[B, T]``, ids in the whole vocabulary; -100 counts as masked.
+        vocab_start: the id of the first row of ``weight``.
+        bias: ``[V_part]``; None for none.
+        ref_hidden: hidden states of the reference model, one per token; None, with ``ref_weight``, for no
+            reference.
+        ref_weight: the reference's head, the same rows.
+        ref_bias: ``[V_part]``, the reference's bias; None for none.
+        temperature: above 0: a number, or a float tensor with one per row (``[B]``) or per token; the same for
+            every part.
+        softcap: above 0, the same for every part; None for no softcap.
+        logit_scale: above 0, the same for every part; applied before the softcap.
+        vocab_size: size of the whole vocabulary: ids from here on are padding. None for no padding.
+        mask: the shape of ``tokens``; bool, integer or float 0/1, the same for every part. None for all tokens.
+        outputs: statistics to merge the records into: any output of :func:`rewardops.token_stats` but ``jsd``.
+        chunk_tokens: tokens of a block; None for 4096.
+        chunk_vocab: vocabulary entries of a block; None for as many as the workspace holds.
+        num_tokens: an upper bound of the number of valid tokens; None to read the number from the device.
 
     Returns:
-        ``[*tokens.shape, 14]``, float64, for :func:`rewardops.merge_token_stats`. Differentiable once in hidden,
-        weight and bias of both sides; the gradient of the hidden states is that of this part, to sum over parts.
+        ``[*tokens.shape, 14]``, float64, for :func:`rewardops.merge_token_stats`. Differentiable once in
+        hidden, weight and bias of both sides; the gradient of the hidden states is that of this part, to sum
+        over parts.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, half a reference, an unknown output, an output of two
+            models without a reference, a number out of its range.
+
+    Example:
+        >>> hidden, weight, tokens = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2])
+        >>> parts = [ro.linear_token_stats_partial(hidden, weight[:1], tokens),
+        ...          ro.linear_token_stats_partial(hidden, weight[1:], tokens, vocab_start=1)]
+        >>> round(ro.merge_token_stats(parts).logprob.item(), 3)
+        -0.408
     """
     args = _arguments(
         hidden, weight, tokens, outputs, vocab_start, True, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight,
@@ -189,16 +236,47 @@ def linear_token_loss(
     against 1.7 s), where products are five times faster and that sum is not.
 
     Args:
-        hidden, weight, tokens and all options: as in :func:`linear_token_stats`; blocks are of whole rows.
+        hidden: ``[N, D]`` or ``[B, T, D]``, float32, bfloat16, float16 or float64.
+        weight: ``[V, D]``, the head; may have another dtype, and may be tied to the embedding.
+        tokens: ``[N]`` or ``[B, T]``, integer ids; -100 counts as masked.
         coefficients: names of outputs (not ``is_top1``), each with a float tensor of the shape of ``tokens``;
             constants, no gradient flows into them. Their values at masked tokens have no effect.
         outputs: statistics to return beside the terms of the loss.
+        bias: ``[V]``; None for none.
+        ref_hidden: hidden states of the reference model, one per token, constant; None, with ``ref_weight``,
+            for no reference.
+        ref_weight: the reference's head, with the rows of ``weight``; constant.
+        ref_bias: ``[V]``, the reference's bias, constant; None for none.
+        temperature: above 0: a number (1 by default), or a float tensor with one per row (``[B]``) or per
+            token.
+        softcap: above 0; None for no softcap.
+        logit_scale: above 0, 1 by default; applied before the softcap.
+        vocab_size: rows of the head from here on are padding; None for no padding.
+        mask: the shape of ``tokens``; bool, integer or float 0/1. None for all tokens.
+        beta: for ``jsd``, above 0 and below 1; 0.5 by default.
+        chunk_tokens: tokens of a block, which is of whole rows; None for as many as the workspace holds, at
+            least 512.
+        chunk_vocab: no effect, as blocks are of whole rows.
+        num_tokens: an upper bound of the number of valid tokens; None to read the number from the device.
 
     Returns:
-        The loss (a scalar, float32; float64 for float64), differentiable once in hidden, weight and bias: a second
-        backward pass raises. The gradient is scaled by the upstream one, so loss scaling works; the
-        reference's side is constant. And :class:`TokenStats`, detached. The weight's gradient is summed over
-        blocks in a float32 tensor of its size.
+        The loss (a scalar, float32; float64 for float64), and :class:`TokenStats`, detached. The loss is
+        differentiable once in hidden, weight and bias: a second backward pass raises. The gradient is scaled by
+        the upstream one, so loss scaling works; the reference's side is constant. The weight's gradient is
+        summed over blocks in a float32 tensor of its size.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, no coefficients, half a reference, an unknown output,
+            an output of two models without a reference, a number out of its range.
+
+    Example:
+        >>> hidden = torch.zeros(1, 2, requires_grad=True)
+        >>> weight, tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0])
+        >>> loss, stats = ro.linear_token_loss(hidden, weight, tokens, {"logprob": torch.tensor([-1.0])})
+        >>> loss.backward()
+        >>> round(loss.item(), 3), hidden.grad.tolist()
+        (0.693, [[-0.5, 0.5]])
     """
     checks.check_float("hidden", hidden)
     _check_tokens(tokens, hidden)

@@ -30,6 +30,25 @@ class TokenStats(NamedTuple):
     """Statistics of each token's distribution, in nats; None for outputs that were not requested.
 
     All have the shape of ``tokens`` and are float32 (float64 for float64 logits); ``is_top1`` is bool.
+    :func:`token_stats` has the formulas and gradients.
+
+    Attributes:
+        logprob: log-probability of the token.
+        entropy: entropy of the distribution.
+        logsumexp: log of the sum of the logits' exponentials.
+        sum_p2: sum of squared probabilities.
+        sum_p2_logp: sum of ``p^2 log p``.
+        mean_logit: mean of the logits over the vocabulary.
+        is_top1: whether no logit is above the token's.
+        ref_logprob: log-probability of the token under the reference.
+        kl: KL(policy || reference).
+        reverse_kl: KL(reference || policy).
+        jsd: generalised Jensen-Shannon divergence.
+
+    Example:
+        >>> stats = ro.token_stats(torch.zeros(1, 4), torch.tensor([0]), outputs=["entropy", "is_top1"])
+        >>> round(stats.entropy.item(), 3), stats.is_top1.item(), stats.logprob
+        (1.386, True, None)
     """
 
     logprob: Tensor | None = None
@@ -100,35 +119,46 @@ def token_stats(
         tokens: ``[N]`` or ``[B, T]``, integer column ids. -100 counts as masked; any other id outside
             ``[0, vocab_size)`` gives NaN at that token, and is never read (under :func:`rewardops.debug` it
             raises).
-        temperature: a number, or a tensor with one per row (``[B]``) or per token; no gradient flows into it.
-        softcap: as in Gemma 2; None for no softcap.
-        vocab_size: columns from here on are padding and do not exist; their gradient is 0.
+        temperature: above 0: a number, or a float tensor with one per row (``[B]``) or per token; no gradient
+            flows into it.
+        softcap: above 0, as in Gemma 2; None for no softcap.
+        vocab_size: columns from here on are padding and do not exist; their gradient is 0. None for no padding.
         ref_logits: logits of the reference model, the shape of ``logits``, in any of the dtypes; temperature,
-            softcap and vocab_size apply to them as well.
+            softcap and vocab_size apply to them as well. None where no output compares two models.
         mask: the shape of ``tokens``; bool, integer or float 0/1. Masked rows are not read: their outputs
-            and their gradient are exactly 0, whatever the logits hold.
+            and their gradient are exactly 0, whatever the logits hold. None for all tokens.
         outputs: names of the statistics to return; only these are computed.
         beta: for ``jsd``, above 0 and below 1 (at both ends jsd is 0: use ``kl`` or ``reverse_kl``).
-        inplace_backward: write the gradient of the logits over them, which saves the memory of a second
-            ``[N, V]``. The logits are lost in the backward pass; a second backward pass raises. Without effect
-            where the logits' rows share memory (``expand``, windows that overlap) or hold another argument, as a
-            ``ref_logits`` that is a shifted view of them; under ``torch.compile``, which plans memory itself, in
-            ``torch.func``, and under saved-tensor hooks, as in activation checkpointing: autograd could not detect
-            the overwritten logits.
+        inplace_backward: write the gradient of the logits over them, which saves the memory of a second ``[N,
+            V]``. The logits are lost in the backward pass; a second backward pass raises. Without effect where
+            the logits' rows share memory (``expand``, windows that overlap) or hold another argument, as a
+            ``ref_logits`` that is a shifted view of them; under ``torch.compile``, which plans memory itself,
+            in ``torch.func``, and under saved-tensor hooks, as in activation checkpointing: autograd could not
+            detect the overwritten logits.
         process_group: for tensor parallelism: its ranks hold shards ``[N, V_part]`` of the vocabulary, of equal
             width and in rank order, and get the statistics of the whole rows, the same bits on each. One
-            collective, of 5 to 14 numbers per token, and none in the backward pass: every rank has the same loss,
-            and gets its shard of that loss's gradient (Megatron's convention). ``vocab_size`` is that of the
-            whole vocabulary. Not with ``jsd`` or ``inplace_backward``. For shards of unequal width use
+            collective, of 5 to 14 numbers per token, and none in the backward pass: every rank has the same
+            loss, and gets its shard of that loss's gradient (Megatron's convention). ``vocab_size`` is that of
+            the whole vocabulary. Not with ``jsd`` or ``inplace_backward``. For shards of unequal width use
             :func:`token_stats_partial`.
 
     Returns:
-        :class:`TokenStats`, with the requested outputs. Differentiable once, in ``logits`` and ``ref_logits``:
-        all upstream gradients are folded into one read and one write, in the dtype of the logits.
+        :class:`TokenStats`, with the requested outputs. Differentiable once, in ``logits`` and ``ref_logits``.
+        All upstream gradients are folded into one read and one write, in the dtype of the logits.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown output, an output of two models without ``ref_logits``, a number out of its range.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown output, an output of two models without
+            ``ref_logits``, a number out of its range, ``jsd`` or ``inplace_backward`` with a process group.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0], [9.0, 9.0, -torch.inf]], requires_grad=True)
+        >>> stats = ro.token_stats(logits, torch.tensor([2, 0]), outputs=["logprob", "entropy"])
+        >>> [round(x, 3) for x in stats.logprob.tolist()], [round(x, 3) for x in stats.entropy.tolist()]
+        ([-0.408, -0.693], [0.832, 0.693])
+        >>> stats.logprob.sum().backward()
+        >>> logits.grad[1, :2].tolist()
+        [0.5, -0.5]
     """
     checks.check_flag("inplace_backward", inplace_backward)
     if process_group is not None:
@@ -178,22 +208,39 @@ def token_stats_and_grad(
     Hopper 160 KB). All else, and the other backends, take a forward and a backward pass: two reads, one write.
 
     Args:
-        logits, tokens, temperature, softcap, vocab_size, ref_logits, mask, beta: as in :func:`token_stats`.
+        logits: ``[N, V]`` or ``[B, T, V]``; float32, bfloat16, float16 or float64.
+        tokens: ``[N]`` or ``[B, T]``, integer column ids; -100 counts as masked.
         coefficients: names of outputs (not ``is_top1``), each with a float tensor of the shape of ``tokens``;
             constants, no gradient flows into them. Their values at masked tokens have no effect.
         outputs: statistics to return beside the terms of the loss.
-        inplace: write the gradient over the logits, which saves the memory of a second ``[N, V]``. The logits are
-            lost then; autograd raises where another op has saved them for its backward pass.
+        temperature: above 0: a number, or a float tensor with one per row (``[B]``) or per token.
+        softcap: above 0; None for no softcap.
+        vocab_size: columns from here on are padding, with gradient 0; None for no padding.
+        ref_logits: logits of the reference model, the shape of ``logits``, constant; None where no output
+            compares two models.
+        mask: the shape of ``tokens``; bool, integer or float 0/1. Masked rows are not read. None for all
+            tokens.
+        beta: for ``jsd``, above 0 and below 1.
+        inplace: write the gradient over the logits, which saves the memory of a second ``[N, V]``. The logits
+            are lost then; autograd raises where another op has saved them for its backward pass.
 
     Returns:
-        :class:`TokenStats`, and the gradient, in the shape and dtype of the logits: zeros where masked and from
-        ``vocab_size`` on. With ``inplace`` it is the logits' own memory. Neither is differentiable. The reference's
-        side is constant.
+        :class:`TokenStats`, and the gradient, in the shape and dtype of the logits, zeros where masked and from
+        ``vocab_size`` on. With ``inplace`` it is the logits' own memory. Neither is differentiable. The
+        reference's side is constant.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not;
-            ``inplace`` with logits whose rows share memory (``expand``, windows that overlap), or whose memory
-            holds another argument.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown name, an output of two models without
+            ``ref_logits``, a number out of its range; ``inplace`` with logits whose rows share memory
+            (``expand``, windows that overlap), or whose memory holds another argument.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [3.0, 3.0]])
+        >>> advantages = torch.tensor([1.0, -1.0])
+        >>> stats, grad = ro.token_stats_and_grad(logits, torch.tensor([0, 1]), {"logprob": -advantages / 2})
+        >>> grad.tolist()
+        [[-0.25, 0.25], [-0.25, 0.25]]
     """
     _check_logits(logits, tokens, ref_logits)
     checks.check_flag("inplace", inplace)
@@ -242,20 +289,36 @@ def token_stats_partial(
     gives the exact gradient of its own shard.
 
     Args:
-        logits: ``[N, V_part]`` or ``[B, T, V_part]``, as in :func:`token_stats`.
+        logits: ``[N, V_part]`` or ``[B, T, V_part]``; float32, bfloat16, float16 or float64.
         tokens: ``[N]`` or ``[B, T]``, ids in the whole vocabulary; -100 counts as masked.
         vocab_start: the id of the first column.
-        vocab_size: size of the whole vocabulary: columns with ids from here on are padding.
-        temperature, softcap, ref_logits, mask: as in :func:`token_stats`, the same for every part.
+        temperature: above 0: a number, or a float tensor with one per row (``[B]``) or per token; the same for
+            every part.
+        softcap: above 0, the same for every part; None for no softcap.
+        vocab_size: size of the whole vocabulary: columns with ids from here on are padding. None for no
+            padding.
+        ref_logits: these columns of the reference model's logits, the shape of ``logits``; None where no output
+            compares two models.
+        mask: the shape of ``tokens``; bool, integer or float 0/1, the same for every part. None for all tokens.
         outputs: statistics to merge the records into: any output of :func:`token_stats` but ``jsd``, whose
             terms need the whole row's normalisers.
 
     Returns:
-        ``[*tokens.shape, 14]``, float64: for each token sums relative to the part's largest logit
-        (``rewardops.reference.logits.RECORD`` names them). Sums that no output needs are NaN.
+        ``[*tokens.shape, 14]``, float64, for each token sums relative to the part's largest logit
+        (``rewardops.reference.logits.RECORD`` names them). Sums that no output needs are NaN. Differentiable
+        once in ``logits`` and ``ref_logits``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape, device, name or number that is not.
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown output, an output of two models without
+            ``ref_logits``, a number out of its range.
+
+    Example:
+        >>> logits, tokens = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([2])
+        >>> parts = [ro.token_stats_partial(logits[:, :2], tokens),
+        ...          ro.token_stats_partial(logits[:, 2:], tokens, vocab_start=2)]
+        >>> round(ro.merge_token_stats(parts).logprob.item(), 3)
+        -0.408
     """
     args = _arguments(
         logits, tokens, outputs, temperature=temperature, softcap=softcap, vocab_size=vocab_size,
@@ -276,15 +339,25 @@ def merge_token_stats(
     A few operations per token, in float64 and plain PyTorch on every device; ``torch.compile`` fuses them.
 
     Args:
-        records: ``[parts, *tokens.shape, 14]``, or a sequence of results of :func:`token_stats_partial`.
+        records: ``[parts, *tokens.shape, 14]``, float64, or a sequence of results of
+            :func:`token_stats_partial`.
         outputs: as in :func:`token_stats_partial`; outputs that were not requested there are NaN.
-        dtype: dtype of the statistics.
+        dtype: dtype of the statistics: float32, bfloat16, float16 or float64.
 
     Returns:
-        :class:`TokenStats`; a token that no part holds has logprob NaN. Differentiable in the records.
+        :class:`TokenStats`, with the shape of ``tokens``; a token that no part holds has logprob NaN.
+        Differentiable in the records.
 
     Raises:
-        TypeError, ValueError: records or outputs that are not as above.
+        TypeError: records that are no tensors of float64, or a dtype that is not accepted.
+        ValueError: no records, records of unlike shapes, dtypes or devices or without 14 fields, an unknown
+            output.
+
+    Example:
+        >>> record = ro.token_stats_partial(torch.zeros(1, 4), torch.tensor([0]), outputs=["entropy"])
+        >>> whole = ro.merge_token_stats([record, record], outputs=["entropy"])  # 8 equal logits
+        >>> round(whole.entropy.item(), 3)
+        2.079
     """
     fields = len(RECORD)
     if isinstance(records, Tensor):

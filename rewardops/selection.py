@@ -44,16 +44,35 @@ def high_entropy_mask(
     tokens. There the loss's denominator remains all valid tokens, and a KL term covers all tokens.
 
     Args:
-        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. fraction: 0 to 1. scope: ``"batch"``, ``"row"`` or
-            ``"group"`` (with ``groups`` or ``group_size``).
+        entropy: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64, in nats.
+        mask: the shape of ``entropy``; bool, integer or float 0/1. None for all tokens.
+        fraction: 0 to 1.
+        scope: ``"batch"``, ``"row"`` or ``"group"`` (with ``groups`` or ``group_size``).
+        groups: ``[B]``: labels of the rows' groups, as in :func:`rewardops.group_advantages`; for
+            ``scope="group"`` alone.
+        group_size: instead of ``groups``: the rows of each contiguous group, or a list or integer tensor of
+            their sizes.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
         process_group: batch and groups span the tokens of all its ranks; each rank gets the mask of its own
-            tokens; among equal entropies the earliest, by rank. Labels as in :func:`group_advantages`; not with
-            ``group_size``. One collective, of the entropies.
+            tokens; among equal entropies the earliest, by rank. Labels as in
+            :func:`rewardops.group_advantages`; not with ``group_size``. One collective, of the entropies. None
+            for this process alone.
         max_per_rank: with a process group, an upper bound of the tokens per rank (padding included). Without it
             the ranks exchange their numbers of tokens first, and the host reads them.
 
     Returns:
-        bool, the layout of ``entropy``. Nothing is read back from the device.
+        bool, the layout of ``entropy``. Nothing is read back from the device. Not differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown scope, groups that are missing or not
+            asked for, a fraction out of its range, more tokens than ``max_per_rank``.
+
+    Example:
+        >>> entropy, mask = torch.tensor([[0.1, 2.0, 0.3, 9.0], [1.5, 0.2, 0.4, 0.5]]), torch.ones(2, 4)
+        >>> mask[0, 3] = 0
+        >>> ro.high_entropy_mask(entropy, mask, fraction=0.25).int().tolist()  # 2 of 7
+        [[0, 1, 0, 0], [1, 0, 0, 0]]
     """
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens)
     fraction = checks.check_fraction("fraction", fraction)
@@ -80,7 +99,29 @@ def clip_cov_mask(
     """Clip-Cov (2505.22617): a random ``fraction`` of the valid tokens, out of those with ``low < cov < high``.
 
     At least one, if there are any. The caller drops their gradient. ``mask`` may leave out tokens that PPO has
-    clipped already, as the authors do. ``generator`` must be on the device of ``cov``.
+    clipped already, as the authors do.
+
+    Args:
+        cov: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as from :func:`rewardops.advantage_logprob_cov`;
+            float32, bfloat16, float16 or float64.
+        mask: the shape of ``cov``; bool, integer or float 0/1. None for all tokens.
+        low: tokens at or below it are not chosen.
+        high: tokens at or above it are not chosen.
+        fraction: 0 to 1, of the valid tokens.
+        generator: on the device of ``cov``; None for torch's default.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+
+    Returns:
+        bool, the layout of ``cov``. Not differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, a number out of its range.
+
+    Example:
+        >>> cov = torch.tensor([[0.5, 2.0, 7.0, 3.0]])
+        >>> ro.clip_cov_mask(cov, fraction=0.5).int().tolist()  # 2 of 4 tokens, of those from 1 to 5
+        [[0, 1, 0, 1]]
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
     low = checks.check_number("low", low)
@@ -107,6 +148,24 @@ def kl_cov_mask(
     """KL-Cov (2505.22617): the ``fraction`` of the valid tokens with the largest ``cov``, at least one.
 
     The caller adds a KL penalty towards the sampling policy there; it has no gradient at the on-policy point.
+
+    Args:
+        cov: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, as from :func:`rewardops.advantage_logprob_cov`;
+            float32, bfloat16, float16 or float64.
+        mask: the shape of ``cov``; bool, integer or float 0/1. None for all tokens.
+        fraction: 0 to 1, of the valid tokens.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows, from 0 to N. None for padded rows.
+
+    Returns:
+        bool, the layout of ``cov``. Not differentiable.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not accepted.
+        ValueError: a shape or device that does not match, a fraction out of its range.
+
+    Example:
+        >>> ro.kl_cov_mask(torch.tensor([[0.5, 2.0, 7.0, 3.0]]), fraction=0.5).int().tolist()
+        [[0, 0, 1, 1]]
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
     fraction = checks.check_fraction("fraction", fraction)

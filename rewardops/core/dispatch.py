@@ -41,7 +41,12 @@ _library = torch.library.Library("rewardops", "DEF")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot serve this op on this device."""
+    """The backend asked for cannot serve this op on this device; the message says why.
+
+    Example:
+        >>> issubclass(ro.BackendUnavailable, RuntimeError)
+        True
+    """
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -64,6 +69,20 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
     Process-wide, on every thread, and looked up when an op runs: a backward pass called after the context has
     closed is served by the default again. Of contexts that are open on several threads, the one opened last
     holds. None restores the default order. ``REWARDOPS_BACKEND`` sets the same from the environment.
+
+    Args:
+        name: one name, or several separated by commas; None for the default order.
+
+    Returns:
+        A context manager; the choice holds while it is open.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> with ro.use_backend("reference"):
+        ...     ro.row_sum(torch.ones(1, 3)).tolist()
+        [3.0]
     """
     return _forced.use(_names(name))
 
@@ -228,7 +247,17 @@ def config() -> dict[str, str]:
 
 
 def show_config() -> str:
-    """Print and return a line per backend and device: what is installed, and which backend serves it."""
+    """Print and return a line per backend and device: what is installed, and which backend serves it.
+
+    Returns:
+        The text that was printed.
+
+    Example:
+        >>> text = ro.show_config()  # doctest: +ELLIPSIS
+                 torch: ...
+        >>> "cpu ops" in text
+        True
+    """
     text = "\n".join(f"{key:>14}: {value}" for key, value in config().items())
     print(text)
     return text

@@ -51,6 +51,18 @@ def debug(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     Token ids in range, ``cu_seqlens`` non-decreasing and ending at the number of tokens, step ids
     non-decreasing, rewards and values finite where the mask counts. The first that is wrong is named with its
     index. Process-wide while the context is open; ``REWARDOPS_DEBUG=1`` turns it on from the start.
+
+    Args:
+        enabled: False turns the checks off while the context is open.
+
+    Returns:
+        A context manager; the checks hold while it is open.
+
+    Example:
+        >>> with ro.debug():
+        ...     ro.min_returns(torch.tensor([[1.0, torch.nan]]))
+        Traceback (most recent call last):
+        ValueError: rewards: got nan at [0, 1], want finite values wherever the mask counts
     """
     return _debug.use(enabled)
 
