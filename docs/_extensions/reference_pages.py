@@ -1,0 +1,170 @@
+"""The API reference: a page for each family of ops, and for what surrounds them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.ext.autodoc.mock import mock
+from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
+
+import rewardops
+from rewardops.core.families import FAMILIES
+
+# Page: its title, and the modules or names that it documents.
+PAGES = {family: (family, [f"rewardops.{family}"]) for family in FAMILIES} | {
+    "backends": (
+        "Backends and settings",
+        ["rewardops.use_backend", "rewardops.BackendUnavailable", "rewardops.show_config", "rewardops.debug"],
+    ),
+    "testing": ("Testing kit", ["rewardops.testing", "rewardops.testing.strategies"]),
+    "viz": ("Drawings of prefix trees", ["rewardops.viz"]),
+    "adapters": ("Adapters", ["rewardops.integrations.adapters"]),
+    "integrations": (
+        "Integrations",
+        ["rewardops.integrations.trl", "rewardops.integrations.verl", "rewardops.integrations.torchrl"],
+    ),
+}
+
+
+def public(module: ModuleType) -> list[str]:
+    """The public names of a module: ``__all__``, or else the functions and classes that it defines."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    own = (name for name, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__)
+    return [name for name in own if not name.startswith("_")]
+
+
+def directive(path: str) -> str:
+    """The directive that documents an object under ``path``."""
+    module, _, name = path.rpartition(".")
+    thing = getattr(importlib.import_module(module), name)
+    if isinstance(thing, type):
+        kind = "exception" if issubclass(thing, BaseException) else "class"
+        return f".. auto{kind}:: {path}\n   :members:\n   :show-inheritance:\n"
+    return f".. auto{'function' if inspect.isroutine(thing) else 'data'}:: {path}\n"
+
+
+class PublicNames(SphinxDirective):
+    """The public names of a module, or a name of the package, with their docstrings.
+
+    Each is under the path by which users import it: ``rewardops.gae``, not ``rewardops.td.gae``.
+    """
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        with mock(self.config.autodoc_mock_imports):
+            return self.parse_text_to_nodes("\n".join(self.lines(self.arguments[0])))
+
+    def lines(self, path: str) -> Iterator[str]:
+        package, _, name = path.rpartition(".")
+        if package == "rewardops" and name in rewardops.__all__:
+            yield directive(path)
+            return
+        yield f".. automodule:: {path}\n   :no-members:\n"
+        for name in public(importlib.import_module(path)):
+            yield directive(f"rewardops.{name}" if name in rewardops.__all__ else f"{path}.{name}")
+
+
+def write_pages(app: Sphinx) -> None:
+    """Write the pages to ``api/``, whose files git ignores."""
+    folder = Path(app.srcdir) / "api"
+    folder.mkdir(exist_ok=True)
+    pages = {
+        name: f"{title}\n{'=' * len(title)}\n\n" + "".join(f".. public-names:: {x}\n" for x in contents)
+        for name, (title, contents) in PAGES.items()
+    }
+    pages["index"] = "Reference\n=========\n\n.. toctree::\n\n" + "".join(f"   {name}\n" for name in PAGES)
+    for name, text in pages.items():
+        path = folder / f"{name}.rst"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def resolve_short_name(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, contents: nodes.TextElement
+) -> nodes.reference | None:
+    """Resolve a name that is documented on one page only, under the path by which it is imported."""
+    if node.get("refdomain") != "py":
+        return None
+    last = node["reftarget"].rpartition(".")[2]
+    found = [
+        (name, entry)
+        for name, entry in env.get_domain("py").objects.items()  # type: ignore[attr-defined]
+        if name.rpartition(".")[2] == last and not entry.aliased
+    ]
+    if len(found) != 1:
+        return None
+    name, entry = found[0]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contents, name)
+
+
+class LinkCode(SphinxTransform):
+    """Link ``token_kl``, ``ro.token_kl`` and ``rewardops.token_kl`` in Markdown pages to the reference."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        if not self.document["source"].endswith(".md"):
+            return
+        for literal in list(self.document.findall(nodes.literal)):
+            name = literal.astext().removeprefix("rewardops.").removeprefix("ro.")
+            if name not in rewardops.__all__ or isinstance(literal.parent, (nodes.reference, nodes.title)):
+                continue
+            xref = addnodes.pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=f"rewardops.{name}", refdoc=self.env.docname,
+                refspecific=False, refexplicit=False, refwarn=True,
+            )  # fmt: skip
+            literal.replace_self(xref)
+            xref += literal
+
+
+def drop_generated_text(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Drop what ``collections.namedtuple`` writes for its fields."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
+def unlink_files(app: Sphinx, folder: Path, text: str) -> str:
+    """Links of a Markdown text to files that are no part of the site, as plain text."""
+
+    def kept(link: re.Match[str]) -> str:
+        words, target = link.groups()
+        path = target.partition("#")[0]
+        outside = "://" not in target and path and not (folder / path).resolve().is_relative_to(app.srcdir)
+        return words if outside else link[0]
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", kept, text)
+
+
+def read_source(app: Sphinx, page: str, source: list[str]) -> None:
+    source[0] = unlink_files(app, (Path(app.srcdir) / page).parent, source[0])
+
+
+def read_include(app: Sphinx, path: Path, page: str, source: list[str]) -> None:
+    source[0] = unlink_files(app, (Path(app.srcdir) / path).parent, source[0])
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("public-names", PublicNames)
+    app.add_transform(LinkCode)
+    app.connect("builder-inited", write_pages)
+    app.connect("source-read", read_source)
+    app.connect("include-read", read_include)
+    app.connect("autodoc-process-docstring", drop_generated_text)
+    app.connect("missing-reference", resolve_short_name)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
