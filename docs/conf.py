@@ -38,6 +38,7 @@ add_module_names = False
 python_maximum_signature_line_length = 90
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 nitpicky = True
 nitpick_ignore_regex = [

@@ -31,7 +31,7 @@ def _decode(rows: list[rollouts.Row]) -> Callable[[list[int]], str]:
 def tree() -> str:
     rows, batch = _rows()
     prefixes = ro.PrefixTree.from_tokens(batch.tokens, batch.groups, mask=batch.mask, rewards=batch.rewards)
-    return prefixes.to_svg(_decode(rows), width=900)
+    return prefixes.to_svg(_decode(rows), width=820)
 
 
 def tree_page() -> str:
@@ -60,8 +60,9 @@ def estimators() -> str:
         "sibling_advantages": ro.sibling_advantages(**tree),
     }
     group = report.Group("One group, eight estimators", r, [row.pieces for row in rows], advantages)
-    lead = "Advantages of every token, by name of the function."
-    return report.page("Estimators of advantages", lead, report.groups_section([group]))
+    panels = (report.panel(group, name, float(x.abs().max()) or 1.0) for name, x in advantages.items())
+    lead = "Advantages of every token, by the name of the function, each in units of its own largest."
+    return report.page(group.title, lead, f'<div class="panels">{"".join(panels)}</div>')
 
 
 PICTURES = {"tree": tree, "tree-page": tree_page, "recipes": recipes, "estimators": estimators}
@@ -80,6 +81,7 @@ class Picture(SphinxDirective):
         if drawn.lstrip().startswith("<svg"):
             html = f'<div class="picture">{drawn}</div>'
         else:
+            drawn += "<style>body { padding: 0 1rem; }</style>"
             grow = "this.style.height = this.contentDocument.documentElement.scrollHeight + 'px'"
             html = (
                 f'<iframe class="picture" title="{escape(name)}" srcdoc="{escape(drawn)}" onload="{escape(grow)}">'

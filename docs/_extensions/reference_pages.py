@@ -39,11 +39,14 @@ PAGES = {family: (family, [f"rewardops.{family}"]) for family in FAMILIES} | {
 
 
 def public(module: ModuleType) -> list[str]:
-    """The public names of a module: ``__all__``, or else the functions and classes that it defines."""
-    if hasattr(module, "__all__"):
-        return list(module.__all__)
+    """``__all__``, or else what a module defines: functions in their order, then classes."""
     own = (name for name, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__)
-    return [name for name in own if not name.startswith("_")]
+    names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    functions = {name: inspect.unwrap(x) for name in names if inspect.isfunction(x := getattr(module, name))}
+    in_order = sorted(
+        functions, key=lambda n: (functions[n].__module__, functions[n].__code__.co_firstlineno)
+    )
+    return in_order + [name for name in names if name not in functions]
 
 
 def directive(path: str) -> str:
@@ -52,7 +55,8 @@ def directive(path: str) -> str:
     thing = getattr(importlib.import_module(module), name)
     if isinstance(thing, type):
         kind = "exception" if issubclass(thing, BaseException) else "class"
-        return f".. auto{kind}:: {path}\n   :members:\n   :show-inheritance:\n"
+        ours = any(base.__module__.startswith("rewardops") for base in thing.__bases__)
+        return f".. auto{kind}:: {path}\n   :members:\n" + "   :show-inheritance:\n" * ours
     return f".. auto{'function' if inspect.isroutine(thing) else 'data'}:: {path}\n"
 
 
@@ -69,8 +73,7 @@ class PublicNames(SphinxDirective):
             return self.parse_text_to_nodes("\n".join(self.lines(self.arguments[0])))
 
     def lines(self, path: str) -> Iterator[str]:
-        package, _, name = path.rpartition(".")
-        if package == "rewardops" and name in rewardops.__all__:
+        if is_name(path):
             yield directive(path)
             return
         yield f".. automodule:: {path}\n   :no-members:\n"
@@ -78,15 +81,31 @@ class PublicNames(SphinxDirective):
             yield directive(f"rewardops.{name}" if name in rewardops.__all__ else f"{path}.{name}")
 
 
+def is_name(path: str) -> bool:
+    """True for a name of the package itself, False for a module."""
+    package, _, name = path.rpartition(".")
+    return package == "rewardops" and name in rewardops.__all__
+
+
+def heading(text: str, line: str) -> str:
+    return f"{text}\n{line * len(text)}\n\n"
+
+
 def write_pages(app: Sphinx) -> None:
     """Write the pages to ``api/``, whose files git ignores."""
     folder = Path(app.srcdir) / "api"
     folder.mkdir(exist_ok=True)
     pages = {
-        name: f"{title}\n{'=' * len(title)}\n\n" + "".join(f".. public-names:: {x}\n" for x in contents)
+        name: heading(title, "=")
+        + "".join(
+            heading(x, "-") * (len(contents) > 1 and not is_name(x)) + f".. public-names:: {x}\n\n"
+            for x in contents
+        )
         for name, (title, contents) in PAGES.items()
     }
-    pages["index"] = "Reference\n=========\n\n.. toctree::\n\n" + "".join(f"   {name}\n" for name in PAGES)
+    pages["index"] = (
+        heading("Reference", "=") + ".. toctree::\n\n" + "".join(f"   {name}\n" for name in PAGES)
+    )
     for name, text in pages.items():
         path = folder / f"{name}.rst"
         if not path.exists() or path.read_text() != text:
@@ -112,7 +131,10 @@ def resolve_short_name(
 
 
 class LinkCode(SphinxTransform):
-    """Link ``token_kl``, ``ro.token_kl`` and ``rewardops.token_kl`` in Markdown pages to the reference."""
+    """Link ``token_kl``, ``ro.gae`` and ``rewardops.gae`` in Markdown pages to the reference.
+
+    A plain ``gae`` may be another project's.
+    """
 
     default_priority = 500
 
@@ -120,8 +142,10 @@ class LinkCode(SphinxTransform):
         if not self.document["source"].endswith(".md"):
             return
         for literal in list(self.document.findall(nodes.literal)):
-            name = literal.astext().removeprefix("rewardops.").removeprefix("ro.")
-            if name not in rewardops.__all__ or isinstance(literal.parent, (nodes.reference, nodes.title)):
+            text = literal.astext()
+            name = text.removeprefix("rewardops.").removeprefix("ro.")
+            ours = name in rewardops.__all__ and re.search("[_.A-Z]", text)
+            if not ours or isinstance(literal.parent, (nodes.reference, nodes.title)):
                 continue
             xref = addnodes.pending_xref(
                 "", refdomain="py", reftype="obj", reftarget=f"rewardops.{name}", refdoc=self.env.docname,
