@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,11 @@ from sphinx.util.nodes import make_refnode
 import rewardops
 from rewardops.core.families import FAMILIES
 
+# The families in their order, then what other modules of functions there are.
+_modules = (m.name for m in pkgutil.iter_modules(rewardops.__path__) if not m.ispkg)
+MODULES = dict.fromkeys([*FAMILIES, *(name for name in _modules if not name.startswith("_"))])
 # Page: its title, and the modules or names that it documents.
-PAGES = {family: (family, [f"rewardops.{family}"]) for family in FAMILIES} | {
+PAGES = {name: (name, [f"rewardops.{name}"]) for name in MODULES} | {
     "backends": (
         "Backends and settings",
         ["rewardops.use_backend", "rewardops.BackendUnavailable", "rewardops.show_config", "rewardops.debug"],
@@ -87,8 +91,8 @@ def is_name(path: str) -> bool:
     return package == "rewardops" and name in rewardops.__all__
 
 
-def heading(text: str, line: str) -> str:
-    return f"{text}\n{line * len(text)}\n\n"
+def _titled(title: str, line: str, text: str) -> str:
+    return f"{title}\n{line * len(title)}\n\n{text}"
 
 
 def write_pages(app: Sphinx) -> None:
@@ -96,16 +100,13 @@ def write_pages(app: Sphinx) -> None:
     folder = Path(app.srcdir) / "api"
     folder.mkdir(exist_ok=True)
     pages = {
-        name: heading(title, "=")
-        + "".join(
-            heading(x, "-") * (len(contents) > 1 and not is_name(x)) + f".. public-names:: {x}\n\n"
-            for x in contents
-        )
-        for name, (title, contents) in PAGES.items()
+        "index": _titled("Reference", "=", ".. toctree::\n\n" + "".join(f"   {name}\n" for name in PAGES))
     }
-    pages["index"] = (
-        heading("Reference", "=") + ".. toctree::\n\n" + "".join(f"   {name}\n" for name in PAGES)
-    )
+    for name, (title, paths) in PAGES.items():
+        parts = {path: f".. public-names:: {path}\n\n" for path in paths}
+        if len(parts) > 1:
+            parts |= {path: _titled(path, "-", text) for path, text in parts.items() if not is_name(path)}
+        pages[name] = _titled(title, "=", "".join(parts.values()))
     for name, text in pages.items():
         path = folder / f"{name}.rst"
         if not path.exists() or path.read_text() != text:
