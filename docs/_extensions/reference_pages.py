@@ -107,6 +107,9 @@ def write_pages(app: Sphinx) -> None:
         if len(parts) > 1:
             parts |= {path: _titled(path, "-", text) for path, text in parts.items() if not is_name(path)}
         pages[name] = _titled(title, "=", "".join(parts.values()))
+    for path in folder.glob("*.rst"):
+        if path.stem not in pages:
+            path.unlink()
     for name, text in pages.items():
         path = folder / f"{name}.rst"
         if not path.exists() or path.read_text() != text:
