@@ -135,28 +135,29 @@ def resolve_short_name(
 
 
 class LinkCode(SphinxTransform):
-    """Link ``token_kl``, ``ro.gae`` and ``rewardops.gae`` in Markdown pages to the reference.
+    """Link code to what it names: ``docs/kl.md`` everywhere, names of the package in Markdown pages.
 
-    A plain ``gae`` may be another project's.
+    These are ``token_kl``, ``ro.gae`` and ``rewardops.gae``; a plain ``gae`` may be another project's.
     """
 
     default_priority = 500
 
     def apply(self, **kwargs: Any) -> None:
-        if not self.document["source"].endswith(".md"):
-            return
         for literal in list(self.document.findall(nodes.literal)):
-            text = literal.astext()
-            name = text.removeprefix("rewardops.").removeprefix("ro.")
-            ours = name in rewardops.__all__ and re.search("[_.A-Z]", text)
-            if not ours or isinstance(literal.parent, (nodes.reference, nodes.title)):
-                continue
-            xref = addnodes.pending_xref(
-                "", refdomain="py", reftype="obj", reftarget=f"rewardops.{name}", refdoc=self.env.docname,
-                refspecific=False, refexplicit=False, refwarn=True,
-            )  # fmt: skip
-            literal.replace_self(xref)
-            xref += literal
+            target = self.target(literal.astext())
+            if target and not isinstance(literal.parent, (nodes.reference, nodes.title)):
+                xref = addnodes.pending_xref("", refdoc=self.env.docname, refwarn=True, **target)
+                literal.replace_self(xref)
+                xref += literal
+
+    def target(self, text: str) -> dict[str, Any] | None:
+        name = text.removeprefix("rewardops.").removeprefix("ro.")
+        markdown = self.document["source"].endswith(".md")
+        if markdown and name in rewardops.__all__ and re.search("[_.A-Z]", text):
+            return {"refdomain": "py", "reftype": "obj", "reftarget": f"rewardops.{name}"}
+        if page := re.fullmatch(r"docs/([\w/]+)\.md", text):
+            return {"refdomain": "std", "reftype": "doc", "reftarget": f"/{page[1]}", "refexplicit": True}
+        return None
 
 
 def drop_generated_text(

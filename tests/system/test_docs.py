@@ -68,20 +68,21 @@ class Test_pairs:
             assert any(x.isnan().any() for x in assigned(eager, nan_behind_mask=True).values())
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built with warnings as errors."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "doctrees", "docs"]
+    done = subprocess.run([*command, out / "html"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return out / "html"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(find_spec, ("sphinx", "furo", "myst_parser"))), reason="the extra `docs` is not installed"
 )
 class Test_site:
-    @pytest.fixture(scope="class")
-    def site(self, tmp_path_factory) -> Path:
-        """The site, built with warnings as errors."""
-        out = tmp_path_factory.mktemp("site")
-        command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "doctrees", "docs"]
-        done = subprocess.run([*command, out / "html"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-8000:]
-        return out / "html"
-
     def test_every_public_name_has_a_place(self, site):
         inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
         places = dict(
