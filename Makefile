@@ -19,7 +19,7 @@ define install
 @$(PIP) "rewardops[$(1)]"
 endef
 
-.PHONY: venv demo test quick check thorough integrations lint bench gpu gpu-dry clean
+.PHONY: venv demo test quick check thorough integrations lint docs linkcheck bench gpu gpu-dry clean
 
 venv: $(INSTALLED)
 
@@ -64,6 +64,14 @@ $(VENV)/.peers: $(INSTALLED) benchmarks/requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	touch $@
+
+# The documentation site, in build/docs. A warning, such as a link to nothing, is an error.
+docs: venv
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs $(ARGS)
+
+# Links to other sites. It needs the network, so it is no part of CI.
+linkcheck: venv
+	$(BIN)/python -m sphinx -q -d build/doctrees -b linkcheck docs build/linkcheck $(ARGS)
 
 bench: venv
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,4 +1,4 @@
-"""The lines of docs/integrations.md for conventions of frameworks that are no option of an op, against loops."""
+"""The lines of docs/frameworks/others.md, for conventions that are no option of an op, against loops."""
 
 from __future__ import annotations
 

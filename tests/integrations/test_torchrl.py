@@ -179,7 +179,7 @@ def test_a_gamma_that_does_not_roll_is_torchrls(name):
 
 
 def test_a_gamma_that_does_not_roll_is_a_row_for_each_step():
-    """The lines of docs/integrations.md."""
+    """The lines of docs/frameworks/torchrl.md."""
     tensors, done, _ = steps(14, (2, 9, 1))
     value, reward = tensors["next_state_value"], tensors["reward"]
     gamma = torch.linspace(0.5, 1, 18, dtype=torch.float64).view(2, 9, 1)
