@@ -95,8 +95,8 @@ def running_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tenso
     """At each valid token the sum of its row's valid tokens up to it, itself included.
 
     A ``cumsum`` over packed rows subtracts what came before a row, and in float32 loses its digits on the
-    way; here every row is summed on its own, in float64. The sum before a token is ``running_sum(values) -
-    values``.
+    way; here every row is summed on its own, in float64. The sum before a token is
+    ``running_sum(values) - values``.
 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
