@@ -744,7 +744,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [r for r in rows if not r.passes]
     if args.json:
         print(as_json(rows, seconds))
-        return bool(failed)
+        return int(bool(failed))
     print(table(rows))
     for r in failed:
         print(f"\n{r.call} on {r.backend}:")
@@ -758,4 +758,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if elsewhere := sum(bool(r.elsewhere) for r in rows):
         verdict += f" ({elsewhere} of them not computed by the backend named)"
     print(f"\n{verdict}, {seconds:.0f} s")
-    return bool(failed)
+    return int(bool(failed))
