@@ -78,7 +78,7 @@ def discounted_returns(
             row, and one or two further scans. Not with ``masked="step"``. None for whole rows.
 
     Returns:
-        The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in
+        The layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Differentiable in
         ``rewards`` and ``bootstrap``.
 
     Raises:
