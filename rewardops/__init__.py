@@ -1,7 +1,11 @@
 """rewardops: fused token-level reward ops for reinforcement learning of language models."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
 from .advantages import advantages_to_tokens, group_advantages, whiten
 from .core.dispatch import BackendUnavailable, show_config, use_backend
+from .core.families import FAMILIES as _FAMILIES
 from .core.settings import debug
 from .entropy import (
     advantage_logprob_cov,
@@ -55,6 +59,32 @@ from .tree import tree_advantages, tree_values
 from .viz import DedupStats, PrefixTree
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: they stand above these names, and some bring other packages.
+_LAZY = {
+    "adapters": "rewardops.integrations.adapters",
+    "integrations": "rewardops.integrations",
+    "recipes": "rewardops.recipes",
+    "testing": "rewardops.testing",
+}
+
+if TYPE_CHECKING:
+    from . import integrations as integrations
+    from . import recipes as recipes
+    from . import testing as testing
+    from .integrations import adapters as adapters
+else:  # a type checker would take any name for a module
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return _import_module(_LAZY[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    dunders = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, *_FAMILIES, *_LAZY, *dunders})
+
 
 __all__ = [
     "BackendUnavailable",

@@ -51,12 +51,18 @@ class PrefixValues(NamedTuple):
     """Values of the prefix before and after each token, in the layout of the tokens.
 
     ``after - before`` is the token's temporal difference: 0 wherever the tree does not branch.
+
+    Attributes:
+        before: value of the prefix without the token; float32 (float64 for float64 rewards), 0 where masked;
+            with a last dimension R for channels.
+        after: value of the prefix with the token, the same shape and dtype.
+        count: int32, without channels: the rows of the group that share the prefix up to and including the
+            token.
     """
 
     before: Tensor
     after: Tensor
     count: Tensor  # type: ignore[assignment]
-    """int32: the rows of the group that share the prefix up to and including the token."""
 
 
 def prefix_values(
@@ -81,27 +87,29 @@ def prefix_values(
     P2T's of TEMPO (arXiv 2509.18314) and the token target of TVM (2407.12863); a mean over ``count`` outcomes
     in {0, 1} has variance ``V (1 - V) / count``, hence the option ``min_count``.
 
-    A row starts at its first valid token and ends with its last one. Masked tokens in between (the output of a
-    tool, say) are part of the prefix, and get no value themselves; include the end token in the mask, or a
+    A row starts at its first valid token and ends with its last one. Masked tokens in between (the output of
+    a tool, say) are part of the prefix, and get no value themselves; include the end token in the mask, or a
     finished row and a truncated one are the same prefix. A row without a valid token does not count.
 
     Args:
         tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
         rewards: ``[B]``, or ``[B, R]`` for several channels over one tree; float32, bfloat16, float16 or
             float64.
-        groups: ``[B]``, integer labels in any order; rows of other groups never match.
-        group_size: instead of ``groups``: contiguous groups of this many rows, or their sizes.
-        mask: the shape of ``tokens``; bool, integer or float 0/1.
-        cu_seqlens: ``[B + 1]`` for packed rows.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
         weights: ``[B]``, non-negative, of the rows (importance weights, say); None for 1. Prefixes whose
             weights sum to 0 have value 0.
-        min_count: a prefix that fewer rows share takes the value of the last prefix on the row's path that this
-            many rows share (or the whole group, if it has fewer).
-        gamma: discount from a row's end to the prefix, from 0 to 1.
+        min_count: a prefix that fewer rows share takes the value of the last prefix on the row's path that
+            this many rows share (or the whole group, if it has fewer); at least 1.
+        gamma: discount per token from a row's end to the prefix, from 0 to 1.
         leave_one_out: the mean of the *other* rows, as a baseline that does not depend on the row's own
             reward; ``min_count`` counts the others. A row whose group has no other has value 0.
-        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they are
-            left out.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
         :class:`PrefixValues`; float32 (float64 for float64 rewards), 0 where masked; ``before`` and ``after``
@@ -109,8 +117,18 @@ def prefix_values(
         ``leave_one_out`` values are per row). Differentiable in ``rewards`` and ``weights``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an option
-            out of its range.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``, a
+            negative weight, an option out of its range.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 9], [1, 1, 1]])
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> out = ro.prefix_values(tokens, rewards, group_size=4)
+        >>> [[round(x, 3) for x in row] for row in out.after.tolist()]
+        [[0.667, 0.5, 1.0], [0.667, 0.5, 0.0], [0.667, 1.0, 1.0], [0.0, 0.0, 0.0]]
+        >>> out.count.tolist()
+        [[3, 2, 1], [3, 2, 1], [3, 1, 1], [1, 1, 1]]
     """
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
@@ -150,14 +168,36 @@ def prefix_std(
     mean; exactly 0 where they are equal, and where ``n <= ddof``.
 
     Args:
-        ddof: 0 or 1. The rest: as in :func:`prefix_values`.
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        rewards: ``[B]``, or ``[B, R]`` for several channels over one tree; float32, bfloat16, float16 or
+            float64.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        weights: ``[B]``, non-negative, of the rows; None for 1.
+        ddof: 1 for the unbiased std, 0 for the population's.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
-        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64 rewards),
-        0 where masked. Differentiable in ``rewards`` and ``weights``, with gradient 0 where it is 0.
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64
+        rewards), 0 where masked. Differentiable in ``rewards`` and ``weights``, with gradient 0 where it is
+        0.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, another ddof.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``, a
+            negative weight, another ddof.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 9], [1, 1, 1]])
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> std = ro.prefix_std(tokens, rewards, group_size=4)
+        >>> [[round(x, 3) for x in row] for row in std[:2].tolist()]
+        [[0.577, 0.707, 0.0], [0.577, 0.707, 0.0]]
     """
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
@@ -182,9 +222,43 @@ def tvm_targets(
 ) -> Tensor:
     """Targets of a token-level value model: the value of the prefix up to and including each token.
 
-    For outcomes in {0, 1} the empirical probability of a right answer given the prefix (TVM, arXiv 2407.12863),
-    for a squared or cross-entropy loss at every token. It is ``after`` of :func:`prefix_values`, with the same
-    arguments, layouts, gradients and errors, without the other outputs.
+    For outcomes in {0, 1} the empirical probability of a right answer given the prefix (TVM, arXiv
+    2407.12863), for a squared or cross-entropy loss at every token. It is ``after`` of :func:`prefix_values`
+    without the other outputs.
+
+    Args:
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        rewards: ``[B]``, or ``[B, R]`` for several channels over one tree; float32, bfloat16, float16 or
+            float64.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        weights: ``[B]``, non-negative, of the rows (importance weights, say); None for 1. Prefixes whose
+            weights sum to 0 have value 0.
+        min_count: a prefix that fewer rows share takes the value of the last prefix on the row's path that
+            this many rows share (or the whole group, if it has fewer); at least 1.
+        gamma: discount per token from a row's end to the prefix, from 0 to 1.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
+
+    Returns:
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64
+        rewards), 0 where masked. Differentiable in ``rewards`` and ``weights``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``, a
+            negative weight, an option out of its range.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 9], [1, 1, 1]])
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> targets = ro.tvm_targets(tokens, rewards, group_size=4)
+        >>> [[round(x, 3) for x in row] for row in targets[:2].tolist()]
+        [[0.667, 0.5, 1.0], [0.667, 0.5, 0.0]]
     """
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
@@ -205,20 +279,34 @@ def shared_prefix_weights(
     cu_seqlens: Tensor | None = None,
     masked: str = "prefix",
 ) -> Tensor:
-    """``1 / n`` per token, n the rows of the group that share the prefix up to and including it.
+    """Weight ``1 / n`` per token, n the rows of the group that share the prefix up to and including it.
 
-    lambda-GRPO (coli-saar/grpo-prm, "GRPO is secretly a process reward model") multiplies a token's loss by this
-    weight, so that a step counts once however many rows run through it. The weights of a group sum to the number of
-    tokens in its tree.
+    lambda-GRPO (coli-saar/grpo-prm, "GRPO is secretly a process reward model") multiplies a token's loss by
+    this weight, so that a step counts once however many rows run through it. The weights of a group sum to
+    the number of tokens in its tree.
 
     Args:
-        As in :func:`prefix_values`.
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
         The layout of ``tokens``; float32, 0 where masked. Not differentiable.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [1, 1, 1]])
+        >>> ro.shared_prefix_weights(tokens, group_size=3).tolist()
+        [[0.5, 0.5, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0, 1.0]]
     """
     forest = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked).forest()
     return forest.tokens(1 / wide(forest.count.clamp(min=1))[:, None], torch.float32)[0]
@@ -248,18 +336,38 @@ def tempo_advantages(
     eps). Off the branches it is GRPO's advantage; equal rewards give 0.
 
     Args:
-        tokens, rewards, groups, group_size, mask, cu_seqlens, masked: as in :func:`prefix_values`; one channel.
-        scale, eps, ddof: as in :func:`rewardops.group_advantages`.
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        rewards: ``[B]``; float32, bfloat16, float16 or float64.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        scale: what divides: ``"std"`` of the group, ``"batch_std"`` of all rewards, ``"mean_abs"``,
+            ``"range"`` or ``"none"``, as in :func:`rewardops.group_advantages`.
+        eps: added to the scale, in the unit of the rewards; at least 0.
+        ddof: 1 for the unbiased std, 0 for the population's.
         td_scale: ``"group"`` divides the temporal difference by the scale as well (the paper's formula);
             ``"none"`` adds it undivided, ``(rewards[i] - mean) / (std + eps) + V(i, t + 1) - V(i, t)``.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
         The layout of ``tokens``; float32 (float64 for float64 rewards), 0 where masked. Differentiable in
         ``rewards``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown scale.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``,
+            an unknown scale, an option out of its range.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 9], [1, 1, 1]])
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> advantages = ro.tempo_advantages(tokens, rewards, group_size=4)
+        >>> [[round(x, 3) for x in row] for row in advantages[:2].tolist()]
+        [[1.155, 0.577, 1.732], [-0.577, -1.155, -1.732]]
     """
     checks.check_rewards(rewards)
     added_to_scale = check_group_scale(scale, eps, ddof)
@@ -303,22 +411,40 @@ def tree_rl_advantages(
 ) -> Tensor:
     """TreeRL's process rewards over the prefix tree of the group, on every token of a node.
 
-    ``(V(n) - V(root) + V(n) - V(parent)) / sqrt(rows of n)``, V the mean reward (arXiv 2506.11902): the global
-    and the local advantage of a step; tokens that all rows share have 0.
+    ``(V(n) - V(root) + V(n) - V(parent)) / sqrt(rows of n)``, V the mean reward (arXiv 2506.11902): the
+    global and the local advantage of a step; tokens that all rows share have 0.
 
     Args:
-        tokens, rewards, groups, group_size, mask, cu_seqlens, masked: as in :func:`prefix_values`.
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        rewards: ``[B]``, or ``[B, R]`` for several channels over one tree; float32, bfloat16, float16 or
+            float64.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
         form: ``"paper"``, or ``"released"`` as in the code THUDM/TreeRL (before it normalises over all steps
             of a prompt): V of rewards less the mean of the other rows', and every V divided by the square
             root of its own rows, ``2 V(n) / sqrt(rows of n) - V(parent) / sqrt(rows of parent)``.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
-        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64 rewards),
-        0 where masked. Differentiable in ``rewards``.
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64
+        rewards), 0 where masked. Differentiable in ``rewards``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an unknown
-            form.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``,
+            an unknown form.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 9], [1, 1, 1]])
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> advantages = ro.tree_rl_advantages(tokens, rewards, group_size=4)
+        >>> [[round(x, 3) for x in row] for row in advantages[:2].tolist()]
+        [[0.192, -0.118, 1.0], [0.192, -0.118, -1.0]]
     """
     checks.check_choice("form", form, tree.FORMS)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
@@ -342,24 +468,47 @@ def sibling_advantages(
     ddof: int = 1,
     masked: str = "prefix",
 ) -> Tensor:
-    """Advantages relative to the siblings: the children of a branch are a group, and their values its rewards.
+    """Advantages relative to the siblings: the children of a branch are a group, their values its rewards.
 
-    ``(V(n) - mean V) / (std V + eps)`` over the children of n's parent, each counted once, on every token of n
-    up to where it branches in turn (TreeRPO, arXiv 2506.05183, and the edge advantages of SPO-tree,
+    ``(V(n) - mean V) / (std V + eps)`` over the children of n's parent, each counted once, on every token of
+    n up to where it branches in turn (TreeRPO, arXiv 2506.05183, and the edge advantages of SPO-tree,
     2505.23564, do so in trees of fixed width). Tokens that all rows share have 0. A row that ends at a branch
     has no token there and is no sibling: include the end token in the mask.
 
     Args:
-        tokens, rewards, groups, group_size, mask, cu_seqlens, weights, masked: as in :func:`prefix_values`.
-        scale, eps, ddof: as in :func:`rewardops.group_advantages`, over the siblings.
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        rewards: ``[B]``, or ``[B, R]`` for several channels over one tree; float32, bfloat16, float16 or
+            float64.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        weights: ``[B]``, non-negative, of the rows (importance weights, say); None for 1. Prefixes whose
+            weights sum to 0 have value 0.
+        scale: what divides, over the siblings: ``"std"``, ``"batch_std"``, ``"mean_abs"``, ``"range"`` or
+            ``"none"``, as in :func:`rewardops.group_advantages`.
+        eps: added to the scale, in the unit of the rewards; at least 0.
+        ddof: 1 for the unbiased std, 0 for the population's.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
-        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64 rewards),
-        0 where masked. Differentiable in ``rewards`` and ``weights``.
+        The layout of ``tokens`` (with a last dimension R for channels); float32 (float64 for float64
+        rewards), 0 where masked. Differentiable in ``rewards`` and ``weights``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an
-            unknown scale.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``, a
+            negative weight, an unknown scale, an option out of its range.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 9, 9], [1, 1, 1]])
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> advantages = ro.sibling_advantages(tokens, rewards, group_size=4)
+        >>> [[round(x, 3) for x in row] for row in advantages[:2].tolist()]
+        [[0.707, -0.707, 0.707], [0.707, -0.707, -0.707]]
     """
     eps = check_group_scale(scale, eps, ddof)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
@@ -374,12 +523,17 @@ def sibling_advantages(
 
 
 class PrefixLcp(NamedTuple):
-    """Common prefixes by row: ``lcp[b, k]`` is that of row b and row ``members[b, k]`` of its group."""
+    """Common prefixes by row: ``lcp[b, k]`` is that of row b and row ``members[b, k]`` of its group.
+
+    Attributes:
+        members: ``[B, K]`` int32: the rows of b's group in ascending order, b itself included; padded with
+            -1.
+        lcp: ``[B, K]`` int32: equal leading tokens; a row's length with itself; -1 where one of the two is
+            empty.
+    """
 
     members: Tensor
-    """``[B, K]`` int32: the rows of b's group in ascending order, b itself included; padded with -1."""
     lcp: Tensor
-    """``[B, K]`` int32: equal leading tokens; a row's length with itself; -1 where one of the two is empty."""
 
 
 def prefix_lcp(
@@ -392,22 +546,37 @@ def prefix_lcp(
     cu_seqlens: Tensor | None = None,
     masked: str = "prefix",
 ) -> PrefixLcp:
-    """The number of leading tokens that each row shares with each row of its group.
+    """Number of leading tokens that each row shares with each row of its group.
 
-    Computed from the rows in lexicographic order: two rows share the minimum over the neighbours between them, so
-    that pairs are not compared.
+    Computed from the rows in lexicographic order: two rows share the minimum over the neighbours between
+    them, so that pairs are not compared.
 
     Args:
-        tokens, groups, group_size, mask, cu_seqlens, masked: as in :func:`prefix_values`.
+        tokens: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; integer ids, compared for equality.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable. Rows of
+            other groups never match.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
         max_group_size: K, the rows of the largest group; larger groups are cut. None reads it from ``groups``
             on the CPU; on a device, this or ``group_size`` is needed.
+        mask: the shape of ``tokens``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        masked: masked tokens between valid ones: ``"prefix"``: they are part of the prefix; ``"skip"``: they
+            are left out.
 
     Returns:
-        :class:`PrefixLcp`, ``[B, K]``; with contiguous groups of K, ``lcp.view(-1, K, K)`` is symmetric.
+        :class:`PrefixLcp`, ``[B, K]`` int32, not differentiable; with contiguous groups of K,
+        ``lcp.view(-1, K, K)`` is symmetric.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a group
-            size that is not known.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, both or neither of ``groups`` and ``group_size``, a
+            group size that is not known.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7], [5, 6, 8], [1, 1, 1]])
+        >>> ro.prefix_lcp(tokens, group_size=3).lcp.tolist()
+        [[3, 2, 0], [2, 3, 0], [0, 0, 3]]
     """
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     most = _largest_group(rows.labels, group_size, max_group_size)

@@ -34,19 +34,20 @@ def min_returns(
 
     The credit assignment of PURE (arXiv 2504.15275, section 4), exact. Every valid token carries the return
     of the step it is in; where no step is left (the tokens after the last step end) it is 0. Rewards at
-    positions that end no step are not read, so that they never act as a reward of 0 (a zero-filled minimum, as in
-    one published version, loses every positive reward).
+    positions that end no step are not read, so that they never act as a reward of 0 (a zero-filled minimum,
+    as in one published version, loses every positive reward).
 
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        mask: the shape of ``rewards``; bool, integer or float 0/1. Masked tokens are skipped.
-        cu_seqlens: ``[B + 1]`` for packed rows.
-        steps: the shape of ``rewards``. bool: the tokens that end a step and hold its reward. Integer:
-            step ids, non-decreasing along a row, negative for none; a step's reward is that at its last
-            valid token. None: every valid token is a step.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        steps: the shape of ``rewards``. bool: the tokens that end a step and hold its reward. Integer: step
+            ids, non-decreasing along a row, negative for none; a step's reward is that at its last valid
+            token. None: every valid token is a step.
         process_group: for sequence parallelism: each rank holds the next part of every row, see
             :func:`rewardops.discounted_returns`. Step ids are not supported then: the last step of a part may
-            continue on the next rank.
+            continue on the next rank. None for whole rows.
 
     Returns:
         The layout of ``rewards``; float32 (float64 for float64), 0 where masked. Differentiable in
@@ -54,7 +55,14 @@ def min_returns(
         its step's and every earlier return NaN.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, step ids with a process group.
+        ValueError: a shape or device that does not match, step ids that fall along a row.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.0, 0.75]])
+        >>> ends = torch.tensor([[False, True, False, True, False, True]])
+        >>> ro.min_returns(rewards, steps=ends).tolist()
+        [[0.25, 0.25, 0.25, 0.25, 0.75, 0.75]]
     """
     return _extreme_returns(rewards, mask, cu_seqlens, steps, process_group, False)
 
@@ -67,7 +75,37 @@ def max_returns(
     steps: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """The largest step reward still to come; everything else as in :func:`min_returns`."""
+    """Max-form return: the largest step reward still to come, ``G_k = max(r_k, G_{k+1})``.
+
+    Every valid token carries the return of the step it is in, as in :func:`min_returns`; where no step is
+    left it is 0.
+
+    Args:
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. Read at
+            step ends only.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        steps: the shape of ``rewards``. bool: the tokens that end a step. Integer: step ids, non-decreasing
+            along a row, negative for none. None: every valid token is a step.
+        process_group: for sequence parallelism: each rank holds the next part of every row, see
+            :func:`rewardops.discounted_returns`. Not with step ids. None for whole rows.
+
+    Returns:
+        The layout of ``rewards``; float32 (float64 for float64), 0 where masked. Differentiable in
+        ``rewards``: the gradient goes to the arg-max, among equal rewards to the earliest. A NaN reward makes
+        its step's and every earlier return NaN.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, step ids with a process group.
+        ValueError: a shape or device that does not match, step ids that fall along a row.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.5, 0.0, 0.75, 0.0, 0.25]])
+        >>> ends = torch.tensor([[False, True, False, True, False, True]])
+        >>> ro.max_returns(rewards, steps=ends).tolist()
+        [[0.75, 0.75, 0.75, 0.75, 0.25, 0.25]]
+    """
     return _extreme_returns(rewards, mask, cu_seqlens, steps, process_group, True)
 
 
@@ -81,17 +119,41 @@ def softmin_returns(
     mean: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """The soft minimum of the step rewards still to come, ``G_k = -T log sum_{j >= k} exp(-r_j / T)``.
+    """Soft minimum of the step rewards still to come, ``G_k = -T log sum_{j >= k} exp(-r_j / T)``.
 
-    It tends to :func:`min_returns` as the temperature falls. ``mean=True`` divides the sum by the number of steps
-    that are left, so that equal rewards have their own value as the return.
+    It tends to :func:`min_returns` as the temperature falls.
 
     Args:
-        rewards, mask, cu_seqlens, steps, process_group: as in :func:`min_returns`. temperature: above 0.
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. Read at
+            step ends only.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        steps: the shape of ``rewards``. bool: the tokens that end a step. Integer: step ids, non-decreasing
+            along a row, negative for none. None: every valid token is a step.
+        temperature: ``T``, above 0, in the unit of the rewards.
+        mean: True divides the sum by the number of steps that are left, so that equal rewards have their own
+            value as the return.
+        process_group: for sequence parallelism: each rank holds the next part of every row, see
+            :func:`rewardops.discounted_returns`. Not with step ids. None for whole rows.
 
     Returns:
         The layout of ``rewards``; float32 (float64 for float64); 0 where masked, and where no step is left.
         Differentiable in ``rewards``, with the weights ``softmax(-r / T)`` over the steps that are left.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a ``mean`` that is no bool,
+            step ids with a process group.
+        ValueError: a shape or device that does not match, a temperature that is not above 0, step ids that
+            fall along a row.
+
+    Example:
+        >>> rewards = torch.tensor([[0.75, 0.25, 0.75]])
+        >>> [round(x, 3) for x in ro.softmin_returns(rewards, temperature=0.1)[0].tolist()]
+        [0.249, 0.249, 0.75]
+        >>> equal = torch.tensor([[0.5, 0.5]])
+        >>> [round(x, 3) for x in ro.softmin_returns(equal, temperature=0.1, mean=True)[0].tolist()]
+        [0.5, 0.5]
     """
     temperature = checks.check_positive("temperature", temperature)
     checks.check_flag("mean", mean)
@@ -125,11 +187,14 @@ def softmin_rewards(
     reward as the temperature goes to 0 (arXiv 2504.15275, section 4; the authors train with 0.1).
 
     Args:
-        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        mask: the shape of ``rewards``; bool, integer or float 0/1. Masked tokens are skipped.
-        cu_seqlens: ``[B + 1]`` for packed rows.
-        steps: as in :func:`min_returns`.
-        temperature: above 0.
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. Read at
+            step ends only.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        steps: the shape of ``rewards``. bool: the tokens that end a step. Integer: step ids, non-decreasing
+            along a row, negative for none. None: every valid token is a step.
+        temperature: above 0, in the unit of the rewards.
         through_weights: True if the gradient flows through ``w`` as well.
 
     Returns:
@@ -137,8 +202,16 @@ def softmin_rewards(
         Differentiable in ``rewards``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a
-            temperature that is not above 0.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a ``through_weights`` that is
+            no bool.
+        ValueError: a shape or device that does not match, a temperature that is not above 0, step ids that
+            fall along a row.
+
+    Example:
+        >>> rewards = torch.tensor([[0.75, 0.25, 0.75]])
+        >>> shaped = ro.softmin_rewards(rewards, temperature=0.1)
+        >>> [round(x, 3) for x in shaped[0].tolist()]  # nearly all weight on the smallest
+        [0.005, 0.247, 0.005]
     """
     temperature = checks.check_positive("temperature", temperature)
     checks.check_flag("through_weights", through_weights)

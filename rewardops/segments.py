@@ -25,27 +25,55 @@ __all__ = [
 
 
 def row_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The sum of each row's valid tokens.
+    """Sum of each row's valid tokens.
 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64. The sum of
             per-token KL is the sequence KL.
-        mask: the shape of ``values``; bool, integer or float. Floats other than 0 and 1 are weights of the tokens.
-        cu_seqlens: ``[B + 1]`` for packed rows.
+        mask: the shape of ``values``; bool, integer of 0 and 1, or float: floats other than 0 and 1 are
+            weights of the tokens, of at least 0. None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
         ``[B]``, float32 (float64 for float64), summed in float64; 0 for a row without a valid token.
-        Differentiable.
+        Differentiable in ``values``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match.
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a weight that is negative or not finite.
+
+    Example:
+        >>> kl = torch.tensor([[0.5, 0.25, 9.0], [1.0, 2.0, 3.0]])
+        >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+        >>> ro.row_sum(kl, mask=mask).tolist()
+        [0.75, 6.0]
     """
     tokens, weight = _weighed(values, mask, cu_seqlens)
     return ops.row_sums(tokens.values if weight is None else tokens.values * weight, tokens.rows)
 
 
 def row_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The (weighted) mean of each row's valid tokens, 0 for a row without one; else as :func:`row_sum`."""
+    """(Weighted) mean of each row's valid tokens.
+
+    Args:
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        mask: the shape of ``values``; bool, integer of 0 and 1, or float: floats other than 0 and 1 are
+            weights of the tokens, of at least 0. None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64), summed in float64; 0 for a row without a valid token.
+        Differentiable in ``values``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a weight that is negative or not finite.
+
+    Example:
+        >>> entropy = torch.tensor([0.5, 1.5, 3.0])  # packed: rows of 2 tokens and of 1
+        >>> ro.row_mean(entropy, cu_seqlens=torch.tensor([0, 2, 3])).tolist()
+        [1.0, 3.0]
+    """
     tokens, weight = _weighed(values, mask, cu_seqlens)
     if weight is None:
         return tokens.means(tokens.values, tokens.counts())
@@ -66,24 +94,55 @@ def _weighed(
 def running_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """At each valid token the sum of its row's valid tokens up to it, itself included.
 
-    A ``cumsum`` over packed rows subtracts what came before a row, and in float32 loses its digits on the way; here
-    every row is summed on its own, in float64. The sum before a token is ``running_sum(values) - values``.
+    A ``cumsum`` over packed rows subtracts what came before a row, and in float32 loses its digits on the
+    way; here every row is summed on its own, in float64. The sum before a token is
+    ``running_sum(values) - values``.
 
     Args:
-        values, mask, cu_seqlens: as in :func:`row_sum`.
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        mask: the shape of ``values``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        The layout of ``values``, float32 (float64 for float64), 0 where masked. Differentiable. A value that is not
-        finite shows at its token and at those after it.
+        The layout of ``values``, float32 (float64 for float64), 0 where masked. Differentiable in ``values``.
+        A value that is not finite shows at its token and at those after it.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a mask of other numbers than 0 and 1.
+
+    Example:
+        >>> values = torch.tensor([1.0, 2.0, 4.0, 8.0])  # packed: two rows of 2 tokens
+        >>> ro.running_sum(values, cu_seqlens=torch.tensor([0, 2, 4])).tolist()
+        [1.0, 3.0, 4.0, 12.0]
     """
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     return tokens.running_sums(tokens.values).to(tokens.values.dtype)
 
 
 def running_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """At each valid token the mean of its row's valid tokens up to it; else as :func:`running_sum`.
+    """At each valid token the mean of its row's valid tokens up to it, itself included.
 
-    OREAL (2502.06781) weights a token by the running mean of its scores.
+    OREAL (arXiv 2502.06781) weights a token by the running mean of its scores.
+
+    Args:
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        mask: the shape of ``values``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+
+    Returns:
+        The layout of ``values``, float32 (float64 for float64), 0 where masked. Differentiable in ``values``.
+        A value that is not finite shows at its token and at those after it.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a mask of other numbers than 0 and 1.
+
+    Example:
+        >>> scores = torch.tensor([[1.0, 0.0, 9.0, 0.5]])
+        >>> mask = torch.tensor([[True, True, False, True]])
+        >>> ro.running_mean(scores, mask=mask).tolist()
+        [[1.0, 0.5, 0.0, 0.5]]
     """
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
     number = tokens.running_sums(torch.ones_like(tokens.values))
@@ -102,24 +161,35 @@ def segment_reduce(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Reduce the valid tokens of every step of a row to a number: ``[B, num_steps]``.
+    """Reduce the valid tokens of every step of a row to a number.
 
     Args:
         values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        steps: the shape of ``values``. Integer: step ids, non-decreasing along a row, negative for none. bool:
-            the tokens that end a step, of which the first ends step 0; tokens after the last belong to no step.
-        op: ``"sum"``, ``"mean"``, ``"min"``, ``"max"``, ``"prod"``, ``"first"``, ``"last"`` or ``"any"`` (1 where a
-            value is not 0).
-        num_steps: the number of steps of the longest row; needed where the tokens lie on a device, as reading it
-            there would be a synchronisation. Steps from this number on are left out.
+        steps: the shape of ``values``. Integer: step ids, non-decreasing along a row, negative for none.
+            bool: the tokens that end a step, of which the first ends step 0; tokens after the last belong to
+            no step.
+        op: ``"sum"``, ``"mean"``, ``"min"``, ``"max"``, ``"prod"``, ``"first"``, ``"last"`` or ``"any"`` (1
+            where a value is not 0).
+        num_steps: the number of steps of the longest row; needed where the tokens lie on a device, as reading
+            it there would be a synchronisation. Steps from this number on are left out. None reads it, on the
+            CPU.
+        mask: the shape of ``values``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        float32 (float64 for float64), 0 for a step without a valid token. Differentiable in ``values`` (not
-        ``"any"``): among equal extremes the earliest has the gradient.
+        ``[B, num_steps]``, float32 (float64 for float64), 0 for a step without a valid token. Differentiable
+        in ``values`` (not ``"any"``): among equal extremes the earliest has the gradient.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, an unknown op,
-            no ``num_steps`` where it cannot be read.
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, an unknown op, step ids that fall along a row, no
+            ``num_steps`` where it cannot be read.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 3.0, 5.0, 7.0]])
+        >>> ends = torch.tensor([[False, True, True, False]])
+        >>> ro.segment_reduce(values, ends, "mean").tolist()  # the last token belongs to no step
+        [[2.0, 5.0]]
     """
     checks.check_float("values", values)
     checks.check_choice("op", op, REDUCTIONS)
@@ -140,13 +210,28 @@ def segment_reduce(
 def segment_broadcast(
     step_values: Tensor, steps: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The value of its step, from ``[B, steps]``, on every valid token; 0 on tokens of no step.
+    """Value of its step on every valid token, 0 on tokens of no step.
 
     Args:
-        steps: as in :func:`segment_reduce`, ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
+        step_values: ``[B, S]``, a value for each step; float32, bfloat16, float16 or float64. Steps from
+            ``S`` on have 0.
+        steps: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. Integer: step ids, non-decreasing along a row,
+            negative for none. bool: the tokens that end a step, of which the first ends step 0.
+        mask: the shape of ``steps``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        The layout of ``steps``. Differentiable in ``step_values``.
+        The layout of ``steps``, float32 (float64 for float64), 0 where masked. Differentiable in
+        ``step_values``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, step ids that fall along a row.
+
+    Example:
+        >>> step_ids = torch.tensor([[0, 0, 1, -1]])
+        >>> ro.segment_broadcast(torch.tensor([[0.5, 2.0]]), step_ids).tolist()
+        [[0.5, 0.5, 2.0, 0.0]]
     """
     return _broadcast(step_values, steps, mask, cu_seqlens)[2]
 
@@ -154,9 +239,28 @@ def segment_broadcast(
 def place_at_step_end(
     step_values: Tensor, steps: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The value of each step, from ``[B, steps]``, on its last valid token, 0 elsewhere.
+    """Value of each step on its last valid token, 0 elsewhere.
 
-    Arguments and result as in :func:`segment_broadcast`.
+    Args:
+        step_values: ``[B, S]``, a value for each step; float32, bfloat16, float16 or float64. Steps from
+            ``S`` on have 0.
+        steps: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. Integer: step ids, non-decreasing along a row,
+            negative for none. bool: the tokens that end a step, of which the first ends step 0.
+        mask: the shape of ``steps``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+
+    Returns:
+        The layout of ``steps``, float32 (float64 for float64), 0 where masked. Differentiable in
+        ``step_values``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, step ids that fall along a row.
+
+    Example:
+        >>> step_ids = torch.tensor([[0, 0, 1, -1]])
+        >>> ro.place_at_step_end(torch.tensor([[0.5, 2.0]]), step_ids).tolist()
+        [[0.0, 0.5, 2.0, 0.0]]
     """
     rows, ids, out = _broadcast(step_values, steps, mask, cu_seqlens)
     ends = step_ends(ids, rows)

@@ -39,18 +39,35 @@ def step_progress(
 ) -> Tensor:
     """A step's progress ``gamma * q_k - q_{k-1}``, at its end and 0 elsewhere.
 
-    The gain of process advantage verifiers (2410.08146) and, with ``q`` the probability of the right answer after a
-    turn, the information gain of IGPO (2510.14967). With gamma 1 it sums over a row to ``q`` of the last step less
-    ``start``; with another one it is the reward of a potential ``q`` (Ng et al., 1999), discounted by step.
+    The gain of process advantage verifiers (2410.08146) and, with ``q`` the probability of the right answer
+    after a turn, the information gain of IGPO (2510.14967). With gamma 1 it sums over a row to ``q`` of the
+    last step less ``start``; with another one it is the reward of a potential ``q`` (Ng et al., 1999),
+    discounted by step.
 
     Args:
-        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: ``q``, read at step ends.
-        steps: step ids or step-end flags, as in :func:`rewardops.min_returns`; None: every valid token is a step.
+        values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``: ``q``, read at step ends; float32, bfloat16,
+            float16 or float64.
+        steps: the shape of ``values``. bool: the tokens that end a step. Integer: step ids, non-decreasing
+            along a row, negative for none. None: every valid token is a step.
         start: ``[B]``, ``q`` before the first step; None for 0.
-        gamma: as in :func:`rewardops.gae`.
+        gamma: discount from 0 to 1: a number, or a tensor with one value, one per row ``[B]`` or one per
+            token (where both fit: per row). No gradient flows into it.
+        mask: the shape of ``values``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
         The layout of ``values``; float32 (float64 for float64). Differentiable in ``values`` and ``start``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a discount out of its range, step ids that fall
+            along a row.
+
+    Example:
+        >>> q = torch.tensor([[0.25, 0.5, 1.0]])
+        >>> ro.step_progress(q, start=torch.tensor([0.125])).tolist()
+        [[0.125, 0.25, 0.5]]
     """
     rows, q, markers = _steps_of("values", values, steps, mask, cu_seqlens)
     if start is not None:
@@ -84,18 +101,38 @@ def clip_delta_rewards(
 ) -> Tensor:
     """Process rewards that cannot be farmed (2410.15115): clipped, then the difference of each and the next.
 
-    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta, of K steps: ``r_k - r_{k+1}`` for k below
-    K - 1, ``r_{K-1}`` at K - 1 and 0 at K, where the reward of success stands. The return from a step on is then
-    that step's own reward, and the last step has none.
+    Clip: ``min(r_k - eta, 0)``, so that more steps never pay. Delta, of K steps: ``r_k - r_{k+1}`` for k
+    below K - 1, ``r_{K-1}`` at K - 1 and 0 at K, where the reward of success stands. The return from a step
+    on is then that step's own reward, and the last step has none.
 
     Args:
-        rewards, steps, mask, cu_seqlens: as in :func:`step_progress`.
-        eta: None for no clipping. delta: False for no differences.
-        last: what Delta leaves at the last step of a row: ``"zero"``, as published (its reward is not read), or
-            ``"own"``, its own reward, and ``r_{K-1} - r_K`` before it. Of no effect with ``delta=False``.
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``, read at step ends; float32, bfloat16, float16 or
+            float64.
+        steps: the shape of ``rewards``. bool: the tokens that end a step. Integer: step ids, non-decreasing
+            along a row, negative for none. None: every valid token is a step.
+        eta: the threshold of the clip, in the unit of the rewards; None for no clipping.
+        delta: False for no differences.
+        last: what Delta leaves at the last step of a row: ``"zero"``, as published (its reward is not read),
+            or ``"own"``, its own reward, and ``r_{K-1} - r_K`` before it. Of no effect with ``delta=False``.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        The layout of ``rewards``, at step ends and 0 elsewhere. Differentiable in ``rewards``.
+        The layout of ``rewards``, at step ends and 0 elsewhere; float32 (float64 for float64). Differentiable
+        in ``rewards``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a ``delta`` that is no bool.
+        ValueError: a shape or device that does not match, an eta that is not finite, an unknown ``last``,
+            step ids that fall along a row.
+
+    Example:
+        >>> rewards = torch.tensor([[-0.5, 0.25, -1.0, 0.75]])
+        >>> ro.clip_delta_rewards(rewards, delta=False).tolist()
+        [[-0.5, 0.0, -1.0, 0.0]]
+        >>> ro.clip_delta_rewards(rewards, eta=None, last="own").tolist()
+        [[-0.75, 1.25, -1.75, 0.75]]
     """
     rows, r, markers = _steps_of("rewards", rewards, steps, mask, cu_seqlens)
     if eta is not None:
@@ -125,26 +162,42 @@ def redistribute_outcome(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Distribute a row's outcome over its tokens by weights, such as the last token's attention, or attributions.
+    """Distribute a row's outcome over its tokens by weights, such as attention or attributions.
 
-    ``share * outcome * w[t] / sum w``, and the rest on the last valid token (Attention-Based Credit, 2402.00782).
-    The sum over a row is its outcome, however small the weights are. Where all weights are 0 the last token has the
-    whole outcome.
+    ``share * outcome * w[t] / sum w``, and the rest on the last valid token (Attention-Based Credit,
+    2402.00782). The sum over a row is its outcome, however small the weights are. Where all weights are 0 the
+    last token has the whole outcome.
 
     Args:
-        outcome: ``[B]``. share: 0 to 1.
-        weights: ``[B, T]``, or ``[N]`` with ``cu_seqlens``.
-        signed: False: weights below 0 count as 0. True: they count, as additive attributions do (SHAP, LIME), and
-            shares may be negative. Where they cancel up to their own rounding, ``|sum w| <= eps * sum |w|`` with
-            the eps of float32 (of float64 for float64), the last token has the whole outcome.
+        outcome: ``[B]``, one per row; float32, bfloat16, float16 or float64.
+        weights: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        share: the part of the outcome that is distributed, from 0 to 1.
+        signed: False: weights below 0 count as 0. True: they count, as additive attributions do (SHAP, LIME),
+            and shares may be negative. Where they cancel up to their own rounding,
+            ``|sum w| <= eps * sum |w|`` with the eps of float32 (of float64 for float64), the last token has
+            the whole outcome.
         norm: what a weight is divided by: ``"sum"`` of the row; ``"max"``, its largest absolute weight
-            (attributions on a scale, as of Sotopia-RL, 2508.03905; the sum over a row is then not its outcome);
-            ``"none"``, 1. Or ``"softmax"``: the share is the softmax of the row's weights, whatever their sign.
+            (attributions on a scale, as of Sotopia-RL, 2508.03905; the sum over a row is then not its
+            outcome); ``"none"``, 1. Or ``"softmax"``: the share is the softmax of the row's weights, whatever
+            their sign.
+        mask: the shape of ``weights``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        The layout of ``weights``, 0 where masked. Differentiable in ``outcome`` and ``weights``. A weight that is
-        not finite makes its row NaN, in values and gradients (its token, with ``norm="none"``); only under
-        ``"softmax"`` ``-inf`` is a share of 0.
+        The layout of ``weights``; float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``outcome`` and ``weights``. A weight that is not finite makes its row NaN, in values and gradients
+        (its token, with ``norm="none"``); only under ``"softmax"`` ``-inf`` is a share of 0.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a ``signed`` that is no bool.
+        ValueError: a shape or device that does not match, a share out of its range, an unknown norm.
+
+    Example:
+        >>> outcome, attention = torch.tensor([1.0]), torch.tensor([[1.0, 3.0, 4.0]])
+        >>> ro.redistribute_outcome(outcome, attention).tolist()
+        [[0.125, 0.375, 0.5]]
+        >>> ro.redistribute_outcome(outcome, attention, share=0.5).tolist()
+        [[0.0625, 0.1875, 0.75]]
     """
     checks.check_float("weights", weights)
     rows = checks.token_layout("weights", weights, mask, cu_seqlens)
@@ -199,17 +252,37 @@ def potential_shaping(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """``r[t] + gamma * potential[t+1] - potential[t]``, with ``final`` after the last token (Ng et al., 1999).
+    """Potential-based shaping, ``r[t] + gamma * potential[t+1] - potential[t]`` (Ng et al., 1999).
 
-    The sum telescopes: with gamma 1 a return changes by ``final`` less the potential at its start; with a final
-    potential of 0 no policy's rank changes.
+    With ``final`` after the last token. The sum telescopes: with gamma 1 a return changes by ``final`` less
+    the potential at its start; with a final potential of 0 no policy's rank changes.
 
     Args:
-        rewards, potential: ``[B, T]``, or ``[N]`` with ``cu_seqlens``. gamma: as in :func:`rewardops.gae`.
-        final: the potential after the last token, of a row that was cut off for example: a number, or ``[B]``.
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        potential: the shape of ``rewards``, the potential before each token; float32, bfloat16, float16 or
+            float64.
+        gamma: discount from 0 to 1: a number, or a tensor with one value, one per row ``[B]`` or one per
+            token (where both fit: per row). No gradient flows into it.
+        final: the potential after the last token, of a row that was cut off for example: a number, or
+            ``[B]``.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens inside a row are skipped.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        The layout of ``rewards``, 0 where masked. Differentiable in ``rewards``, ``potential`` and ``final``.
+        The layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``rewards``, ``potential`` and a ``final`` of ``[B]``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a discount out of its range, a final potential that
+            is not finite.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> potential = torch.tensor([[0.25, 0.5, 0.75]])
+        >>> ro.potential_shaping(rewards, potential).tolist()
+        [[0.25, 0.25, 0.25]]
     """
     checks.check_tensor("potential", potential)
     beyond = None
@@ -237,13 +310,26 @@ BUDGET_BASELINES = ("brpo", "history", "group", "none")
 def budget_returns(scores: Tensor, probs: Tensor | Sequence[float] | None = None) -> Tensor:
     """Return of a row from each thinking budget on: ``R_j = sum over i >= j of P_i scores[i]``.
 
-    AnytimeReasoner (2505.13438): a row is stopped at one of several budgets, with probability ``P``, and scored.
+    AnytimeReasoner (2505.13438): a row is stopped at one of several budgets, with probability ``P``, and
+    scored.
 
     Args:
-        scores: ``[B, S]``, at each budget. probs: ``[S]``, normalised here; None for equal probabilities.
+        scores: ``[B, S]``, a row's score at each of S budgets, from the smallest; float32, bfloat16, float16
+            or float64.
+        probs: ``[S]``, a tensor or a sequence of numbers of at least 0, normalised here; None for equal
+            probabilities.
 
     Returns:
-        ``[B, S]``. Differentiable in ``scores``.
+        ``[B, S]``, float32 (float64 for float64). Differentiable in ``scores``.
+
+    Raises:
+        TypeError: scores that are no tensor, a dtype that is not accepted, probabilities of another type.
+        ValueError: a shape that does not match, probabilities that are negative or all 0.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 1.0, 1.0]])
+        >>> ro.budget_returns(scores, (0.5, 0.25, 0.25)).tolist()
+        [[0.5, 0.5, 0.25]]
     """
     s, p = _budgets(scores, probs)
     return _still_to_come(wide(s), p).to(s.dtype)
@@ -264,13 +350,37 @@ def budget_advantages(
 ) -> Tensor:
     """Budget-relative advantages (BRPO, 2505.13438): :func:`budget_returns` less a baseline.
 
-    ``"history"``: the row's own earlier scores, averaged with weights ``growth^i``, times the remaining
-    probability. ``"group"``: the mean return of the group from that budget on (the row's own included, as in the
-    authors' code; 0 for a row alone in its group). ``"brpo"``: ``j / S`` of the former and ``(S - j) / S`` of the
-    latter at budget ``j`` from 0. Computed in float64, for any number of budgets and any ``growth``.
+    Computed in float64, for any number of budgets and any ``growth``.
+
+    Args:
+        scores: ``[B, S]``, a row's score at each of S budgets, from the smallest; float32, bfloat16, float16
+            or float64.
+        groups: ``[B]``, one label per row in any order: integers, or a sequence of anything hashable; not
+            needed for ``"none"``.
+        group_size: instead of ``groups``: rows per contiguous group, or the size of each (a sequence or
+            ``[G]``, integer).
+        probs: ``[S]``, the probabilities of the budgets, numbers of at least 0, normalised here; None for
+            equal ones.
+        baseline: ``"history"``: the row's own earlier scores, averaged with weights ``growth^i``, times the
+            remaining probability. ``"group"``: the mean return of the group from that budget on (the row's
+            own included, as in the authors' code; 0 for a row alone in its group). ``"brpo"``: ``j / S`` of
+            the former and ``(S - j) / S`` of the latter at budget ``j`` from 0. ``"none"``: 0.
+        growth: base of the weights of earlier scores, above 0; above 1 the later ones weigh more.
 
     Returns:
-        ``[B, S]``. Differentiable in ``scores``.
+        ``[B, S]``, float32 (float64 for float64). Differentiable in ``scores``.
+
+    Raises:
+        TypeError: scores that are no tensor, a dtype that is not accepted, labels that cannot be hashed.
+        ValueError: a shape or device that does not match, an unknown baseline, both or neither of ``groups``
+            and ``group_size``, probabilities that are negative or all 0, a growth that is not above 0.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+        >>> ro.budget_advantages(scores, group_size=2).tolist()
+        [[-0.25, 0.25], [0.25, 0.0]]
+        >>> ro.budget_advantages(scores, group_size=2, baseline="group").tolist()
+        [[-0.25, 0.0], [0.25, 0.0]]
     """
     checks.check_choice("baseline", baseline, BUDGET_BASELINES)
     growth = checks.check_positive("growth", growth)

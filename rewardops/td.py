@@ -26,14 +26,24 @@ MASKED = ("skip", "step")
 
 
 class GAE(NamedTuple):
-    """Advantages, and ``advantages + values``: the targets of the values."""
+    """Advantages, and the targets of the values.
+
+    Attributes:
+        advantages: the layout of the rewards; float32 (float64 where an input is), 0 where masked.
+        returns: ``advantages + values``, the same layout and dtype: the targets of the values.
+    """
 
     advantages: Tensor
     returns: Tensor
 
 
 class VTrace(NamedTuple):
-    """The targets of the values, and the advantages of the policy gradient."""
+    """The targets of the values, and the advantages of the policy gradient.
+
+    Attributes:
+        targets: the layout of the rewards; float32 (float64 where an input is), 0 where masked.
+        advantages: the same layout and dtype.
+    """
 
     targets: Tensor
     advantages: Tensor
@@ -49,20 +59,41 @@ def discounted_returns(
     masked: str = "skip",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """``G[t] = r[t] + gamma * G[t + 1]`` along every row.
+    """Discounted returns, ``G[t] = r[t] + gamma * G[t + 1]`` along every row.
 
     Args:
         rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        gamma, mask, cu_seqlens, masked: as in :func:`gae`. bootstrap: ``[B]``, the return after the last token.
-        process_group: for sequence parallelism (context parallelism with consecutive parts): each rank holds the
-            next part of every row, of any length, 0 included; the first rank holds the first part. ``mask``,
-            ``cu_seqlens`` and factors per token are those of the part; ``bootstrap``, after the whole row, and
-            factors per row are the same on every rank. One collective, of a few numbers per row, and one or two
-            further scans. Not with ``masked="step"``.
+        gamma: discount from 0 to 1: a number, or a tensor with one value, one per row ``[B]`` or one per
+            token (where both fit: per row). No gradient flows into it.
+        bootstrap: ``[B]``, the return after the last token of a row that was cut off; None for 0.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens may lie between valid ones.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        masked: masked tokens inside a row: ``"skip"`` leaves them out, ``"step"`` counts them as steps of
+            reward 0.
+        process_group: for sequence parallelism (context parallelism with consecutive parts): each rank holds
+            the next part of every row, of any length, 0 included; the first rank holds the first part.
+            ``mask``, ``cu_seqlens`` and factors per token are those of the part; ``bootstrap``, after the
+            whole row, and factors per row are the same on every rank. One collective, of a few numbers per
+            row, and one or two further scans. Not with ``masked="step"``. None for whole rows.
 
     Returns:
-        The layout of ``rewards``, float32 (float64 for float64), 0 where masked. Differentiable in ``rewards`` and
-        ``bootstrap``.
+        The layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``rewards`` and ``bootstrap``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a process group of another
+            type.
+        ValueError: a shape or device that does not match, a discount out of its range, an unknown ``masked``,
+            ``masked="step"`` with a discount per token or a process group.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> ro.discounted_returns(rewards, gamma=0.5).tolist()
+        [[0.25, 0.5, 1.0]]
+        >>> mask = torch.tensor([[True, False, True]])  # the masked token is not a step
+        >>> ro.discounted_returns(rewards, gamma=0.5, mask=mask).tolist()
+        [[0.5, 0.0, 1.0]]
     """
     beyond = _beyond(process_group, rewards, None, bootstrap, gamma, 1.0, mask, cu_seqlens, masked)
     _, (out, _) = scan(rewards, None, beyond, gamma, 1.0, mask, cu_seqlens, masked)
@@ -85,28 +116,43 @@ def gae(
 
     ``A[t] = delta[t] + gamma * lam * A[t + 1]`` with ``delta[t] = r[t] + gamma * V[t + 1] - V[t]``, and
     ``returns = A + V``. With ``masked="skip"`` masked tokens inside a row are skipped: the next token is the
-    next valid one (verl, NeMo-RL, AReaL). With ``masked="step"`` they are steps of reward and value 0 (OpenRLHF,
-    slime). Masked tokens after a row's last valid token are not part of the row.
+    next valid one (verl, NeMo-RL, AReaL). With ``masked="step"`` they are steps of reward and value 0
+    (OpenRLHF, slime). Masked tokens after a row's last valid token are not part of the row.
 
     Args:
-        rewards, values: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
-        gamma: 0 to 1; a number, or a tensor with one value, one per row ``[B]`` or one per token (where both fit:
-            per row). No gradient flows into it.
-        lam: as gamma, but at least 0: above 1 it is a weight, such as an importance ratio (as in rlax).
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        values: the shape of ``rewards``, the value before each token; float32, bfloat16, float16 or float64.
+        gamma: discount from 0 to 1: a number, or a tensor with one value, one per row ``[B]`` or one per
+            token (where both fit: per row). No gradient flows into it.
+        lam: as ``gamma``, but of at least 0: above 1 it is a weight, such as an importance ratio (as in
+            rlax).
         bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
-        mask: the shape of ``rewards``; bool, integer or float 0/1; masked tokens may lie between valid ones.
-        cu_seqlens: ``[B + 1]`` for packed rows.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens may lie between valid ones.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        masked: ``"skip"`` or ``"step"``, what masked tokens inside a row are.
         process_group: for sequence parallelism: each rank holds the next part of every row, see
-            :func:`discounted_returns`.
+            :func:`discounted_returns`. Not with ``masked="step"``. None for whole rows.
 
     Returns:
         :class:`GAE`, the layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Sums are
-        taken in float64. Differentiable in ``rewards``, ``values`` and ``bootstrap``. A factor of 0 cuts a row:
-        tokens beyond it have no effect, even if they are infinite.
+        taken in float64. Differentiable in ``rewards``, ``values`` and ``bootstrap``. A factor of 0 cuts a
+        row: tokens beyond it have no effect, even if they are infinite.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a number out of
-            its range, factors per token with ``masked="step"``.
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a process group of another
+            type.
+        ValueError: a shape or device that does not match, a number out of its range, an unknown ``masked``,
+            ``masked="step"`` with factors per token or a process group.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> values = torch.tensor([[0.5, 0.5, 0.75]])
+        >>> out = ro.gae(rewards, values, lam=0.5)
+        >>> out.advantages.tolist()
+        [[0.1875, 0.375, 0.25]]
+        >>> out.returns.tolist()
+        [[0.6875, 0.875, 1.0]]
     """
     checks.check_tensor("values", values)
     beyond = _beyond(process_group, rewards, values, bootstrap, gamma, lam, mask, cu_seqlens, masked)
@@ -126,7 +172,41 @@ def lambda_returns(
     masked: str = "skip",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``, TD(lambda): ``returns`` of :func:`gae`."""
+    """TD(lambda) returns, the ``returns`` of :func:`gae`.
+
+    ``G[t] = r[t] + gamma * ((1 - lam) * V[t + 1] + lam * G[t + 1])``.
+
+    Args:
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        values: the shape of ``rewards``, the value before each token; float32, bfloat16, float16 or float64.
+        gamma: discount from 0 to 1: a number, or a tensor with one value, one per row ``[B]`` or one per
+            token (where both fit: per row). No gradient flows into it.
+        lam: as ``gamma``, but of at least 0: 0 bootstraps at every token, 1 only at the end.
+        bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+            Masked tokens may lie between valid ones.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
+        masked: masked tokens inside a row: ``"skip"`` leaves them out, ``"step"`` counts them as steps of
+            reward and value 0.
+        process_group: for sequence parallelism: each rank holds the next part of every row, see
+            :func:`discounted_returns`. Not with ``masked="step"``. None for whole rows.
+
+    Returns:
+        The layout of ``rewards``; float32 (float64 where an input is), 0 where masked. Differentiable in
+        ``rewards``, ``values`` and ``bootstrap``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted, a process group of another
+            type.
+        ValueError: a shape or device that does not match, a number out of its range, an unknown ``masked``,
+            ``masked="step"`` with factors per token or a process group.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> values = torch.tensor([[0.5, 0.5, 0.75]])
+        >>> [ro.lambda_returns(rewards, values, lam=lam).tolist() for lam in (0, 0.5, 1)]
+        [[[0.5, 0.75, 1.0]], [[0.6875, 0.875, 1.0]], [[1.0, 1.0, 1.0]]]
+    """
     out = gae(
         rewards,
         values,
@@ -159,18 +239,40 @@ def vtrace(
 
     With ``ratio = exp(log_ratio)``, ``rho = min(rho_clip, ratio)`` and ``c = min(trace_clip, ratio)``:
     ``target[t] - V[t] = rho[t] (r[t] + gamma V[t+1] - V[t]) + gamma lam c[t] (target[t+1] - V[t+1])``, and
-    ``advantage[t] = min(advantage_rho_clip, ratio) (r[t] + gamma (lam target[t+1] + (1 - lam) V[t+1]) - V[t])``, as
-    in rlax. Masked tokens inside a row are skipped.
+    ``advantage[t] = min(advantage_rho_clip, ratio) (r[t] + gamma (lam target[t+1] + (1 - lam) V[t+1]) -
+    V[t])``, as in rlax. Masked tokens inside a row are skipped.
 
     Args:
-        rewards, values, gamma, lam, bootstrap, mask, cu_seqlens: as in :func:`gae`.
-        log_ratio: the shape of ``rewards``: log-probability under the policy less that under the behaviour policy.
-            No gradient flows into it.
-        rho_clip, trace_clip, advantage_rho_clip: None for no bound.
+        rewards: ``[B, T]``, or ``[N]`` with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        values: the shape of ``rewards``, the value before each token; float32, bfloat16, float16 or float64.
+        log_ratio: the shape of ``rewards``, in nats: logprob under the policy less that under the behaviour
+            policy. No gradient flows into it.
+        gamma: discount from 0 to 1: a number, or a tensor with one value, one per row ``[B]`` or one per
+            token (where both fit: per row). No gradient flows into it.
+        lam: as ``gamma``, but of at least 0.
+        rho_clip: upper bound of the ratio in a temporal difference, at least 0; None for no bound.
+        trace_clip: upper bound of the ratio in the trace, at least 0; None for no bound.
+        advantage_rho_clip: upper bound of the ratio in an advantage, at least 0; None for no bound.
+        bootstrap: ``[B]``, the value after the last token of a row that was cut off; None for 0.
+        mask: the shape of ``rewards``; bool, or integer or float of 0 and 1; None: every token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        :class:`VTrace`, the layout of ``rewards``, 0 where masked. Differentiable in ``rewards``, ``values`` and
-        ``bootstrap``.
+        :class:`VTrace`, the layout of ``rewards``; float32 (float64 where an input is), 0 where masked.
+        Differentiable in ``rewards``, ``values`` and ``bootstrap``.
+
+    Raises:
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a number out of its range.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+        >>> half = torch.tensor([[0.5, 0.5]]).log()  # half as likely under the policy
+        >>> out = ro.vtrace(rewards, values, half)
+        >>> [round(x, 3) for x in out.targets[0].tolist()]
+        [0.625, 0.75]
+        >>> [round(x, 3) for x in out.advantages[0].tolist()]
+        [0.125, 0.25]
     """
     checks.check_float("rewards", rewards)
     checks.check_like("log_ratio", log_ratio, rewards, "rewards")

@@ -35,28 +35,40 @@ def tree_values(
     """Value of every node of explicit trees, from the leaves up.
 
     The value of a leaf (a node without children) is its reward, that of any other node a reduction of its
-    children's values. ``"mean"`` is the estimate of Math-Shepherd (soft), TreeRL and SPO-tree, ``"max"`` that of
-    Math-Shepherd (hard) and of best-first search, ``"min"`` the worst case, ``"softmax"`` the mean weighted by
-    ``exp(value / temperature)``, between the mean and the maximum. A mean that counts every child once and one
-    that counts every leaf once differ in an unbalanced tree.
+    children's values. ``"mean"`` is the estimate of Math-Shepherd (soft), TreeRL and SPO-tree, ``"max"`` that
+    of Math-Shepherd (hard) and of best-first search, ``"min"`` the worst case, ``"softmax"`` the mean
+    weighted by ``exp(value / temperature)``, between the mean and the maximum. A mean that counts every child
+    once and one that counts every leaf once differ in an unbalanced tree.
 
     Args:
-        parent: ``[M]`` integer; the parent of each node, -1 for a root. Nodes in any order, any number of trees.
+        parent: ``[M]`` integer; the parent of each node, -1 for a root. Nodes in any order, any number of
+            trees.
         leaf_rewards: ``[M]``; float32, bfloat16, float16 or float64. Read at leaves only.
         reduce: ``"mean"``, ``"max"``, ``"min"``, ``"softmax"`` or ``"sum"``.
-        visits: ``[M]``, the weight of each node in its parent's mean (visit counts of a search), ``"leaves"`` for
-            the number of leaves below it, None for 1. Under every reduction a node with 0 visits does not count,
-            and a node none of whose children counts has value 0.
-        temperature: for ``"softmax"``, above 0.
-        max_depth: an upper bound of the edges above a leaf. Needed on a device, where each level is a launch.
+        visits: ``[M]``, integer or float, the weight of each node in its parent's mean (visit counts of a
+            search), ``"leaves"`` for the number of leaves below it, None for 1. Under every reduction a node
+            with 0 visits does not count, and a node none of whose children counts has value 0.
+        temperature: for ``"softmax"``, above 0, in the unit of the rewards.
+        max_depth: an upper bound of the edges above a leaf. Needed on a device, where each level is a launch;
+            None finds it on the CPU.
 
     Returns:
         ``[M]``; float32 (float64 for float64 rewards). Differentiable in ``leaf_rewards``; the gradient of a
         maximum or minimum goes to the first child that attains it.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: a shape or device that does not match, a parent
-            that is no node, a cycle (both where the values can be read), an option out of its range.
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a parent that is no node, a cycle, a negative visit
+            count (these where the values can be read), an option out of its range, no ``max_depth`` on a
+            device.
+
+    Example:
+        >>> parent = torch.tensor([-1, 0, 0, 1, 1])  # a root, its two children, and two below the first
+        >>> leaf_rewards = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])
+        >>> ro.tree_values(parent, leaf_rewards).tolist()
+        [0.25, 0.5, 0.0, 1.0, 0.0]
+        >>> ro.tree_values(parent, leaf_rewards, reduce="max").tolist()
+        [1.0, 1.0, 0.0, 1.0, 0.0]
     """
     parent, rewards, dtype = _checked(parent, leaf_rewards)
     checks.check_choice("reduce", reduce, REDUCES)
@@ -84,23 +96,48 @@ def tree_advantages(
 ) -> Tensor:
     """Advantage of every node of explicit trees over its parent, its root or its siblings.
 
-    On the values of :func:`tree_values`: ``"local"`` is ``V(n) - V(parent)`` (SPO-tree's, arXiv 2505.23564, and
-    the advantage of a step in a search), ``"global"`` is ``V(n) - V(root)``, ``"tree_rl"`` their sum over the
-    square root of the leaves below n (2506.11902), ``"siblings"`` the value relative to the other children of the
-    same parent, ``(V(n) - mean V) / (std V + eps)`` (TreeRPO's groups, 2506.05183). Roots have 0.
+    On the values of :func:`tree_values`: ``"local"`` is ``V(n) - V(parent)`` (SPO-tree's, arXiv 2505.23564,
+    and the advantage of a step in a search), ``"global"`` is ``V(n) - V(root)``, ``"tree_rl"`` their sum over
+    the square root of the leaves below n (2506.11902), ``"siblings"`` the value relative to the other
+    children of the same parent, ``(V(n) - mean V) / (std V + eps)`` (TreeRPO's groups, 2506.05183). Roots
+    have 0.
 
     Args:
-        parent, leaf_rewards, reduce, visits, temperature, max_depth: as in :func:`tree_values`; without
-            ``visits``, ``"tree_rl"`` counts every leaf once, as its paper does.
-        form: for ``"tree_rl"``, as in :func:`rewardops.tree_rl_advantages`.
-        scale, eps, ddof: for ``"siblings"``, as in :func:`rewardops.group_advantages`.
+        parent: ``[M]`` integer; the parent of each node, -1 for a root. Nodes in any order, any number of
+            trees.
+        leaf_rewards: ``[M]``; float32, bfloat16, float16 or float64. Read at leaves only.
+        kind: ``"local"``, ``"global"``, ``"tree_rl"`` or ``"siblings"``.
+        reduce: ``"mean"``, ``"max"``, ``"min"``, ``"softmax"`` or ``"sum"``, from the values of children to
+            that of their parent.
+        visits: ``[M]``, integer or float, the weight of each node in its parent's mean, ``"leaves"`` for the
+            number of leaves below it, None for 1; but for ``"leaves"`` in a ``"mean"`` of ``"tree_rl"``,
+            which counts every leaf once, as its paper does.
+        temperature: for ``reduce="softmax"``, above 0, in the unit of the rewards.
+        form: for ``"tree_rl"``: ``"paper"``, or ``"released"`` as in the authors' code, see
+            :func:`rewardops.tree_rl_advantages`.
+        scale: for ``"siblings"``, what divides: ``"std"``, ``"batch_std"``, ``"mean_abs"``, ``"range"`` or
+            ``"none"``, as in :func:`rewardops.group_advantages`.
+        eps: for ``"siblings"``, added to the scale, in the unit of the rewards; at least 0.
+        ddof: for ``"siblings"``, 1 for the unbiased std, 0 for the population's.
+        max_depth: an upper bound of the edges above a leaf. Needed on a device, where each level is a launch;
+            None finds it on the CPU.
 
     Returns:
         ``[M]``; float32 (float64 for float64 rewards). Differentiable in ``leaf_rewards``.
 
     Raises:
-        TypeError: a dtype that is not accepted. ValueError: as :func:`tree_values`, and an unknown kind, form
-            or scale.
+        TypeError: an argument that is no tensor, a dtype that is not accepted.
+        ValueError: a shape or device that does not match, a parent that is no node, a cycle, a negative visit
+            count (these where the values can be read), an unknown kind, form or scale, an option out of its
+            range, no ``max_depth`` on a device.
+
+    Example:
+        >>> parent = torch.tensor([-1, 0, 0, 1, 1])  # a root, its two children, and two below the first
+        >>> leaf_rewards = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])
+        >>> ro.tree_advantages(parent, leaf_rewards).tolist()
+        [0.0, 0.25, -0.25, 0.5, -0.5]
+        >>> ro.tree_advantages(parent, leaf_rewards, kind="global").tolist()
+        [0.0, 0.25, -0.25, 0.75, -0.25]
     """
     parent, rewards, dtype = _checked(parent, leaf_rewards)
     checks.check_choice("kind", kind, KINDS)

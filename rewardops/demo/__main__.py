@@ -14,8 +14,8 @@ import torch
 import rewardops
 
 from ..core import dispatch
+from ..recipes import RECIPES
 from . import task, train
-from .recipes import RECIPES
 from .report import Group, chart, groups_section, page, table
 from .rollouts import BadRollouts
 from .rollouts import report as rollouts_report

@@ -9,7 +9,7 @@ from typing import Any
 
 import rewardops
 
-from .recipes import Rollouts
+from ..recipes import Rollouts
 
 # Okabe and Ito's colours, distinguishable for colour-blind readers; blue and orange are the ends of the scale.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")

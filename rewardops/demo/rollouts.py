@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rewardops
 
-from .recipes import RECIPES, Rollouts
+from ..recipes import RECIPES, Rollouts
 from .report import Group, groups_section, page, table
 
 # Words with the space before them, single digits, single punctuation marks, and line breaks.

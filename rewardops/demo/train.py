@@ -13,9 +13,9 @@ from torch import Tensor
 
 import rewardops
 
+from ..recipes import RECIPES, Rollouts
 from . import task
 from .policy import Policy
-from .recipes import RECIPES, Rollouts
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 

@@ -11,12 +11,16 @@ from torch import Tensor
 class Error(NamedTuple):
     """The error of a result against float64.
 
-    ``ulps``: the worst error, in units in the last place of its element (an element below a thousandth of the
-    largest counts as that large: after cancellation it has few correct digits). ``of_budget``: the worst ratio of
-    an element's error to its budget; the result passes up to 1. Both are infinite if a non-finite value is wrong.
-    ``fault``: the message of a failure; None if the result passes. ``compared``: how many of the numbers compared
-    tell something, namely integers, and floats that are finite and not 0 in float64. A result with none passes, as
-    an empty, masked or all-NaN one must; :func:`check_op` and ``verify`` ask for some.
+    ``ulps`` and ``of_budget`` are infinite if a non-finite value is wrong. A result of which nothing tells
+    something passes, as an empty, masked or all-NaN one must; :func:`check_op` and ``verify`` ask for some.
+
+    Attributes:
+        ulps: the worst error, in units in the last place of its element (an element below a thousandth of the
+            largest counts as that large: after cancellation it has few correct digits).
+        of_budget: the worst ratio of an element's error to its budget; the result passes up to 1.
+        fault: the message of a failure; None if the result passes.
+        compared: how many of the numbers compared tell something, namely integers, and floats that are finite
+            and not 0 in float64.
     """
 
     ulps: float
@@ -26,6 +30,7 @@ class Error(NamedTuple):
 
     @property
     def passes(self) -> bool:
+        """True if there is no fault."""
         return self.fault is None
 
 
@@ -53,7 +58,31 @@ def measure_error(
     scale: float = 0.0,
     name: str = "result",
 ) -> Error:
-    """Measure a result against its budget; :func:`assert_within_budget` raises the fault that this returns."""
+    """Measure a result against its budget; :func:`assert_within_budget` raises the fault that this returns.
+
+    Args:
+        ours: the result under test, any shape, dtype and device.
+        exact: the float64 result, the same shape.
+        eager: the plain computation on the same inputs in the precision of ``ours``; None for no allowance.
+        ulps: the budget's units in the last place.
+        times: the budget's multiples of eager's worst error.
+        scale: the largest value that entered the result, if the whole result may have cancelled.
+        name: of the result in the message of a fault.
+
+    Returns:
+        :class:`Error`, numbers without gradients. A shape that does not match is a fault.
+
+    Raises:
+        AttributeError: a result that is no tensor.
+
+    Example:
+        >>> from rewardops.testing import measure_error
+        >>> exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> measure_error(exact.float(), exact)
+        Error(ulps=0.0, of_budget=0.0, fault=None, compared=2)
+        >>> measure_error(exact.float() * 1.001, exact).passes
+        False
+    """
     ours, exact = ours.detach().cpu(), exact.detach().cpu()
     if ours.shape != exact.shape:
         return _wrong(f"{name}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}")
@@ -114,19 +143,33 @@ def assert_within_budget(
     scale: float = 0.0,
     name: str = "result",
 ) -> None:
-    """Assert that ``ours`` is no further from float64 than eager code is, plus a few units in the last place.
+    """Assert that a result is no further from float64 than eager code is, plus a few units in the last place.
 
-    The budget of an element is ``max |eager - exact|`` over the tensor (not per element: eager is exact on some
-    by accident) plus ``ulps`` units in the last place of its own value, in the dtype of ``ours``. Where the
-    float64 result is not finite, ours must be the same infinity or NaN; integers and flags must equal those of
-    float64 or of eager. The rounding of float64 itself is added: 1e-14 of the largest value (1e-12 where ours is
-    float64 too).
+    The budget of an element is ``max |eager - exact|`` over the tensor (not per element: eager is exact on
+    some by accident) plus ``ulps`` units in the last place of its own value, in the dtype of ``ours``. Where
+    the float64 result is not finite, ours must be the same infinity or NaN; integers and flags must equal
+    those of float64 or of eager. The rounding of float64 itself is added: 1e-14 of the largest value (1e-12
+    where ours is float64 too).
 
     Args:
-        ours: the result under test. exact: the float64 result, the same shape. eager: the plain computation on
-            the same inputs in the precision of ``ours``; None for no allowance.
-        ulps: units in the last place. times: multiples of eager's worst error.
+        ours: the result under test, any shape, dtype and device.
+        exact: the float64 result, the same shape.
+        eager: the plain computation on the same inputs in the precision of ``ours``; None for no allowance.
+        ulps: units in the last place.
+        times: multiples of eager's worst error.
         scale: the largest value that entered the result, if the whole result may have cancelled.
+        name: of the result in the message.
+
+    Raises:
+        AssertionError: a result outside its budget, of another shape, or of a complex dtype.
+
+    Example:
+        >>> from rewardops.testing import assert_within_budget
+        >>> x = torch.tensor([0.1, 0.2, 0.3])
+        >>> assert_within_budget(x.exp(), x.double().exp())
+        >>> assert_within_budget(x.exp() + 1, x.double().exp())
+        Traceback (most recent call last):
+        AssertionError: result: ... where float64 has 1.10517092: off by 1, the budget is ...
     """
     error = measure_error(ours, exact, eager, ulps=ulps, times=times, scale=scale, name=name)
     if error.fault is not None:

@@ -30,7 +30,12 @@ class Outputs(list[Tensor]):
 
 
 class Outcome(NamedTuple):
-    """Outputs of a function and the gradients of its floating-point inputs."""
+    """Outputs of a function and the gradients of its floating-point inputs.
+
+    Attributes:
+        outputs: the tensors that it returned, without those that are None.
+        gradients: one for each floating-point input, its shape and dtype; empty if no output has a gradient.
+    """
 
     outputs: list[Tensor]
     gradients: list[Tensor]
@@ -61,12 +66,31 @@ def evaluate(
     dtype: torch.dtype | None = None,
     poison: Tensor | None = None,
 ) -> Outcome:
-    """Run ``fn`` forward and backward, with the floating-point inputs as leaves.
+    """Run a function forward and backward, with its floating-point inputs as leaves.
+
+    The upstream gradients are the same random numbers in every run, exact in every precision.
 
     Args:
+        fn: called with the inputs; returns a tensor or a sequence of tensors (None among them is skipped).
+        inputs: tensors of any shape and dtype; copies of them are differentiated.
         backend: the backend of this package to force; None for the default.
+        device: where the inputs are moved to.
         dtype: cast floating-point inputs to it; None for no cast.
-        poison: a bool mask; outputs of its shape get a NaN upstream gradient where it is False.
+        poison: a bool mask; outputs of its shape get a NaN upstream gradient where it is False. None for
+            none.
+
+    Returns:
+        :class:`Outcome`, detached.
+
+    Raises:
+        ValueError: an unknown backend.
+        BackendUnavailable: an op that the backend cannot serve on the device.
+
+    Example:
+        >>> from rewardops.testing import evaluate
+        >>> run = evaluate(lambda r: ro.row_sum(r), [torch.tensor([[1.0, 2.0]])])
+        >>> run.outputs[0].tolist(), run.gradients[0].shape
+        ([3.0], torch.Size([1, 2]))
     """
     leaves = []
     for x in inputs:
@@ -102,7 +126,13 @@ def _owned(x: Tensor) -> Tensor:
 
 
 class Comparison(NamedTuple):
-    """One output or gradient, measured against its budget."""
+    """One output or gradient, measured against its budget.
+
+    Attributes:
+        name: of the output, or ``"output k"`` and ``"gradient k"``.
+        error: its error.
+        is_gradient: True for a gradient.
+    """
 
     name: str
     error: Error
@@ -112,7 +142,29 @@ class Comparison(NamedTuple):
 def compare(
     ours: Outcome, exact: Outcome, eager: Outcome, *, ulps: float = 8.0, times: float = 1.0
 ) -> list[Comparison]:
-    """Compare every output and gradient of a run with float64, within eager's budget."""
+    """Compare every output and gradient of a run with float64, within eager's budget.
+
+    Args:
+        ours: the run under test.
+        exact: the run in float64.
+        eager: the plain run in the precision of ``ours``.
+        ulps: the budget's units in the last place.
+        times: the budget's multiples of eager's worst error.
+
+    Returns:
+        A :class:`Comparison` for each output and gradient. Another number of them than in ``exact`` or
+        ``eager`` is a fault.
+
+    Raises:
+        AttributeError: a run that is no :class:`Outcome`.
+
+    Example:
+        >>> from rewardops.testing import compare, evaluate
+        >>> x = [torch.tensor([1.0, 2.0])]
+        >>> ours, exact = evaluate(torch.exp, x), evaluate(torch.exp, x, dtype=torch.float64)
+        >>> [(c.name, c.error.passes) for c in compare(ours, exact, ours)]
+        [('output 0', True), ('gradient 0', True)]
+    """
     comparisons = []
     names = getattr(ours.outputs, "names", ())
     scale = max((_largest(x) for x in [*exact.outputs, *exact.gradients]), default=0.0)
@@ -136,7 +188,24 @@ def _largest(x: Tensor) -> float:
 
 
 def same_bits(a: Outcome, b: Outcome) -> bool:
-    """True if two runs agree in every bit, and in the number of outputs and gradients."""
+    """Tell whether two runs agree in every bit, and in the number of outputs and gradients.
+
+    Args:
+        a: one run.
+        b: another run.
+
+    Returns:
+        True if shapes, dtypes and bits are the same; NaN equals NaN of the same bits.
+
+    Raises:
+        AttributeError: a run that holds something else than tensors.
+
+    Example:
+        >>> from rewardops.testing import evaluate, same_bits
+        >>> x = [torch.tensor([1.0, 2.0])]
+        >>> same_bits(evaluate(torch.exp, x), evaluate(torch.exp, x))
+        True
+    """
     if any(len(one) != len(other) for one, other in zip(a, b, strict=True)):
         return False
     return all(
@@ -185,17 +254,30 @@ def check_backend(
 
     Args:
         fn: called with ``inputs`` on ``device`` under ``backend``.
+        inputs: tensors of any shape and dtype; gradients of the floating-point ones are compared.
         backend: its name; or several, as in :func:`rewardops.use_backend`, of which each may serve.
-        reference: the function for the reference backend on the CPU; ``fn`` by default.
-        poison: as in :func:`evaluate`, for the backend under test only.
+        device: where ``fn`` runs.
+        reference: the function for the reference backend on the CPU; None for ``fn``.
+        ulps: the budget's units in the last place.
+        times: the budget's multiples of eager's worst error.
+        poison: a bool mask, for the backend under test only: outputs of its shape get a NaN upstream gradient
+            where it is False. None for none.
         allow_fallback: accept a function that calls no op, of which torch computes all on every backend.
 
     Returns:
-        The outcome of the backend, for further assertions.
+        :class:`Outcome` of the backend, detached, for further assertions.
 
     Raises:
-        AssertionError: a result outside its budget, or a backend that served nothing. BackendUnavailable: an op
-            that the backend cannot serve on the device. ValueError: no backend, or an unknown one.
+        AssertionError: a result outside its budget, or a backend that served nothing.
+        BackendUnavailable: an op that the backend cannot serve on the device.
+        ValueError: no backend, or an unknown one.
+
+    Example:
+        >>> from rewardops.testing import check_backend
+        >>> rewards = torch.tensor([[0.5, 0.25, 0.75]])
+        >>> run = check_backend(lambda r: ro.min_returns(r), [rewards], backend="reference")
+        >>> run.outputs[0].tolist()
+        [[0.25, 0.25, 0.75]]
     """
     names = [name.strip() for name in backend.split(",")]
     for name in names:
@@ -225,7 +307,12 @@ def _none_compared(what: str) -> Error:
 
 @dataclass
 class Report:
-    """The result of :func:`check_op`: comparisons by case, and failures."""
+    """The result of :func:`check_op`: comparisons by case, and failures. As text it has the worst errors.
+
+    Attributes:
+        comparisons: by the name of the case, in the order of the cases.
+        faults: a line for each failure, which names its case.
+    """
 
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -235,11 +322,35 @@ class Report:
         return [c.error for c in each if c.is_gradient == gradients]
 
     def compared(self, gradients: bool = False) -> int:
-        """How many numbers of outputs (or gradients) were compared that say something (:class:`Error`)."""
+        """Count the numbers that were compared and say something (:class:`Error`).
+
+        Args:
+            gradients: True counts those of gradients, False those of outputs.
+
+        Returns:
+            The count over all cases.
+
+        Example:
+            >>> from rewardops.testing import check_op
+            >>> check_op(torch.sin, torch.sin, {"one": [torch.tensor([1.0, 2.0])]}).compared()
+            2
+        """
         return sum(error.compared for error in self._errors(gradients))
 
     def worst(self, gradients: bool = False) -> Error:
-        """The output (or gradient) error with the largest share of its budget; NaN where none was compared."""
+        """The error with the largest share of its budget.
+
+        Args:
+            gradients: True for those of gradients, False for those of outputs.
+
+        Returns:
+            :class:`Error`; NaN where none was compared.
+
+        Example:
+            >>> from rewardops.testing import check_op
+            >>> check_op(torch.neg, torch.neg, {"one": [torch.tensor([1.0, 2.0])]}).worst().ulps
+            0.0
+        """
         found = self._errors(gradients)
         if all(error.passes and not error.compared for error in found):
             return _none_compared("gradient" if gradients else "output")
@@ -273,25 +384,26 @@ def check_op(
 ) -> Report:
     """Check a function of tensors against a plain one: values, gradients, and equal bits in every run.
 
-    For kernels outside this package. For each case ``reference`` runs in float64, which is the exact result, and
-    in float32 (float64 for float64 inputs), which sets the budget. Both get the inputs as rounded to their dtype.
-    ``fn`` must satisfy :func:`assert_within_budget`, also for its gradients, and give the same bits ``repeats``
-    times. A case on which ``fn`` or ``reference`` raises fails; the other cases still run.
+    For kernels outside this package. For each case ``reference`` runs in float64, which is the exact result,
+    and in float32 (float64 for float64 inputs), which sets the budget. Both get the inputs as rounded to
+    their dtype. ``fn`` must satisfy :func:`assert_within_budget`, also for its gradients, and give the same
+    bits ``repeats`` times. A case on which ``fn`` or ``reference`` raises fails; the other cases still run.
 
     What was not compared does not pass: outputs without a gradient where the reference has one, and, over all
-    cases, outputs or gradients without a single number that is finite in float64 and not 0 (no case at all; cases
-    that are empty, masked, or NaN in the reference too).
+    cases, outputs or gradients without a single number that is finite in float64 and not 0 (no case at all;
+    cases that are empty, masked, or NaN in the reference too).
 
     Args:
         fn: called with the tensors of a case; returns a tensor, or a sequence of tensors (None among them is
             skipped).
         reference: the same in plain PyTorch, correct in float64.
-        cases: names and inputs, for example :func:`logit_cases` and :func:`reward_cases`; floating-point inputs
-            may have gradients.
+        cases: names and inputs, for example :func:`logit_cases` and :func:`reward_cases`; floating-point
+            inputs may have gradients.
         device: the device of ``fn``; None for that of the inputs, where the reference always runs.
-        ulps, times: the budget: units in the last place, and multiples of eager's worst error. The default is 2:
-            of two computations in one precision either may round better.
-        repeats: number of runs whose bits must agree.
+        ulps: the budget's units in the last place.
+        times: the budget's multiples of eager's worst error. The default is 2: of two computations in one
+            precision either may round better.
+        repeats: number of runs whose bits must agree, at least 1.
         raises: raise on a fault; if False, faults are only reported.
         gradients: compare gradients. False for a function that has none.
         allow_empty: accept cases in which there is nothing to compare.
@@ -300,7 +412,17 @@ def check_op(
         :class:`Report`; its text has the worst errors.
 
     Raises:
-        AssertionError: with a line per fault, which names its case. ValueError: ``repeats`` below 1.
+        AssertionError: faults, a line for each, which names its case.
+        ValueError: ``repeats`` below 1.
+
+    Example:
+        >>> from rewardops.testing import check_op
+        >>> cases = {"small": [torch.tensor([0.5, -2.0])], "empty": [torch.zeros(0)]}
+        >>> report = check_op(torch.nn.functional.silu, lambda x: x * torch.sigmoid(x), cases)
+        >>> report.worst().passes, report.compared()
+        (True, 2)
+        >>> check_op(torch.sin, torch.cos, cases, raises=False).faults[0]
+        "small: output 0: ... where float64 has -0.416146837: off by 0.493, the budget is ...
     """
     checks.check_whole("repeats", repeats, 1)
     report = Report()

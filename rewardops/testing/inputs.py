@@ -22,7 +22,27 @@ def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def random_mask(
     batch: int, width: int, generator: torch.Generator, *, holes: bool = True, empty_row: bool = True
 ) -> Tensor:
-    """A bool mask of ragged rows with holes; one row has no valid token."""
+    """A bool mask of ragged rows with holes; one row has no valid token.
+
+    Args:
+        batch: B, rows.
+        width: T, tokens of a row, padding included.
+        generator: the source of chance; the mask lies on its device.
+        holes: mask about a quarter of the tokens within rows too.
+        empty_row: give one row of several no valid token.
+
+    Returns:
+        ``[batch, width]``, bool.
+
+    Raises:
+        RuntimeError: a negative size.
+
+    Example:
+        >>> from rewardops.testing import random_mask
+        >>> mask = random_mask(3, 5, torch.Generator().manual_seed(0))
+        >>> mask.shape, mask[1].any().item()
+        (torch.Size([3, 5]), False)
+    """
     device = generator.device
     length = torch.randint(0, width + 1, (batch,), generator=generator, device=device)
     mask = torch.arange(width, device=device) < length[:, None]
@@ -34,7 +54,24 @@ def random_mask(
 
 
 def random_groups(batch: int, generator: torch.Generator) -> Tensor:
-    """Ragged groups in random order, with labels of any size and sign; one group has a single row."""
+    """Ragged groups in random order, with labels of any size and sign; one group has a single row.
+
+    Args:
+        batch: B, rows.
+        generator: the source of chance; the labels lie on its device.
+
+    Returns:
+        ``[batch]``, int64.
+
+    Raises:
+        RuntimeError: a negative size.
+
+    Example:
+        >>> from rewardops.testing import random_groups
+        >>> groups = random_groups(6, torch.Generator().manual_seed(0))
+        >>> groups.dtype, (groups == -(2**50)).sum().item()
+        (torch.int64, 1)
+    """
     device = generator.device
     labels = torch.tensor([7, -3, 2**40, 0, 5], dtype=torch.int64, device=device)
     groups = labels[torch.randint(0, len(labels), (batch,), generator=generator, device=device)]
@@ -44,7 +81,25 @@ def random_groups(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenated rows ``padded[b, :lengths[b]]``, and their ``cu_seqlens`` (int32)."""
+    """Concatenate padded rows, ``padded[b, :lengths[b]]``.
+
+    Args:
+        padded: ``[B, T]`` or ``[B, T, ...]``, any dtype.
+        lengths: ``[B]``, integer, tokens of each row, at most T.
+
+    Returns:
+        The packed rows ``[N, ...]``, differentiable in ``padded``, and their ``cu_seqlens`` ``[B + 1]``,
+        int32.
+
+    Raises:
+        IndexError: another number of lengths than of rows, or ``padded`` of one dimension.
+
+    Example:
+        >>> from rewardops.testing import pack
+        >>> packed, cu_seqlens = pack(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
+        >>> packed.tolist(), cu_seqlens.tolist()
+        ([1, 2, 3], [0, 2, 3])
+    """
     inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=padded.device)
     cu[1:] = lengths.cumsum(0)
@@ -52,7 +107,24 @@ def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """The inverse of :func:`pack`, with zeros after each row."""
+    """Padded rows of packed values, the inverse of :func:`pack`.
+
+    Args:
+        packed: ``[N]``, any dtype.
+        lengths: ``[B]``, integer, tokens of each row; their sum is N.
+        width: T, tokens of a padded row.
+
+    Returns:
+        ``[B, width]``, with zeros after each row. Differentiable in ``packed``.
+
+    Raises:
+        RuntimeError: lengths that do not sum to N, or exceed the width.
+
+    Example:
+        >>> from rewardops.testing import unpack
+        >>> unpack(torch.tensor([1, 2, 3]), torch.tensor([2, 1]), width=2).tolist()
+        [[1, 2], [3, 0]]
+    """
     inside = torch.arange(width, device=packed.device) < lengths[:, None]
     out = packed.new_zeros((len(lengths), width))
     out[inside] = packed
@@ -60,7 +132,26 @@ def unpack(packed: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 
 def shared_prefix_tokens(groups: Tensor, width: int, generator: torch.Generator, *, vocab: int = 3) -> Tensor:
-    """Tokens ``[B, width]`` whose rows branch off one another at random depths within their group."""
+    """Tokens whose rows branch off one another at random depths within their group.
+
+    Args:
+        groups: ``[B]``, integer labels.
+        width: T, tokens of a row.
+        generator: the source of chance; the tokens lie on its device.
+        vocab: ids run from 0 to ``vocab - 1``.
+
+    Returns:
+        ``[B, width]``, int64.
+
+    Raises:
+        RuntimeError: no vocabulary, or a negative width.
+
+    Example:
+        >>> from rewardops.testing import shared_prefix_tokens
+        >>> tokens = shared_prefix_tokens(torch.tensor([0, 0, 1]), 5, torch.Generator().manual_seed(0))
+        >>> tokens.shape
+        torch.Size([3, 5])
+    """
     device = generator.device
     tokens = torch.randint(0, vocab, (len(groups), width), generator=generator, device=device)
     for i in range(1, len(groups)):
@@ -87,12 +178,31 @@ LOGITS = (
 
 
 def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Generator) -> Tensor:
-    """Rows of logits ``[rows, vocab]``, float32, of one of the kinds ``LOGITS``: numerically difficult for kernels.
+    """Rows of logits of one of the kinds ``LOGITS``: numerically difficult for kernels.
 
-    ``far above zero`` and ``far below zero`` are offset by 1e4: sums not relative to the largest logit lose their
-    digits; a maximum that starts from 0, or padding columns of value 0, give wrong results. ``peaked`` rows have
-    an entropy near 0. ``minus infinity`` has -inf in a tenth of the columns and in the first half of the last
-    row; ``one column`` in all columns but one.
+    ``far above zero`` and ``far below zero`` are offset by 1e4: sums not relative to the largest logit lose
+    their digits; a maximum that starts from 0, or padding columns of value 0, give wrong results. ``peaked``
+    rows have an entropy near 0. ``minus infinity`` has -inf in a tenth of the columns and in the first half
+    of the last row; ``one column`` in all columns but one.
+
+    Args:
+        kind: one of ``LOGITS``.
+        rows: number of rows.
+        vocab: V, columns, at least 1.
+        generator: the source of chance; the logits lie on its device.
+
+    Returns:
+        ``[rows, vocab]``, float32.
+
+    Raises:
+        ValueError: an unknown kind.
+        RuntimeError: no column.
+
+    Example:
+        >>> from rewardops.testing import adversarial_logits
+        >>> logits = adversarial_logits("one column", 2, 4, torch.Generator().manual_seed(0))
+        >>> logits.isfinite().sum(1).tolist()
+        [1, 1]
     """
     if kind not in LOGITS:
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(repr(k) for k in LOGITS)}")
@@ -116,10 +226,25 @@ def adversarial_logits(kind: str, rows: int, vocab: int, generator: torch.Genera
 
 
 def far_rows(x: Tensor) -> Tensor:
-    """The rows of ``x`` ``[rows, width]`` in a view whose last row begins more than 2^31 elements after the first.
+    """Copy rows into a view whose last row begins more than 2^31 elements after the first.
 
-    Offsets in 32 bits wrap around, to addresses before the first row: that memory is allocated and holds zeros.
-    On the CPU only touched pages use memory; on a GPU all of it is allocated (2^32 elements and more).
+    Offsets in 32 bits wrap around, to addresses before the first row: that memory is allocated and holds
+    zeros. On the CPU only touched pages use memory; on a GPU all of it is allocated (2^32 elements and more).
+
+    Args:
+        x: ``[rows, width]``, any dtype and device.
+
+    Returns:
+        The view, of the shape, dtype and device of ``x``, without its gradient.
+
+    Raises:
+        ValueError: a tensor of another number of dimensions.
+
+    Example:
+        >>> from rewardops.testing import far_rows
+        >>> far = far_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> far.tolist(), far.stride(0) > 2**31
+        ([[1.0, 2.0], [3.0, 4.0]], True)
     """
     rows, width = x.shape
     stride = 2**31 // max(rows - 1, 1) + 4096
@@ -150,10 +275,31 @@ def logit_cases(
     device: torch.device | str = "cpu",
     far: bool = True,
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Cases ``(name, (logits [rows, vocab], tokens [rows]))`` for :func:`check_op`.
+    """Cases of logits and sampled tokens for :func:`check_op`.
 
-    Every kind of :func:`adversarial_logits` in every dtype, vocabularies that are no multiple of a block, rows
-    with a stride, and with ``far`` :func:`far_rows` (on a GPU only where 40 GiB are free).
+    Every kind of :func:`adversarial_logits` in every dtype, vocabularies that are no multiple of a block,
+    rows with a stride, and with ``far`` :func:`far_rows` (on a GPU only where 40 GiB are free).
+
+    Args:
+        dtypes: of the logits.
+        vocabs: numbers of columns; rows with a stride and far rows have the last.
+        rows: number of rows.
+        seed: of the generator.
+        device: of the tensors.
+        far: True adds rows 2^31 elements apart.
+
+    Returns:
+        An iterator of ``(name, (logits [rows, V], tokens [rows]))``, tokens in int64.
+
+    Raises:
+        RuntimeError: a vocabulary without a column.
+
+    Example:
+        >>> from rewardops.testing import logit_cases
+        >>> cases = logit_cases(dtypes=[torch.bfloat16], vocabs=[7], far=False)
+        >>> name, (logits, tokens) = next(cases)
+        >>> name, logits.shape, tokens.shape
+        ('normal, bfloat16, V=7', torch.Size([5, 7]), torch.Size([5]))
     """
     generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -181,10 +327,27 @@ def reward_cases(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Cases ``(name, (rewards [B], groups [B]))`` for :func:`check_op`.
+    """Cases of rewards and group labels for :func:`check_op`.
 
-    Groups in any order with one of a single row, all rewards equal, rewards of 0 and 1, rewards far from 0 and
-    close together, one outlier, and an empty batch.
+    Groups in any order with one of a single row, all rewards equal, rewards of 0 and 1, rewards far from 0
+    and close together, one outlier, and an empty batch.
+
+    Args:
+        dtypes: of the rewards.
+        batch: B, rows.
+        seed: of the generator.
+        device: of the tensors.
+
+    Returns:
+        An iterator of ``(name, (rewards [B], groups [B]))``, groups in int64.
+
+    Raises:
+        RuntimeError: a negative batch.
+
+    Example:
+        >>> from rewardops.testing import reward_cases
+        >>> [name for name, _ in reward_cases(dtypes=[torch.float32])][:3]
+        ['normal, float32', 'zero or one, float32', 'equal, float32']
     """
     g = torch.Generator("cpu").manual_seed(seed)
     groups = random_groups(batch, g)

@@ -17,6 +17,11 @@ from torch import Tensor
 
 from .inputs import LOGITS, adversarial_logits, pack, random_groups, random_mask, shared_prefix_tokens
 
+__all__ = [
+    "Rows", "dtypes", "generators", "groups", "logits", "mask_forms", "masks", "numbers", "rewards", "rows",
+    "sizes", "steps", "tokens",
+]  # fmt: skip
+
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,17 +29,53 @@ INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 def generators() -> st.SearchStrategy[torch.Generator]:
-    """Random generators on the CPU, drawn by seed."""
+    """Random generators on the CPU, drawn by seed.
+
+    Returns:
+        A strategy of ``torch.Generator``.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> find(some.generators(), lambda generator: True).initial_seed()
+        0
+    """
     return st.integers(0, 2**31 - 1).map(lambda seed: torch.Generator("cpu").manual_seed(seed))
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """float32 first, then bfloat16, float16 and float64."""
+    """Floating-point dtypes: float32 first, then bfloat16, float16 and float64.
+
+    Returns:
+        A strategy of ``torch.dtype``.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> find(some.dtypes(), lambda dtype: dtype.itemsize == 2)
+        torch.bfloat16
+    """
     return st.sampled_from(FLOATS)
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
-    """Sizes from 0 to ``most``: small ones, and neighbours of register and block widths."""
+    """Sizes from 0 to a bound: small ones, and neighbours of register and block widths.
+
+    Args:
+        most: the largest size.
+
+    Returns:
+        A strategy of int.
+
+    Raises:
+        hypothesis.errors.InvalidArgument: a negative bound, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> find(some.sizes(40), lambda n: n > 20)
+        31
+    """
     edges = [n for p in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) for n in (p - 1, p, p + 1)]
     near = [n for n in edges if 9 <= n <= most]
     small = st.integers(0, min(9, most))
@@ -46,18 +87,24 @@ def sizes(most: int) -> st.SearchStrategy[int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens, padded to ``[B, width]`` or packed to ``[N]``, with a mask or without."""
+    """Rows of tokens, padded to ``[B, width]`` or packed to ``[N]``, with a mask or without.
+
+    Attributes:
+        lengths: ``[B]`` int64; all equal to ``width`` for padded rows.
+        width: tokens of the longest row that was possible.
+        mask: bool, ``[B, width]`` or ``[N]``; it may have holes, and rows without a valid token. None: every
+            token is valid.
+        cu_seqlens: ``[B + 1]``, int32 or int64; None for padded rows.
+    """
 
     lengths: Tensor
-    """``[B]``; all equal to ``width`` for padded rows."""
     width: int
     mask: Tensor | None
-    """bool, ``[B, width]`` or ``[N]``; it may have holes, and rows without a valid token."""
     cu_seqlens: Tensor | None
-    """``[B + 1]``; None for padded rows."""
 
     @property
     def batch(self) -> int:
+        """Number of rows, B."""
         return len(self.lengths)
 
     @property
@@ -79,7 +126,20 @@ class Rows:
         return torch.bincount(row, self.valid.double(), minlength=self.batch) > 0
 
     def take(self, padded: Tensor) -> Tensor:
-        """Values ``[B, width, ...]`` in the layout of these rows."""
+        """Values ``[B, width, ...]`` in the layout of these rows.
+
+        Args:
+            padded: ``[B, width, ...]``, any dtype.
+
+        Returns:
+            ``padded``, or its rows packed to ``[N, ...]``.
+
+        Example:
+            >>> from rewardops.testing.strategies import Rows
+            >>> rows = Rows(torch.tensor([2, 1]), 2, None, torch.tensor([0, 2, 3]))
+            >>> rows.take(torch.tensor([[1, 2], [3, 0]])).tolist()
+            [1, 2, 3]
+        """
         return padded if self.cu_seqlens is None else pack(padded, self.lengths)[0]
 
 
@@ -87,7 +147,24 @@ MASKS = ("all", "ragged", "holes", "left-padded", "one token a row", "none")
 
 
 def masks(batch: int, width: int) -> st.SearchStrategy[Tensor]:
-    """Bool masks ``[batch, width]``: ragged at either end, with holes, with empty rows, all or none valid."""
+    """Bool masks: ragged at either end, with holes, with empty rows, all or none valid.
+
+    Args:
+        batch: B, rows.
+        width: T, tokens of a row.
+
+    Returns:
+        A strategy of masks ``[batch, width]``, bool.
+
+    Raises:
+        RuntimeError: a negative size, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> find(some.masks(2, 3), lambda mask: not mask.any()).tolist()
+        [[False, False, False], [False, False, False]]
+    """
     return st.builds(_mask, st.sampled_from(MASKS), st.just(batch), st.just(width), generators())
 
 
@@ -114,7 +191,25 @@ def rows(
     """Rows in either layout, with or without a mask; also no rows, and rows without tokens.
 
     Args:
-        packed, masked: None draws either.
+        max_batch: the most rows.
+        max_width: the most tokens of a row.
+        packed: True or False for one layout; None draws either.
+        masked: True or False for a mask or none; None draws either.
+
+    Returns:
+        A strategy of :class:`Rows`.
+
+    Raises:
+        hypothesis.errors.InvalidArgument: a negative bound, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from rewardops.testing import strategies as some
+        >>> @given(some.rows())
+        ... def sums_have_a_number_per_row(rows):
+        ...     out = ro.row_sum(torch.ones(rows.shape), mask=rows.mask, cu_seqlens=rows.cu_seqlens)
+        ...     assert out.shape == (rows.batch,)
+        >>> sums_have_a_number_per_row()
     """
     batch, width = draw(st.integers(0, max_batch)), draw(sizes(max_width))
     packed = draw(st.booleans()) if packed is None else packed
@@ -136,7 +231,24 @@ def rows(
 
 
 def mask_forms(mask: Tensor) -> st.SearchStrategy[Tensor]:
-    """The same mask as bool, integers or floats."""
+    """The same mask as bool, integers or floats.
+
+    Args:
+        mask: bool, any shape.
+
+    Returns:
+        A strategy of masks of that shape: bool, int64, uint8, float32 or bfloat16.
+
+    Raises:
+        AttributeError: a mask that is no tensor.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> mask = torch.tensor([[True, False]])
+        >>> find(some.mask_forms(mask), lambda mask: mask.is_floating_point()).tolist()
+        [[1.0, 0.0]]
+    """
     forms = (torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16)
     return st.sampled_from(forms).map(mask.to)
 
@@ -149,7 +261,27 @@ REWARDS = ("normal", "zero or one", "equal", "quarters", "far from zero", "outli
 def rewards(
     batch: int, *, channels: int | None = None, dtype: torch.dtype = torch.float32
 ) -> st.SearchStrategy[Tensor]:
-    """Rewards ``[batch]`` or ``[batch, channels]``: with ties, all equal, close together far from 0, an outlier."""
+    """Rewards: with ties, all equal, close together far from 0, with an outlier.
+
+    Args:
+        batch: B, rows.
+        channels: R for rewards ``[batch, R]``; None for ``[batch]``.
+        dtype: of the rewards.
+
+    Returns:
+        A strategy of rewards, of the kinds ``REWARDS``.
+
+    Raises:
+        RuntimeError: a negative size, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from rewardops.testing import strategies as some
+        >>> @given(some.rewards(4))
+        ... def advantages_have_no_mean(rewards):
+        ...     assert ro.group_advantages(rewards, group_size=4).mean().abs() < 1e-3
+        >>> advantages_have_no_mean()
+    """
     shape = (batch,) if channels is None else (batch, channels)
     return numbers(shape, REWARDS, dtype=dtype)
 
@@ -157,7 +289,26 @@ def rewards(
 def numbers(
     shape: Sequence[int], kinds: Sequence[str] = REWARDS, *, dtype: torch.dtype = torch.float32
 ) -> st.SearchStrategy[Tensor]:
-    """Numbers of any shape, of the kinds ``REWARDS`` and ``("positive", "fraction", "log-probability")``."""
+    """Numbers of any shape, of kinds that are difficult for sums and quotients.
+
+    Args:
+        shape: of the numbers.
+        kinds: out of ``REWARDS`` and ``("positive", "fraction", "log-probability")``; one is drawn for all
+            numbers.
+        dtype: of the numbers.
+
+    Returns:
+        A strategy of tensors ``[*shape]``.
+
+    Raises:
+        ValueError: an unknown kind, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> find(some.numbers((2, 2), kinds=["equal", "zero"]), lambda x: bool((x == 0).all())).tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
+    """
     return st.builds(_numbers, st.sampled_from(kinds), st.just(tuple(shape)), st.just(dtype), generators())
 
 
@@ -194,7 +345,24 @@ GROUPS = ("random", "contiguous", "one", "alone")
 
 
 def groups(batch: int) -> st.SearchStrategy[Tensor]:
-    """Labels ``[batch]``, int64, int32 or int16: ragged and in any order, one group, or as many as rows."""
+    """Group labels: ragged and in any order, one group, or as many as rows.
+
+    Args:
+        batch: B, rows.
+
+    Returns:
+        A strategy of labels ``[batch]``, int64, int32 or int16.
+
+    Raises:
+        RuntimeError: a negative size, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> one_group = find(some.groups(4), lambda labels: len(labels.unique()) == 1)
+        >>> one_group.shape
+        torch.Size([4])
+    """
     return st.builds(
         _groups, st.sampled_from(GROUPS), st.just(batch), st.sampled_from(INTEGERS), generators()
     )
@@ -218,7 +386,27 @@ STEPS = ("flags", "every token", "no flag", "ids", "ids with gaps", "one step", 
 
 
 def steps(layout: Rows, *, kinds: Sequence[str] = STEPS) -> st.SearchStrategy[Tensor]:
-    """Step-end flags (bool), or step ids: integers that do not decrease along a row, negative for no step."""
+    """Steps of rows: flags of step ends (bool), or step ids.
+
+    Step ids are integers that do not decrease along a row, negative for no step.
+
+    Args:
+        layout: the rows.
+        kinds: out of ``STEPS``; one is drawn for all rows.
+
+    Returns:
+        A strategy of tensors of the shape of the rows' tokens.
+
+    Raises:
+        AttributeError: a layout that is no :class:`Rows`.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> layout = some.Rows(torch.tensor([3]), 3, None, None)
+        >>> find(some.steps(layout, kinds=["every token", "no flag"]), lambda ends: True).tolist()
+        [[True, True, True]]
+    """
     return st.builds(_steps, st.sampled_from(kinds), st.just(layout), st.sampled_from(INTEGERS), generators())
 
 
@@ -250,7 +438,28 @@ TOKENS = ("shared prefixes", "equal", "different")
 
 
 def tokens(layout: Rows, labels: Tensor, *, vocab: int = 3) -> st.SearchStrategy[Tensor]:
-    """Integer ids whose rows branch off one another at random depths within their group, or all equal, or none."""
+    """Token ids whose rows branch off one another at random depths within their group.
+
+    Or all equal, or none.
+
+    Args:
+        layout: the rows.
+        labels: ``[B]``, integer, the group of each row.
+        vocab: ids of branching rows run from 0 to ``vocab - 1``.
+
+    Returns:
+        A strategy of tensors of the shape of the rows' tokens, int64, int32 or int16.
+
+    Raises:
+        AttributeError: a layout that is no :class:`Rows`.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> layout = some.Rows(torch.tensor([2, 2]), 2, None, None)
+        >>> find(some.tokens(layout, torch.tensor([0, 0])), lambda ids: int(ids.max()) == 3).tolist()
+        [[0, 1], [2, 3]]
+    """
     return st.builds(
         _tokens,
         st.sampled_from(TOKENS),
@@ -284,9 +493,26 @@ LOGIT_KINDS = (*LOGITS, "denormal", "mixed")
 def logits(
     shape: Sequence[int], vocab: int, *, dtype: torch.dtype = torch.float32
 ) -> st.SearchStrategy[Tensor]:
-    """``[*shape, vocab]``: of a kind of :data:`rewardops.testing.LOGITS`, denormal, or a different kind per row.
+    """Logits of a kind of ``LOGITS``, denormal, or of a different kind per row.
 
     Every row has a finite logit; no logit is NaN.
+
+    Args:
+        shape: of the tokens.
+        vocab: V, columns, at least 1.
+        dtype: of the logits.
+
+    Returns:
+        A strategy of logits ``[*shape, vocab]``.
+
+    Raises:
+        RuntimeError: no column, as an example is drawn.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from rewardops.testing import strategies as some
+        >>> find(some.logits((2,), 5), lambda x: bool(x.isinf().any())).isfinite().any(-1).tolist()
+        [True, True]
     """
     return st.builds(
         _logits,

@@ -20,6 +20,11 @@ from .budgets import EXACT, Error
 from .calls import LAYOUTS, Batch, Call, calls, make_batch
 from .checks import Comparison, Outcome, compare, evaluate, same_bits, served_by
 
+__all__ = [
+    "Case", "Row", "Truth", "as_json", "backends", "cases", "check_call", "graphs", "main", "opcheck", "recorded",
+    "table", "usable_device", "verify",
+]  # fmt: skip
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half-precision products of hidden states come from the vendor library, which chooses their rounding.
 FLOAT32 = ("linear",)
@@ -32,13 +37,33 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """Named options of :func:`make_batch`."""
+    """Named options of :func:`make_batch`.
+
+    Attributes:
+        name: of the case: layout, dtype and what is special about it.
+        dtype: of the floats of its batches.
+        options: keywords of :func:`make_batch`.
+    """
 
     name: str
     dtype: torch.dtype
     options: dict[str, Any]
 
     def batches(self, device: str) -> list[Batch]:
+        """Batches of the case, one for each of ``SEEDS`` seeds.
+
+        Args:
+            device: of their tensors.
+
+        Returns:
+            The batches; those on the CPU are made once.
+
+        Example:
+            >>> from rewardops.testing import verify
+            >>> case = next(verify.cases(quick=True))
+            >>> len(case.batches("cpu")), case.batches("cpu")[0].logits.shape
+            (3, torch.Size([12, 33, 130]))
+        """
         batches = self._on_cpu
         return batches if device == "cpu" else [batch.to(device) for batch in batches]
 
@@ -48,7 +73,19 @@ class Case:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Cases: layouts, dtypes, ragged and full rows, odd sizes, NaN at masked tokens, adversarial logits."""
+    """Cases: layouts, dtypes, ragged and full rows, odd sizes, NaN at masked tokens, adversarial logits.
+
+    Args:
+        quick: True for a few of them.
+
+    Returns:
+        An iterator of :class:`Case`.
+
+    Example:
+        >>> from rewardops.testing import verify
+        >>> [case.name for case in verify.cases(quick=True)][:2]
+        ['padded, float32, ragged', 'padded, float32, no token']
+    """
     usual = {"rows": 12, "width": 33, "vocab": 130, "poison": True}
     shapes: dict[str, dict[str, Any]] = {
         "ragged": usual,
@@ -74,7 +111,23 @@ def cases(quick: bool = False) -> Iterator[Case]:
 
 @dataclass
 class Row:
-    """A line of the table: one call of an op on one backend, over all cases."""
+    """A line of the table: one call of an op on one backend, over all cases.
+
+    Attributes:
+        call: name of the call, as in ``rewardops/testing/calls.py``.
+        backend: the backend that was asked for.
+        cases: how many ran.
+        error: the error of an output with the largest share of its budget.
+        gradient: the same of a gradient.
+        differentiable: False if the call has no gradient by definition.
+        compared: how many numbers of outputs (``"error"``) and of gradients were compared that tell
+            something.
+        served_by: the backends that served an op of the call.
+        same_bits: True if repeated runs agreed in every bit.
+        opcheck: the result of ``torch.library.opcheck``; None where it did not run.
+        graphs: graphs that ``torch.compile`` traced for three sizes; None where it did not run.
+        faults: a line for each failure, which names its case.
+    """
 
     call: str
     backend: str
@@ -91,6 +144,7 @@ class Row:
 
     @property
     def passes(self) -> bool:
+        """True if there is no fault."""
         return not self.faults
 
     @property
@@ -101,7 +155,18 @@ class Row:
         return ", ".join(self.served_by) or "torch"
 
     def demand(self, differentiable: bool) -> None:
-        """Nothing passes that compared no number that is finite and not 0."""
+        """Add a fault if no number was compared that is finite and not 0.
+
+        Args:
+            differentiable: True if the call has gradients, which are then demanded as well.
+
+        Example:
+            >>> from rewardops.testing.verify import Row
+            >>> row = Row("row_sum", "cpp")
+            >>> row.demand(differentiable=True)
+            >>> row.faults
+            ['no case']
+        """
         self.differentiable = differentiable
         if not self.cases and not self.faults:
             self.faults.append("no case")
@@ -111,6 +176,20 @@ class Row:
                 self.faults.append(f"{what}: no case has a number other than 0, NaN and infinity")
 
     def take(self, case: str, comparisons: Sequence[Comparison]) -> None:
+        """Add the comparisons of a case.
+
+        Args:
+            case: its name.
+            comparisons: of its outputs and gradients.
+
+        Example:
+            >>> from rewardops.testing import Comparison, Error
+            >>> from rewardops.testing.verify import Row
+            >>> row = Row("row_sum", "cpp")
+            >>> row.take("ragged", [Comparison("output 0", Error(0.5, 0.06, None, compared=12))])
+            >>> row.cases, row.error.ulps, row.compared
+            (1, 0.5, {'error': 12, 'gradient': 0})
+        """
         self.cases += 1
         for one in comparisons:
             kind = "gradient" if one.is_gradient else "error"
@@ -143,6 +222,23 @@ class Truth:
         self.known: dict[tuple[str, str], tuple[Outcome, Outcome]] = {}
 
     def of(self, case: Case, draws: Sequence[Call]) -> tuple[Outcome, Outcome]:
+        """Reference outcomes of a call on the batches of a case.
+
+        Args:
+            case: the case.
+            draws: the call on each of its batches, on the CPU.
+
+        Returns:
+            The outcome in float64, and that in the case's precision; all batches pooled.
+
+        Example:
+            >>> from rewardops.testing import verify
+            >>> case = next(verify.cases(quick=True))
+            >>> draws = [verify.calls(batch, "segments")[0] for batch in case.batches("cpu")]
+            >>> exact, eager = verify.Truth().of(case, draws)
+            >>> exact.outputs[0].dtype, eager.outputs[0].dtype
+            (torch.float64, torch.float32)
+        """
         key = (case.name, draws[0].name)
         if key not in self.known:
             exact, eager = (
@@ -170,7 +266,34 @@ def check_call(
     quick: bool,
     compiles: bool,
 ) -> Row:
-    """Check one call over all cases on one backend: errors, gradients, bits, opcheck, graphs."""
+    """Check one call over all cases on one backend: errors, gradients, bits, opcheck, graphs.
+
+    Args:
+        family: of the op, a name of ``rewardops.core.families``.
+        name: of the call, as in ``rewardops/testing/calls.py``.
+        backend: the backend to force; or several with commas, of which each may serve.
+        device: where the call runs.
+        cases: the cases.
+        truth: reference outcomes, kept for other backends.
+        done: argument kinds that opcheck has seen; added to.
+        quick: True leaves the slow tests of opcheck out.
+        compiles: True counts the graphs of ``torch.compile`` too.
+
+    Returns:
+        :class:`Row`; any exception is a fault of it.
+
+    Raises:
+        KeyError: an unknown family.
+        StopIteration: a call that the family does not have.
+
+    Example:
+        >>> from rewardops.testing import verify
+        >>> some = list(verify.cases(quick=True))[:1]
+        >>> arguments = ("segments", "row_sum", "reference", "cpu", some, verify.Truth(), set())
+        >>> row = verify.check_call(*arguments, quick=True, compiles=False)
+        >>> row.passes, row.served_by
+        (True, ['reference'])
+    """
     row, used = Row(name, backend), set()
     for case in cases:
         if family in FLOAT32 and case.dtype is not torch.float32:
@@ -214,7 +337,25 @@ def _guarded(row: Row, what: str, check: Callable[[], Any]) -> Any:
 
 
 def recorded(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    """All ops that a call dispatches, forward and backward, with their arguments."""
+    """All ops that a call dispatches, forward and backward, with their arguments.
+
+    Args:
+        call: the call.
+        backend: the backend to force.
+
+    Returns:
+        A pair of op and arguments for each dispatch, in order.
+
+    Raises:
+        ValueError: an unknown backend.
+        BackendUnavailable: an op that the backend cannot serve on the device of the inputs.
+
+    Example:
+        >>> from rewardops.testing import calls, verify
+        >>> call = calls.calls(calls.make_batch(), "segments")[0]
+        >>> [str(op) for op, _ in verify.recorded(call, "reference")]
+        ['rewardops.row_sums.default']
+    """
     seen: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -235,10 +376,27 @@ GRADIENTS_AMONG_OUTPUTS = ("rewardops::linear_token_loss",)
 
 
 def opcheck(call: Call, backend: str, done: Kinds, tests: Sequence[str] | None = None) -> bool:
-    """``torch.library.opcheck`` of every op that a call dispatches: schema, fake, autograd, AOT dispatch.
+    """Run ``torch.library.opcheck`` on every op that a call dispatches: schema, fake, autograd, AOT dispatch.
 
     Args:
-        done: argument kinds already checked, which are skipped. tests: the opcheck tests to run; None for all.
+        call: the call.
+        backend: the backend to force.
+        done: argument kinds already checked, which are skipped; added to.
+        tests: the opcheck tests to run; None for all.
+
+    Returns:
+        True.
+
+    Raises:
+        Exception: an op that fails, of the type that torch raises.
+        ValueError: an unknown backend.
+        BackendUnavailable: an op that the backend cannot serve on the device of the inputs.
+
+    Example:
+        >>> from rewardops.testing import calls, verify
+        >>> call = calls.calls(calls.make_batch(), "segments")[0]
+        >>> verify.opcheck(call, "reference", set(), ["test_schema"])
+        True
     """
     with dispatch.use_backend(backend):
         for func, args in recorded(call, backend):
@@ -264,7 +422,26 @@ def _opcheck(func: Any, args: tuple[Any, ...], tests: Sequence[str] | None) -> N
 
 
 def graphs(family: str, name: str, backend: str, device: str) -> int:
-    """The number of graphs that ``torch.compile(dynamic=True)`` traces for three sizes of a call."""
+    """Number of graphs that ``torch.compile(dynamic=True)`` traces for three sizes of a call.
+
+    Args:
+        family: of the op, a name of ``rewardops.core.families``.
+        name: of the call, as in ``rewardops/testing/calls.py``.
+        backend: the backend to force.
+        device: where the call runs.
+
+    Returns:
+        The number, 1 if one graph serves all sizes.
+
+    Raises:
+        KeyError: an unknown family.
+        ValueError: an unknown backend.
+
+    Example:
+        >>> from rewardops.testing import verify
+        >>> verify.graphs("segments", "row_sum", "reference", "cpu")
+        1
+    """
     torch._dynamo.reset()
     traced = []
 
@@ -287,13 +464,43 @@ def graphs(family: str, name: str, backend: str, device: str) -> int:
 
 
 def backends(device: str) -> list[str]:
-    """The backends that serve a device on this machine."""
+    """Backends that serve a device on this machine.
+
+    Args:
+        device: its name, such as ``"cpu"``.
+
+    Returns:
+        Their names.
+
+    Raises:
+        RuntimeError: a name that torch does not know.
+
+    Example:
+        >>> from rewardops.testing import verify
+        >>> "reference" in verify.backends("cpu")
+        True
+    """
     kind = torch.device(device).type
     return [name for name in dispatch.BACKENDS if dispatch.unavailable(name, kind) is None]
 
 
 def usable_device(name: str) -> str:
-    """A device of this machine that computes; any other name is an error."""
+    """Check that a device of this machine computes.
+
+    Args:
+        name: of the device, such as ``"cpu"`` or ``"cuda:0"``.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: any other name.
+
+    Example:
+        >>> from rewardops.testing import verify
+        >>> verify.usable_device("cpu")
+        'cpu'
+    """
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -323,12 +530,24 @@ def verify(
     """Check all selected calls on all selected backends.
 
     Args:
-        ops: names of ops, calls or families; none for all. only: backends; none for all that serve the device.
-        quick: few cases, without ``torch.compile`` (also in opcheck). progress: the stream of the progress bar.
+        ops: names of ops, calls or families; none for all.
+        only: backends; none for all that serve the device.
+        device: where the calls run.
+        quick: few cases, without ``torch.compile`` (also in opcheck).
+        progress: the stream of the progress bar; None for no bar.
+
+    Returns:
+        A :class:`Row` for each call and backend.
 
     Raises:
-        ValueError: an unknown name, a device that is not there, a backend that does not serve it or none of the
-            ops.
+        ValueError: an unknown name, a device that is not there, a backend that does not serve it or none of
+            the ops.
+
+    Example:
+        >>> from rewardops.testing.verify import verify
+        >>> rows = verify(["row_sum"], ["reference"], quick=True)
+        >>> [(row.call, row.backend, row.cases, row.passes) for row in rows]
+        [('row_sum', 'reference', 6, True)]
     """
     device = usable_device(device)
     for backend in only:
@@ -421,6 +640,19 @@ def _errors(error: Error, compared: int) -> tuple[str, str]:
 
 
 def table(rows: Sequence[Row]) -> str:
+    """Table of the rows, for a terminal.
+
+    Args:
+        rows: from :func:`verify`.
+
+    Returns:
+        The text, a line per row below the head.
+
+    Example:
+        >>> from rewardops.testing.verify import Row, table
+        >>> print(table([Row("row_sum", "cpp", cases=6)]).splitlines()[1].split()[:3])
+        ['row_sum', 'cpp', '6']
+    """
     lines = [HEAD]
     for r in rows:
         lines.append(
@@ -447,6 +679,22 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], seconds: float) -> str:
+    """The rows as JSON, with the configuration of this machine.
+
+    Args:
+        rows: from :func:`verify`.
+        seconds: that they took.
+
+    Returns:
+        The text of an object with ``config``, ``seconds`` and ``rows``; NaN and infinities are written as
+        such.
+
+    Example:
+        >>> import json
+        >>> from rewardops.testing.verify import Row, as_json
+        >>> json.loads(as_json([Row("row_sum", "cpp")], 1.0))["rows"][0]["call"]
+        'row_sum'
+    """
     report = {"config": dispatch.config(), "seconds": round(seconds, 1), "rows": [asdict(r) for r in rows]}
     for row, r in zip(report["rows"], rows, strict=True):  # type: ignore[call-overload]
         row["error"], row["gradient"] = r.error._asdict(), r.gradient._asdict()
@@ -454,6 +702,24 @@ def as_json(rows: Sequence[Row], seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``rewardops verify`` with its command-line arguments.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0 if everything passes, else 1.
+
+    Raises:
+        SystemExit: arguments that are wrong, or ``--help``.
+
+    Example:
+        >>> from rewardops.testing import verify
+        >>> verify.main(["--op", "row_sum", "--backend", "reference", "--quick"])
+        call     backend    cases  error, ulp ...
+        all 1 pass, ... s
+        0
+    """
     parser = argparse.ArgumentParser(prog="rewardops verify", description=__doc__)
     parser.add_argument(
         "--op", action="append", default=[], help="an op or a family (again for several); default all"
@@ -478,7 +744,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [r for r in rows if not r.passes]
     if args.json:
         print(as_json(rows, seconds))
-        return bool(failed)
+        return int(bool(failed))
     print(table(rows))
     for r in failed:
         print(f"\n{r.call} on {r.backend}:")
@@ -492,4 +758,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if elsewhere := sum(bool(r.elsewhere) for r in rows):
         verdict += f" ({elsewhere} of them not computed by the backend named)"
     print(f"\n{verdict}, {seconds:.0f} s")
-    return bool(failed)
+    return int(bool(failed))

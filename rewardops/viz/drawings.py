@@ -87,6 +87,21 @@ def _children(tree: CompressedTree) -> list[list[int]]:
 
 
 def tree_dot(tree: CompressedTree, decode: Decode | None) -> str:
+    """A tree in Graphviz's language, see :meth:`rewardops.PrefixTree.to_dot`.
+
+    Args:
+        tree: the compressed tree.
+        decode: from token ids to text; None writes the ids.
+
+    Returns:
+        The source of the graph.
+
+    Example:
+        >>> from rewardops.viz import tree_dot
+        >>> tree = ro.PrefixTree.from_tokens(torch.tensor([[5, 6], [5, 7]]), group_size=2)
+        >>> tree_dot(tree, None).splitlines()[0]
+        'digraph prefix_tree {'
+    """
     text_of, colours = decode or _ids, _Colours(tree)
     lines = [
         "digraph prefix_tree {",
@@ -241,6 +256,22 @@ def _scale(colours: _Colours, width: int, y: float) -> list[str]:
 
 
 def tree_svg(tree: CompressedTree, decode: Decode | None, width: int) -> str:
+    """A drawing of a tree, see :meth:`rewardops.PrefixTree.to_svg`.
+
+    Args:
+        tree: the compressed tree.
+        decode: from token ids to text; None writes the ids.
+        width: in pixels.
+
+    Returns:
+        An SVG element.
+
+    Example:
+        >>> from rewardops.viz import tree_svg
+        >>> tree = ro.PrefixTree.from_tokens(torch.tensor([[5, 6], [5, 7]]), group_size=2)
+        >>> tree_svg(tree, None, 600)[:4]
+        '<svg'
+    """
     text_of, colours, children = decode or _ids, _Colours(tree), _children(tree)
     body, y = _scale(colours, width, 6.0), 4.0
     for top in (tree.parent < 0).nonzero()[:, 0].tolist():
@@ -274,6 +305,22 @@ body { margin: 24px auto; max-width: 1240px; }
 
 
 def tree_html(tree: CompressedTree, decode: Decode | None, title: str) -> str:
+    """A page about a tree, see :meth:`rewardops.PrefixTree.to_html`.
+
+    Args:
+        tree: the compressed tree.
+        decode: from token ids to text; None writes the ids.
+        title: heading of the page, in plain text.
+
+    Returns:
+        The page, which needs no other file.
+
+    Example:
+        >>> from rewardops.viz import tree_html
+        >>> tree = ro.PrefixTree.from_tokens(torch.tensor([[5, 6], [5, 7]]), group_size=2)
+        >>> "<h1>A group</h1>" in tree_html(tree, None, "A group")
+        True
+    """
     text_of, colours, s = decode or _ids, _Colours(tree), tree.dedup_stats()
     parts = [
         f"<h1>{html.escape(title)}</h1>",

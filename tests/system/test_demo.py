@@ -11,7 +11,7 @@ import torch
 from rewardops.demo import rollouts, task, train
 from rewardops.demo.__main__ import main
 from rewardops.demo.policy import Policy
-from rewardops.demo.recipes import RECIPES
+from rewardops.recipes import RECIPES
 
 pytestmark = pytest.mark.slow
 PROBLEM = task.Problem(347, 285, 3)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import rewardops
+from rewardops.core.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,8 +29,10 @@ FLOORS = (
     ("families",),
     ("rewardops.viz",),
     ("rewardops",),
-    ("rewardops.testing", "rewardops.integrations", "rewardops.demo", "rewardops.__main__"),
-)
+    (
+        "rewardops.testing", "rewardops.integrations", "rewardops.recipes", "rewardops.demo", "rewardops.__main__",
+    ),
+)  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
@@ -40,10 +47,19 @@ def modules() -> dict[str, Path]:
     return names
 
 
+def for_type_checkers(tree: ast.Module) -> ast.If:
+    """The statement in which the package shows type checkers the modules that it imports when asked for them."""
+    (node,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    return node
+
+
 def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
     """The modules of the package in a module's import statements, at any depth."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    if name == "rewardops":
+        for_type_checkers(tree).body = []  # test_modules_above_are_only_shown has them
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
@@ -118,6 +134,51 @@ def test_nothing_imports_the_integrations(graph):
         if target.startswith("rewardops.integrations")
     ]
     assert not wrong
+
+
+# The modules that `rewardops` has as attributes, and imports when asked for them.
+ABOVE = {
+    "adapters": "rewardops.integrations.adapters",
+    "integrations": "rewardops.integrations",
+    "recipes": "rewardops.recipes",
+    "testing": "rewardops.testing",
+}
+
+
+def test_modules_above_are_only_shown():
+    """Type checkers see what is imported when asked for; `as` makes it theirs to use, under the same name."""
+    tree = ast.parse((ROOT / "rewardops" / "__init__.py").read_text())
+    shown = {}
+    for node in for_type_checkers(tree).body:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.level == 1
+        for alias in node.names:
+            assert alias.asname == alias.name
+            shown[alias.asname] = ".".join(filter(None, ("rewardops", node.module, alias.name)))
+    assert shown == ABOVE
+
+
+PLAIN = f"""
+import sys, rewardops
+loaded = [m for m in sys.modules if m.startswith({(*ABOVE.values(), "rewardops.demo", "hypothesis", "triton")!r})]
+assert not loaded, loaded
+for name, module in {ABOVE!r}.items():
+    assert getattr(rewardops, name) is sys.modules[module], name
+assert "hypothesis" not in sys.modules
+"""
+
+
+def test_a_plain_import_loads_nothing_above():
+    subprocess.run([sys.executable, "-c", PLAIN], check=True, cwd=ROOT)
+
+
+def test_dir_has_public_names_only():
+    names = [name for name in dir(rewardops) if not (name.startswith("__") and name.endswith("__"))]
+    assert sorted(names) == sorted({*rewardops.__all__, *FAMILIES, *ABOVE})
+    assert "__version__" in dir(rewardops)
+    assert all(hasattr(rewardops, name) for name in dir(rewardops))
+    with pytest.raises(AttributeError, match="module 'rewardops' has no attribute 'nothing'"):
+        getattr(rewardops, "nothing")  # noqa: B009
 
 
 def test_the_specification_calls_no_dispatched_op():
