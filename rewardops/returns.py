@@ -198,7 +198,7 @@ def softmin_rewards(
         through_weights: True if the gradient flows through ``w`` as well.
 
     Returns:
-        The layout of ``rewards``: ``r*`` at step ends and 0 elsewhere; float32 (float64 for float64).
+        The layout of ``rewards``, ``r*`` at step ends and 0 elsewhere; float32 (float64 for float64).
         Differentiable in ``rewards``.
 
     Raises:

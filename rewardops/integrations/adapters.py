@@ -205,7 +205,7 @@ def prompt_groups(prompts: Tensor, *, mask: Tensor | None = None, cu_seqlens: Te
         cu_seqlens: ``[B + 1]``, int32 or int64: offsets of packed rows; None for padded rows.
 
     Returns:
-        ``[B]``, int64: the index of the first row with the same prompt. Rows without a valid token form one
+        ``[B]``, int64, the index of the first row with the same prompt. Rows without a valid token form one
         group.
 
     Raises:

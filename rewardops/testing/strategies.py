@@ -237,7 +237,7 @@ def mask_forms(mask: Tensor) -> st.SearchStrategy[Tensor]:
         mask: bool, any shape.
 
     Returns:
-        A strategy of masks of that shape: bool, int64, uint8, float32 or bfloat16.
+        A strategy of masks of that shape, of bool, int64, uint8, float32 or bfloat16.
 
     Raises:
         AttributeError: a mask that is no tensor.

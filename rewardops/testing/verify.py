@@ -708,7 +708,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit code: 0 if everything passes, else 1.
+        The exit code, 0 if everything passes, else 1.
 
     Raises:
         SystemExit: arguments that are wrong, or ``--help``.

@@ -23,7 +23,10 @@ MODULES = (
     "rewardops",
     *(f"rewardops.{family}" for family in FAMILIES),
     "rewardops.viz",
+    "rewardops.recipes",
     "rewardops.testing",
+    "rewardops.testing.strategies",
+    "rewardops.testing.verify",
     "rewardops.integrations.adapters",
 )
 
