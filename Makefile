@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ARGS ?=
 
 # Three steps, each said before it is taken.
@@ -38,6 +39,8 @@ $(VENV)/.demo: $(SOURCES)
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/codespell $(shell git ls-files)
 	$(BIN)/mypy
 
 test: lint
