@@ -1,9 +1,9 @@
 """Check a Triton kernel of your own against plain PyTorch in float64, on inputs that kernels often get wrong.
 
-Shows   rewardops.testing.check_op on a sound kernel and on one with a planted fault, and assert_within_budget for a
-        single result. The budget of an error is the error of plain PyTorch in float32 on the same input.
-Needs   triton. Without a GPU the kernels run in Triton's interpreter.
-Takes   about 10 seconds in the interpreter.
+Shows: rewardops.testing.check_op on a sound kernel and on one with a planted fault, and assert_within_budget for a
+    single result. The budget of an error is the error of plain PyTorch in float32 on the same input.
+Needs: triton. Without a GPU the kernels run in Triton's interpreter.
+Takes: about 10 seconds in the interpreter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GRPO on a Hugging Face causal LM: sample, reward, and a loss made of the ops.
 
-Shows   token_stats, group_advantages and token_kl around a model of transformers, with a frozen reference model.
-Needs   transformers. The model is a small Llama with random weights, made from its config: nothing is downloaded.
-Takes   about 10 seconds on a CPU.
+Shows: token_stats, group_advantages and token_kl around a model of transformers, with a frozen reference model.
+Needs: transformers. The model is a small Llama with random weights, made from its config: nothing is downloaded.
+Takes: about 10 seconds on a CPU.
 """
 
 from __future__ import annotations

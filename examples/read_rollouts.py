@@ -1,10 +1,10 @@
 """Rollouts from a JSON-lines file: several credit assignments, in numbers and drawn token by token.
 
-Shows   group_advantages, tempo_advantages and the PURE and GTPO presets on ragged responses with rewards of steps
-        and entropies; the prefix tree of their group, and each token's credit, as drawings.
-Needs   nothing but rewardops; the file is written here. For a file of yours there is
-        `python -m rewardops.demo --rollouts FILE`, which draws the same page.
-Takes   about 3 seconds.
+Shows: group_advantages, tempo_advantages and the PURE and GTPO presets on ragged responses with rewards of steps
+    and entropies; the prefix tree of their group, and each token's credit, as drawings.
+Needs: nothing but rewardops; the file is written here. For a file of yours there is
+    `python -m rewardops.demo --rollouts FILE`, which draws the same page.
+Takes: about 3 seconds.
 """
 
 from __future__ import annotations

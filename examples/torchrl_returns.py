@@ -1,9 +1,9 @@
 """torchrl with rewardops: its value estimators by one scan over time, without a change to their code.
 
-Shows   rewardops.integrations.torchrl.patch(): GAE and TD(lambda) of torchrl before and after, with the same
-        numbers; a discount that is out of range is an error as the estimator is built.
-Needs   torchrl (with tensordict).
-Takes   about 10 seconds on a CPU, nearly all of which are imports.
+Shows: rewardops.integrations.torchrl.patch(): GAE and TD(lambda) of torchrl before and after, with the same
+    numbers; a discount that is out of range is an error as the estimator is built.
+Needs: torchrl (with tensordict).
+Takes: about 10 seconds on a CPU, nearly all of which are imports.
 """
 
 from __future__ import annotations

@@ -27,5 +27,5 @@ def test_every_example_is_in_the_table_and_says_what_it_is():
     assert {name for name, _ in listed} == {file for _, file in listed} == FILES
     for name in FILES:
         text = (ROOT / "examples" / name).read_text()
-        assert re.match(r'"""[^\n]+\.\n\nShows   [\s\S]+?\nNeeds   [\s\S]+?\nTakes   ', text), name
+        assert re.match(r'"""[^\n]+\.\n\nShows: [\s\S]+?\nNeeds: [\s\S]+?\nTakes: ', text), name
         assert 40 <= text.count("\n") <= 120, name
