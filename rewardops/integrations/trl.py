@@ -360,8 +360,8 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         ValueError: an unknown name, an option that the estimator does not have or a value that it does not take,
             options without a named estimator, ``"pure"`` without a ``process_reward_func``,
             ``"normalize_then_sum"`` with a named estimator other than ``"grpo"``, ``kl_estimator="exact"`` without
-            a separate reference model (``beta=0``, PEFT) or with a sharded one (FSDP, ZeRO-3). TypeError: a
-            function that is asynchronous, or whose signature does not take what it will be called with.
+            a separate reference model (``beta=0``, PEFT) or with a sharded one (FSDP, ZeRO-3).
+        TypeError: a function that is asynchronous, or whose signature does not take what it will be called with.
     """
 
     beta: float

@@ -74,6 +74,10 @@ def _as_mapping(options: Any) -> Mapping[str, Any]:
     return asdict(options) if is_dataclass(options) and not isinstance(options, type) else vars(options)
 
 
+def _is_list(names: Any) -> bool:
+    return hasattr(names, "__iter__") and not isinstance(names, str)
+
+
 def _check_tokens(rewards: Tensor, mask: Tensor) -> None:
     checks.check_float("token_level_rewards", rewards)
     if rewards.dim() != 2:
@@ -272,7 +276,7 @@ def _gpg(call: _Call, *, alpha: str = "rewards", singleton: str = "raw") -> Tens
 def _gdpo(call: _Call, **options: Any) -> Tensor:
     """GDPO of the entries in ``algorithm.gdpo_reward_keys``, weighted by ``gdpo_reward_weights``."""
     keys = call.setting("gdpo_reward_keys", None)
-    if not keys or isinstance(keys, str):
+    if not keys or not _is_list(keys):
         got = repr(keys) if keys else "none"
         raise ValueError(f"algorithm.gdpo_reward_keys: got {got}, want the names of the rewards")
     rewards = torch.stack([call.row_numbers(key) for key in keys], 1)
@@ -524,9 +528,10 @@ def check_config(config: Any) -> set[str]:
         that are not of this module.
 
     Raises:
-        ValueError, TypeError: an estimator or loss ``rewardops_...`` that does not exist, an option that it does
-            not have or a value that it does not take, ``rewardops_gae`` without ``critic.enable``, one response
-            per prompt where that makes every advantage 0.
+        ValueError: an estimator or loss ``rewardops_...`` that does not exist, an option that it does not have or
+            a value that it does not take, ``rewardops_gae`` without ``critic.enable``, one response per prompt
+            where that makes every advantage 0.
+        TypeError: an option of another type.
     """
     _check_policy_loss(_inside(config, "actor_rollout_ref", "actor", "policy_loss"))
     algorithm = _inside(config, "algorithm")
@@ -560,7 +565,7 @@ def _tried(name: str, algorithm: Any, rollouts: int) -> tuple[Tensor, set[str]]:
     numbers = torch.arange(rows * tokens, dtype=torch.float32, device="cpu").reshape(rows, tokens) / rows
     keys = _setting(algorithm, "gdpo_reward_keys")
     entries = _Noted({
-        **dict.fromkeys(() if keys is None or isinstance(keys, str) else keys, numbers[:, 0]),
+        **dict.fromkeys(keys if _is_list(keys) else (), numbers[:, 0]),
         "responses": numbers.long(), "entropy": numbers, "values": numbers, "reward_baselines": numbers[:, 0],
         "steps": numbers >= 0,
     })  # fmt: skip
@@ -570,8 +575,8 @@ def _tried(name: str, algorithm: Any, rollouts: int) -> tuple[Tensor, set[str]]:
         with use_backend("reference"):
             advantages, _ = estimator(numbers, numbers >= 0, index=uids, config=algorithm, batch=entries)
     except (TypeError, ValueError) as error:
-        argument, _, fault = str(error).partition(": ")
-        raise type(error)(f"{_setting_of(argument, algorithm)}: {fault}") from None
+        argument, *fault = str(error).partition(":")
+        raise type(error)("".join([_setting_of(argument, algorithm), *fault])) from None
     return advantages, entries.read
 
 

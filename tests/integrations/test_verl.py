@@ -583,6 +583,7 @@ def test_other_configs_are_verls(config):
         (whole("rewardops_gae", gamma=1.5), ValueError, r"algorithm\.gamma: got 1.5, want"),
         (whole("rewardops_gae", lam=-1), ValueError, r"algorithm\.lam: got -1, want"),
         (whole("rewardops_gdpo"), ValueError, r"algorithm\.gdpo_reward_keys: got none, want"),
+        (whole("rewardops_gdpo", gdpo_reward_keys=3), ValueError, r"algorithm\.gdpo_reward_keys: got 3, want"),
         (
             whole("rewardops_gdpo", gdpo_reward_keys=["a"], gdpo_reward_weights=[1, 2]), ValueError,
             r"algorithm\.gdpo_reward_weights: got 2, want 1",
