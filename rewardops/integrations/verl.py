@@ -395,7 +395,7 @@ class AdvantageInputs:
         # verl passes reward baselines itself, and has had two names for entropies.
         passed = {*fields, "reward_baselines", *(("entropy",) if "entropys" in fields else ())}
         if missing := sorted(check_config(config) - passed):
-            name = config.algorithm.adv_estimator
+            name = _inside(config, "algorithm", "adv_estimator")
             raise ValueError(f"advantage_fields: got {fields}, want {missing} too, which {name} reads")
         super().__init__(*args, **kwargs)
 
