@@ -2,7 +2,7 @@
 
 Shows: token_stats, group_advantages and token_kl around a model of transformers, with a frozen reference model.
 Needs: transformers. The model is a small Llama with random weights, made from its config: nothing is downloaded.
-Takes: about 10 seconds on a CPU.
+Takes: less than 10 seconds on a CPU, half of which are imports.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Shows: linear_token_stats, which takes the place of the head and of token_stats, and linear_token_loss, which
     computes the gradient of a policy gradient in the forward pass (three products with the head, not four).
 Needs: transformers, and grpo_hf.py beside this file.
-Takes: about 10 seconds on a CPU, most of which are imports.
+Takes: less than 10 seconds on a CPU, most of which are imports.
 """
 
 from __future__ import annotations

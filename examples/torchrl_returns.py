@@ -3,7 +3,7 @@
 Shows: rewardops.integrations.torchrl.patch(): GAE and TD(lambda) of torchrl before and after, with the same
     numbers; a discount that is out of range is an error as the estimator is built.
 Needs: torchrl (with tensordict).
-Takes: about 10 seconds on a CPU, nearly all of which are imports.
+Takes: less than 10 seconds on a CPU, nearly all of which are imports.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Shows: rewardops.integrations.trl.GRPOTrainer, a subclass of TRL's: advantage_estimator="tempo" credits the tokens
     at which the completions of a group part, and a wrong option is an error before anything is generated.
 Needs: trl (with transformers and datasets). The model and the tokenizer are made here: nothing is downloaded.
-Takes: about 20 seconds on a CPU, half of which are imports.
+Takes: about 10 seconds on a CPU, half of which are imports.
 """
 
 from __future__ import annotations

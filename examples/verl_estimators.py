@@ -3,7 +3,7 @@
 Shows: the settings of algorithm.adv_estimator=rewardops_..., their check before a training, and the call that
     verl's trainer makes, for an estimator that verl has too and for one that needs the token ids.
 Needs: verl and omegaconf; no cluster, as only the advantages are computed.
-Takes: about 10 seconds on a CPU, nearly all of which are imports.
+Takes: less than 10 seconds on a CPU, nearly all of which are imports.
 """
 
 from __future__ import annotations

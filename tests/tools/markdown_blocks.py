@@ -12,11 +12,16 @@ import re
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PLACES = ("system", "integrations")
+# What a script may need beyond the package; without it the script is not run.
+PACKAGES = ("triton", "transformers", "trl", "verl", "torchrl")
 # Any block of code whose language is Python, however it is written.
 FENCES = re.compile(r"^[ \t]*(?:```+|~~~+)[ \t]*\{?[ \t]*\.?py", re.M | re.I)
 COMMENT = r"[ ]*<!--(?:(?!-->)[\s\S])*-->[ ]*\n+"
@@ -80,6 +85,9 @@ def run(file: str, place: str, folder: Path) -> None:
 
 def run_script(path: Path, folder: Path, timeout: float = 300) -> str:
     """Run a script in a folder as from a shell, without a network; return what it prints."""
+    named = (package for package in PACKAGES if re.search(rf"\b{package}\b", path.read_text()))
+    if missing := [package for package in named if find_spec(package) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
     environment = {
         # What a test sets for itself, a script has to set.
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
