@@ -13,15 +13,17 @@ with the device, except for V-trace thresholds that are device tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.objectives.value import functional
+from torchrl.objectives.value import advantages, functional
 
 import rewardops
 
+from ..core import checks
 from .replacing import replace
 
 __all__ = [
@@ -333,12 +335,54 @@ _OURS: dict[str, Callable[..., Any]] = {
     "reward2go": reward2go,
 }
 _torchrls: dict[str, Callable[..., Any]] = {name: getattr(functional, name) for name in _OURS}
+_INITS: dict[Any, Callable[..., None]] = {
+    estimator: estimator.__init__
+    for estimator in (
+        advantages.GAE,
+        advantages.TD1Estimator,
+        advantages.TDLambdaEstimator,
+        advantages.VTrace,
+    )
+}
+
+
+def _check_estimator(estimator: Any) -> None:
+    """Check the numbers of one of torchrl's estimators, which these functions see only with the first data."""
+    for name in ("gamma", "lmbda", "rho_thresh", "c_thresh"):
+        value = getattr(estimator, name, None)
+        if value is None or value.is_meta:
+            continue
+        if name in ("rho_thresh", "c_thresh"):
+            checks.check_non_negative(name, _threshold(name, value))
+        elif not bool(((value >= 0) & (value <= 1)).all()):
+            got = value.item() if value.numel() == 1 else "some outside"
+            raise ValueError(f"{name}: got {got}, want numbers from 0 to 1")
+
+
+def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _check_estimator(self)
+
+    return checked
 
 
 def patch() -> Callable[[], None]:
     """Make ``GAE``, ``TDLambdaEstimator``, ``TD1Estimator``, ``VTrace`` and their losses call these functions.
 
+    An estimator that is built from here on checks gamma, lambda and the thresholds of V-trace as it is built.
+
     Returns:
         A function that undoes it.
     """
-    return replace("torchrl", {name: (_torchrls[name], ours) for name, ours in _OURS.items()})
+    undo = replace("torchrl", {name: (_torchrls[name], ours) for name, ours in _OURS.items()})
+    for estimator, init in _INITS.items():
+        estimator.__init__ = _checked_init(init)  # type: ignore[misc]
+
+    def restore() -> None:
+        undo()
+        for estimator, init in _INITS.items():
+            estimator.__init__ = init  # type: ignore[misc]
+
+    return restore

@@ -21,6 +21,7 @@ from trl.trainer import utils as stock_utils
 
 from .. import advantages
 from ..core import checks
+from ..core.dispatch import use_backend
 from ..linear import linear_token_stats
 from ..logits import token_stats
 from ..prefix_tree import tempo_advantages
@@ -127,7 +128,63 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "pure": _pure,
     "tempo": _tempo,
 }
+_OPTIONS = {
+    "grpo": ("baseline", "scale", "eps", "ddof", "singleton"),
+    "rloo": ("singleton",),
+    "gtpo": ("alpha1", "alpha2", "positive", "entropy_floor", "eps", "joint"),
+    "pure": ("temperature", "baseline", "gamma", "outcome_weight", "separators"),
+    "tempo": ("td_scale", "scale", "eps", "ddof", "masked"),
+}
 _PER_TOKEN = ("gtpo", "pure", "tempo")
+
+
+def _check_call(name: str, function: object, want: str, *args: Any, **kwargs: Any) -> None:
+    """Check that a function, by its signature, can be called with these arguments, and more."""
+    if not callable(function):
+        raise TypeError(f"{name}: got {type(function).__name__}, want {want}")
+    if stock_utils.is_async_callable(function):
+        raise TypeError(f"{name}: got an async function, want {want}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C, without a signature
+        return
+    try:
+        signature.bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}: got a function of {signature} ({error}), want {want}") from None
+
+
+def _check_estimator(
+    estimator: object, options: object, process_reward_func: ProcessRewardFunc | None
+) -> dict[str, Any]:
+    """Check the arguments of the trainer that say how advantages are computed; return the options."""
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise TypeError(f"advantage_options: got {type(options).__name__}, want a mapping")
+    if process_reward_func is not None:
+        given = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+        want = f"a function that takes {', '.join(given)} and the columns of the data set (**kwargs)"
+        _check_call("process_reward_func", process_reward_func, want, **dict.fromkeys(given))
+    if callable(estimator):
+        _check_call("advantage_estimator", estimator, "a function of one argument, Rollouts", None)
+        if options:
+            raise ValueError("advantage_options: got a value beside a function, want functools.partial")
+        return {}
+    checks.check_choice("advantage_estimator", estimator, tuple(ESTIMATORS))
+    assert isinstance(estimator, str)
+    if estimator == "pure" and process_reward_func is None:
+        raise ValueError("process_reward_func: got None with advantage_estimator='pure', want a function")
+    _check_names(estimator, options, _OPTIONS[estimator])
+    return dict(options)
+
+
+def _check_names(estimator: str, options: Mapping[str, Any], accepted: Sequence[str]) -> None:
+    for name in options:
+        if name not in accepted:
+            raise ValueError(
+                f"advantage_options: got {name!r} for {estimator!r}, want some of"
+                f" {', '.join(repr(a) for a in accepted)}"
+            )
 
 
 # ---- statistics from hidden states -------------------------------------------------------------------------
@@ -285,7 +342,8 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
             generation, for the entropies), and ``"pure"``, :func:`rewardops.advantages.pure` with the process
             rewards of ``process_reward_func`` and the weighted sum of ``reward_funcs`` as the outcome. Or a
             function from :class:`Rollouts` to advantages, ``[B]`` or ``[B, T]``.
-        advantage_options: keywords for the named function, over TRL's conventions (``eps=1e-4``).
+        advantage_options: keywords for the named function, over TRL's conventions (``eps=1e-4``); checked here, on
+            a group of zeros.
         process_reward_func: called as a reward function is (``prompts``, ``completions``, ``completion_ids``, the
             data set's columns); returns for each completion the ``(end, reward)`` of its steps, ``end`` the
             position of the step's last token in the completion; None for a completion without steps.
@@ -299,10 +357,11 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
         Others: as in TRL's ``GRPOTrainer``.
 
     Raises:
-        ValueError: an unknown name, options without a named estimator, ``"pure"`` without a
-            ``process_reward_func``, ``"normalize_then_sum"`` with a named estimator other than ``"grpo"``,
-            ``kl_estimator="exact"`` without a separate reference model (``beta=0``, PEFT) or with a sharded one
-            (FSDP, ZeRO-3). TypeError: an asynchronous ``process_reward_func``.
+        ValueError: an unknown name, an option that the estimator does not have or a value that it does not take,
+            options without a named estimator, ``"pure"`` without a ``process_reward_func``,
+            ``"normalize_then_sum"`` with a named estimator other than ``"grpo"``, ``kl_estimator="exact"`` without
+            a separate reference model (``beta=0``, PEFT) or with a sharded one (FSDP, ZeRO-3).
+        TypeError: a function that is asynchronous, or whose signature does not take what it will be called with.
     """
 
     beta: float
@@ -319,16 +378,11 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
     ) -> None:
         checks.check_choice("token_stats_from", token_stats_from, ("hidden", "logits"))
         checks.check_choice("kl_estimator", kl_estimator, ("k3", "exact"))
-        if not callable(advantage_estimator):
-            checks.check_choice("advantage_estimator", advantage_estimator, tuple(ESTIMATORS))
-        if advantage_estimator == "pure" and process_reward_func is None:
-            raise ValueError("process_reward_func: got None with advantage_estimator='pure', want a function")
-        if process_reward_func is not None and stock_utils.is_async_callable(process_reward_func):
-            raise TypeError("process_reward_func: got an async function, want one that returns its rewards")
+        options = _check_estimator(advantage_estimator, advantage_options, process_reward_func)
         super().__init__(*args, **kwargs)
         self.token_stats_from, self.kl_estimator = token_stats_from, kl_estimator
         self.process_reward_func = process_reward_func
-        self._estimator = self._estimator_of(advantage_estimator, dict(advantage_options or {}))
+        self._estimator = self._estimator_of(advantage_estimator, options)
         if kl_estimator == "exact":
             self._check_exact()
         self._heads = (_Head(), _Head())
@@ -339,8 +393,6 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
 
     def _estimator_of(self, estimator: str | Estimator, options: dict[str, Any]) -> Estimator:
         if callable(estimator):
-            if options:
-                raise ValueError("advantage_options: got a value beside a function, want functools.partial")
             return estimator
         if estimator in _PER_TOKEN and self.importance_sampling_level == "sequence":
             warnings.warn(
@@ -356,10 +408,35 @@ class GRPOTrainer(Stock):  # type: ignore[misc]
                     f"multi_objective_aggregation: got 'normalize_then_sum' with"
                     f" advantage_estimator={estimator!r}, want 'sum_then_normalize'"
                 )
+            _check_names("grpo", options, ("eps",))
             named, options = _gdpo, {"eps": _EPS, **options}
         elif estimator in ("grpo", "tempo"):
             options = {"scale": _SCALES[self.scale_rewards], "eps": _EPS, **options}
+        self._check_values(named, options)
         return lambda rollouts: named(rollouts, **options)
+
+    def _check_values(self, named: Callable[..., Tensor], options: dict[str, Any]) -> None:
+        """Call a named estimator on a group of zeros, so that a wrong option raises before any generation."""
+        rows, device = self.num_generations, self.accelerator.device
+        zeros = torch.zeros(rows, 1, dtype=torch.float32, device=device)
+        functions = len(self.reward_weights)
+        group = Rollouts(
+            rewards=zeros[:, 0],
+            rewards_per_func=zeros.expand(rows, functions).contiguous(),
+            reward_weights=self.reward_weights.to(device),
+            scorable=zeros[:, 0] == 0,
+            completion_ids=zeros.long(),
+            mask=zeros == 0,
+            group_size=rows,
+            process_rewards=zeros,
+            step_ends=zeros == 0,
+            _entropies=lambda: zeros,
+        )
+        try:
+            with use_backend("reference"):
+                named(group, **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"advantage_options.{error}") from None
 
     # ---- per-token statistics
 

@@ -1,8 +1,8 @@
 """verl: advantage estimators and policy losses for its registries, and drop-ins for its functions of logits.
 
 Importing this module registers them. verl imports it by itself, as the plugin ``rewardops`` of its entry point
-group ``verl.plugins``, so ``algorithm.adv_estimator=rewardops_grpo`` is the only setting. Written against verl
-0.9.1.
+group ``verl.plugins``, so ``algorithm.adv_estimator=rewardops_grpo`` is the only setting. Its ``validate_config``,
+the first thing that a training calls, then runs :func:`check_config` too. Written against verl 0.9.1.
 
 verl passes an estimator token rewards, the mask, the uid of every row and the config. Estimators that need other
 entries (``responses``, ``entropy``, ``values``, ``steps``) read those of :func:`provide`, which
@@ -23,17 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from verl.trainer.ppo import core_algos
+from verl.utils import config as verl_config
 from verl.utils import torch_functional
 
 import rewardops
 from rewardops import advantages
 
 from ..core import checks
+from ..core.dispatch import use_backend
 from .replacing import replace
 
 __all__ = [
-    "AdvantageInputs", "compute_advantage", "entropy_from_logits", "entropy_from_logits_with_chunking",
-    "kl_penalty", "logprobs_from_logits", "patch", "provide",
+    "AdvantageInputs", "check_config", "compute_advantage", "entropy_from_logits",
+    "entropy_from_logits_with_chunking", "kl_penalty", "logprobs_from_logits", "patch", "provide",
 ]  # fmt: skip
 
 # ---- what an estimator reads -------------------------------------------------------------------------------
@@ -67,7 +69,13 @@ def _setting(config: Any, name: str) -> Any:
 def _as_mapping(options: Any) -> Mapping[str, Any]:
     if hasattr(options, "keys"):
         return {name: options[name] for name in options.keys()}  # noqa: SIM118 (any config)
+    if not hasattr(options, "__dict__"):
+        raise TypeError(f"algorithm.rewardops: got {type(options).__name__}, want options by name")
     return asdict(options) if is_dataclass(options) and not isinstance(options, type) else vars(options)
+
+
+def _is_list(names: Any) -> bool:
+    return hasattr(names, "__iter__") and not isinstance(names, str)
 
 
 def _check_tokens(rewards: Tensor, mask: Tensor) -> None:
@@ -268,7 +276,7 @@ def _gpg(call: _Call, *, alpha: str = "rewards", singleton: str = "raw") -> Tens
 def _gdpo(call: _Call, **options: Any) -> Tensor:
     """GDPO of the entries in ``algorithm.gdpo_reward_keys``, weighted by ``gdpo_reward_weights``."""
     keys = call.setting("gdpo_reward_keys", None)
-    if not keys or isinstance(keys, str):
+    if not keys or not _is_list(keys):
         got = repr(keys) if keys else "none"
         raise ValueError(f"algorithm.gdpo_reward_keys: got {got}, want the names of the rewards")
     rewards = torch.stack([call.row_numbers(key) for key in keys], 1)
@@ -381,6 +389,16 @@ class AdvantageInputs:
 
     advantage_fields: tuple[str, ...] = ("responses", "entropy", "values")
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("config", args[0] if args else None)
+        fields = list(self.advantage_fields)
+        # verl passes reward baselines itself, and has had two names for entropies.
+        passed = {*fields, "reward_baselines", *(("entropy",) if "entropys" in fields else ())}
+        if missing := sorted(check_config(config) - passed):
+            name = _inside(config, "algorithm", "adv_estimator")
+            raise ValueError(f"advantage_fields: got {fields}, want {missing} too, which {name} reads")
+        super().__init__(*args, **kwargs)
+
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         queue = importlib.import_module("transfer_queue")
         fields = list(self.advantage_fields)
@@ -476,6 +494,144 @@ def _kl_cov(
 
 core_algos.register_policy_loss("rewardops_clip_cov")(_clip_cov)
 core_algos.register_policy_loss("rewardops_kl_cov")(_kl_cov)
+
+
+# ---- checks before a training ------------------------------------------------------------------------------
+
+_STOCK_TRAINERS = ("sync", "colocate_async", "separate_async")
+
+
+class _Noted(dict[str, Any]):
+    """Entries for an estimator, and the names of those that it has read."""
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        super().__init__(entries)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def check_config(config: Any) -> set[str]:
+    """Check the settings of an estimator or a policy loss of this module, before anything is generated.
+
+    The estimator is called once, with the config and a few made-up rows, so its options are checked by what reads
+    them. verl's ``validate_config`` and the constructor of :class:`AdvantageInputs` call this function.
+
+    Args:
+        config: verl's config, with ``algorithm``; ``critic``, ``actor_rollout_ref`` and ``trainer`` are read where
+            it has them.
+
+    Returns:
+        The entries that the estimator reads and verl does not pass, such as ``responses``; empty for estimators
+        that are not of this module.
+
+    Raises:
+        ValueError: an estimator or loss ``rewardops_...`` that does not exist, an option that it does not have or
+            a value that it does not take, ``rewardops_gae`` without ``critic.enable``, one response per prompt
+            where that makes every advantage 0.
+        TypeError: an option of another type.
+    """
+    _check_policy_loss(_inside(config, "actor_rollout_ref", "actor", "policy_loss"))
+    algorithm = _inside(config, "algorithm")
+    name = _setting(algorithm, "adv_estimator")
+    if not isinstance(name, str) or not name.startswith("rewardops_"):
+        return set()
+    known = [known for known in core_algos.ADV_ESTIMATOR_REGISTRY if known.startswith("rewardops_")]
+    checks.check_choice("algorithm.adv_estimator", name, known)
+    critic = _inside(config, "critic")
+    if name == "rewardops_gae" and critic is not None and not _setting(critic, "enable"):
+        raise ValueError(f"critic.enable: got {_setting(critic, 'enable')}, want True with {name}")
+    rollouts = _setting(_inside(config, "actor_rollout_ref", "rollout"), "n") or 2
+    advantages, read = _tried(name, algorithm, rollouts)
+    if rollouts == 1 and not advantages.any():
+        raise ValueError(
+            f"actor_rollout_ref.rollout.n: got 1, with which every advantage of {name} is 0, want 2 or more"
+        )
+    return read
+
+
+def _inside(config: Any, *names: str) -> Any:
+    """A part of a config; None where it has no such part."""
+    for name in names:
+        config = None if config is None else _setting(config, name)
+    return config
+
+
+def _tried(name: str, algorithm: Any, rollouts: int) -> tuple[Tensor, set[str]]:
+    """Advantages of an estimator for two made-up groups of ``rollouts`` rows, and the entries that it has read."""
+    rows, tokens = 2 * rollouts, 3
+    numbers = torch.arange(rows * tokens, dtype=torch.float32, device="cpu").reshape(rows, tokens) / rows
+    keys = _setting(algorithm, "gdpo_reward_keys")
+    entries = _Noted({
+        **dict.fromkeys(keys if _is_list(keys) else (), numbers[:, 0]),
+        "responses": numbers.long(), "entropy": numbers, "values": numbers, "reward_baselines": numbers[:, 0],
+        "steps": numbers >= 0,
+    })  # fmt: skip
+    uids = np.repeat(np.array(["a", "b"], dtype=object), rollouts)
+    estimator = core_algos.get_adv_estimator_fn(name)
+    try:
+        with use_backend("reference"):
+            advantages, _ = estimator(numbers, numbers >= 0, index=uids, config=algorithm, batch=entries)
+    except (TypeError, ValueError) as error:
+        argument, *fault = str(error).partition(":")
+        raise type(error)("".join([_setting_of(argument, algorithm), *fault])) from None
+    return advantages, entries.read
+
+
+def _setting_of(argument: str, algorithm: Any) -> str:
+    """The setting that an estimator passes to the argument of an op."""
+    settings = {"gamma": "gamma", "lam": "lam", "weights": "gdpo_reward_weights"}
+    options = _setting(algorithm, "rewardops")
+    names = {} if options is None else {name: f"rewardops.{name}" for name in _as_mapping(options)}
+    names["fraction"] = "rewardops.high_entropy_fraction"
+    setting = {**settings, **names}.get(argument)
+    return argument if setting is None else f"algorithm.{setting}"
+
+
+_LIMITS = {
+    "rewardops_clip_cov": {
+        "clip_cov_lb": checks.check_number,
+        "clip_cov_ub": checks.check_number,
+        "clip_cov_ratio": checks.check_fraction,
+    },
+    "rewardops_kl_cov": {"kl_cov_ratio": checks.check_fraction, "ppo_kl_coef": checks.check_finite},
+}
+
+
+def _check_policy_loss(policy_loss: Any) -> None:
+    where, loss = "actor_rollout_ref.actor.policy_loss", _inside(policy_loss, "loss_mode")
+    if isinstance(loss, str) and loss.startswith("rewardops_"):
+        checks.check_choice(f"{where}.loss_mode", loss, tuple(_LIMITS))
+        for name, check in _LIMITS[loss].items():
+            value = _setting(policy_loss, name)
+            if value is not None:
+                check(f"{where}.{name}", value)
+
+
+def _check_trainer(config: Any, read: set[str]) -> None:
+    """Refuse verl's own v1 trainers for an estimator that reads entries which they do not fetch."""
+    trainer = _inside(config, "trainer")
+    mode = _inside(trainer, "v1", "trainer_mode")
+    missing = sorted(read - {"values", "reward_baselines"})
+    if missing and _setting(trainer, "use_v1") and mode in _STOCK_TRAINERS:
+        raise ValueError(
+            f"trainer.v1.trainer_mode: got {mode!r}, whose trainer does not fetch {missing}, want one with"
+            f" rewardops.integrations.verl.AdvantageInputs, for {config.algorithm.adv_estimator}"
+        )
+
+
+def _validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
+    """verl's ``validate_config``, after :func:`check_config`."""
+    _check_trainer(config, check_config(config))
+    _verls_validate_config(config, *args, **kwargs)
+
+
+# After a reload of this module, the function that the earlier one has replaced.
+_verls_validate_config = getattr(verl_config.validate_config, "verls", verl_config.validate_config)
+_validate_config.verls = _verls_validate_config  # type: ignore[attr-defined]
+replace("verl", {"validate_config": (verl_config.validate_config, _validate_config)})
 
 
 # ---- drop-ins for verl's functions -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ pytest.importorskip("torchrl")
 
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torchrl.objectives.value import GAE, TD1Estimator, TDLambdaEstimator, advantages
+from torchrl.objectives.value import GAE, TD1Estimator, TDLambdaEstimator, VTrace, advantages
 from torchrl.objectives.value import functional as theirs
 
 from rewardops.integrations import torchrl as ours
@@ -368,6 +368,47 @@ def test_a_loss_by_the_patched_estimator(patched):
         undone["next", "done"], undone["next", "terminated"],
     )  # fmt: skip
     torch.testing.assert_close(data["advantage"], expected[0], rtol=1e-5, atol=1e-5)
+
+
+def vtrace(**numbers):
+    actor = TensorDictModule(torch.nn.Linear(3, 2), in_keys=["obs"], out_keys=["logits"])
+    return VTrace(**{"gamma": 0.9, **numbers}, actor_network=actor, value_network=critic())
+
+
+WRONG = {
+    "gamma: got 1.5, want": lambda: GAE(gamma=1.5, lmbda=0.9, value_network=critic()),
+    "lmbda: got -0.5, want": lambda: GAE(gamma=0.9, lmbda=-0.5, value_network=critic()),
+    "gamma: got nan, want": lambda: TD1Estimator(gamma=float("nan"), value_network=critic()),
+    "lmbda: got 2, want": lambda: TDLambdaEstimator(gamma=0.9, lmbda=2, value_network=critic()),
+    "gamma: got some outside, want": lambda: GAE(
+        gamma=torch.tensor([0.5, 1.5]), lmbda=0.9, value_network=critic()
+    ),
+    "gamma: got 3.0, want": lambda: vtrace(gamma=3.0),
+    "rho_thresh: got -1.0, want": lambda: vtrace(rho_thresh=-1.0),
+    r"c_thresh: got shape \[2\], want": lambda: vtrace(c_thresh=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_numbers_of_an_estimator_are_checked_as_it_is_built(message, patched):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        WRONG[message]()
+
+
+def test_a_loss_checks_the_numbers_of_its_estimator(patched):
+    from torchrl.objectives import PPOLoss
+    from torchrl.objectives.utils import ValueEstimators
+
+    actor = TensorDictModule(torch.nn.Linear(3, 2), in_keys=["obs"], out_keys=["loc", "scale"])
+    loss = PPOLoss(actor, critic())
+    with pytest.raises(ValueError, match="gamma: got 2"):
+        loss.make_value_estimator(ValueEstimators.TDLambda, gamma=2)
+
+
+def test_torchrls_own_estimators_are_not_checked():
+    ours.patch()()
+    for build in WRONG.values():
+        build()
 
 
 theirs_before_patching = theirs.generalized_advantage_estimate

@@ -719,8 +719,16 @@ def test_as_many_step_lists_as_completions(folders, tmp_path):
         scored(tmp_path, folders["qwen2"], ours)
 
 
-async def later(**_):
+async def later(*_, **__):
     return []
+
+
+def wants_steps(completions, steps_of):
+    """No reward function of TRL: it takes neither the ids nor further columns."""
+
+
+class NeverBuilt:
+    """A model that fails the test where it is looked at: what the arguments say comes first."""
 
 
 @pytest.mark.parametrize(
@@ -731,17 +739,84 @@ async def later(**_):
         ({"kl_estimator": "k1"}, {}, ValueError, "kl_estimator: got 'k1'"),
         ({"advantage_estimator": "pure"}, {}, ValueError, "process_reward_func: got None"),
         ({"process_reward_func": later}, {}, TypeError, "process_reward_func: got an async"),
+        ({"process_reward_func": 3}, {}, TypeError, "process_reward_func: got int, want a function"),
+        (
+            {"process_reward_func": wants_steps}, {}, TypeError,
+            r"process_reward_func: got a function of \(completions, steps_of\) .*, want a function that takes",
+        ),
+        ({"advantage_estimator": None}, {}, ValueError, "advantage_estimator: got None, want one of 'grpo'"),
+        ({"advantage_estimator": later}, {}, TypeError, "advantage_estimator: got an async function, want"),
+        (
+            {"advantage_estimator": lambda: 0}, {}, TypeError,
+            r"advantage_estimator: got a function of \(\) .*, want a function of one argument, Rollouts",
+        ),
         ({"advantage_estimator": len, "advantage_options": {"eps": 0.1}}, {}, ValueError, "advantage_options"),
+        ({"advantage_options": ["eps"]}, {}, TypeError, "advantage_options: got list, want a mapping"),
+        ({"advantage_options": {"epsilon": 1}}, {}, ValueError, "advantage_options: got 'epsilon' for 'grpo'"),
+        ({"advantage_options": {"mask": None}}, {}, ValueError, "advantage_options: got 'mask' for 'grpo', want"),
+        (
+            {"advantage_estimator": "gtpo", "advantage_options": {"td_scale": "none"}}, {}, ValueError,
+            "advantage_options: got 'td_scale' for 'gtpo', want some of 'alpha1'",
+        ),
         ({"kl_estimator": "exact"}, {}, ValueError, "got 'exact' with beta=0"),
         (
             {"advantage_estimator": "tempo"}, {"multi_objective_aggregation": "normalize_then_sum"}, ValueError,
             "multi_objective_aggregation: got 'normalize_then_sum' with advantage_estimator='tempo'",
         ),
+        (
+            {"advantage_options": {"scale": "none"}}, {"multi_objective_aggregation": "normalize_then_sum"},
+            ValueError, "advantage_options: got 'scale' for 'grpo', want some of 'eps'",
+        ),
+        ({}, {"num_generations": 1}, ValueError, "at least 2 generations"),
     ],
 )  # fmt: skip
 def test_errors(ours, options, error, message, folders, tmp_path):
     with pytest.raises(error, match=message):
         make(GRPOTrainer, folders["qwen2"], tmp_path, ours, **options)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "option", "error", "message"),
+    [
+        ("grpo", {"eps": -1}, ValueError, "eps: got -1, want"),
+        ("grpo", {"ddof": 2}, ValueError, "ddof: got 2, want 0 or 1"),
+        ("grpo", {"scale": "max"}, ValueError, "scale: got 'max', want one of"),
+        ("grpo", {"baseline": 1.5}, ValueError, "baseline: got 1.5, want"),
+        ("grpo", {"singleton": "raw", "scale": "batch_std"}, ValueError, "singleton: got 'raw' with"),
+        ("rloo", {"singleton": "x"}, ValueError, "singleton: got 'x', want one of"),
+        ("tempo", {"td_scale": "x"}, ValueError, "td_scale: got 'x', want one of"),
+        ("tempo", {"masked": "step"}, ValueError, "masked: got 'step', want one of"),
+        ("gtpo", {"alpha1": "1"}, TypeError, "alpha1: got str, want"),
+        ("gtpo", {"entropy_floor": -1.0}, ValueError, "entropy_floor: got -1.0, want"),
+        ("pure", {"gamma": 2}, ValueError, "gamma: got 2, want"),
+        ("pure", {"baseline": "mean"}, ValueError, "baseline: got 'mean', want one of"),
+    ],
+)
+def test_values_of_options_are_checked_at_construction(estimator, option, error, message, folders, tmp_path):
+    ours = {"advantage_estimator": estimator, "advantage_options": option}
+    ours |= {"process_reward_func": process} if estimator == "pure" else {}
+    with pytest.raises(error, match=f"^advantage_options.{message}"):
+        make(GRPOTrainer, folders["qwen2"], tmp_path, ours)
+
+
+@pytest.mark.parametrize("ours", [{"advantage_estimator": "x"}, {"advantage_options": {"x": 1}}])
+def test_names_are_checked_before_the_model_is_looked_at(ours):
+    with pytest.raises(ValueError, match="got 'x'"):
+        GRPOTrainer(NeverBuilt(), **ours)
+
+
+def test_every_option_of_an_estimator_is_one_of_its_op(folders, tmp_path):
+    """With the values of the op's own signature."""
+    values = {
+        "baseline": {"grpo": "median", "pure": "step"}, "scale": "none", "eps": 0.1, "ddof": 0, "singleton": "zero",
+        "alpha1": 0.9, "alpha2": 0.1, "positive": 0.5, "entropy_floor": 0.1, "joint": True, "temperature": 0.5,
+        "gamma": 0.9, "outcome_weight": 0.5, "separators": True, "td_scale": "none", "masked": "skip",
+    }  # fmt: skip
+    for estimator, names in integration._OPTIONS.items():
+        options = {name: values[name] for name in names}
+        options |= {"baseline": values["baseline"][estimator]} if "baseline" in options else {}
+        ours = {"advantage_estimator": estimator, "advantage_options": options}
+        make(GRPOTrainer, folders["qwen2"], tmp_path, {**ours, "process_reward_func": process})
 
 
 def test_a_ratio_per_sequence_is_told(folders, tmp_path):

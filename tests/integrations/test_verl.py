@@ -523,6 +523,149 @@ def test_high_entropy_tokens_alone():
     assert torch.equal(returns, whole)
 
 
+# ---- checks before a training ------------------------------------------------------------------------------
+
+
+def whole(estimator, n=4, **settings):
+    """As much of verl's config as is read before a training."""
+    policy_loss = settings.pop("policy_loss", {"loss_mode": "vanilla"})
+    return as_dict_config(
+        algorithm={"adv_estimator": estimator, "gamma": 0.9, "lam": 0.8, **settings},
+        critic={"enable": True},
+        actor_rollout_ref={"rollout": {"n": n}, "actor": {"policy_loss": policy_loss}},
+        trainer={"use_v1": True, "v1": {"trainer_mode": "rewardops"}},
+    )
+
+
+READ = {
+    "rewardops_tempo": {"responses"}, "rewardops_tree_rl": {"responses"}, "rewardops_tree_siblings": {"responses"},
+    "rewardops_gtpo": {"entropy"}, "rewardops_grpo_s": {"entropy"}, "rewardops_pure": {"steps"},
+    "rewardops_gae": {"values"}, "rewardops_remax": {"reward_baselines"}, "rewardops_gdpo": {"right", "format"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_config_that_will_do(name):
+    assert ours.check_config(whole(name, **GDPO)) == READ.get(name, set())
+    high_entropy = {"high_entropy_fraction": 0.2}
+    assert ours.check_config(whole(name, **GDPO, rewardops=high_entropy)) == READ.get(name, set()) | {
+        "entropy"
+    }
+    # As much of a config as there is, of any kind.
+    algorithm = types.SimpleNamespace(adv_estimator=name, **GDPO)
+    assert ours.check_config(types.SimpleNamespace(algorithm=algorithm)) == READ.get(name, set())
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, whole("gae"), whole("grpo"), whole(core_algos.AdvantageEstimator.GAE)]
+)
+def test_other_configs_are_verls(config):
+    assert ours.check_config(config) == set()
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (whole("rewardops_gppo"), ValueError, r"algorithm\.adv_estimator: got 'rewardops_gppo', want one of"),
+        (
+            whole("rewardops_grpo", rewardops={"td_scale": "none"}), ValueError,
+            r"algorithm\.rewardops\.td_scale: rewardops_grpo has no such option, want one of",
+        ),
+        (whole("rewardops_grpo", rewardops={"eps": -1}), ValueError, r"algorithm.rewardops.eps: got -1,"),
+        (whole("rewardops_grpo", rewardops={"scale": "x"}), ValueError, r"algorithm.rewardops.scale: got 'x',"),
+        (whole("rewardops_grpo", rewardops=3), TypeError, r"algorithm\.rewardops: got int, want options by name"),
+        (whole("rewardops_tempo", rewardops={"masked": 1}), ValueError, r"algorithm.rewardops.masked: got 1,"),
+        (whole("rewardops_gtpo", rewardops={"alpha1": "x"}), TypeError, r"algorithm.rewardops.alpha1: got str,"),
+        (
+            whole("rewardops_rloo", rewardops={"high_entropy_fraction": 2}), ValueError,
+            r"algorithm\.rewardops\.high_entropy_fraction: got 2, want",
+        ),
+        (whole("rewardops_gae", gamma=1.5), ValueError, r"algorithm\.gamma: got 1.5, want"),
+        (whole("rewardops_gae", lam=-1), ValueError, r"algorithm\.lam: got -1, want"),
+        (whole("rewardops_gdpo"), ValueError, r"algorithm\.gdpo_reward_keys: got none, want"),
+        (whole("rewardops_gdpo", gdpo_reward_keys=3), ValueError, r"algorithm\.gdpo_reward_keys: got 3, want"),
+        (
+            whole("rewardops_gdpo", gdpo_reward_keys=["a"], gdpo_reward_weights=[1, 2]), ValueError,
+            r"algorithm\.gdpo_reward_weights: got 2, want 1",
+        ),
+        (whole("rewardops_tempo", n=1), ValueError, r"actor_rollout_ref\.rollout\.n: got 1, .* want 2 or more"),
+        (
+            whole("rewardops_rloo", n=1, rewardops={"singleton": "zero"}), ValueError,
+            r"actor_rollout_ref\.rollout\.n: got 1, with which every advantage of rewardops_rloo is 0",
+        ),
+        (
+            OmegaConf.merge(whole("rewardops_gae"), {"critic": {"enable": None}}), ValueError,
+            r"critic\.enable: got None, want True with rewardops_gae",
+        ),
+        (
+            whole("grpo", policy_loss={"loss_mode": "rewardops_cov"}), ValueError,
+            r"actor_rollout_ref\.actor\.policy_loss\.loss_mode: got 'rewardops_cov', want one of",
+        ),
+        (
+            whole("grpo", policy_loss={"loss_mode": "rewardops_kl_cov", "kl_cov_ratio": 2}), ValueError,
+            r"actor_rollout_ref\.actor\.policy_loss\.kl_cov_ratio: got 2, want a number from 0 to 1",
+        ),
+        (
+            whole("grpo", policy_loss={"loss_mode": "rewardops_clip_cov", "clip_cov_lb": "low"}), TypeError,
+            r"actor_rollout_ref\.actor\.policy_loss\.clip_cov_lb: got str, want a number",
+        ),
+    ],
+)  # fmt: skip
+def test_a_config_that_will_not_do(config, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        ours.check_config(config)
+
+
+def test_one_response_per_prompt_is_enough_where_a_reward_is_its_own_advantage():
+    for name in ("rewardops_grpo", "rewardops_rloo", "rewardops_gae", "rewardops_reinforce_plus_plus"):
+        ours.check_config(whole(name, n=1))
+
+
+def test_the_check_leaves_no_trace():
+    state = torch.get_rng_state()
+    for name in ESTIMATORS:
+        ours.check_config(whole(name, **GDPO))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_verls_validate_config_checks_ours_first():
+    from verl.utils import config as verl_config
+    from verl.utils import validate_config
+
+    assert validate_config is verl_config.validate_config is ours._validate_config
+    with pytest.raises(ValueError, match="rewardops_gppo"):
+        validate_config(config=whole("rewardops_gppo"), use_reference_policy=False, use_critic=False)
+    stock = OmegaConf.merge(whole("rewardops_tempo"), {"trainer": {"v1": {"trainer_mode": "sync"}}})
+    with pytest.raises(
+        ValueError, match=r"trainer_mode: got 'sync', whose trainer does not fetch \['responses'\]"
+    ):
+        validate_config(config=stock, use_reference_policy=False, use_critic=False)
+    # What will do goes on to verl's, which misses the rest of its config.
+    for config in (
+        whole("rewardops_tempo"),
+        OmegaConf.merge(stock, {"algorithm": {"adv_estimator": "rewardops_gae"}}),
+        OmegaConf.merge(stock, {"trainer": {"use_v1": False}}),
+    ):
+        with pytest.raises(Exception, match="n_gpus_per_node"):
+            validate_config(config=config, use_reference_policy=False, use_critic=False)
+
+
+def test_a_trainer_checks_its_fields():
+    class Base:
+        def __init__(self, config):
+            self.config = config
+
+    class Trainer(ours.AdvantageInputs, Base):
+        pass
+
+    assert Trainer(config=whole("rewardops_tempo")).config.algorithm.adv_estimator == "rewardops_tempo"
+    Trainer(whole("rewardops_remax"))
+    with pytest.raises(ValueError, match=r"advantage_fields: got .*, want \['steps'\] too, which"):
+        Trainer(whole("rewardops_pure"))
+    Trainer.advantage_fields = ("entropys",)
+    Trainer(config=whole("rewardops_gtpo"))
+
+
 # ---- verl's trainers ---------------------------------------------------------------------------------------
 
 
@@ -871,6 +1014,8 @@ import importlib, rewardops.integrations.verl as ours
 first = core_algos.get_adv_estimator_fn("rewardops_grpo")
 importlib.reload(ours)
 assert core_algos.get_adv_estimator_fn("rewardops_grpo") is not first
+assert verl.utils.validate_config is ours._validate_config
+assert ours._verls_validate_config.__module__ == "verl.utils.config"
 print(len([name for name in core_algos.ADV_ESTIMATOR_REGISTRY if name.startswith("rewardops")]))
 """
     assert int(run(code, tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")) == 17
