@@ -1,4 +1,4 @@
-"""README.md's performance section and the plots of the documentation, from the committed reports."""
+"""The figures in README.md and docs/measurements.md and the plots of docs/, from the committed reports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from .run import ROOT, Report, Row, load, title
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+MEASUREMENTS = ROOT / "docs" / "measurements.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-# The cases in the README's table, if measured; a report's table has all cases.
+# The cases that say whether the package is worth a try.
+FEW = ("token_stats_backward", "token_kl_backward", "group_advantages", "gae", "prefix_values")
+# The cases of the documentation's table, if measured; a report's table has all cases.
 HEADLINE = (
     "token_stats",
     "token_stats_backward",
@@ -79,8 +82,18 @@ def _row(row: Row) -> list[str]:
     ]
 
 
+def few(results: Path = RESULTS) -> str:
+    """The text between the markers of the README: a few cases of the first report."""
+    for _, report in committed(results):
+        rows = [row for row in chosen(report) if row["case"] in FEW and row["dtype"] == "float32"]
+        head = ["case", "ours, ms", "eager", "`torch.compile`", "others"]
+        cells = ([row[0], row[1], *row[3:6]] for row in map(_row, rows))
+        return "\n".join([*tables.table(head, cells), "", f"{tables.measured(report)}.", ""])
+    return "No results are committed yet.\n"
+
+
 def section(results: Path = RESULTS) -> str:
-    """The text between the markers."""
+    """The text between the markers of docs/measurements.md."""
     parts = []
     for path, report in committed(results):
         head = [
@@ -97,34 +110,35 @@ def section(results: Path = RESULTS) -> str:
         parts += [
             f"{tables.measured(report)}; `{report['backend']}` backend, the sizes `{report['settings']['sizes']}`"
             f" of `benchmarks/case.py`{memory}; copies at up to {tables.copy_bandwidth(report):.0f} GB/s."
-            f" [All cases](benchmarks/results/{name}.md), [the numbers](benchmarks/results/{name}.json).",
+            f" [All cases](../benchmarks/results/{name}.md), [the numbers](../benchmarks/results/{name}.json).",
             "",
             *tables.table(head, map(_row, chosen(report))),
             "",
-            f"![time of each variant as a multiple of the roofline](benchmarks/results/{name}.png)",
+            f"![time of each variant as a multiple of the roofline](../benchmarks/results/{name}.png)",
             "",
         ]
     return "\n".join(parts or ["No results are committed yet.", ""])
 
 
 def replaced(text: str, inner: str) -> str:
-    """The README with the text between the markers replaced."""
+    """A document with the text between its markers replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, also, after = rest.partition(END)
     if not begin or not also:
-        raise ValueError(f"README.md: {BEGIN} and {END} are not there")
+        raise ValueError(f"{BEGIN} and {END} are not there")
     return f"{before}{BEGIN}\n\n{inner}\n{END}{after}"
 
 
-def rewrite(results: Path = RESULTS, readme: Path = README) -> list[Path]:
-    """Rewrite the table and plot of every committed report, the README, and the plots of docs/."""
+def rewrite(results: Path = RESULTS, readme: Path = README, measurements: Path = MEASUREMENTS) -> list[Path]:
+    """Rewrite the table and plot of every committed report, the two documents, and the plots of docs/."""
     written = []
     for path, report in committed(results):
         path.with_suffix(".md").write_text(tables.markdown(report))
         plots.overview(report, path.with_suffix(".png"), digest(path), chosen(report))
         written += [path.with_suffix(".md"), path.with_suffix(".png")]
     for name, path, report, curves in figures(results):
-        written.append(readme.parent / "docs" / name)
+        written.append(measurements.parent / name)
         plots.swept(report, FIGURES[name][0], "float32", curves, written[-1], digest(path))
-    readme.write_text(replaced(readme.read_text(), section(results)))
-    return [*written, readme]
+    readme.write_text(replaced(readme.read_text(), few(results)))
+    measurements.write_text(replaced(measurements.read_text(), section(results)))
+    return [*written, readme, measurements]

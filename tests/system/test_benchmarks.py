@@ -321,8 +321,10 @@ def test_a_report_without_matplotlib(measured, tmp_path, monkeypatch, capsys):
 
 def test_readme_is_in_step():
     """`python -m benchmarks readme` after a change of benchmarks/results."""
-    text = readme.README.read_text()
-    assert readme.replaced(text, readme.section()) == text
+    for path, section in ((readme.README, readme.few()), (readme.MEASUREMENTS, readme.section())):
+        text = path.read_text()
+        assert readme.replaced(text, section) == text
+    assert readme.few().count("\n| ") == len(readme.FEW)
     for path, report in readme.committed():
         assert path.with_suffix(".md").read_text() == tables.markdown(report)
         assert readme.digest(path).encode() in path.with_suffix(".png").read_bytes()
@@ -337,6 +339,7 @@ def test_readme_is_rewritten(measured, tmp_path, monkeypatch):
     text = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nrest\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "measurements.md").write_text(text)
     (tmp_path / "a-machine.json").write_text(json.dumps(measured))
     assert readme.section(tmp_path / "docs") == "No results are committed yet.\n"
     inner = readme.section(tmp_path)
@@ -346,10 +349,12 @@ def test_readme_is_rewritten(measured, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not there"):
         readme.replaced("# Title\n", inner)
     pytest.importorskip("matplotlib")
-    written = readme.rewrite(tmp_path, tmp_path / "README.md")
-    assert {p.name for p in written} == {"README.md", "a-machine.md", "a-machine.png", "lengths.svg"}
+    written = readme.rewrite(tmp_path, tmp_path / "README.md", tmp_path / "docs" / "measurements.md")
+    documents = {"README.md", "measurements.md"}
+    assert {p.name for p in written} == documents | {"a-machine.md", "a-machine.png", "lengths.svg"}
     assert readme.digest(tmp_path / "a-machine.json") in (tmp_path / "docs" / "lengths.svg").read_text()
-    assert (tmp_path / "README.md").read_text() == readme.replaced(text, inner)
+    assert (tmp_path / "README.md").read_text() == readme.replaced(text, readme.few(tmp_path))
+    assert (tmp_path / "docs" / "measurements.md").read_text() == readme.replaced(text, inner)
     picture = (tmp_path / "a-machine.png").read_bytes()
     assert readme.digest(tmp_path / "a-machine.json").encode() in picture
 

@@ -27,7 +27,8 @@ def files() -> Iterator[Path]:
     yield from (path for path in ROOT.iterdir() if path.is_file())
     for folder in FOLDERS:
         paths = (path for path in (ROOT / folder).rglob("*") if path.is_file())
-        yield from (path for path in paths if "__pycache__" not in path.parts and path.suffix != ".so")
+        made = ("__pycache__", ".hypothesis")
+        yield from (p for p in paths if not set(made) & set(p.parts) and p.suffix != ".so")
 
 
 def naming() -> set[str]:

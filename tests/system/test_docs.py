@@ -111,3 +111,32 @@ class Test_site:
             todo += [(page.parent / href).resolve() for href in hrefs]
         pages = {p.relative_to(ROOT / "docs").with_suffix(".html") for p in (ROOT / "docs").rglob("*.md")}
         assert not {page for page in pages if (site / page).resolve() not in seen}
+
+
+# ---- docs/needs.md -------------------------------------------------------------------------------------------
+
+NEEDS, NOT_HERE = (ROOT / "docs" / "needs.md").read_text().split("Not here, and why:")
+LINES = re.findall(r"^\| (.+?) \| `(.+)` \|$", NEEDS, flags=re.M)
+# What from_eager.md has no use for.
+MORE = """
+old_logprob = logprob + 0.1 * torch.randn(B, T)
+advantages = token_rewards
+several_rewards = torch.rand(B, 2)
+baseline = torch.zeros(B)
+by_the_book = lambda x, *_: x.logsumexp(-1)
+my_kernel = lambda x, *_: by_the_book(x.to(torch.promote_types(x.dtype, torch.float32)))
+parent, leaf_rewards = torch.tensor([-1, 0, 0]), torch.tensor([0.0, 1.0, 0.0])
+"""
+
+
+class Test_needs:
+    def test_there_are_some(self):
+        assert len(LINES) >= 30
+        assert len(re.findall(r"^\| .+ \| .+ \|$", NEEDS, flags=re.M)) == len(LINES) + 1
+        assert len({code for _, code in LINES}) == len(LINES)
+
+    @pytest.mark.parametrize("code", [code for _, code in LINES])
+    def test_line_runs(self, code):
+        scope: dict = {}
+        exec(INPUTS + MORE, scope)
+        assert eval(code, scope) is not None

@@ -1,4 +1,4 @@
-"""The README's two training steps run and agree."""
+"""The training step of the README, and that of today in docs/step.md, run and agree."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+
+
 def test_the_step_with_the_ops_is_the_step_as_written_today():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = blocks("README.md")
+    today, same = blocks("docs/step.md")
+    assert same == block
     steps = []
-    for block in blocks:
-        if "def grpo_step" in block:
-            scope: dict = {"torch": torch}
-            exec(block, scope)
-            steps.append(scope["grpo_step"])
-    assert len(steps) == 2
+    for code in (block, today):
+        scope: dict = {"torch": torch}
+        exec(code, scope)
+        steps.append(scope["grpo_step"])
 
     torch.manual_seed(0)
     table = torch.randn(23, 23, requires_grad=True)
