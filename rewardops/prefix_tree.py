@@ -8,6 +8,7 @@ without it, the state after it the prefix with it. :class:`rewardops.PrefixTree`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -630,60 +631,68 @@ def _leave_one_out(
             sums * share, dtype, at=at, scaled_values=minus, row_factor=x, gamma=gamma, leaf=leaf
         )
     weights = torch.where(forest.live, weights, 0)[:, None]
-    summed = _others(forest, x * weights, gamma, leaf, at)
-    remaining = _others(forest, weights, 1.0, leaf, at)
+    summed, remaining = _others(forest, [(x * weights, gamma), (weights, 1.0)], leaf, at)
     return torch.where(remaining > 0, summed / torch.where(remaining > 0, remaining, 1), 0).to(dtype)
 
 
-def _others(forest: Forest, terms: Tensor, gamma: Number, leaf: Tensor, at: str) -> Tensor:
-    """``[C, *tokens]``: sums of the other rows' terms ``[B, C]``, discounted.
+def _others(
+    forest: Forest, parts: Sequence[tuple[Tensor, Number]], leaf: Tensor, at: str
+) -> Iterator[Tensor]:
+    """``[C, *tokens]`` of each part: sums of the other rows' terms ``[B, C]``, discounted by the part's gamma.
 
     The row's own term is taken from the sum of all, unless it is the larger part of it: then what remains would be
     rounding errors of the sum.
     """
-    sums = forest.sums(terms, gamma=gamma)
-    sizes = forest.sums(terms.detach().abs(), gamma=gamma)
-    minus = -torch.ones_like(sums)
-
-    def less_own(total: Tensor, own: Tensor) -> Tensor:
-        return forest.tokens(
-            total, total.dtype, at=at, scaled_values=minus, row_factor=own, gamma=gamma, leaf=leaf
-        )
-
-    rest = [
-        _off_the_heavy_path(forest, sums[:, c, None], sizes[:, c, None], terms[:, c, None], gamma)
-        for c in range(terms.shape[1])
-    ]
-    if not rest:
-        return less_own(sums, terms)
-    without = forest.tokens(torch.cat(rest, 1), sums.dtype, at=at, gamma=gamma, leaf=leaf)
-    larger = less_own(sizes, 2 * terms.detach().abs()) < 0
-    return torch.where(larger, without, less_own(sums, terms))
+    sums = [forest.sums(terms, gamma=gamma) for terms, gamma in parts]
+    sizes = [forest.sums(terms.detach().abs(), gamma=gamma) for terms, gamma in parts]
+    rest = _off_the_heavy_path(forest, parts, sums, sizes).split([s.shape[1] for s in sums], 1)
+    for (terms, gamma), total, size, without in zip(parts, sums, sizes, rest, strict=True):
+        options = {"at": at, "gamma": gamma, "leaf": leaf}
+        own = {"scaled_values": -torch.ones_like(total), **options}
+        less_own = forest.tokens(total, total.dtype, row_factor=terms, **own)
+        left = forest.tokens(size, size.dtype, row_factor=2 * terms.detach().abs(), **own)
+        yield torch.where(left < 0, forest.tokens(without, total.dtype, **options), less_own)
 
 
-def _off_the_heavy_path(forest: Forest, sums: Tensor, sizes: Tensor, terms: Tensor, gamma: Number) -> Tensor:
-    """``[2 B, 1]``: each node's discounted sum without the row whose term is its larger part; else anything.
+def _off_the_heavy_path(
+    forest: Forest, parts: Sequence[tuple[Tensor, Number]], sums: Sequence[Tensor], sizes: Sequence[Tensor]
+) -> Tensor:
+    """``[2 B, C]``: each node's discounted sum without the row whose term is its larger part; else anything.
 
     Below such a node, that row's path goes through children that are the larger part of theirs: its sum is that of
-    the other children, and what its heavy child has without the row. Rows are children of their leaves.
+    the other children, and what its heavy child has without the row. Rows are children of their leaves. Every
+    channel of every part has a copy of the trees: one walk serves all.
     """
-    nodes, total = sums.shape[0], sums.shape[0] + terms.shape[0]
-    node = torch.arange(total, device=sums.device)
+    terms = torch.cat([terms for terms, _ in parts], 1)
+    (nodes, channels), total = (sums[0].shape[0], terms.shape[1]), sums[0].shape[0] + terms.shape[0]
+    node = torch.arange(total, device=terms.device)
+    channel = torch.arange(channels, device=terms.device)
     above = torch.cat([forest.parent, forest.leaf])
-    inside = above >= 0
-    above = torch.where(inside, above, node)
+    inside = (above >= 0)[:, None]
+    above = torch.where(inside[:, 0], above, node)
     depth = torch.cat([forest.depth, forest.depth[forest.leaf.clamp(min=0)]])
     distance = (depth - depth[above]).clamp(min=0)[:, None]
-    discount = torch.where(inside[:, None], filled(sums, gamma) ** distance, 0)
-    size = times(discount, torch.cat([sizes, terms.detach().abs()]))
-    heavy = inside & (2 * size > at_nodes(torch.cat([sizes, sizes.new_zeros(terms.shape)]), above))[:, 0]
-    light = torch.where(heavy[:, None], 0, times(discount, torch.cat([sums, terms])))
-    rest = sums_at_nodes(light, above, total)
+
+    def each(of_nodes: Tensor, of_rows: Tensor) -> Tensor:
+        return torch.cat([of_nodes, of_rows]).reshape(-1, 1)
+
+    def copies(index: Tensor) -> Tensor:
+        return (index[:, None] * channels + channel).reshape(-1)
+
+    discounts = [filled(s, gamma) ** distance for s, (_, gamma) in zip(sums, parts, strict=True)]
+    discounts = [d.expand(total, s.shape[1]) for d, s in zip(discounts, sums, strict=True)]
+    discount = torch.where(inside, torch.cat(discounts, 1), 0).reshape(-1, 1)
+    above, node, inside = copies(above), copies(node), inside.expand(total, channels).reshape(-1)
+    whole = torch.cat(list(sizes), 1)
+    size = times(discount, each(whole, terms.detach().abs()))
+    heavy = inside & (2 * size > at_nodes(each(whole, torch.zeros_like(terms)), above))[:, 0]
+    light = torch.where(heavy[:, None], 0, times(discount, each(torch.cat(list(sums), 1), terms)))
+    rest = sums_at_nodes(light, above, total * channels)
     # Every node's heavy child, itself if there is none (the last place takes the others), and the discount to it.
-    to = torch.cat([node, node[:1]]).scatter(0, torch.where(heavy, above, total), node)[:-1]
+    to = torch.cat([node, node[:1]]).scatter(0, torch.where(heavy, above, total * channels), node)[:-1]
     factor = torch.where((to == node)[:, None], 0, discount[to])
     # Enough steps for any path; a compiled graph serves trees of any size.
     for _ in range(32 if torch.compiler.is_compiling() else total.bit_length()):
         rest = rest + times(factor, at_nodes(rest, to))
         factor, to = factor * factor[to], to[to]
-    return rest[:nodes]
+    return rest.reshape(total, channels)[:nodes]
