@@ -7,6 +7,8 @@
 #define REWARDOPS_OLDEST "GLIBC_2.2.5"
 #elif defined(__aarch64__)
 #define REWARDOPS_OLDEST "GLIBC_2.17"
+#else
+#error "which version of glibc was the first on this machine?"
 #endif
 
 #define REWARDOPS_HIDDEN __attribute__((visibility("hidden")))

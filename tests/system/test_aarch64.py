@@ -25,7 +25,9 @@ import json
 import aarch64
 remote = aarch64.load()
 import torch
+import rewardops as R
 from rewardops.core.families import FAMILIES
+from rewardops.testing import assert_within_budget
 from rewardops.testing.calls import calls, make_batch
 from rewardops.testing.verify import Case, Truth, check_call
 assert remote.call("isa", ()) == "portable"
@@ -40,6 +42,17 @@ truth, rows = Truth(), []
 for family in FAMILIES:
     for name in [call.name for call in calls(make_batch(), family)]:
         rows.append(check_call(family, name, "cpp", "cpu", cases, truth, set(), quick=True, compiles=False))
+# Tokens of 32 bits. Rows so long that a few of them are cut into chunks, and many are not.
+batch = make_batch()
+lcp = [R.prefix_lcp(batch.tokens.to(dtype), batch.groups, mask=batch.mask)[1] for dtype in (torch.int32, torch.int64)]
+assert torch.equal(*lcp)
+for fn in (lambda x: R.gae(x, x.cos(), gamma=0.99, lam=0.95)[0], R.min_returns):
+    few = torch.randn(1, 70_000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    many = few.detach().repeat(17, 1).requires_grad_()
+    fn(few).sin().sum().backward()
+    fn(many).sin().sum().backward()
+    assert_within_budget(fn(few)[0], fn(many)[0])
+    assert_within_budget(few.grad[0], many.grad[0], scale=100.0)
 faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults]
 print(json.dumps({"rows": len(rows), "faults": faults, "called": remote.calls}))
 """

@@ -44,7 +44,7 @@ def build() -> Path:
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}",
         "-DCMAKE_EXE_LINKER_FLAGS=-static",  # the emulator needs no libraries of that machine
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={ROOT / 'tests' / 'aarch64'}",
+        f"-Dpybind11_DIR={ROOT / 'tests' / 'aarch64'}", f"-DCMAKE_MODULE_PATH={ROOT / 'tests' / 'aarch64'}",
         "-DREWARDOPS_CUDA=0",
     ]  # fmt: skip
     with open(BUILD / "lock", "w") as lock:
