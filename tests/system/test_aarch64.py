@@ -44,7 +44,7 @@ for family in FAMILIES:
         rows.append(check_call(family, name, "cpp", "cpu", cases, truth, set(), quick=True, compiles=False))
 # Tokens of 32 bits. Rows so long that a few of them are cut into chunks, and many are not.
 batch = make_batch()
-lcp = [R.prefix_lcp(batch.tokens.to(dtype), batch.groups, mask=batch.mask)[1] for dtype in (torch.int32, torch.int64)]
+lcp = [R.prefix_lcp(tokens, batch.groups, mask=batch.mask)[1] for tokens in (batch.tokens.int(), batch.tokens)]
 assert torch.equal(*lcp)
 for fn in (lambda x: R.gae(x, x.cos(), gamma=0.99, lam=0.95)[0], R.min_returns):
     few = torch.randn(1, 70_000, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -52,7 +52,7 @@ for fn in (lambda x: R.gae(x, x.cos(), gamma=0.99, lam=0.95)[0], R.min_returns):
     fn(few).sin().sum().backward()
     fn(many).sin().sum().backward()
     assert_within_budget(fn(few)[0], fn(many)[0])
-    assert_within_budget(few.grad[0], many.grad[0], scale=100.0)
+    assert_within_budget(few.grad[0], many.grad[0])
 faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults]
 print(json.dumps({"rows": len(rows), "faults": faults, "called": remote.calls}))
 """
