@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DIST ?= dist
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -20,7 +21,7 @@ define install
 @$(PIP) "rewardops[$(1)]"
 endef
 
-.PHONY: venv demo test quick check thorough integrations lint docs linkcheck bench gpu gpu-dry clean
+.PHONY: venv demo test quick check thorough integrations lint docs linkcheck bench gpu gpu-dry wheel clean
 
 venv: $(INSTALLED)
 
@@ -87,6 +88,16 @@ gpu:
 # The same script on tiny shapes, without a GPU.
 gpu-dry: venv
 	$(BIN)/python -m benchmarks.gpu --dry $(ARGS)
+
+# A wheel for every Linux with glibc 2.28 or newer, and the sdist from which it was built: dist/ holds what is released.
+# auditwheel refuses a module that needs more of the system. All Pythons and machines: cibuildwheel (pyproject.toml).
+wheel: venv
+	rm -rf $(DIST)/build $(DIST)/rewardops-*
+	REWARDOPS_CUDA=0 REWARDOPS_MANYLINUX=1 $(BIN)/python -m build --outdir $(DIST)/build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --strip --only-plat \
+		--plat manylinux_2_28_$$(uname -m) --wheel-dir $(DIST) $(DIST)/build/*.whl
+	mv $(DIST)/build/*.tar.gz $(DIST)
+	rm -rf $(DIST)/build
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info rewardops/_C.*.so

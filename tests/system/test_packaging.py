@@ -1,12 +1,16 @@
-"""The wheel: built in isolation, complete, and without files that do not belong to it."""
+"""The sdist and the wheel: built in isolation, complete, without other files, and usable on older systems."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="auditwheel: wheels for Linux"),
     pytest.mark.skipif(
         bool(os.environ.get("REWARDOPS_OFFLINE")),
         reason="REWARDOPS_OFFLINE: an isolated build downloads its tools",
@@ -31,12 +36,18 @@ def run(*command, cwd, **env):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from the sdist (which tests that it is complete) in an environment without torch."""
+def dist(tmp_path_factory) -> Path:
+    """The folder of an sdist and the wheel built from it (a test that it is complete), without torch."""
     out = tmp_path_factory.mktemp("dist")
-    # Without CUDA C++, which takes minutes; the development install has it.
-    run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out, REWARDOPS_CUDA="0")
-    (path,) = out.glob("*.whl")
+    # With the environment of this interpreter, which is not installed anew.
+    environment = [f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
+    run("make", "-C", ROOT, *environment, "wheel", f"DIST={out}", cwd=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    (path,) = dist.glob("*.whl")
     return path
 
 
@@ -46,11 +57,55 @@ def python(wheel, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", home, cwd=home)
     python = home / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
+    # Without a PATH, on which compilers and cmake would be found.
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home, PATH="")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
     # A plain path entry does not follow the development install of this package there.
     (site / "torch_from_here.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
+
+
+def test_files_of_a_release(dist, wheel):
+    (sdist,) = dist.glob("*.tar.gz")
+    assert {path.name for path in dist.iterdir()} == {wheel.name, sdist.name}
+    assert wheel.name.endswith(f"-manylinux_2_28_{platform.machine()}.whl")
+    assert wheel.stat().st_size < 2e6
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "CMakeLists.txt",
+        "LICENSE",
+        "CHANGELOG.md",
+        "csrc/bindings.cpp",
+        "triton_kernels/kl.py",
+    } <= inside
+    assert not [name for name in inside if name.endswith((".so", ".pyc"))]
+
+
+def test_the_module_needs_no_newer_system(wheel):
+    from elftools.elf.elffile import ELFFile
+
+    archive = zipfile.ZipFile(wheel)
+    (module,) = (name for name in archive.namelist() if name.endswith(".so"))
+    elf = ELFFile(BytesIO(archive.read(module)))
+    libraries = {
+        tag.needed.split(".")[0] for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")
+    }
+    assert libraries <= {
+        "libc",
+        "libm",
+        "libpthread",
+        "libgcc_s",
+        f"ld-linux-{platform.machine()}",
+        "ld-linux-x86-64",
+    }
+    files = elf.get_section_by_name(".gnu.version_r").iter_versions()
+    needed = [version.name for _, versions in files for version in versions]
+    glibc = [tuple(map(int, name[6:].split("."))) for name in needed if name.startswith("GLIBC_")]
+    assert (2,) < max(glibc) <= (2, 28)
+    symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+    assert [s.name for s in symbols if s.name and s["st_shndx"] != "SHN_UNDEF"] == ["PyInit__C"]
+    assert elf.get_section_by_name(".symtab") is None  # stripped
 
 
 def test_contents(wheel):
@@ -96,6 +151,15 @@ def test_works_without_the_compiled_module(python, tmp_path):
         aside.rename(module)
     assert "cpp: not built" in out
     assert "cpu ops: reference" in out
+
+
+def test_tests_of_a_family_pass_on_the_wheel(python, tmp_path):
+    """With the command by which cibuildwheel tests its wheels."""
+    (command,) = re.findall(r'^test-command = "python (.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    out = run(
+        python, *command.replace("{project}/tests/ops", f"{ROOT}/tests/ops/test_kl.py").split(), cwd=tmp_path
+    )
+    assert "passed" in out
 
 
 def test_licence_and_metadata(wheel):
