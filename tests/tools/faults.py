@@ -154,8 +154,8 @@ FAULTS = [
     ),
     Fault(
         "the larger part of a sum is subtracted from it", "lost digits", "rewardops/prefix_tree.py",
-        "return torch.where(larger, without, less_own(sums, terms))",
-        "return torch.where(larger & (without == 0), without, less_own(sums, terms))",
+        "yield torch.where(left < 0, forest.tokens(without, total.dtype, **options), less_own)",
+        "yield less_own",
         "tests/ops/test_prefix_tree_values.py", "others and reference",
     ),
     Fault(

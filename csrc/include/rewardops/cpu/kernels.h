@@ -34,6 +34,7 @@ struct Scan {
 };
 
 // The kernels that exist for float and double, by family: X(name, arguments). A new kernel is added here.
+// clang-format off
 #define REWARDOPS_KL_KERNELS(X) X(token_kl, TokenKlArgs)                 /* items: tokens */
 #define REWARDOPS_ADVANTAGES_KERNELS(X) X(rows_to_tokens, RowsToTokensArgs)  /* items: rows, where nothing is said */
 #define REWARDOPS_SEGMENTS_KERNELS(X) X(row_sums, RowSumsArgs)
@@ -51,6 +52,7 @@ struct Scan {
 #define REWARDOPS_TYPED_KERNELS(X)                                                                                  \
   REWARDOPS_KL_KERNELS(X) REWARDOPS_ADVANTAGES_KERNELS(X) REWARDOPS_SEGMENTS_KERNELS(X) REWARDOPS_ENTROPY_KERNELS(X) \
   REWARDOPS_TD_KERNELS(X) REWARDOPS_RETURNS_KERNELS(X)
+// clang-format on
 
 // The kernels of one precision.
 template <typename T>
