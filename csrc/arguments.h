@@ -39,7 +39,9 @@ class Reader {
   }
   // An address; 0 is null.
   template <typename T>
-  T* pointer() { return at<T>(next<Address>()); }
+  T* pointer() {
+    return at<T>(next<Address>());
+  }
   template <typename T, size_t N>
   void pointers(T* (&out)[N]) {
     for (T*& p : out) p = pointer<T>();
@@ -90,7 +92,9 @@ inline LogitsRows logits_rows(const py::handle& tuple) {
 }
 
 template <typename T>
-Tokens<T> Reader::tokens() { return rewardops::tokens<T>(next()); }
+Tokens<T> Reader::tokens() {
+  return rewardops::tokens<T>(next());
+}
 inline LogitsRows Reader::logits_rows() { return rewardops::logits_rows(next()); }
 
 // ---- logits -------------------------------------------------------------------------------------------------
@@ -245,7 +249,11 @@ template <typename Token>
 PrefixTreeArgs<Token> prefix_tree_args(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids,
                                        Address groups, Address tree_rows, Address nodes, bool skip) {
   const Rows r = rows(shape);
-  return {tokens<const Token>(ids), at<const int64_t>(groups), tokens<const uint8_t>(mask), r, skip,
+  return {tokens<const Token>(ids),
+          at<const int64_t>(groups),
+          tokens<const uint8_t>(mask),
+          r,
+          skip,
           tree<int64_t>(r.batch, tree_rows, nodes)};
 }
 

@@ -157,8 +157,8 @@ void run_scan(const Scan<Args>& scan, const Args& a, int threads) {
 
 template <typename T>
 void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& inputs,
-             const py::tuple& per_row, double gamma, double lambda, bool decay, bool backward,
-             const py::tuple& outputs, Address grad_bootstrap, int threads) {
+             const py::tuple& per_row, double gamma, double lambda, bool decay, bool backward, const py::tuple& outputs,
+             Address grad_bootstrap, int threads) {
   auto a = td_args<T>(shape, mask, inputs, per_row, gamma, lambda, decay, backward, outputs, grad_bootstrap);
   const std::vector<double> state = plan_scan(a, longest);
   const py::gil_scoped_release release;
@@ -168,9 +168,8 @@ void td_scan(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
 
 template <typename T>
 void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, const py::tuple& rewards,
-             const py::tuple& steps, const py::tuple& grad, const py::tuple& returns, bool largest,
-             double temperature, bool flag, const py::tuple& log_sums, const py::tuple& out, const std::string& which,
-             int threads) {
+             const py::tuple& steps, const py::tuple& grad, const py::tuple& returns, bool largest, double temperature,
+             bool flag, const py::tuple& log_sums, const py::tuple& out, const std::string& which, int threads) {
   auto a = returns_args<T>(shape, mask, rewards, steps, grad, returns, largest, temperature, flag, log_sums, out);
   const std::vector<double> state = plan_scan(a, longest);
   const TypedKernels<T>& k = kernels().of<T>();
@@ -196,8 +195,8 @@ void returns(const py::tuple& shape, int64_t longest, const py::tuple& mask, con
 // ---- prefix_tree --------------------------------------------------------------------------------------------
 
 template <typename Token>
-void prefix_tree(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups,
-                 Address tree_rows, Address nodes, bool skip, int threads) {
+void prefix_tree(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, Address groups, Address tree_rows,
+                 Address nodes, bool skip, int threads) {
   const auto a = prefix_tree_args<Token>(shape, mask, ids, groups, tree_rows, nodes, skip);
   const py::gil_scoped_release release;
   rewardops::cpu::prefix_tree(a, threads);
@@ -214,9 +213,16 @@ void prefix_lcp(int64_t batch, Address tree_rows, Address groups, int64_t most, 
 void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t channels, Address x, Address weights,
                   Address centre, double gamma, Address out, Address grad, Address grad_x, Address grad_weights,
                   int threads) {
-  const SubtreeArgs a{at<const double>(x), at<const double>(weights), at<const double>(centre),
-                      tree<const int64_t>(batch, tree_rows, nodes), gamma, channels, at<double>(out),
-                      at<const double>(grad), at<double>(grad_x), at<double>(grad_weights)};
+  const SubtreeArgs a{at<const double>(x),
+                      at<const double>(weights),
+                      at<const double>(centre),
+                      tree<const int64_t>(batch, tree_rows, nodes),
+                      gamma,
+                      channels,
+                      at<double>(out),
+                      at<const double>(grad),
+                      at<double>(grad_x),
+                      at<double>(grad_weights)};
   const py::gil_scoped_release release;
   if (a.grad) rewardops::cpu::subtree_sums_backward(a, threads);
   else rewardops::cpu::subtree_sums(a, threads);
@@ -224,9 +230,9 @@ void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t chann
 
 // Backward where there are gradients.
 template <typename T>
-void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes,
-                     int64_t channels, int64_t plane, const py::tuple& node_values, int where, double gamma,
-                     bool skip, const py::tuple& on_tokens, const py::tuple& gradients, int threads) {
+void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree_rows, Address nodes, int64_t channels,
+                     int64_t plane, const py::tuple& node_values, int where, double gamma, bool skip,
+                     const py::tuple& on_tokens, const py::tuple& gradients, int threads) {
   const auto a = node_tokens<T>(shape, mask, tree_rows, nodes, channels, plane, node_values, where, gamma, skip,
                                 on_tokens, gradients);
   const bool backward = !gradients.empty();
@@ -240,8 +246,14 @@ void nodes_to_tokens(const py::tuple& shape, const py::tuple& mask, Address tree
 
 void tree_values(int64_t nodes, Address parent, Address rewards, Address visits, int reduce, double temperature,
                  Address values, Address slope) {
-  const TreeArgs a{at<const int64_t>(parent), at<const double>(rewards), at<const double>(visits),
-                   static_cast<TreeReduce>(reduce), temperature, nodes, at<double>(values), at<double>(slope)};
+  const TreeArgs a{at<const int64_t>(parent),
+                   at<const double>(rewards),
+                   at<const double>(visits),
+                   static_cast<TreeReduce>(reduce),
+                   temperature,
+                   nodes,
+                   at<double>(values),
+                   at<double>(slope)};
   const py::gil_scoped_release release;
   rewardops::cpu::tree_values(a);
 }
@@ -262,8 +274,8 @@ bool path_ends(int64_t nodes, Address step, Address out) {
 // Backward where grad is not null.
 template <typename T>
 void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
-                  Address groups, double alpha1, double alpha2, double threshold, double floor,
-                  const py::tuple& grad, const py::tuple& out, int64_t longest, int threads) {
+                  Address groups, double alpha1, double alpha2, double threshold, double floor, const py::tuple& grad,
+                  const py::tuple& out, int64_t longest, int threads) {
   GtpoArgs<T> a{};
   a.rewards = at<const T>(rewards);
   a.entropy = tokens<const T>(entropy);
@@ -295,9 +307,16 @@ template <typename T>
 void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, const py::tuple& values,
                     int64_t num_steps, int op, Address out, Address kept, Address grad, const py::tuple& grad_values,
                     int threads) {
-  const SegmentsArgs<T> a{tokens<const T>(values), tokens<const int64_t>(ids), tokens<const uint8_t>(mask),
-                          rows(shape), num_steps, static_cast<Reduce>(op), at<T>(out), at<double>(kept),
-                          at<const T>(grad), tokens<T>(grad_values)};
+  const SegmentsArgs<T> a{tokens<const T>(values),
+                          tokens<const int64_t>(ids),
+                          tokens<const uint8_t>(mask),
+                          rows(shape),
+                          num_steps,
+                          static_cast<Reduce>(op),
+                          at<T>(out),
+                          at<double>(kept),
+                          at<const T>(grad),
+                          tokens<T>(grad_values)};
   const py::gil_scoped_release release;
   if (a.grad_values.data) rewardops::cpu::segment_reduce_backward(a, threads);
   else rewardops::cpu::segment_reduce(a, threads);
@@ -308,8 +327,8 @@ void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tup
 template <typename T>
 void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& values, Address scopes, Address wanted,
              const py::tuple& out, int threads) {
-  const LargestArgs<T> a{tokens<const T>(values), tokens<const uint8_t>(mask), rows(shape),
-                         at<const int64_t>(scopes), at<const int64_t>(wanted), tokens<uint8_t>(out)};
+  const LargestArgs<T> a{tokens<const T>(values),   tokens<const uint8_t>(mask), rows(shape),
+                         at<const int64_t>(scopes), at<const int64_t>(wanted),   tokens<uint8_t>(out)};
   const py::gil_scoped_release release;
   rewardops::cpu::largest(a, threads);
 }

@@ -13,10 +13,10 @@
 
 #define REWARDOPS_HIDDEN __attribute__((visibility("hidden")))
 // No header that declares `name` is included: the parameters need its size and class alone.
-#define REWARDOPS_FROM_OLDEST(result, name, parameters, arguments)                     \
-  __asm__(".symver oldest_" #name ", " #name "@" REWARDOPS_OLDEST);                    \
-  result oldest_##name parameters;                                                     \
-  result our_##name parameters __asm__(#name);                                         \
+#define REWARDOPS_FROM_OLDEST(result, name, parameters, arguments)  \
+  __asm__(".symver oldest_" #name ", " #name "@" REWARDOPS_OLDEST); \
+  result oldest_##name parameters;                                  \
+  result our_##name parameters __asm__(#name);                      \
   REWARDOPS_HIDDEN result our_##name parameters { return oldest_##name arguments; }
 
 extern "C" {

@@ -44,8 +44,8 @@ struct Statistics {
   double first = 0, mean = 0, std = 0, inv_scale = 1, mean_abs = 0, total_length = 0, mean_by_length = 0;
   double centred(double r) const { return (r - origin(first)) - mean; }
   bool broken() const { return std::isnan(mean_abs); }  // a reward is NaN: there is no order and no mean
-  bool differs = false;          // the rewards are not all equal, or not finite
-  bool by_count = false;         // all lengths are 0: rows count equally
+  bool differs = false;                                 // the rewards are not all equal, or not finite
+  bool by_count = false;                                // all lengths are 0: rows count equally
   Pick low, high, below, above;  // the extremes, and the two rewards between which an order statistic lies
   double part = 0;               // (order statistic - below) / (above - below), in [0, 1)
 };
@@ -134,7 +134,13 @@ class GroupStatistics {
   GroupStatistics(const AdvantagesArgs<T>& a, int threads)
       : a_(a), index_(a.groups, a.rows.batch), live_(live_rows(a, threads)) {
     if (a.scale == Scale::batch_std)
-      moments_of(a, [&](auto&& visit) { for (int64_t b = 0; b < a.rows.batch; ++b) if (live_[b]) visit(b); }, batch_);
+      moments_of(
+          a,
+          [&](auto&& visit) {
+            for (int64_t b = 0; b < a.rows.batch; ++b)
+              if (live_[b]) visit(b);
+          },
+          batch_);
   }
 
   int64_t count() const { return index_.view().count; }
@@ -147,14 +153,18 @@ class GroupStatistics {
 
   Statistics statistics(int64_t group) const {
     Statistics s;
-    const auto members = [&](auto&& visit) { rows(group, [&](int64_t b) { if (live_[b]) visit(b); }); };
+    const auto members = [&](auto&& visit) {
+      rows(group, [&](int64_t b) {
+        if (live_[b]) visit(b);
+      });
+    };
     moments_of(a_, members, s);
     if (s.count == 0) return s;
     baseline_of(a_, members, s);
     if (raw(s) || a_.scale == Scale::none) return s;
     const Statistics& of = a_.scale == Scale::batch_std ? batch_ : s;
     const double scale = a_.scale == Scale::mean_abs ? s.mean_abs
-                       : a_.scale == Scale::range    ? s.high.value - s.low.value
+                         : a_.scale == Scale::range  ? s.high.value - s.low.value
                                                      : of.std;
     s.inv_scale = of.differs ? 1.0 / (scale + a_.eps) : 0.0;
     return s;

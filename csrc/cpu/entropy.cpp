@@ -13,8 +13,7 @@ void launch_gtpo(GtpoArgs<T> a, const int64_t* labels, int64_t longest, int thre
   const TypedKernels<T>& k = kernels().of<T>();
   a.blocks = (longest + kGtpoBlock - 1) / kGtpoBlock;
   const auto kernel = a.grad.data ? k.gtpo_backward : k.gtpo;
-  parallel_for(a.groups.count * a.blocks, 1, threads,
-               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel_for(a.groups.count * a.blocks, 1, threads, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
 template void launch_gtpo<float>(GtpoArgs<float>, const int64_t*, int64_t, int);

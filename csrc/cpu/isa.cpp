@@ -9,13 +9,19 @@
 namespace rewardops::cpu {
 
 #ifdef REWARDOPS_HAS_PORTABLE
-namespace portable { extern const Kernels table; }
+namespace portable {
+extern const Kernels table;
+}
 #endif
 #ifdef REWARDOPS_HAS_AVX2
-namespace avx2 { extern const Kernels table; }
+namespace avx2 {
+extern const Kernels table;
+}
 #endif
 #ifdef REWARDOPS_HAS_AVX512
-namespace avx512 { extern const Kernels table; }
+namespace avx512 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -29,8 +35,7 @@ const Kernels& choose() {
     return avx512::table;
 #endif
 #ifdef REWARDOPS_HAS_AVX2
-  if (allowed(avx2::table) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2::table;
+  if (allowed(avx2::table) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
 #endif
 #ifdef REWARDOPS_HAS_PORTABLE
   if (allowed(portable::table)) return portable::table;

@@ -100,8 +100,7 @@ std::atomic<Pool*> pool{new Pool};
 
 void use_team(Team team) { openmp = team; }
 
-void parallel_for(int64_t items, int64_t grain, int threads,
-                  const std::function<void(int64_t, int64_t)>& body) {
+void parallel_for(int64_t items, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
   if (items <= 0) return;
   const int64_t most = (items + grain - 1) / grain;
   const int64_t used = most < threads ? most : threads;

@@ -199,7 +199,8 @@ void prefix_lcp(const PrefixLcpArgs& a, int threads) {
       int64_t least = length;
       for (int64_t q = p; tree.shared[q] >= 0; --q) put(q - 1, least = std::min(least, tree.shared[q]));
       least = length;
-      for (int64_t q = p + 1; q < tree.batch && tree.shared[q] >= 0; ++q) put(q, least = std::min(least, tree.shared[q]));
+      for (int64_t q = p + 1; q < tree.batch && tree.shared[q] >= 0; ++q)
+        put(q, least = std::min(least, tree.shared[q]));
     }
   });
 }

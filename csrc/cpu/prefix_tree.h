@@ -8,9 +8,7 @@
 namespace rewardops::cpu {
 
 // gamma^n, without rounding for gamma = 1.
-inline double discount(double gamma, int64_t n) {
-  return gamma == 1.0 ? 1.0 : std::pow(gamma, static_cast<double>(n));
-}
+inline double discount(double gamma, int64_t n) { return gamma == 1.0 ? 1.0 : std::pow(gamma, static_cast<double>(n)); }
 
 template <typename Token>
 void prefix_tree(const PrefixTreeArgs<Token>& a, int threads);

@@ -10,7 +10,7 @@ namespace {
 // The running reduction of one segment.
 struct Reduced {
   double value = 0;
-  double kept = -1;    // see SegmentsArgs::kept
+  double kept = -1;  // see SegmentsArgs::kept
   int64_t count = 0, zeros = 0;
 
   void take(Reduce op, double x, int64_t t) {
@@ -19,14 +19,21 @@ struct Reduced {
       case Reduce::sum:
       case Reduce::mean: value += x; return;
       // Ties go to the earliest token; a NaN stays.
-      case Reduce::min: if (fresh || (value == value && !(x >= value))) value = x, kept = static_cast<double>(t); return;
-      case Reduce::max: if (fresh || (value == value && !(x <= value))) value = x, kept = static_cast<double>(t); return;
-      case Reduce::first: if (fresh) value = x, kept = static_cast<double>(t); return;
+      case Reduce::min:
+        if (fresh || (value == value && !(x >= value))) value = x, kept = static_cast<double>(t);
+        return;
+      case Reduce::max:
+        if (fresh || (value == value && !(x <= value))) value = x, kept = static_cast<double>(t);
+        return;
+      case Reduce::first:
+        if (fresh) value = x, kept = static_cast<double>(t);
+        return;
       case Reduce::last: value = x, kept = static_cast<double>(t); return;
       case Reduce::any: value = value != 0 || x != 0; return;
       case Reduce::prod:
         if (fresh) value = 1;
-        if (x == 0) ++zeros; else value *= x;
+        if (x == 0) ++zeros;
+        else value *= x;
         return;
     }
   }

@@ -62,9 +62,7 @@ void tree_values(const TreeArgs& a) {
     State& s = states[up];
     const double v = a.values[n];
     switch (a.reduce) {
-      case TreeReduce::sum:
-        s.sum += v;
-        break;
+      case TreeReduce::sum: s.sum += v; break;
       case TreeReduce::mean:
         s.sum += weight(n) * v;
         s.weight += weight(n);

@@ -141,7 +141,8 @@ void nodes_to_tokens_backward(const NodeTokensArgs<T>& args, int threads) {
           const int64_t row = tree.order[p];
           const double sum = from_row(row, n, c);
           values += sum;
-          if (a.scaled_values) along += a.row_factor[row * channels + c] * discount(a.gamma, tree.length[row] - tree.depth[n]) * sum;
+          if (a.scaled_values)
+            along += a.row_factor[row * channels + c] * discount(a.gamma, tree.length[row] - tree.depth[n]) * sum;
         }
         if (a.grad_values) a.grad_values[n * channels + c] = values;
         if (a.grad_scaled) a.grad_scaled[n * channels + c] = along;
@@ -172,7 +173,7 @@ void nodes_to_tokens_backward(const NodeTokensArgs<T>& args, int threads) {
 }
 
 template void nodes_to_tokens<int32_t>(const NodeTokensArgs<int32_t>&, int);
-#define REWARDOPS_INSTANTIATE(T)                                     \
+#define REWARDOPS_INSTANTIATE(T)                                   \
   template void nodes_to_tokens<T>(const NodeTokensArgs<T>&, int); \
   template void nodes_to_tokens_backward<T>(const NodeTokensArgs<T>&, int);
 REWARDOPS_INSTANTIATE(float)

@@ -45,8 +45,8 @@ void step_returns(const py::tuple& shape, int64_t, const py::tuple& mask, const 
 
 template <typename T>
 void advantages(const py::tuple& shape, bool tokens_given, const py::tuple& mask, Address rewards,
-                const py::tuple& relative, Address out, Address inv_scale, Address numerators,
-                const py::tuple& tokens, Address stream) {
+                const py::tuple& relative, Address out, Address inv_scale, Address numerators, const py::tuple& tokens,
+                Address stream) {
   auto a = advantages_args<T>(shape, tokens_given, mask, rewards, relative);
   advantages_outputs(a, out, inv_scale, numerators, tokens);
   const py::gil_scoped_release release;

@@ -43,13 +43,11 @@ void rows_by_label(const int64_t* groups, int64_t batch, int64_t* out, void* str
 }
 
 template <typename Token>
-void prefix_tree(const PrefixTreeArgs<Token>& args, const ByLabel& groups, int64_t* codes, Token* moved,
-                 void* stream) {
+void prefix_tree(const PrefixTreeArgs<Token>& args, const ByLabel& groups, int64_t* codes, Token* moved, void* stream) {
   PrefixTreeArgs<Token> a = args;
   a.skip = a.skip && a.mask.data;
   if (a.skip) {
-    const auto front =
-        move_to_front(a.rows, a.mask, a.tokens, moved, 1, 0, a.tree.first, a.tree.length, stream);
+    const auto front = move_to_front(a.rows, a.mask, a.tokens, moved, 1, 0, a.tree.first, a.tree.length, stream);
     a.tokens = {front.data, front.stride};
   }
   launch("prefix_tree rows", rows_kernel<Token>, block_for_each(a.rows.batch), stream, a, groups, codes);

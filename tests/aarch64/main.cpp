@@ -67,8 +67,7 @@ Value read_value(const std::vector<Block>& blocks) {
       x.kind = Value::tuple;
       for (int64_t left = read<int64_t>(); left > 0; --left) x.items.push_back(read_value(blocks));
       break;
-    default:
-      throw std::invalid_argument("a value of an unknown kind");
+    default: throw std::invalid_argument("a value of an unknown kind");
   }
   return x;
 }

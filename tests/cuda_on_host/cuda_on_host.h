@@ -156,9 +156,8 @@ T* shared() {
 }
 
 inline unsigned sync_count(bool predicate) {
-  return static_cast<unsigned>(*block->meeting.meet(1, block->threads, [=](uint64_t* count, bool first) {
-    *count = (first ? 0 : *count) + predicate;
-  }));
+  return static_cast<unsigned>(*block->meeting.meet(
+      1, block->threads, [=](uint64_t* count, bool first) { *count = (first ? 0 : *count) + predicate; }));
 }
 
 inline const uint64_t* meet_warp(unsigned mask, uint64_t value) {

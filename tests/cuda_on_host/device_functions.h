@@ -22,9 +22,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const unsigned me = cuda_on_host::lane();
-  return cuda_on_host::exchange(mask, value, [&](auto of) {
-    return me % width + delta >= unsigned(width) ? value : of(me + delta);
-  });
+  return cuda_on_host::exchange(
+      mask, value, [&](auto of) { return me % width + delta >= unsigned(width) ? value : of(me + delta); });
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
@@ -62,7 +61,7 @@ CUDA_ON_HOST_REDUCE(min, unsigned, a < b ? a : b)
 CUDA_ON_HOST_REDUCE(min, int, a < b ? a : b)
 CUDA_ON_HOST_REDUCE(max, unsigned, a < b ? b : a)
 CUDA_ON_HOST_REDUCE(max, int, a < b ? b : a)
-CUDA_ON_HOST_REDUCE(and, unsigned, a & b)
+CUDA_ON_HOST_REDUCE(and, unsigned, a& b)
 CUDA_ON_HOST_REDUCE(or, unsigned, a | b)
 CUDA_ON_HOST_REDUCE(xor, unsigned, a ^ b)
 #undef CUDA_ON_HOST_REDUCE
@@ -117,7 +116,7 @@ CUDA_ON_HOST_ATOMIC(Add, old + value)
 CUDA_ON_HOST_ATOMIC(Sub, old - value)
 CUDA_ON_HOST_ATOMIC(Min, value < old ? value : old)
 CUDA_ON_HOST_ATOMIC(Max, old < value ? value : old)
-CUDA_ON_HOST_ATOMIC(And, old & value)
+CUDA_ON_HOST_ATOMIC(And, old& value)
 CUDA_ON_HOST_ATOMIC(Or, old | value)
 CUDA_ON_HOST_ATOMIC(Xor, old ^ value)
 CUDA_ON_HOST_ATOMIC(Exch, value)

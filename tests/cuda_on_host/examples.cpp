@@ -91,8 +91,7 @@ __global__ void votes_kernel(unsigned* out) {
 __global__ void chain_kernel(int* values, int* ready) {
   using flag = cuda::atomic_ref<int, cuda::thread_scope_device>;
   if (threadIdx.x == 0) {
-    while (blockIdx.x > 0 && !flag(ready[blockIdx.x - 1]).load(cuda::std::memory_order_acquire)) {
-    }
+    while (blockIdx.x > 0 && !flag(ready[blockIdx.x - 1]).load(cuda::std::memory_order_acquire)) {}
     values[blockIdx.x] = blockIdx.x ? values[blockIdx.x - 1] * 2 : 1;
     flag(ready[blockIdx.x]).store(1, cuda::std::memory_order_release);
   }
@@ -138,13 +137,11 @@ __global__ void poll_kernel(int* flag, int* lock, int* counter) {
     ref(*flag).store(1, cuda::std::memory_order_release);
   }
   if (threadIdx.x % 32 == 0) {
-    while (atomicCAS(lock, 0, 1) != 0) {
-    }
+    while (atomicCAS(lock, 0, 1) != 0) {}
     atomicAdd(counter, 1);
     atomicExch(lock, 0);
   }
-  while (atomicAdd(counter, 0) < 3) {
-  }
+  while (atomicAdd(counter, 0) < 3) {}
 }
 
 // Arguments by value, of any size, as launchers hand them on.
@@ -187,16 +184,13 @@ __global__ void functions_kernel(unsigned* right) {
 
 // All are there, but half of a warp at one barrier and half at another.
 __global__ void deadlock_kernel() {
-  if (threadIdx.x < 16)
-    __syncthreads();
-  else
-    __syncwarp();
+  if (threadIdx.x < 16) __syncthreads();
+  else __syncwarp();
 }
 
 // Nobody ever sets it.
 __global__ void poll_in_vain_kernel(int* flag) {
-  while (!cuda::atomic_ref<int>(*flag).load()) {
-  }
+  while (!cuda::atomic_ref<int>(*flag).load()) {}
 }
 
 // No barrier between what one warp writes and another reads.

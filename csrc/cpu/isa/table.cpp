@@ -12,7 +12,7 @@ template <typename T>
 constexpr TypedKernels<T> typed = {REWARDOPS_TYPED_KERNELS(REWARDOPS_KERNEL)};
 
 extern const Kernels table;
-const Kernels table = {REWARDOPS_TEXT(REWARDOPS_ISA), token_stats,           token_stats_backward,
-                       common_prefix<int32_t>,        common_prefix<int64_t>, typed<float>, typed<double>};
+const Kernels table = {REWARDOPS_TEXT(REWARDOPS_ISA), token_stats,  token_stats_backward, common_prefix<int32_t>,
+                       common_prefix<int64_t>,        typed<float>, typed<double>};
 
 }  // namespace rewardops::cpu::REWARDOPS_ISA

@@ -38,17 +38,55 @@ struct LogitsArgs {
 };
 
 // Outputs of a row, in the order of rewardops.logits.OUTPUTS.
-enum Output : int { kLogprob, kEntropy, kLogsumexp, kSumSq, kSumSqLogprob, kMeanLogit, kIsTop1, kRefLogprob,
-                    kKl, kReverseKl, kJsd, kOutputs };
+enum Output : int {
+  kLogprob,
+  kEntropy,
+  kLogsumexp,
+  kSumSq,
+  kSumSqLogprob,
+  kMeanLogit,
+  kIsTop1,
+  kRefLogprob,
+  kKl,
+  kReverseKl,
+  kJsd,
+  kOutputs
+};
 
 // Statistics of a row that the backward pass reads, in the order of rewardops.reference.logits.SAVED.
-enum Saved : int { kShift, kTotal, kSavedEntropy, kSavedSumSq, kSavedSumSqLogprob, kRefShift, kRefTotal,
-                   kSavedKl, kSavedReverseKl, kMixedKl, kRefMixedKl, kSaved };
+enum Saved : int {
+  kShift,
+  kTotal,
+  kSavedEntropy,
+  kSavedSumSq,
+  kSavedSumSqLogprob,
+  kRefShift,
+  kRefTotal,
+  kSavedKl,
+  kSavedReverseKl,
+  kMixedKl,
+  kRefMixedKl,
+  kSaved
+};
 
 // Partial statistics of a row, in the order of rewardops.reference.logits.RECORD.
-enum Field : int { kFieldShift, kFieldTotal, kFieldWeighted, kFieldSquares, kFieldDistance, kFieldColumns, kFieldToken,
-                   kFieldFound, kFieldRefShift, kFieldRefTotal, kFieldRefToken, kFieldKl, kFieldReverse,
-                   kFieldSquaresWeighted, kFields };
+enum Field : int {
+  kFieldShift,
+  kFieldTotal,
+  kFieldWeighted,
+  kFieldSquares,
+  kFieldDistance,
+  kFieldColumns,
+  kFieldToken,
+  kFieldFound,
+  kFieldRefShift,
+  kFieldRefTotal,
+  kFieldRefToken,
+  kFieldKl,
+  kFieldReverse,
+  kFieldSquaresWeighted,
+  kFields
+};
 
 // Outputs, or partial statistics where there is a record.
 struct TokenStatsArgs {

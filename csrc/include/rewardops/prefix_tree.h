@@ -15,10 +15,10 @@ namespace rewardops {
 template <typename I>
 struct Tree {
   int64_t batch;
-  I *order;                          // [B], per position: its row
-  I *leaf, *first, *length;          // [B], per row: the deepest node (-1 for an empty row), first token, tokens
-  I *shared;                         // [B], per position: tokens shared with the row before it; -1 at the group's first
-  I *begin, *end, *depth, *parent;   // [2B], per node; parent is -1 at a root
+  I* order;                         // [B], per position: its row
+  I *leaf, *first, *length;         // [B], per row: the deepest node (-1 for an empty row), first token, tokens
+  I* shared;                        // [B], per position: tokens shared with the row before it; -1 at the group's first
+  I *begin, *end, *depth, *parent;  // [2B], per node; parent is -1 at a root
 
   REWARDOPS_BOTH int64_t nodes() const { return 2 * batch; }
   REWARDOPS_BOTH int64_t parent_depth(int64_t node) const { return parent[node] < 0 ? -1 : depth[parent[node]]; }
@@ -28,12 +28,12 @@ using TreeView = Tree<const int64_t>;
 
 template <typename Token>
 struct PrefixTreeArgs {
-  Tokens<const Token> tokens;   // [tokens]
-  const int64_t* groups;        // [B], labels
-  Tokens<const uint8_t> mask;   // [tokens]; null: every token is valid
+  Tokens<const Token> tokens;  // [tokens]
+  const int64_t* groups;       // [B], labels
+  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
-  bool skip;                    // a row is its valid tokens alone, not all from its first to its last valid one
-  MutableTree tree;             // out
+  bool skip;         // a row is its valid tokens alone, not all from its first to its last valid one
+  MutableTree tree;  // out
 };
 
 // Rows by label, ascending within a group: the group of row b is rows[begin[b]], ..., rows[end[b] - 1]. On GPUs
@@ -58,11 +58,11 @@ struct SubtreeArgs {
   const double* centre;   // [2B, C]; null for the first of these sums
   TreeView tree;
   double gamma;
-  int64_t channels;       // C
-  double* out;            // forward: [2B, C]
-  const double* grad;     // backward: [2B, C]; null in the forward pass
-  double* grad_x;         // backward: [B, C]
-  double* grad_weights;   // backward: [B]; may be null
+  int64_t channels;      // C
+  double* out;           // forward: [2B, C]
+  const double* grad;    // backward: [2B, C]; null in the forward pass
+  double* grad_x;        // backward: [B, C]
+  double* grad_weights;  // backward: [B]; may be null
 };
 
 // The state of a token: the prefix up to and including it (after), or without it (before). step: the value after minus
@@ -78,17 +78,17 @@ struct NodeTokensArgs {
   const double *values, *scaled_values;  // [2B, C]; values may be null, scaled_values and row_factor together
   const double *row_bias, *row_factor;   // [B, C]; row_bias may be null
   TreeView tree;
-  Tokens<const uint8_t> mask;      // [tokens]; null: every token is valid
+  Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
-  bool skip;                       // same as in PrefixTreeArgs
+  bool skip;  // same as in PrefixTreeArgs
   At at;
   double gamma;
-  int64_t channels;                // C
-  int64_t plane;                   // elements between the channels of a per-token array
-  Tokens<T> out;                   // forward: [C, tokens]
-  Tokens<const T> grad;            // backward: [C, tokens]
+  int64_t channels;                   // C
+  int64_t plane;                      // elements between the channels of a per-token array
+  Tokens<T> out;                      // forward: [C, tokens]
+  Tokens<const T> grad;               // backward: [C, tokens]
   double *grad_values, *grad_scaled;  // backward: [2B, C]; either may be null
-  double *grad_bias, *grad_factor;   // backward: [B, C]; either may be null
+  double *grad_bias, *grad_factor;    // backward: [B, C]; either may be null
 };
 
 }  // namespace rewardops

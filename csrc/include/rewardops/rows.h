@@ -14,10 +14,10 @@ namespace rewardops {
 
 struct Rows {
   int64_t batch;
-  int64_t width;      // padded: T
-  const void* cu;     // packed: [batch + 1]; null for padded rows
-  int64_t total;      // packed: N
-  bool wide;          // the offsets are int64, not int32
+  int64_t width;   // padded: T
+  const void* cu;  // packed: [batch + 1]; null for padded rows
+  int64_t total;   // packed: N
+  bool wide;       // the offsets are int64, not int32
 
   REWARDOPS_BOTH int64_t offset(int64_t row) const {
     const int64_t at = wide ? static_cast<const int64_t*>(cu)[row] : static_cast<const int32_t*>(cu)[row];
@@ -38,9 +38,7 @@ template <typename T>
 struct Tokens {
   T* data;
   int64_t stride;  // between padded rows
-  REWARDOPS_BOTH T* row(const Rows& rows, int64_t b) const {
-    return data ? data + rows.start(b, stride) : nullptr;
-  }
+  REWARDOPS_BOTH T* row(const Rows& rows, int64_t b) const { return data ? data + rows.start(b, stride) : nullptr; }
 };
 
 // Rows by group: members[offsets[g]:offsets[g + 1]] are the rows of group g, ascending.

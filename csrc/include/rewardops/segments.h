@@ -11,7 +11,7 @@ struct RowSumsArgs {
   Tokens<const T> values;      // [tokens]; null: the sums are counts of valid tokens, and there is a mask
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
-  T* out;                      // [B]
+  T* out;  // [B]
 };
 
 // In the order of rewardops.reference.segments.REDUCTIONS.
@@ -23,13 +23,13 @@ struct SegmentsArgs {
   Tokens<const int64_t> ids;   // [tokens]; below 0 or not below `num_steps`: in no segment
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Rows rows;
-  int64_t num_steps;           // per row
+  int64_t num_steps;  // per row
   Reduce op;
-  T* out;                      // [B, num_steps]; 0 for a segment without a token; forward out, backward in
-  double* kept;                // [B, num_steps]; forward out, backward in: a mean's count, an extreme's position, or
-                               // the product of the values other than a single zero
-  const T* grad;               // backward: [B, num_steps]
-  Tokens<T> grad_values;       // [tokens]; null in the forward pass
+  T* out;                 // [B, num_steps]; 0 for a segment without a token; forward out, backward in
+  double* kept;           // [B, num_steps]; forward out, backward in: a mean's count, an extreme's position, or
+                          // the product of the values other than a single zero
+  const T* grad;          // backward: [B, num_steps]
+  Tokens<T> grad_values;  // [tokens]; null in the forward pass
 };
 
 }  // namespace rewardops

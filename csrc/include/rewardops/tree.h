@@ -14,10 +14,10 @@ struct TreeArgs {
   const double* rewards;  // read at leaves
   const double* visits;   // null for ones
   TreeReduce reduce;
-  double temperature;     // temperature of the soft maximum
+  double temperature;  // temperature of the soft maximum
   int64_t nodes;
-  double* values;         // out
-  double* slope;          // out: d (parent's value) / d (node's value)
+  double* values;  // out
+  double* slope;   // out: d (parent's value) / d (node's value)
 };
 
 }  // namespace rewardops

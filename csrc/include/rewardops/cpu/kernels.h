@@ -79,9 +79,13 @@ struct Kernels {
 };
 
 template <>
-inline const TypedKernels<float>& Kernels::of<float>() const { return f32; }
+inline const TypedKernels<float>& Kernels::of<float>() const {
+  return f32;
+}
 template <>
-inline const TypedKernels<double>& Kernels::of<double>() const { return f64; }
+inline const TypedKernels<double>& Kernels::of<double>() const {
+  return f64;
+}
 
 // The table of the best instruction set of this machine, or of the one that the environment's REWARDOPS_ISA names.
 const Kernels& kernels();
@@ -97,10 +101,12 @@ namespace REWARDOPS_ISA {
 // Compiled once, not once per caller: for what works on a block or a row, whose call costs nothing.
 #define REWARDOPS_ONCE [[gnu::noinline, gnu::noclone]]
 
-#define REWARDOPS_DECLARE(name, Args) template <typename T> void name(const Args<T>&, int64_t begin, int64_t end);
+#define REWARDOPS_DECLARE(name, Args) \
+  template <typename T>               \
+  void name(const Args<T>&, int64_t begin, int64_t end);
 REWARDOPS_TYPED_KERNELS(REWARDOPS_DECLARE)
 #undef REWARDOPS_DECLARE
-#define REWARDOPS_INSTANTIATE(name, Args)                        \
+#define REWARDOPS_INSTANTIATE(name, Args)                          \
   template void name<float>(const Args<float>&, int64_t, int64_t); \
   template void name<double>(const Args<double>&, int64_t, int64_t);
 

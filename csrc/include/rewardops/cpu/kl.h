@@ -71,10 +71,14 @@ REWARDOPS_INLINE T clamped(T x, T largest) {
 
 // a - b; 0 where they are equal, infinities included.
 template <typename T>
-REWARDOPS_INLINE T difference(T a, T b) { return select(a == b, T{0}, a - b); }
+REWARDOPS_INLINE T difference(T a, T b) {
+  return select(a == b, T{0}, a - b);
+}
 
 template <typename T>
-REWARDOPS_INLINE T sign_of(T x) { return select(x == x, x > 0 ? T{1} : (x < 0 ? T{-1} : T{0}), x); }
+REWARDOPS_INLINE T sign_of(T x) {
+  return select(x == x, x > 0 ? T{1} : (x < 0 ? T{-1} : T{0}), x);
+}
 
 // a - b of probabilities a = b e^d and b, accurate also where they are close.
 template <typename T>
@@ -240,7 +244,7 @@ inline bool plain_weights(const TokenKlArgs<T>& a, int64_t start, int64_t n) {
 #pragma omp simd reduction(+ : odd)
   for (int64_t k = 0; k < n; ++k) {
     const T d = logprob[k] - ref[k], log = logprob[k] - old[k];
-    odd += (d < -kFar<T>) & (d > kFar<T>) & (log < most) & (log > -far) & (ref[k] < certain) ? T{0} : T{1};
+    odd += (d < -kFar<T>)&(d > kFar<T>)&(log < most) & (log > -far) & (ref[k] < certain) ? T{0} : T{1};
   }
   return odd == 0;
 }
@@ -281,12 +285,12 @@ REWARDOPS_INLINE KlTerm<T> weighted(const TokenKlArgs<T>& a, T logprob, T ref, T
   const T whole = difference(logprob, ref), d = clamped(whole, a.largest_d);
   const bool inside = whole >= -a.largest_d;
   const bool within = (t.value < a.largest_value) | (t.value == infinity<T>());
-  const bool far = (d < kFar<T>) & within & !ratio.capped;
+  const bool far = (d < kFar<T>)&within & !ratio.capped;
   const T both = exp_any(select(ratio.free & inside, difference(ref, old), ratio.log - d));
   const T drift = weigh(ratio, d), slope = select(inside, kind == KlEstimator::k3 ? -both : drift, T{0});
   // Of k3's slope and value only the ratio times d is left.
-  const T far_on_logprob = kind == KlEstimator::k3 ? select(ratio.live, select(inside, drift, both), slope)
-                                                   : with_value(slope, both);
+  const T far_on_logprob =
+      kind == KlEstimator::k3 ? select(ratio.live, select(inside, drift, both), slope) : with_value(slope, both);
   return {select(far, both, value), select(far, far_on_logprob, on_logprob), select(far, -slope, on_ref)};
 }
 
@@ -314,7 +318,8 @@ inline void weigh_block(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlo
     case KlEstimator::k3: return weigh_block<KlEstimator::k3>(a, start, n, block);
     case KlEstimator::k3_plus: return weigh_block<KlEstimator::k3_plus>(a, start, n, block);
     case KlEstimator::binary_kl: return weigh_block<KlEstimator::binary_kl>(a, start, n, block);
-    default: return weigh_block<KlEstimator::k1>(a, start, n, block);  // and of all whose weights have nothing of their own
+    default:
+      return weigh_block<KlEstimator::k1>(a, start, n, block);  // and of all whose weights have nothing of their own
   }
 }
 

@@ -65,7 +65,8 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
     if (a.outputs[kIsTop1]) static_cast<uint8_t*>(a.outputs[kIsTop1])[n] = value;
   };
   if (a.in.masked(n)) {
-    for (int o = 0; o < kOutputs; ++o) if (o != kIsTop1) put(static_cast<Output>(o), 0);
+    for (int o = 0; o < kOutputs; ++o)
+      if (o != kIsTop1) put(static_cast<Output>(o), 0);
     put_top1(false);
     return;  // `saved` was allocated as zeros
   }
@@ -96,8 +97,8 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   const double ref_token = found ? static_cast<double>(logit_at<Acc>(a.in.ref_logits, n, column, a.in.softcap)) : none;
   const double normalisers = ref_log_sum - log_sum;
   const double kl = s.kl_broken && normalisers == normalisers ? infinity<double>() : s.kl / t / s.total + normalisers;
-  const double reverse = s.reverse_broken && normalisers == normalisers ? infinity<double>()
-                                                                       : s.reverse / t / s.ref_total - normalisers;
+  const double reverse =
+      s.reverse_broken && normalisers == normalisers ? infinity<double>() : s.reverse / t / s.ref_total - normalisers;
   put(kRefLogprob, (ref_token - s.ref_shift) / t - ref_log_sum);
   put(kKl, kl);
   put(kReverseKl, reverse);
@@ -106,7 +107,8 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
   if (a.outputs[kKl]) save(kSavedKl, kl);
   if (a.outputs[kReverseKl]) save(kSavedReverseKl, reverse);
   if (a.outputs[kJsd]) {
-    const auto [mixed, ref_mixed] = mixed_divergences<Acc>(a.in, n, {t, s.shift, log_sum}, {t, s.ref_shift, ref_log_sum});
+    const auto [mixed, ref_mixed] =
+        mixed_divergences<Acc>(a.in, n, {t, s.shift, log_sum}, {t, s.ref_shift, ref_log_sum});
     put(kJsd, a.in.beta * ref_mixed + (1 - a.in.beta) * mixed);
     save(kMixedKl, mixed);
     save(kRefMixedKl, ref_mixed);
@@ -116,7 +118,8 @@ inline void write_outputs(const TokenStatsArgs& a, int64_t n) {
 template <typename T>
 void token_stats_rows(const TokenStatsArgs& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    if (a.record) write_record<T>(a, n); else write_outputs<T>(a, n);
+    if (a.record) write_record<T>(a, n);
+    else write_outputs<T>(a, n);
   }
 }
 

@@ -38,8 +38,8 @@ inline void gather(const TokenStatsBackwardArgs& a, int64_t n, bool found, Side&
   // A token's log-probability that is NaN has a gradient of NaN.
   const double logprob = a.grads[kLogprob] && !found ? none : up(kLogprob);
   const double entropy = up(kEntropy), sum_sq = up(kSumSq), moment = up(kSumSqLogprob);
-  policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) -
-                (2 * sum_sq + moment) * saved(kSavedSumSq) - 2 * moment * saved(kSavedSumSqLogprob);
+  policy.on_p = up(kLogsumexp) - logprob - entropy * saved(kSavedEntropy) - (2 * sum_sq + moment) * saved(kSavedSumSq) -
+                2 * moment * saved(kSavedSumSqLogprob);
   policy.on_log = -entropy;
   policy.on_square = 2 * sum_sq + moment;
   policy.on_square_log = 2 * moment;
@@ -91,16 +91,22 @@ struct Normaliser {
 template <typename Acc>
 struct Gradient {
   using L = Lanes<Acc>;
-  const L on_e, on_distance, on_gap, mean_gap, on_square, on_square_distance, on_other, on_one, shift, high, low, furthest;
+  const L on_e, on_distance, on_gap, mean_gap, on_square, on_square_distance, on_other, on_one, shift, high, low,
+      furthest;
 
   Gradient(const Side& s, const Normaliser& own, double other_total, double temperature)
-      : on_e(lanes(folded(s, own.total, other_total) / own.total)), on_distance(lanes(s.on_log / own.total)),
-        on_gap(lanes(s.on_gap / own.total)), mean_gap(lanes(mean_of(s, own.total, other_total))),
+      : on_e(lanes(folded(s, own.total, other_total) / own.total)),
+        on_distance(lanes(s.on_log / own.total)),
+        on_gap(lanes(s.on_gap / own.total)),
+        mean_gap(lanes(mean_of(s, own.total, other_total))),
         on_square(lanes((s.on_square - (s.on_square_log == 0 ? 0 : s.on_square_log * std::log(own.total))) /
                         (own.total * own.total))),
         on_square_distance(lanes(s.on_square_log / (own.total * own.total))),
-        on_other(lanes(s.on_q / other_total)), on_one(lanes(s.on_one)), shift(lanes(own.shift)),
-        high(L::splat(Inverse<Acc>(temperature).high)), low(L::splat(Inverse<Acc>(temperature).low)),
+        on_other(lanes(s.on_q / other_total)),
+        on_one(lanes(s.on_one)),
+        shift(lanes(own.shift)),
+        high(L::splat(Inverse<Acc>(temperature).high)),
+        low(L::splat(Inverse<Acc>(temperature).low)),
         furthest(lanes(-1e30)) {}
 
   static L lanes(double x) { return L::splat(static_cast<Acc>(x)); }
@@ -156,7 +162,8 @@ inline void block_gradients(const Gradient<Acc>& policy, const Gradient<Acc>& re
 template <typename T, typename Acc>
 inline void store_block(const Acc* g, const Acc* slope, int64_t n, Acc factor, T* out) {
   const auto narrowed = [](Acc x) {
-    if constexpr (sizeof(T) == 8) return x; else return narrow<T>(x);
+    if constexpr (sizeof(T) == 8) return x;
+    else return narrow<T>(x);
   };
   if (slope) {
 #pragma omp simd
@@ -168,16 +175,14 @@ inline void store_block(const Acc* g, const Acc* slope, int64_t n, Acc factor, T
 }
 
 template <typename Acc>
-inline void store_block(const LogitsRows& rows, int64_t n, int64_t start, const Acc* g, const Acc* slope,
-                        int64_t count, Acc factor) {
+inline void store_block(const LogitsRows& rows, int64_t n, int64_t start, const Acc* g, const Acc* slope, int64_t count,
+                        Acc factor) {
   if constexpr (sizeof(Acc) == 8) {
     store_block(g, slope, count, factor, logits_row<double>(rows, n) + start);
   } else {
     switch (rows.dtype) {
-      case DType::bf16:
-        return store_block(g, slope, count, factor, logits_row<bfloat16>(rows, n) + start);
-      case DType::f16:
-        return store_block(g, slope, count, factor, logits_row<float16>(rows, n) + start);
+      case DType::bf16: return store_block(g, slope, count, factor, logits_row<bfloat16>(rows, n) + start);
+      case DType::f16: return store_block(g, slope, count, factor, logits_row<float16>(rows, n) + start);
       default: return store_block(g, slope, count, factor, logits_row<float>(rows, n) + start);
     }
   }
@@ -230,7 +235,8 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
   const LogSoftmax<Acc> logp(t, norm.shift, std::log(norm.total)), logq(t, ref_norm.shift, std::log(ref_norm.total));
   const bool write_policy = a.grad_logits.data, write_ref = a.grad_ref.data;
   // Without a divergence the two sides do not meet: a NaN on one does not reach the other.
-  const bool apart = policy.pair_free() && ref.pair_free(), paired = write_ref || !apart, mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
+  const bool apart = policy.pair_free() && ref.pair_free(), paired = write_ref || !apart,
+             mixed = policy.on_mixed != 0 || ref.on_mixed != 0;
 
   alignas(64) Acc z_buffer[kLogitsBlock];
   alignas(64) Acc x_buffer[kLogitsBlock];
@@ -249,8 +255,7 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
     if (apart) block_gradient(of_policy, policy.plain(), z, padded, g);
     if (apart && write_ref) block_gradient(of_ref, ref.plain(), x, padded, h);
     if (!apart) block_gradients(of_policy, of_ref, z, x, padded, g, write_ref ? h : nullptr);
-    if (mixed)
-      add_mixture(policy.on_mixed, ref.on_mixed, logp, logq, static_cast<Acc>(in.beta), z, x, count, g, h);
+    if (mixed) add_mixture(policy.on_mixed, ref.on_mixed, logp, logq, static_cast<Acc>(in.beta), z, x, count, g, h);
     if (found && column >= start && column < start + count) {
       g[column - start] += static_cast<Acc>(policy.on_token);
       if (write_ref) h[column - start] += static_cast<Acc>(ref.on_token);
@@ -270,7 +275,8 @@ inline void backward_row(const TokenStatsBackwardArgs& a, int64_t n) {
 void token_stats_backward(const TokenStatsBackwardArgs& a, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
   for (int64_t n = begin; n < end; ++n) {
-    if (a.in.logits.dtype == DType::f64) backward_row<double>(a, n); else backward_row<float>(a, n);
+    if (a.in.logits.dtype == DType::f64) backward_row<double>(a, n);
+    else backward_row<float>(a, n);
   }
 }
 

@@ -11,8 +11,14 @@ namespace {
 
 constexpr int64_t kLogitsBlock = 1024;
 
-template <typename T> struct AccOf { using type = float; };
-template <> struct AccOf<double> { using type = double; };
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
 
 // n rounded up to full lanes.
 template <typename Acc>
@@ -40,7 +46,9 @@ inline T* logits_row(const LogitsRows& rows, int64_t n) {
 }
 
 template <typename Acc>
-inline Acc capped(Acc x, Acc cap, Acc inverse_cap) { return cap * tanh_any(x * inverse_cap); }
+inline Acc capped(Acc x, Acc cap, Acc inverse_cap) {
+  return cap * tanh_any(x * inverse_cap);
+}
 
 template <typename T, typename Acc>
 REWARDOPS_ONCE void fill_block(const T* x, int64_t n, double softcap, Acc* buffer) {

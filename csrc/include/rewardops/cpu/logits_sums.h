@@ -16,20 +16,26 @@ constexpr int64_t kAhead = 2 * kLogitsBlock;  // columns from a load to its pref
 // ---- the sums of a row --------------------------------------------------------------------------------------
 
 // Bits of the sums that are optional; the total is always computed.
-enum Term : int { kTermEntropy = 1, kTermSquares = 2, kTermMean = 4, kTermKl = 8, kTermReverse = 16,
-                  kTermSquareLogs = 32 };  // kTermSquareLogs needs kTermSquares
+enum Term : int {
+  kTermEntropy = 1,
+  kTermSquares = 2,
+  kTermMean = 4,
+  kTermKl = 8,
+  kTermReverse = 16,
+  kTermSquareLogs = 32
+};  // kTermSquareLogs needs kTermSquares
 constexpr int kPolicyTerms = kTermEntropy | kTermSquares | kTermSquareLogs | kTermMean;
 constexpr int kAllTerms = kPolicyTerms | kTermKl | kTermReverse;
 
 // With y = z - shift, u = x - ref_shift (z the logits, x the reference's) and e^ relative to the temperature:
 struct Sums {
   double shift = -infinity<double>(), ref_shift = -infinity<double>();  // the largest logits so far
-  double total = 0, ref_total = 0;  // sums of e^y, e^u
-  double weighted = 0;              // sum of e^y y, in powers of two
-  double squares = 0;               // sum of e^2y
-  double squares_weighted = 0;      // sum of e^2y y, in powers of two
-  double origin = 0, distance = 0;  // sum of z - origin, the row's first logit (0 if not finite)
-  double kl = 0, reverse = 0;       // sums of e^y (y - u), e^u (u - y)
+  double total = 0, ref_total = 0;                                      // sums of e^y, e^u
+  double weighted = 0;                                                  // sum of e^y y, in powers of two
+  double squares = 0;                                                   // sum of e^2y
+  double squares_weighted = 0;                                          // sum of e^2y y, in powers of two
+  double origin = 0, distance = 0;                 // sum of z - origin, the row's first logit (0 if not finite)
+  double kl = 0, reverse = 0;                      // sums of e^y (y - u), e^u (u - y)
   bool kl_broken = false, reverse_broken = false;  // a column with mass on one side and none on the other
 
   bool empty() const { return shift == -infinity<double>(); }  // no column has any mass
@@ -151,10 +157,9 @@ REWARDOPS_ONCE void add_exactly(const Acc* x, int64_t n, Acc scale, Sums& sums) 
 
 template <int kTerms, typename T>
 REWARDOPS_ONCE void add_block(const T* x, int64_t n, typename AccOf<T>::type scale, Sums& sums,
-                      typename AccOf<T>::type* buffer) {
+                              typename AccOf<T>::type* buffer) {
   using Acc = typename AccOf<T>::type;
-  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums))
-    return;
+  if (n == kLogitsBlock && sums.shift > -infinity<double>() && add_quickly<kTerms>(x, n, scale, sums)) return;
   const int64_t padded = padded_to_lanes<Acc>(n);
   for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
   for (int64_t k = n; k < padded; ++k) buffer[k] = -infinity<Acc>();
@@ -189,8 +194,7 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
     const int64_t count = columns_of_block(in, start);
     if (in.softcap > 0)
       add_block<kTerms, Acc>(load_block(row + start, count, in.softcap, cap_buffer), count, scale, sums, buffer);
-    else
-      add_block<kTerms, T>(row + start, count, scale, sums, buffer);
+    else add_block<kTerms, T>(row + start, count, scale, sums, buffer);
   }
   return sums;
 }
@@ -215,7 +219,7 @@ REWARDOPS_ONCE bool add_pair_quickly(const T* z, const T* x, int64_t n, Acc scal
     L::load_two(x + k, &xs[0], &xs[1]);
     for (int i = 0; i < 2; ++i) {
       const L exponent = exponents.of(zs[i]), ref_exponent = ref_exponents.of(xs[i]);
-// Differences are taken before scaling, each from its own shift: exact near the largest logits.
+      // Differences are taken before scaling, each from its own shift: exact near the largest logits.
       const L e = exp2(exponent), r = exp2(ref_exponent), gap = (zs[i] - shift) - (xs[i] - ref_shift);
       below = both_negative(both_negative(below, exponent), ref_exponent);
       total = total + e;
@@ -312,8 +316,8 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
     const bool quick = count == kLogitsBlock && begun;
     bool added = false;
     if (direct && quick)
-      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref_logits, n) + start, count,
-                                       scale, sums);
+      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref_logits, n) + start,
+                                       count, scale, sums);
     if (!added) {
       const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
       const Acc* xs = load_block(in.ref_logits, n, start, count, in.softcap, x);

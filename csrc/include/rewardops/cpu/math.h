@@ -19,12 +19,18 @@ inline To bits(From x) {
 }
 
 template <typename T>
-constexpr T infinity() { return std::numeric_limits<T>::infinity(); }
+constexpr T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
 
 // ---- storage types ------------------------------------------------------------------------------------------
 
-struct bfloat16 { uint16_t raw; };
-struct float16 { uint16_t raw; };
+struct bfloat16 {
+  uint16_t raw;
+};
+struct float16 {
+  uint16_t raw;
+};
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
@@ -41,7 +47,9 @@ inline float widen(float16 x) {
 template <typename T>
 inline T narrow(float x);
 template <>
-inline float narrow<float>(float x) { return x; }
+inline float narrow<float>(float x) {
+  return x;
+}
 template <>
 inline bfloat16 narrow<bfloat16>(float x) {
   const uint32_t u = bits<uint32_t>(x);
@@ -87,9 +95,7 @@ inline float round_to_integer(float x) { return (x + kMagic) - kMagic; }
 // The integer in the last bits of x + kMagic; any integer for NaN, whose conversion would be undefined.
 inline int32_t integer_of(float n) { return static_cast<int32_t>(bits<uint32_t>(n + kMagic) - 0x4b400000u); }
 
-inline float reduce(float x, float n) {
-  return (x - n * 0.693359375f) - n * -2.12194440e-4f;
-}
+inline float reduce(float x, float n) { return (x - n * 0.693359375f) - n * -2.12194440e-4f; }
 
 inline float power_of_two(int32_t n) { return bits<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 

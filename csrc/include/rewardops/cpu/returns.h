@@ -75,7 +75,7 @@ struct ExtremeCarry {
 // tokens before them; without `store` nothing else is computed. A NaN stays in all returns before it.
 template <bool kLargest, typename T>
 REWARDOPS_ONCE void extremes_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, bool store,
-                           ExtremeCarry<T>& carry) {
+                                   ExtremeCarry<T>& carry) {
   constexpr int64_t kWidth = Sixteen<T>::kWidth;
   constexpr T kNone = kLargest ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity();
   alignas(64) T v[kScanBlock];
@@ -197,8 +197,8 @@ namespace {
 // gradients since the previous such end; ties go to the earliest. Returns the sum that remains; `taken` becomes true if
 // any step end attains the extreme.
 template <typename T>
-REWARDOPS_ONCE double extremes_backward_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end, double sum,
-                                      bool store, bool* taken) {
+REWARDOPS_ONCE double extremes_backward_range(const ReturnsArgs<T>& a, int64_t b, int64_t begin, int64_t end,
+                                              double sum, bool store, bool* taken) {
   uint8_t ends[kScanBlock];
   alignas(64) T out[kScanBlock];
   const T* grad = a.grad.row(a.rows, b);

@@ -56,8 +56,8 @@ void softmin_returns_backward(const ReturnsArgs<T>& a, int64_t begin, int64_t en
     for (int64_t t = 0; t < steps.size; ++t) {
       if (steps.valid(t)) pending += grad[t];
       if (out[t] == 0) continue;
-      const double l = log_sums[t], fall = std::isinf(before) || std::isinf(l) ? (l == before ? 0 : -infinity<double>())
-                                                                              : l - before;
+      const double l = log_sums[t],
+                   fall = std::isinf(before) || std::isinf(l) ? (l == before ? 0 : -infinity<double>()) : l - before;
       sum = (first ? 0 : times(std::exp(fall), sum)) + pending;
       const double u = -static_cast<double>(rewards[t]) / a.temperature;
       out[t] = static_cast<T>(std::isinf(l) ? 0 : sum * std::exp(u - l));

@@ -19,7 +19,8 @@ struct StepRow {
   StepRow(const ReturnsArgs<T>& a, int64_t b)
       : mask(a.mask.row(a.rows, b)),
         flags(a.kind == Steps::flags ? a.flags.row(a.rows, b) : nullptr),
-        ids(a.kind == Steps::ids ? a.ids.row(a.rows, b) : nullptr), size(a.rows.size(b)) {}
+        ids(a.kind == Steps::ids ? a.ids.row(a.rows, b) : nullptr),
+        size(a.rows.size(b)) {}
 
   bool valid(int64_t t) const { return !mask || mask[t]; }
 

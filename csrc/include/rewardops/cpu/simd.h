@@ -47,9 +47,13 @@ struct Array {
     for (int i = 0; i < N; ++i) r.v[i] = f(i);
     return r;
   }
-  static Lanes<T> splat(T x) { return each([=](int) { return x; }); }
+  static Lanes<T> splat(T x) {
+    return each([=](int) { return x; });
+  }
   template <typename From>
-  static Lanes<T> load(const From* x) { return each([=](int i) { return static_cast<T>(widen(x[i])); }); }
+  static Lanes<T> load(const From* x) {
+    return each([=](int i) { return static_cast<T>(widen(x[i])); });
+  }
   // Loads two at once, in any order that is the same for every row.
   template <typename From>
   static void load_two(const From* x, Lanes<T>* a, Lanes<T>* b) {
@@ -75,27 +79,33 @@ struct Array {
   }
 };
 
-#define REWARDOPS_ARRAY_LANES(T, N)                                                                           \
-  template <>                                                                                                 \
-  struct Lanes<T> : Array<T, N> {};                                                                           \
-  inline Lanes<T> operator+(Lanes<T> a, Lanes<T> b) { return Lanes<T>::each([&](int i) { return a.v[i] + b.v[i]; }); } \
-  inline Lanes<T> operator-(Lanes<T> a, Lanes<T> b) { return Lanes<T>::each([&](int i) { return a.v[i] - b.v[i]; }); } \
-  inline Lanes<T> operator*(Lanes<T> a, Lanes<T> b) { return Lanes<T>::each([&](int i) { return a.v[i] * b.v[i]; }); } \
-  inline Lanes<T> fma(Lanes<T> a, Lanes<T> b, Lanes<T> c) {                                                    \
-    return Lanes<T>::each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });                                    \
-  }                                                                                                           \
-  inline Lanes<T> larger(Lanes<T> a, Lanes<T> b) {                                                            \
-    return Lanes<T>::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });                           \
-  }                                                                                                           \
-  inline Lanes<T> smaller(Lanes<T> a, Lanes<T> b) {                                                           \
-    return Lanes<T>::each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });                           \
-  }                                                                                                           \
-  inline Lanes<T> both_negative(Lanes<T> a, Lanes<T> b) {                                                     \
-    return Lanes<T>::each([&](int i) { return std::signbit(a.v[i]) ? b.v[i] : a.v[i]; });                      \
-  }                                                                                                           \
-  /* b where a is 0, else c */                                                                                \
-  inline Lanes<T> if_zero(Lanes<T> a, Lanes<T> b, Lanes<T> c) {                                               \
-    return Lanes<T>::each([&](int i) { return a.v[i] == 0 ? b.v[i] : c.v[i]; });                               \
+#define REWARDOPS_ARRAY_LANES(T, N)                                                       \
+  template <>                                                                             \
+  struct Lanes<T> : Array<T, N> {};                                                       \
+  inline Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {                                     \
+    return Lanes<T>::each([&](int i) { return a.v[i] + b.v[i]; });                        \
+  }                                                                                       \
+  inline Lanes<T> operator-(Lanes<T> a, Lanes<T> b) {                                     \
+    return Lanes<T>::each([&](int i) { return a.v[i] - b.v[i]; });                        \
+  }                                                                                       \
+  inline Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {                                     \
+    return Lanes<T>::each([&](int i) { return a.v[i] * b.v[i]; });                        \
+  }                                                                                       \
+  inline Lanes<T> fma(Lanes<T> a, Lanes<T> b, Lanes<T> c) {                               \
+    return Lanes<T>::each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });               \
+  }                                                                                       \
+  inline Lanes<T> larger(Lanes<T> a, Lanes<T> b) {                                        \
+    return Lanes<T>::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });      \
+  }                                                                                       \
+  inline Lanes<T> smaller(Lanes<T> a, Lanes<T> b) {                                       \
+    return Lanes<T>::each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });      \
+  }                                                                                       \
+  inline Lanes<T> both_negative(Lanes<T> a, Lanes<T> b) {                                 \
+    return Lanes<T>::each([&](int i) { return std::signbit(a.v[i]) ? b.v[i] : a.v[i]; }); \
+  }                                                                                       \
+  /* b where a is 0, else c */                                                            \
+  inline Lanes<T> if_zero(Lanes<T> a, Lanes<T> b, Lanes<T> c) {                           \
+    return Lanes<T>::each([&](int i) { return a.v[i] == 0 ? b.v[i] : c.v[i]; });          \
   }
 
 REWARDOPS_ARRAY_LANES(double, 8)
@@ -156,8 +166,8 @@ struct Lanes<float> {
   void store(float* x) const { _mm512_storeu_ps(x, v); }
   bool all_negative() const { return _mm512_movepi32_mask(_mm512_castps_si512(v)) == 0xffff; }
   double sum() const {
-    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
-                                              _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+    return _mm512_reduce_add_pd(
+        _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
   }
   float largest() const { return _mm512_reduce_max_ps(v); }
 };
@@ -165,9 +175,7 @@ struct Lanes<float> {
 inline Lanes<float> operator+(Lanes<float> a, Lanes<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Lanes<float> operator-(Lanes<float> a, Lanes<float> b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Lanes<float> operator*(Lanes<float> a, Lanes<float> b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Lanes<float> fma(Lanes<float> a, Lanes<float> b, Lanes<float> c) {
-  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
-}
+inline Lanes<float> fma(Lanes<float> a, Lanes<float> b, Lanes<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Lanes<float> larger(Lanes<float> a, Lanes<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes<float> smaller(Lanes<float> a, Lanes<float> b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Lanes<float> both_negative(Lanes<float> a, Lanes<float> b) { return {_mm512_and_ps(a.v, b.v)}; }
@@ -192,9 +200,7 @@ struct Lanes<float> {
   static Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static Lanes load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
   static __m128i raw(const void* x) { return _mm_loadu_si128(static_cast<const __m128i*>(x)); }
-  static __m256 shifted(__m128i raw) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
-  }
+  static __m256 shifted(__m128i raw) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)); }
   static Lanes load(const bfloat16* x) { return {shifted(raw(x)), shifted(raw(x + 8))}; }
   static Lanes load(const float16* x) { return {_mm256_cvtph_ps(raw(x)), _mm256_cvtph_ps(raw(x + 8))}; }
   template <typename From>
@@ -202,12 +208,14 @@ struct Lanes<float> {
     *a = load(x);
     *b = load(x + 16);
   }
-  void store(float* x) const { _mm256_storeu_ps(x, a); _mm256_storeu_ps(x + 8, b); }
+  void store(float* x) const {
+    _mm256_storeu_ps(x, a);
+    _mm256_storeu_ps(x + 8, b);
+  }
   bool all_negative() const { return _mm256_movemask_ps(_mm256_and_ps(a, b)) == 0xff; }
   double sum() const {
     const auto halves = [](__m256 x) {
-      return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
-                           _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+      return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
     };
     alignas(32) double d[4];
     _mm256_store_pd(d, _mm256_add_pd(halves(a), halves(b)));
@@ -256,9 +264,7 @@ inline __m256 scaled_half(__m256 y, __m256 n) {
   const __m256i e = _mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
   return _mm256_andnot_ps(_mm256_cmp_ps(n, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), _mm256_castsi256_ps(e));
 }
-inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) {
-  return {scaled_half(y.a, n.a), scaled_half(y.b, n.b)};
-}
+inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) { return {scaled_half(y.a, n.a), scaled_half(y.b, n.b)}; }
 
 #endif
 
@@ -292,8 +298,8 @@ inline Lanes<float> exp2(Lanes<float> x) {
 // e^x for x <= 0, 0 for results below the normal numbers and for -inf; within an ulp (Cephes), as exp_flushed.
 inline Lanes<float> exp(Lanes<float> x) {
   using L = Lanes<float>;
-  static constexpr float kCoefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                            1.6666665459e-1f, 5.0000001201e-1f};
+  static constexpr float kCoefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   const L c = larger(L::splat(-150.0f), x);  // NaN passes
   const L n = rounded(c * L::splat(1.44269504f));
   const L r = fma(n, L::splat(2.12194440e-4f), fma(n, L::splat(-0.693359375f), c));

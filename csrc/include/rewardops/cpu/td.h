@@ -24,10 +24,17 @@ struct TdRow {
   double decay;                    // gamma * lambda
 
   TdRow(const TdArgs<T>& args, int64_t row)
-      : a(args), b(row), mask(a.mask.row(a.rows, b)), rewards(a.rewards.row(a.rows, b)),
-        values(a.values.row(a.rows, b)), rho(a.rho.row(a.rows, b)), trace(a.trace.row(a.rows, b)),
-        gammas(a.gammas.row(a.rows, b)), lambdas(a.lambdas.row(a.rows, b)),
-        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lam),
+      : a(args),
+        b(row),
+        mask(a.mask.row(a.rows, b)),
+        rewards(a.rewards.row(a.rows, b)),
+        values(a.values.row(a.rows, b)),
+        rho(a.rho.row(a.rows, b)),
+        trace(a.trace.row(a.rows, b)),
+        gammas(a.gammas.row(a.rows, b)),
+        lambdas(a.lambdas.row(a.rows, b)),
+        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma),
+        lambda(a.row_lambdas ? a.row_lambdas[b] : a.lam),
         decay(gamma * lambda) {}
 
   bool simple() const { return !rho && !trace && !gammas && !lambdas; }
@@ -150,7 +157,8 @@ inline void store_tokens(const TdRow<T>& row, Tokens<T> out, int64_t begin, int6
   } else {
     for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(y[i]);
   }
-  if (m) for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? buffer[i] : T{0};
+  if (m)
+    for (int64_t i = 0; i < n; ++i) buffer[i] = m[i] ? buffer[i] : T{0};
   store_out(out.row(row.a.rows, row.b) + begin, buffer, n, row.a.stream);
 }
 
@@ -163,7 +171,7 @@ inline void store_zeros(const TdRow<T>& row, Tokens<T> out, int64_t begin, int64
 // y[begin] for a carry of 0, and the factor by which the carry is multiplied.
 template <typename T>
 REWARDOPS_ONCE double td_range(const TdRow<T>& row, int64_t begin, int64_t end, int64_t live, double carry, bool store,
-                       double* product) {
+                               double* product) {
   TdBlock s;
   double ahead = row.value_after(end, live);
   // The partial block comes first, so that all others consist of full registers.
@@ -195,7 +203,7 @@ REWARDOPS_ONCE double td_range(const TdRow<T>& row, int64_t begin, int64_t end, 
 // s.x becomes u of [begin, end) from the carry factor[t-] u[t-]; `passed` is gamma[t-] rho[t-] u[t-], before and after.
 template <typename T>
 REWARDOPS_ONCE double td_backward_range(const TdRow<T>& row, int64_t begin, int64_t end, double carry, bool store,
-                                double* product, double* passed) {
+                                        double* product, double* passed) {
   TdBlock s;
   alignas(64) double up[kScanBlock];
   alignas(64) double on_value[kScanBlock];
@@ -211,8 +219,10 @@ REWARDOPS_ONCE double td_backward_range(const TdRow<T>& row, int64_t begin, int6
     }
     const bool uniform = fill_factors(row, at, n, full, s);
     // s[t] = factor[t] (g[t] + s[t-]): the carry from token t to the next.
-    if (uniform) for (int64_t i = 0; i < n; ++i) s.x[i] = times(row.decay, up[i]);
-    else for (int64_t i = 0; i < n; ++i) s.x[i] = times(s.factor[i], up[i]);
+    if (uniform)
+      for (int64_t i = 0; i < n; ++i) s.x[i] = times(row.decay, up[i]);
+    else
+      for (int64_t i = 0; i < n; ++i) s.x[i] = times(s.factor[i], up[i]);
     const double before = carry;
     carry = scan_block<FromLeft>(row, uniform, n, s, carry);
     if (product)
@@ -316,7 +326,8 @@ void td_joins(const TdArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t c = 1; c < a.chunks && c * kScanChunk < live; ++c) {
       int64_t t = c * kScanChunk;
       const int64_t to = t + kScanChunk < live ? t + kScanChunk : live;
-      if (!a.decay) while (t < to && !row.valid(t)) ++t;
+      if (!a.decay)
+        while (t < to && !row.valid(t)) ++t;
       if (t == to) continue;  // a chunk without valid tokens passes its carry on
       if (a.grad_values.data && row.valid(t)) {
         T& value = a.grad_values.row(a.rows, b)[t];

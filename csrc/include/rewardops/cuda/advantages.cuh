@@ -63,7 +63,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) row_sums_kernel(const __gri
   double lanes[kItems] = {};
   line.visit(
       part * kWarps + warp(), kWarps * parts,
-      [&](int64_t t) { if (line.valid(t)) lanes[0] += line.data[t]; },
+      [&](int64_t t) {
+        if (line.valid(t)) lanes[0] += line.data[t];
+      },
       [&](int64_t t, auto n) {
         constexpr int count = decltype(n)::value;
         Pack<uint8_t, kItems> flags[count];

@@ -35,7 +35,9 @@ struct Cluster {
   __device__ int size() const { return 1; }
   __device__ void sync() const { __syncthreads(); }
   template <typename T>
-  __device__ T* at(T* shared, int) const { return shared; }
+  __device__ T* at(T* shared, int) const {
+    return shared;
+  }
 #else
   __device__ int rank() const { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
   __device__ int size() const { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }

@@ -10,13 +10,13 @@
 
 namespace rewardops::cuda::advantages {
 
-constexpr int kBlocks = 2;       // blocks per multiprocessor, at least
-constexpr int kRows = 64;        // rows per block, at most
+constexpr int kBlocks = 2;                       // blocks per multiprocessor, at least
+constexpr int kRows = 64;                        // rows per block, at most
 constexpr int64_t kMostRows = int64_t{1} << 30;  // rows per batch: their numbers have 32 bits, offsets of tokens 64
-constexpr int kListed = 2048;    // members at once; larger groups are searched for again in each pass over them
-constexpr int kAhead = 4;        // labels that a thread loads at once
-constexpr int kLook = 8;         // leading tokens that are searched first: nearly every row has a valid one there
-constexpr int kReduced = 4;      // numbers reduced over a block at once, at most
+constexpr int kListed = 2048;  // members at once; larger groups are searched for again in each pass over them
+constexpr int kAhead = 4;      // labels that a thread loads at once
+constexpr int kLook = 8;       // leading tokens that are searched first: nearly every row has a valid one there
+constexpr int kReduced = 4;    // numbers reduced over a block at once, at most
 static_assert(kRows <= kThreads);
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -43,9 +43,9 @@ struct Shared {
   int rows[kListed];                       // the list; -1 for rows that are not members
   T rewards[kListed];
   double partial[kWarps][kReduced];
-  RewardSummary summaries[2];              // group, and all rows; in shared memory to save registers
-  double upstream[2][2];                   // sums over the members, see sum_upstream
-  T results[3][kRows];                     // results of the block's rows
+  RewardSummary summaries[2];  // group, and all rows; in shared memory to save registers
+  double upstream[2][2];       // sums over the members, see sum_upstream
+  T results[3][kRows];         // results of the block's rows
 };
 
 // ---- members -----------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ __device__ int sort_labels(const AdvantagesArgs<T>& a, Shared<T>& shared, int fi
 template <bool kWrite, typename T>
 __device__ void find_members(const AdvantagesArgs<T>& a, Shared<T>& shared, int groups, int from, int to) {
   int* places = kWrite ? shared.places[warp()] : shared.counts[warp()];
-  int(&span)[2] = shared.spans[warp()];
+  int (&span)[2] = shared.spans[warp()];
   const int end = span[1];
   int first = end, last_end = 0;
 #pragma unroll 1

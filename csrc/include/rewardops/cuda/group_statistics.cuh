@@ -80,8 +80,7 @@ struct Key {
 // The rewards of rank `rank` (0: the smallest) and, if `next`, of the rank after it, by bisection over all numbers.
 // Otherwise both are the first.
 template <typename T, bool kBackward>
-__device__ void find_ranked(const Members<T, kBackward>& members, int rank, bool next, double& below,
-                            double& above) {
+__device__ void find_ranked(const Members<T, kBackward>& members, int rank, bool next, double& below, double& above) {
   auto lower = Key<T>::kLowest, upper = Key<T>::kHighest;
   int at_most = rank + 2;  // members up to `upper`
   while (lower < upper) {
@@ -108,14 +107,14 @@ enum Ranked { kHighest, kLowest, kBelow, kAbove };
 // The advantages of a group: inv_scale * numerator, where the numerator, reward minus baseline, is
 // gain * (reward - low - baseline) unless the group is `alone`.
 struct GroupStatistics {
-  double inv_scale = 1;               // 1 / (scale + eps); 0 where all rewards that the scale depends on are equal
-  double gain = 1;                    // n / (n - 1) for the mean of the others, else 1
-  double low = 0;                     // the number that rewards are centred on first: origin(smallest), or kBelow
-  double baseline = 0;                // baseline minus `low`
-  bool alone = false;                 // a group of one whose numerator is its reward
-  double share = 0;                   // d baseline / d reward, times gain; of weighted baselines per unit of length
-  bool by_length = false;             // the baseline is weighted by lengths, not all of them 0
-  double part = 0;                    // position of the order statistic between kBelow and kAbove, in [0, 1)
+  double inv_scale = 1;                // 1 / (scale + eps); 0 where all rewards that the scale depends on are equal
+  double gain = 1;                     // n / (n - 1) for the mean of the others, else 1
+  double low = 0;                      // the number that rewards are centred on first: origin(smallest), or kBelow
+  double baseline = 0;                 // baseline minus `low`
+  bool alone = false;                  // a group of one whose numerator is its reward
+  double share = 0;                    // d baseline / d reward, times gain; of weighted baselines per unit of length
+  bool by_length = false;              // the baseline is weighted by lengths, not all of them 0
+  double part = 0;                     // position of the order statistic between kBelow and kAbove, in [0, 1)
   int earliest[4] = {-1, -1, -1, -1};  // the earliest row of each Ranked reward; -1 for none, or not requested
 };
 

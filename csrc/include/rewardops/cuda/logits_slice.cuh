@@ -36,9 +36,13 @@ template <typename T>
 using Vector = Pack<T, kPack<T>>;
 
 template <typename T>
-__device__ const Vector<T>& pack_at(const T* at) { return *reinterpret_cast<const Vector<T>*>(at); }
+__device__ const Vector<T>& pack_at(const T* at) {
+  return *reinterpret_cast<const Vector<T>*>(at);
+}
 template <typename T>
-__device__ Vector<T>& pack_at(T* at) { return *reinterpret_cast<Vector<T>*>(at); }
+__device__ Vector<T>& pack_at(T* at) {
+  return *reinterpret_cast<Vector<T>*>(at);
+}
 
 // A pack in float.
 template <typename T>

@@ -30,8 +30,12 @@ struct StepRow {
   T rewards[kItems];     // rewards of step ends; 0 elsewhere
 
   __device__ StepRow(const ReturnsArgs<T>& a, int64_t b)
-      : kind(a.kind), mask(a.mask.row(a.rows, b)), flags(a.flags.row(a.rows, b)), ids(a.ids.row(a.rows, b)),
-        rewards_row(a.rewards.row(a.rows, b)), size(a.rows.size(b)) {}
+      : kind(a.kind),
+        mask(a.mask.row(a.rows, b)),
+        flags(a.flags.row(a.rows, b)),
+        ids(a.ids.row(a.rows, b)),
+        rewards_row(a.rewards.row(a.rows, b)),
+        size(a.rows.size(b)) {}
 
   __device__ bool aligned_at(int64_t h) const {
     return (!mask || aligned<kItems>(mask + h)) && (!flags || aligned<kItems>(flags + h)) &&
@@ -188,9 +192,7 @@ struct ExtremesBackward : StepRow<T, false> {
     }
     return all;
   }
-  __device__ Map map(int i) const {
-    return takes >> i & 1 ? Map{0, 1, 0} : Map{static_cast<double>(grad[i]), 0, 0};
-  }
+  __device__ Map map(int i) const { return takes >> i & 1 ? Map{0, 1, 0} : Map{static_cast<double>(grad[i]), 0, 0}; }
   __device__ void store(const Tile& tile, State before) {
     T result[kItems];
 #pragma unroll
@@ -236,7 +238,10 @@ struct SoftminForward : StepRow<T, true> {
   double* log_sums;
 
   __device__ SoftminForward(const ReturnsArgs<T>& a, int64_t b)
-      : Row(a, b), temperature(a.temperature), mean(a.mean), out(a.out.row(a.rows, b)),
+      : Row(a, b),
+        temperature(a.temperature),
+        mean(a.mean),
+        out(a.out.row(a.rows, b)),
         log_sums(a.log_sums.row(a.rows, b)) {}
 
   __device__ bool aligned_at(int64_t h) const {
@@ -300,7 +305,10 @@ struct SoftminBackward : StepRow<T, false> {
   double logs[kItems];
 
   __device__ SoftminBackward(const ReturnsArgs<T>& a, int64_t b)
-      : Row(a, b), temperature(a.temperature), grad_row(a.grad.row(a.rows, b)), log_sums(a.log_sums.row(a.rows, b)),
+      : Row(a, b),
+        temperature(a.temperature),
+        grad_row(a.grad.row(a.rows, b)),
+        log_sums(a.log_sums.row(a.rows, b)),
         out(a.out.row(a.rows, b)) {}
 
   __device__ bool aligned_at(int64_t h) const {

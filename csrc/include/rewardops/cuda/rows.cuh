@@ -125,15 +125,15 @@ __device__ void store_items(T* row, const Tile& tile, unsigned valid, const V (&
 // A row: `lead` tokens up to where `data` is aligned, packs, and less than a pack. The mask may be aligned elsewhere.
 template <typename T>
 struct RowChunks {
-  static constexpr int kInFlight = 4;                              // packs per lane
-  static constexpr int kPacks = kWarp * kInFlight;                 // packs per chunk
-  static constexpr int kTokens = kPacks * kItems;                  // tokens per chunk
-  static constexpr int kStride = kWarp * kItems;                   // tokens between a lane's packs
+  static constexpr int kInFlight = 4;               // packs per lane
+  static constexpr int kPacks = kWarp * kInFlight;  // packs per chunk
+  static constexpr int kTokens = kPacks * kItems;   // tokens per chunk
+  static constexpr int kStride = kWarp * kItems;    // tokens between a lane's packs
 
   T* data;
   const uint8_t* mask;  // null: every token is valid
   int64_t size, lead, packs;
-  bool mask_packs;      // the mask of a pack can be read at once
+  bool mask_packs;  // the mask of a pack can be read at once
 
   __device__ RowChunks(T* data, const uint8_t* mask, int64_t size) : data(data), mask(mask), size(size) {
     constexpr int kAligned = alignof(Pack<T, kItems>);

@@ -25,8 +25,8 @@ constexpr int64_t kSlotBytes = 128;  // bytes of the slot of a tile, to which la
 // Distribution of a scan over the device.
 struct ScanGrid {
   int64_t batch;
-  int64_t chunks;   // tiles of the longest row, each a block; 0: one block walks a whole row
-  void* state;      // [1 + batch * chunks] slots, zeros at first; slot 0 counts tickets. Null without chunks
+  int64_t chunks;  // tiles of the longest row, each a block; 0: one block walks a whole row
+  void* state;     // [1 + batch * chunks] slots, zeros at first; slot 0 counts tickets. Null without chunks
 };
 
 // ---- maps over threads -------------------------------------------------------------------------------------

@@ -41,8 +41,12 @@ struct Differences {
   __device__ static Differences identity() { return {1, 0, 0, 0, 0, 0}; }
   __device__ static Differences then(const Differences& first, const Differences& second) {
     const double ahead = first.seen ? times(second.c, first.w) : 0, through = first.seen ? 0 : second.c;
-    return {first.a * second.a, second.x + times(second.a, first.x) + ahead, times(second.a, first.c) + through,
-            second.seen ? second.w : first.w, first.seen | second.seen, 0};
+    return {first.a * second.a,
+            second.x + times(second.a, first.x) + ahead,
+            times(second.a, first.c) + through,
+            second.seen ? second.w : first.w,
+            first.seen | second.seen,
+            0};
   }
   __device__ static State apply(const State& s, const Differences& m) {
     return {m.x + times(m.a, s.y) + times(m.c, s.v), m.seen ? m.w : s.v};
@@ -60,9 +64,12 @@ struct Adjoints {
 
   __device__ static Adjoints identity() { return {1, 0, 0, 0, 0, 0}; }
   __device__ static Adjoints then(const Adjoints& first, const Adjoints& second) {
-    return {first.a * second.a, second.x + times(second.a, first.x),
+    return {first.a * second.a,
+            second.x + times(second.a, first.x),
             second.seen ? times(second.b, first.a) : first.b,
-            second.seen ? second.q + times(second.b, first.x) : first.q, first.seen | second.seen, 0};
+            second.seen ? second.q + times(second.b, first.x) : first.q,
+            first.seen | second.seen,
+            0};
   }
   __device__ static State apply(const State& s, const Adjoints& m) {
     return {m.x + times(m.a, s.s), m.seen ? m.q + times(m.b, s.s) : s.p};
@@ -83,10 +90,16 @@ struct TdRow {
   T rho[kItems], trace[kItems];
 
   __device__ TdRow(const TdArgs<T>& a, int64_t b)
-      : mask(a.mask.row(a.rows, b)), rho_row(a.rho.row(a.rows, b)), trace_row(a.trace.row(a.rows, b)),
-        gammas(a.gammas.row(a.rows, b)), lambdas(a.lambdas.row(a.rows, b)),
-        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma), lambda(a.row_lambdas ? a.row_lambdas[b] : a.lam),
-        size(a.rows.size(b)), valid_end(0), decay(a.decay && mask) {
+      : mask(a.mask.row(a.rows, b)),
+        rho_row(a.rho.row(a.rows, b)),
+        trace_row(a.trace.row(a.rows, b)),
+        gammas(a.gammas.row(a.rows, b)),
+        lambdas(a.lambdas.row(a.rows, b)),
+        gamma(a.row_gammas ? a.row_gammas[b] : a.gamma),
+        lambda(a.row_lambdas ? a.row_lambdas[b] : a.lam),
+        size(a.rows.size(b)),
+        valid_end(0),
+        decay(a.decay && mask) {
     if (decay) valid_end = end_of_valid(mask, size);
   }
 
@@ -134,8 +147,11 @@ struct TdForward : TdRow<T, kSimple> {
   T rewards[kItems], values[kItems];
 
   __device__ TdForward(const TdArgs<T>& a, int64_t b)
-      : Row(a, b), rewards_row(a.rewards.row(a.rows, b)), values_row(a.values.row(a.rows, b)),
-        out(a.out.row(a.rows, b)), returns(a.returns.row(a.rows, b)),
+      : Row(a, b),
+        rewards_row(a.rewards.row(a.rows, b)),
+        values_row(a.values.row(a.rows, b)),
+        out(a.out.row(a.rows, b)),
+        returns(a.returns.row(a.rows, b)),
         bootstrap(a.bootstrap ? static_cast<double>(a.bootstrap[b]) : 0) {}
 
   __device__ bool aligned_at(int64_t h) const {
@@ -198,8 +214,11 @@ struct TdBackward : TdRow<T, kSimple> {
   T grad[kItems], through[kItems];
 
   __device__ TdBackward(const TdArgs<T>& a, int64_t b)
-      : Row(a, b), grad_row(a.grad.row(a.rows, b)), through_row(a.grad_returns.row(a.rows, b)),
-        on_rewards(a.grad_rewards.row(a.rows, b)), on_values(a.grad_values.row(a.rows, b)),
+      : Row(a, b),
+        grad_row(a.grad.row(a.rows, b)),
+        through_row(a.grad_returns.row(a.rows, b)),
+        on_rewards(a.grad_rewards.row(a.rows, b)),
+        on_values(a.grad_values.row(a.rows, b)),
         on_bootstrap(a.grad_bootstrap ? a.grad_bootstrap + b : nullptr) {}
 
   __device__ bool aligned_at(int64_t h) const {

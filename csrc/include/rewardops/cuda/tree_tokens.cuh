@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int before = !kHoles ? 0 : to == tiles ? length : count_valid(mask, row.tile_start(to));
   for (int k = to - 1; k >= from; --k) {
     const Tile tile = row.tile(k);
-    const int number = static_cast<int>(tile.first) - first, lowest = row.tile_start(k) - first;  // among the valid tokens
+    const int number = static_cast<int>(tile.first) - first,
+              lowest = row.tile_start(k) - first;  // among the valid tokens
     unsigned valid = 0;
     double x[kItems] = {};
     bool alike = true;
