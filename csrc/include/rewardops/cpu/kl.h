@@ -200,7 +200,8 @@ struct KlBlock {
 };
 
 template <KlEstimator kind, bool kBackward, typename T>
-inline void kl_terms(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<T>& block) {
+REWARDOPS_ONCE void kl_terms(const TokenKlArgs<T>& args, int64_t start, int64_t n, KlBlock<T>& block) {
+  const TokenKlArgs<T> a = args;  // a copy, which nothing that is stored can change
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
     const KlTerm<T> t = kl_term<kind>(a.logprob[start + k], a.ref_logprob[start + k], a.largest_d, a.largest_value);
@@ -212,14 +213,19 @@ inline void kl_terms(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<
   }
 }
 
+// The straight-through forms have the values of the plain ones.
+constexpr KlEstimator value_of(KlEstimator kind) {
+  return kind == KlEstimator::k1_plus ? KlEstimator::k1 : kind == KlEstimator::k3_plus ? KlEstimator::k3 : kind;
+}
+
 template <KlEstimator kind, typename T>
 inline void kl_terms(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<T>& block) {
   if (a.grad) kl_terms<kind, true>(a, start, n, block);
-  else kl_terms<kind, false>(a, start, n, block);
+  else kl_terms<value_of(kind), false>(a, start, n, block);
 }
 
 template <typename T>
-REWARDOPS_ONCE void kl_terms(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<T>& block) {
+inline void kl_terms(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<T>& block) {
   switch (a.estimator) {
     case KlEstimator::k1: return kl_terms<KlEstimator::k1>(a, start, n, block);
     case KlEstimator::abs: return kl_terms<KlEstimator::abs>(a, start, n, block);
@@ -294,20 +300,24 @@ REWARDOPS_INLINE KlTerm<T> weighted(const TokenKlArgs<T>& a, T logprob, T ref, T
   return {select(far, both, value), select(far, far_on_logprob, on_logprob), select(far, -slope, on_ref)};
 }
 
-template <KlEstimator kind, typename T>
+template <KlEstimator kind, bool kBackward, typename T>
 REWARDOPS_ONCE void weigh_block(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<T>& block) {
   const T live_d = a.ratio_grad ? a.largest_d : T{-1};
-  if (!a.grad)
-    for (int64_t k = 0; k < n; ++k) block.on_logprob[k] = block.on_ref[k] = 0;
-#pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
-    const KlTerm<T> t{block.value[k], block.on_logprob[k], block.on_ref[k]};
+    const KlTerm<T> t{block.value[k], kBackward ? block.on_logprob[k] : T{0}, kBackward ? block.on_ref[k] : T{0}};
     const int64_t at = start + k;
     const KlTerm<T> w = weighted<kind>(a, a.logprob[at], a.ref_logprob[at], a.old_logprob[at], live_d, t);
     block.value[k] = w.value;
+    if (!kBackward) continue;
     block.on_logprob[k] = w.on_logprob;
     block.on_ref[k] = w.on_ref;
   }
+}
+
+template <KlEstimator kind, typename T>
+inline void weigh_block(const TokenKlArgs<T>& a, int64_t start, int64_t n, KlBlock<T>& block) {
+  if (a.grad) weigh_block<kind, true>(a, start, n, block);
+  else weigh_block<kind, false>(a, start, n, block);
 }
 
 template <typename T>
@@ -341,9 +351,11 @@ inline void store_kl(const TokenKlArgs<T>& a, T* buffer, T* out, int64_t start, 
 }
 
 template <typename T>
-inline void kl_forward(const TokenKlArgs<T>& a, T* value, int64_t start, int64_t n) {
+inline void kl_forward(const TokenKlArgs<T>& args, T* value, int64_t start, int64_t n) {
+  const TokenKlArgs<T> a = args;
+  if (a.scale != 1)
 #pragma omp simd
-  for (int64_t k = 0; k < n; ++k) value[k] *= a.scale;
+    for (int64_t k = 0; k < n; ++k) value[k] *= a.scale;
   if (a.scale == 0)
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) value[k] = silenced(a, start + k, a.scale, value[k]);
@@ -354,8 +366,9 @@ inline void kl_forward(const TokenKlArgs<T>& a, T* value, int64_t start, int64_t
 }
 
 template <typename T>
-inline void kl_backward(const TokenKlArgs<T>& a, T* slope, T* out, int64_t start, int64_t n) {
+inline void kl_backward(const TokenKlArgs<T>& args, T* slope, T* out, int64_t start, int64_t n) {
   if (!out) return;
+  const TokenKlArgs<T> a = args;
   const T* grad = a.grad + start;
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {

@@ -52,12 +52,14 @@ inline Acc capped(Acc x, Acc cap, Acc inverse_cap) {
 
 template <typename T, typename Acc>
 REWARDOPS_ONCE void fill_block(const T* x, int64_t n, double softcap, Acc* buffer) {
+  if (softcap > 0) {
+    const Acc cap = static_cast<Acc>(softcap), inverse = static_cast<Acc>(1.0 / softcap);
 #pragma omp simd
-  for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
-  if (!(softcap > 0)) return;
-  const Acc cap = static_cast<Acc>(softcap), inverse = static_cast<Acc>(1.0 / softcap);
+    for (int64_t k = 0; k < n; ++k) buffer[k] = capped(static_cast<Acc>(widen(x[k])), cap, inverse);
+  } else {
 #pragma omp simd
-  for (int64_t k = 0; k < n; ++k) buffer[k] = capped(buffer[k], cap, inverse);
+    for (int64_t k = 0; k < n; ++k) buffer[k] = widen(x[k]);
+  }
 }
 
 // Columns of a row in the accumulation type, after the softcap. Returns the row itself where it needs no conversion,

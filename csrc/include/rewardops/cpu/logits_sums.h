@@ -192,9 +192,13 @@ inline Sums row_sums(const LogitsArgs& in, int64_t n, double temperature) {
   if (kTerms & kTermMean) sums.origin = origin_of<Acc>(in, n);
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = columns_of_block(in, start);
-    if (in.softcap > 0)
-      add_block<kTerms, Acc>(load_block(row + start, count, in.softcap, cap_buffer), count, scale, sums, buffer);
-    else add_block<kTerms, T>(row + start, count, scale, sums, buffer);
+    if constexpr (kLoads<T>) {
+      if (!(in.softcap > 0)) {
+        add_block<kTerms, T>(row + start, count, scale, sums, buffer);
+        continue;
+      }
+    }
+    add_block<kTerms, Acc>(load_block(row + start, count, in.softcap, cap_buffer), count, scale, sums, buffer);
   }
   return sums;
 }
@@ -308,16 +312,18 @@ inline Sums pair_sums(const LogitsArgs& in, int64_t n, double temperature) {
   alignas(64) Acc z[kLogitsBlock];
   alignas(64) Acc x[kLogitsBlock];
   const Acc scale = static_cast<Acc>(1.4426950408889634 / temperature);
-  const bool direct = in.logits.dtype == in.ref_logits.dtype && !(in.softcap > 0);
+  const bool direct = kLoads<T> && in.logits.dtype == in.ref_logits.dtype && !(in.softcap > 0);
   Sums sums;
   for (int64_t start = 0; start < in.vocab; start += kLogitsBlock) {
     const int64_t count = columns_of_block(in, start);
     const bool begun = sums.shift > -infinity<double>() && sums.ref_shift > -infinity<double>();
     const bool quick = count == kLogitsBlock && begun;
     bool added = false;
-    if (direct && quick)
-      added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref_logits, n) + start,
-                                       count, scale, sums);
+    if constexpr (kLoads<T>) {
+      if (direct && quick)
+        added = add_pair_quickly<kTerms>(logits_row<T>(in.logits, n) + start, logits_row<T>(in.ref_logits, n) + start,
+                                         count, scale, sums);
+    }
     if (!added) {
       const Acc* zs = load_block(in.logits, n, start, count, in.softcap, z);
       const Acc* xs = load_block(in.ref_logits, n, start, count, in.softcap, x);

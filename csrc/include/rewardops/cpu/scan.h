@@ -87,7 +87,7 @@ inline Eight weighed(Eight m, Eight y) {
 
 // y[i] = x[i] + a[i] y[i +- 1] over whole registers, in place; returns the last y, which is the next carry.
 template <typename Way>
-REWARDOPS_ONCE double scan_maps(double* x, const double* a, int64_t padded, double carry) {
+inline double scan_maps(double* x, const double* a, int64_t padded, double carry) {
   const Eight zero = splat_eight(0), one = splat_eight(1);
   Eight c = splat_eight(carry);
   for (int64_t k = 0; k < padded; k += kEight) {
@@ -108,7 +108,7 @@ REWARDOPS_ONCE double scan_maps(double* x, const double* a, int64_t padded, doub
 
 // The same scan with one number for all a.
 template <typename Way>
-REWARDOPS_ONCE double scan_map(double* x, double a, int64_t padded, double carry) {
+inline double scan_map(double* x, double a, int64_t padded, double carry) {
   if (a == 0) return x[Way::kReverse ? 0 : padded - 1];
   const Eight zero = splat_eight(0), a1 = splat_eight(a), a2 = a1 * a1, a4 = a2 * a2;
   Eight powers;

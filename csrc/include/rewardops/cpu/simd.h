@@ -268,6 +268,14 @@ inline Lanes<float> scaled(Lanes<float> y, Lanes<float> n) { return {scaled_half
 
 #endif
 
+// True if lanes are loaded from T as fast as from what a block of T was widened to before.
+template <typename T>
+#if defined(__AVX2__)
+constexpr bool kLoads = true;
+#else
+constexpr bool kLoads = sizeof(T) >= 4;
+#endif
+
 // ---- exponentials -------------------------------------------------------------------------------------------
 
 template <int kTerms>
