@@ -14,6 +14,15 @@ struct GtpoBlock {
   double through[2][kGtpoBlock];  // upstream gradient times weight
 };
 
+// In place of a mask that is not given: one loop serves both.
+struct NoMask {
+  uint8_t valid[kGtpoBlock];
+  constexpr NoMask() : valid() {
+    for (uint8_t& token : valid) token = 1;
+  }
+};
+constexpr NoMask kNoMask;
+
 // Weights of a row's tokens: the entropy, at least 0, in a right row; in a wrong row the inverse of the entropy, raised
 // to the floor first. NaN where the entropy is not finite, or the class of the row not known.
 template <typename T>
@@ -52,13 +61,13 @@ void gtpo_sums(const GtpoArgs<T>& a, int64_t group, int64_t from, GtpoBlock<T>& 
     const GtpoWeight<T> weight_of(a.rewards[b], a.threshold, floor);
     const T* entropy = a.entropy.row(a.rows, b) + from;
     const T* grad = kBackward ? a.grad.row(a.rows, b) + from : nullptr;
-    const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : nullptr;
+    const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : kNoMask.valid;
     double* count = block.count[weight_of.right];
     double* total = block.total[weight_of.right];
     double* through = block.through[weight_of.right];
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
-      const bool valid = !mask || mask[k];
+      const bool valid = mask[k];
       const double weight = valid ? static_cast<double>(weight_of(entropy[k])) : 0.0;
       count[k] += valid ? 1.0 : 0.0;
       total[k] += weight;
@@ -87,7 +96,7 @@ void gtpo_blocks(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
       const bool right = weight_of.right;
       const T* entropy = a.entropy.row(a.rows, b) + from;
       const T* grad = kBackward ? a.grad.row(a.rows, b) + from : nullptr;
-      const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : nullptr;
+      const uint8_t* mask = a.mask.data ? a.mask.row(a.rows, b) + from : kNoMask.valid;
       T* out = a.out.row(a.rows, b) + from;
       const double* count = block.count[right];
       const double* total = block.total[right];
@@ -96,7 +105,7 @@ void gtpo_blocks(const GtpoArgs<T>& a, int64_t begin, int64_t end) {
       const double gain = right ? a.alpha2 : -a.alpha2;
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) {
-        const bool valid = !mask || mask[k];
+        const bool valid = mask[k];
         const double weight = weight_of(entropy[k]);
         const bool even = total[k] == 0;  // every entropy of the class is 0: all have the same share
         const double sum = even ? 1.0 : total[k];
