@@ -36,6 +36,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DREWARDOPS_MODULE_DIR={target.parent}",
             f"-DREWARDOPS_CUDA={os.environ.get('REWARDOPS_CUDA', '0')}",
+            f"-DREWARDOPS_ISAS={os.environ.get('REWARDOPS_ISAS', '')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)

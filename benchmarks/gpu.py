@@ -60,6 +60,7 @@ class Walk:
         }
         if self.dry:
             variables.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", REWARDOPS_CUDA="0")
+            variables["REWARDOPS_ISAS"] = "portable"  # any build will do
         else:
             import torch
 

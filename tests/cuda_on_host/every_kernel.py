@@ -83,9 +83,10 @@ def prefix_trees() -> Iterator[str]:
     mask = (torch.rand(1100, generator=g) > 0.2).repeat(3, 1)
     mask[0, 900:] = False
     kinds = ((torch.int32, torch.float32, "prefix"), (torch.int64, torch.float64, "skip"))
-    for dtype_of_ids, dtype, masked in kinds:
+    forms = ({"gamma": 0.99}, {"leave_one_out": True})
+    for at, (dtype_of_ids, dtype, masked) in enumerate(kinds):
         ids, rewards = tokens.to(dtype_of_ids), torch.randn(3, generator=g, dtype=dtype)
-        for options in ({"gamma": 0.99}, {"leave_one_out": True}):
+        for options in forms if ALL else forms[at:][:1]:
             arguments = {"mask": mask, "masked": masked, **options}
             same(lambda r, x=ids, o=arguments: rewardops.prefix_values(x, r, groups, **o), rewards)
             yield f"prefix_values {masked} {dtype} {options}"
@@ -105,14 +106,10 @@ def advantages() -> Iterator[str]:
     groups = torch.tensor([3, 1, 3, 3, 1, 1, 3])
     mask = (torch.rand(7, 70, generator=g) > 0.3)[:, 1:66]
     mask[4] = False
-    for dtype in (torch.float32, torch.float64):
+    forms = (("mean", "std"), ("median", "batch_std"), (0.3, "range"), ("length_weighted", "none"))
+    for at, dtype in enumerate((torch.float32, torch.float64)):
         r = torch.randn(7, generator=g, dtype=dtype)
-        for baseline, scale in (
-            ("mean", "std"),
-            ("median", "batch_std"),
-            (0.3, "range"),
-            ("length_weighted", "none"),
-        ):
+        for baseline, scale in forms if ALL else forms[at::2]:
             options: dict[str, Any] = {"baseline": baseline, "scale": scale, "mask": mask}
             same(lambda r, o=options: rewardops.group_advantages(r, groups, **o), r)
             yield f"group_advantages {baseline} {scale} {dtype}"
@@ -142,14 +139,19 @@ def logits() -> Iterator[str]:
             yield f"token_stats_and_grad {dtype} {limit} {len(names)}"
 
 
-FAMILIES = (returns, prefix_trees, advantages, logits)
+FAMILIES = {f.__name__: f for f in (returns, prefix_trees, advantages, logits)}
+ALL = False  # every form in every dtype: a sanitizer takes ten seconds for each
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("families", nargs="*", help="all by default")
     parser.add_argument("--device", default="cpu", help="cuda: on a GPU, and not by the harness")
-    torch.set_default_device(parser.parse_args().device)
+    parser.add_argument("--all", action="store_true", help="every form in every dtype, not in one of them")
+    chosen = parser.parse_args()
+    torch.set_default_device(chosen.device)
     torch.set_num_threads(1)
-    for family in FAMILIES:
-        for done in family():
+    ALL = chosen.all
+    for family in chosen.families or FAMILIES:
+        for done in FAMILIES[family]():
             print(done, flush=True)
     print("every kernel ran")

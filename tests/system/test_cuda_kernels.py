@@ -113,9 +113,11 @@ def run_under(sanitizer: str, *command: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["returns", "prefix_trees", "advantages", "logits"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address"] if THOROUGH else ["thread"])
-def test_every_kernel_under(sanitizer):
-    done = run_under(sanitizer, sys.executable, str(HERE / "every_kernel.py"))
+def test_every_kernel_under(sanitizer, family):
+    forms = ["--all"] if THOROUGH else []
+    done = run_under(sanitizer, sys.executable, str(HERE / "every_kernel.py"), family, *forms)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[:3000]
     assert "every kernel ran" in done.stdout
     assert "Sanitizer" not in done.stderr

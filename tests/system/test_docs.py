@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -94,6 +95,10 @@ class Test_site:
             for x in family.__all__:
                 path = f"rewardops.{x}" if x in rewardops.__all__ else f"rewardops.{name}.{x}"
                 assert places[path].startswith(f"api/{name}.html"), path
+
+    def test_the_picture_of_the_readme(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "docs" / "_extensions")
+        assert (ROOT / "docs" / "prefix_tree.svg").read_text() == importlib.import_module("pictures").tree()
 
     def test_pictures_are_drawn(self, site):
         page = (site / "gallery.html").read_text()
