@@ -57,3 +57,15 @@ def test_files_that_are_listed_exist():
 
 def test_few_files_name_an_op():
     assert len(naming()) <= 23, sorted(naming())
+
+
+def test_a_commit_is_checked_by_the_linters_that_are_pinned():
+    pinned = set((ROOT / "constraints.txt").read_text().split())
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    wanted = {
+        tool
+        for group in re.findall(r"additional_dependencies: \[(.*)\]", hooks)
+        for tool in group.split(", ")
+    }
+    assert wanted
+    assert wanted <= pinned
