@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from once import once
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,11 +39,15 @@ def run(*command, cwd, **env):
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
     """The folder of an sdist and the wheel built from it (a test that it is complete), without torch."""
-    out = tmp_path_factory.mktemp("dist")
-    # With the environment of this interpreter, which is not installed anew.
-    environment = [f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
-    run("make", "-C", ROOT, *environment, "wheel", f"DIST={out}", cwd=out)
-    return out
+
+    def made():
+        out = tmp_path_factory.mktemp("dist")
+        # With the environment of this interpreter, which is not installed anew.
+        environment = [f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
+        run("make", "-C", ROOT, *environment, "wheel", f"DIST={out}", cwd=out)
+        return str(out)
+
+    return Path(once(tmp_path_factory, "dist", made))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from once import once
 from triton_compile import TARGETS
 from triton_compile import __file__ as PROGRAM
 
@@ -39,9 +40,12 @@ def compiled(tmp_path_factory) -> list[dict]:
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1])
 
-    jobs = [(target, part) for target in TARGETS for part in range(PARTS)]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [row for rows in pool.map(work, jobs) for row in rows]
+    def rows():
+        jobs = [(target, part) for target in TARGETS for part in range(PARTS)]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return [row for rows in pool.map(work, jobs) for row in rows]
+
+    return once(tmp_path_factory, "triton_compile", rows)
 
 
 def test_every_kernel_compiles_for_every_target(compiled):

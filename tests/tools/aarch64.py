@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from sanitized import tool
+from compiled import tool
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
