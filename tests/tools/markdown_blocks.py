@@ -1,8 +1,9 @@
 """The Python blocks of the documents, run as a reader runs them: a file's blocks in order, as one script.
 
 A block runs in `tests/system/test_markdown.py`. Above a block may be comments, which no page shows:
-`<!-- run in: integrations -->` for one that needs a training framework, which `tests/integrations/test_markdown_of_frameworks.py`
-runs after the blocks before it; and `<!-- before the next block:` with code to run first, up to `-->`.
+`<!-- run in: integrations -->` for one that needs a training framework, which
+`tests/integrations/test_markdown_of_frameworks.py` runs after the blocks before it; and
+`<!-- before the next block:` with code to run first, up to `-->`.
 """
 
 from __future__ import annotations
