@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OP, FAMILY = "softmin_returns", "returns"
+KERNELS = (".h", ".cpp", ".cu", ".cuh", ".py")
 FOLDERS = ("benchmarks", "csrc", "docs", "rewardops", "tests", "triton_kernels")
 
 
@@ -69,3 +70,11 @@ def test_a_commit_is_checked_by_the_linters_that_are_pinned():
     }
     assert wanted
     assert wanted <= pinned
+
+
+def test_kernel_files_are_short():
+    sources = [
+        p for folder in ("csrc", "triton_kernels") for p in (ROOT / folder).rglob("*") if p.suffix in KERNELS
+    ]
+    assert len(sources) > 50
+    assert not {p.name: n for p in sources if (n := len(p.read_text().splitlines())) > 400}
