@@ -26,16 +26,33 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// An element of a call's arguments. Numbers are read without pybind11's casters, which take as long as a small kernel.
+template <typename V>
+V converted(py::handle value) {
+  if constexpr (std::is_same_v<V, double>) {
+    const double x = PyFloat_AsDouble(value.ptr());
+    if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return x;
+  } else if constexpr (std::is_integral_v<V> && !std::is_same_v<V, bool>) {
+    const long long x = PyLong_AsLongLong(value.ptr());
+    if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return static_cast<V>(x);
+  } else if constexpr (std::is_enum_v<V>) {
+    return static_cast<V>(converted<int>(value));
+  } else {
+    return value.cast<V>();
+  }
+}
+
 // A cursor over a Python tuple, from its first element to its last. It reads numbers, enums and addresses itself;
 // nested tuples are read by the functions of the same name below.
 class Reader {
  public:
-  explicit Reader(const py::handle& tuple) : tuple_(tuple.cast<py::tuple>()) {}
+  explicit Reader(py::handle tuple) : tuple_(tuple) {}
 
   template <typename V>
   V next() {
-    if constexpr (std::is_enum_v<V>) return static_cast<V>(next<int>());
-    else return next().cast<V>();
+    return converted<V>(next());
   }
   // An address; 0 is null.
   template <typename T>
@@ -51,10 +68,14 @@ class Reader {
   LogitsRows logits_rows();
 
  private:
-  py::object next() { return tuple_[index_++]; }
+  py::handle next() {
+    const py::handle value = PyTuple_GetItem(tuple_.ptr(), index_++);
+    if (!value) throw py::error_already_set();
+    return value;
+  }
 
-  py::tuple tuple_;
-  size_t index_ = 0;
+  py::handle tuple_;
+  Py_ssize_t index_ = 0;
 };
 
 // (address, row stride)

@@ -2,6 +2,8 @@
 // a kernel runs.
 #include <cstdint>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -335,30 +337,49 @@ void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& val
 
 // ---- the module ---------------------------------------------------------------------------------------------
 
+// The arguments of a call, each as the type that the function takes.
+template <typename... A, size_t... i>
+void call_with(void (*f)(A...), const py::args& args, std::index_sequence<i...>) {
+  if (args.size() != sizeof...(A))
+    throw py::type_error("got " + std::to_string(args.size()) + " arguments, want " + std::to_string(sizeof...(A)));
+  f(converted<std::decay_t<A>>(PyTuple_GET_ITEM(args.ptr(), i))...);
+}
+
+template <typename... A>
+void call_with(void (*f)(A...), const py::args& args) {
+  call_with(f, args, std::index_sequence_for<A...>());
+}
+
+// A function as pybind11 sees it. It is of one type for all of them, because pybind11 is slow to compile for each.
+template <auto f>
+void call(const py::args& args) {
+  call_with(f, args);
+}
+
 template <typename T>
 void define_typed(py::module_& m, const char* suffix) {
   const auto name = [&](const char* base) { return std::string(base) + suffix; };
-  m.def(name("token_kl").c_str(), token_kl<T>);
-  m.def(name("group_advantages").c_str(), group_advantages<T>);
-  m.def(name("group_advantages_backward").c_str(), group_advantages_backward<T>);
-  m.def(name("gtpo_rewards").c_str(), gtpo_rewards<T>);
-  m.def(name("returns").c_str(), returns<T>);
-  m.def(name("td_scan").c_str(), td_scan<T>);
-  m.def(name("row_sums").c_str(), row_sums<T>);
-  m.def(name("segment_reduce").c_str(), segment_reduce<T>);
-  m.def(name("largest").c_str(), largest<T>);
-  m.def(name("nodes_to_tokens").c_str(), nodes_to_tokens<T>);
+  m.def(name("token_kl").c_str(), call<token_kl<T>>);
+  m.def(name("group_advantages").c_str(), call<group_advantages<T>>);
+  m.def(name("group_advantages_backward").c_str(), call<group_advantages_backward<T>>);
+  m.def(name("gtpo_rewards").c_str(), call<gtpo_rewards<T>>);
+  m.def(name("returns").c_str(), call<returns<T>>);
+  m.def(name("td_scan").c_str(), call<td_scan<T>>);
+  m.def(name("row_sums").c_str(), call<row_sums<T>>);
+  m.def(name("segment_reduce").c_str(), call<segment_reduce<T>>);
+  m.def(name("largest").c_str(), call<largest<T>>);
+  m.def(name("nodes_to_tokens").c_str(), call<nodes_to_tokens<T>>);
 }
 
 void define_trees(py::module_& m) {
-  m.def("prefix_tree_i32", prefix_tree<int32_t>);
-  m.def("prefix_tree_i64", prefix_tree<int64_t>);
-  m.def("prefix_lcp", prefix_lcp);
-  m.def("subtree_sums", subtree_sums);
-  m.def("tree_values", tree_values);
-  m.def("tree_values_backward", tree_values_backward);
+  m.def("prefix_tree_i32", call<prefix_tree<int32_t>>);
+  m.def("prefix_tree_i64", call<prefix_tree<int64_t>>);
+  m.def("prefix_lcp", call<prefix_lcp>);
+  m.def("subtree_sums", call<subtree_sums>);
+  m.def("tree_values", call<tree_values>);
+  m.def("tree_values_backward", call<tree_values_backward>);
   m.def("path_ends", path_ends);
-  m.def("nodes_to_tokens_i32", nodes_to_tokens<int32_t>);
+  m.def("nodes_to_tokens_i32", call<nodes_to_tokens<int32_t>>);
 }
 
 }  // namespace
@@ -368,8 +389,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return kernels().name; });
   m.def("use_team", [](Address team) { use_team(reinterpret_cast<Team>(team)); });
   m.def("prefer_huge_pages", [](Address begin, int64_t size) { prefer_huge_pages(at<void>(begin), size); });
-  m.def("token_stats", token_stats);
-  m.def("token_stats_backward", token_stats_backward);
+  m.def("token_stats", call<token_stats>);
+  m.def("token_stats_backward", call<token_stats_backward>);
   define_trees(m);
   define_typed<float>(m, "_f32");
   define_typed<double>(m, "_f64");
