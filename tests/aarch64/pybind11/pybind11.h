@@ -11,6 +11,20 @@
 #include <utility>
 #include <vector>
 
+// ---- Python's own functions, on the values below ------------------------------------------------------------
+
+namespace pybind11 {
+struct Value;
+}
+using PyObject = const pybind11::Value;
+using Py_ssize_t = std::ptrdiff_t;
+
+PyObject* PyTuple_GetItem(PyObject* tuple, Py_ssize_t i);
+double PyFloat_AsDouble(PyObject* value);
+long long PyLong_AsLongLong(PyObject* value);
+inline bool PyErr_Occurred() { return false; }
+#define PyTuple_GET_ITEM PyTuple_GetItem
+
 namespace pybind11 {
 
 // A number, a text, or a tuple.
@@ -27,6 +41,10 @@ class tuple;
 class handle {
  public:
   handle(const Value& value) : value_(&value) {}
+  handle(PyObject* value) : value_(value) {}
+
+  PyObject* ptr() const { return value_; }
+  explicit operator bool() const { return value_; }
 
   template <typename T>
   T cast() const {
@@ -38,14 +56,25 @@ class handle {
  protected:
   const Value* value_;
 };
-using object = handle;
 
 class tuple : public handle {
  public:
   using handle::handle;
   bool empty() const { return value_->items.empty(); }
-  object operator[](size_t i) const { return value_->items.at(i); }
+  size_t size() const { return value_->items.size(); }
 };
+
+// All arguments of a call.
+class args : public tuple {
+ public:
+  using tuple::tuple;
+};
+
+struct type_error : std::invalid_argument {
+  using invalid_argument::invalid_argument;
+};
+
+struct error_already_set : std::exception {};
 
 struct gil_scoped_release {
   ~gil_scoped_release() {}  // used, for the compiler
@@ -66,6 +95,13 @@ class module_ {
   }
 
  private:
+  void add(const char* name, std::function<void(const args&)> function) {
+    functions[name] = [=](const std::vector<Value>& arguments) {
+      const Value all{Value::tuple, 0, 0, {}, arguments};
+      return function(args(all)), Value();
+    };
+  }
+
   template <typename R, typename... A>
   void add(const char* name, std::function<R(A...)> function) {
     functions[name] = [=](const std::vector<Value>& arguments) {
@@ -86,5 +122,9 @@ class module_ {
 };
 
 }  // namespace pybind11
+
+inline PyObject* PyTuple_GetItem(PyObject* tuple, Py_ssize_t i) { return &tuple->items.at(i); }
+inline double PyFloat_AsDouble(PyObject* value) { return pybind11::handle(value).cast<double>(); }
+inline long long PyLong_AsLongLong(PyObject* value) { return pybind11::handle(value).cast<long long>(); }
 
 #define PYBIND11_MODULE(name, m) void define_module(pybind11::module_& m)
