@@ -2,8 +2,6 @@
 // a kernel runs.
 #include <cstdint>
 #include <string>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -336,25 +334,6 @@ void largest(const py::tuple& shape, const py::tuple& mask, const py::tuple& val
 }
 
 // ---- the module ---------------------------------------------------------------------------------------------
-
-// The arguments of a call, each as the type that the function takes.
-template <typename... A, size_t... i>
-void call_with(void (*f)(A...), const py::args& args, std::index_sequence<i...>) {
-  if (args.size() != sizeof...(A))
-    throw py::type_error("got " + std::to_string(args.size()) + " arguments, want " + std::to_string(sizeof...(A)));
-  f(converted<std::decay_t<A>>(PyTuple_GET_ITEM(args.ptr(), i))...);
-}
-
-template <typename... A>
-void call_with(void (*f)(A...), const py::args& args) {
-  call_with(f, args, std::index_sequence_for<A...>());
-}
-
-// A function as pybind11 sees it. It is of one type for all of them, because pybind11 is slow to compile for each.
-template <auto f>
-void call(const py::args& args) {
-  call_with(f, args);
-}
 
 template <typename T>
 void define_typed(py::module_& m, const char* suffix) {
