@@ -38,7 +38,10 @@ V converted(py::handle value) {
   } else if constexpr (std::is_integral_v<V> && !std::is_same_v<V, bool>) {
     const long long x = PyLong_AsLongLong(value.ptr());
     if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return static_cast<V>(x);
+    const V narrow = static_cast<V>(x);
+    if (static_cast<long long>(narrow) != x || (std::is_unsigned_v<V> && x < 0))
+      throw py::type_error("got " + std::to_string(x) + ", want a number that fits the argument");
+    return narrow;
   } else if constexpr (std::is_enum_v<V>) {
     return static_cast<V>(converted<int>(value));
   } else {
