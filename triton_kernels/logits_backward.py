@@ -86,6 +86,92 @@ def unscaled(grad, x, inv, cap, CAPPED: tl.constexpr):
     return grad
 
 
+# ---- a block of columns ------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Pointers to the row of each tensor."""
+
+    logits: Any
+    ref: Any
+    out: Any
+    ref_out: Any
+
+
+class Scalars(NamedTuple):
+    """What a row's columns have in common, but for the coefficients of the two models."""
+
+    token: Any  # its column; -1 if it is not among these
+    inv: Any  # 1 / temperature, in two parts
+    inv_rest: Any
+    cap: Any
+    beta: Any
+
+
+@triton.jit
+def write_zeros(row, begin, end, BLOCK: tl.constexpr):
+    """Zeros in columns [begin, end), begin a multiple of the block; whole blocks are stored 16 bytes at a time."""
+    lanes = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], row.dtype.element_ty)
+    full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        tl.store(row + start + lanes, zeros)
+    if full < end:
+        tl.store(row + full + lanes, zeros, mask=full + lanes < end)
+
+
+@triton.jit
+def write_gradients(
+    column, end, rows, by, softmax, ref_softmax, on, ref_on,
+    LOG: tl.constexpr, SQUARE: tl.constexpr, SQUARE_LOG: tl.constexpr, MEET: tl.constexpr, MIXED: tl.constexpr,
+    PAIRED: tl.constexpr, TO_LOGITS: tl.constexpr, TO_REF: tl.constexpr, CAPPED: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of columns. Only the tail has a mask: without one, accesses are 16 bytes wide."""
+    ACC: tl.constexpr = tl.float64 if rows.logits.dtype.element_ty == tl.float64 else tl.float32
+    inside = column < end
+    if TAIL:
+        z = tl.load(rows.logits + column, mask=inside, other=0.0).to(ACC)
+    else:
+        z = tl.load(rows.logits + column).to(ACC)
+    x = z
+    if PAIRED:
+        if TAIL:
+            x = tl.load(rows.ref + column, mask=inside, other=0.0).to(ACC)
+        else:
+            x = tl.load(rows.ref + column).to(ACC)
+    distance = scaled_distance(capped(z, by.cap, CAPPED), softmax.shift, by.inv, by.inv_rest)
+    exponential = tl.exp(distance)
+    ref_distance = distance
+    ref_exponential = exponential
+    excess = exponential
+    ref_excess = exponential
+    if PAIRED:
+        ref_distance = scaled_distance(capped(x, by.cap, CAPPED), ref_softmax.shift, by.inv, by.inv_rest)
+        ref_exponential = tl.exp(ref_distance)
+    if MIXED:
+        logp = distance - softmax.log_total.to(ACC)
+        logq = ref_distance - ref_softmax.log_total.to(ACC)
+        high, log_m = log_mixture(logp, logq, by.beta.to(ACC))
+        excess = logp - high - log_m
+        ref_excess = logq - high - log_m
+    terms = Terms(distance, exponential, excess)
+    ref_terms = Terms(ref_distance, ref_exponential, ref_excess)
+    if TO_LOGITS:
+        grad = side_gradient(column, by.token, terms, ref_terms, on, LOG, SQUARE, SQUARE_LOG, MEET, MIXED)
+        grad = unscaled(grad, z, by.inv, by.cap, CAPPED).to(rows.out.dtype.element_ty)
+        if TAIL:
+            tl.store(rows.out + column, grad, mask=inside)
+        else:
+            tl.store(rows.out + column, grad)
+    if TO_REF:
+        grad = side_gradient(column, by.token, ref_terms, terms, ref_on, False, False, False, MEET, MIXED)
+        grad = unscaled(grad, x, by.inv, by.cap, CAPPED).to(rows.ref_out.dtype.element_ty)
+        if TAIL:
+            tl.store(rows.ref_out + column, grad, mask=inside)
+        else:
+            tl.store(rows.ref_out + column, grad)
+
+
 # ---- kernel ------------------------------------------------------------------------------------------------
 
 
@@ -120,25 +206,30 @@ def token_stats_backward_kernel(
     part = tl.program_id(1)
     begin, full, end, _ = columns_of(part, blocks, vocab, BLOCK)
     lanes = tl.arange(0, BLOCK)
-    target = out + row_offset(n, out_inner, out_stride_outer, out_stride_inner)
-    ref_target = ref_out + n.to(tl.int64) * ref_out_stride
-    masked = is_masked(n, tokens, mask, HAS_MASK)
-    # Zeros for a masked row, and beyond the vocabulary.
-    last = part == tl.num_programs(1) - 1
-    zero_from = tl.where(masked, begin, tl.where(last, vocab, end))
-    zero_to = tl.where(last, width, end)
-    for start in range(zero_from, zero_to, BLOCK):
-        column = start + lanes
+    rows = Rows(
+        logits + row_offset(n, inner, stride_outer, stride_inner),
+        ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner),
+        out + row_offset(n, out_inner, out_stride_outer, out_stride_inner),
+        ref_out + n.to(tl.int64) * ref_out_stride,
+    )
+    # Zeros beyond the vocabulary, by the last program of a row.
+    stop = tl.where(part == tl.num_programs(1) - 1, width, end)
+    if is_masked(n, tokens, mask, HAS_MASK):
         if TO_LOGITS:
-            tl.store(target + column, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < zero_to)
+            write_zeros(rows.out, begin, stop, BLOCK)
         if TO_REF:
-            tl.store(ref_target + column, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=column < zero_to)
-    if not masked:
-        row = logits + row_offset(n, inner, stride_outer, stride_inner)
-        ref_row = ref_logits + row_offset(n, ref_inner, ref_stride_outer, ref_stride_inner)
+            write_zeros(rows.ref_out, begin, stop, BLOCK)
+    else:
+        for start in range(end, stop, BLOCK):
+            beyond = start + lanes
+            if TO_LOGITS:
+                tl.store(rows.out + beyond, tl.zeros([BLOCK], out.dtype.element_ty), mask=beyond < stop)
+            if TO_REF:
+                tl.store(
+                    rows.ref_out + beyond, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=beyond < stop
+                )
         inv64 = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
         inv, inv_rest = split(inv64, ACC)
-        cap = joined(cap_high, cap_low, ACC)
         beta = joined(beta_high, beta_low, tl.float64)
         token = tl.load(tokens + n) - first
         found = (token >= 0) & (token < vocab)
@@ -158,54 +249,18 @@ def token_stats_backward_kernel(
                 logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, ref_logprob, kl, reverse_kl, jsd
             )  # fmt: skip
             policy, ref = sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS)
-        token = tl.where(found, token, -1)
+        # In the integers of the columns, of 32 bits for any vocabulary that there is.
+        token = tl.where(found, token, -1).to(begin.dtype)
+        by = Scalars(token, inv, inv_rest, joined(cap_high, cap_low, ACC), beta)
         on = folded(policy, softmax, ref.on_gap, ref_softmax, LOG, SQUARE_LOG, MEET, ACC)
         ref_on = folded(ref, ref_softmax, policy.on_gap, softmax, False, False, MEET, ACC)
-        for start in range(begin, end, BLOCK):
-            column = start + lanes
-            # Only the last block has a mask: without one, loads and stores are 16 bytes wide.
-            if start < full:
-                z = tl.load(row + column).to(ACC)
-                x = z
-                if PAIRED:
-                    x = tl.load(ref_row + column).to(ACC)
-            else:
-                z = tl.load(row + column, mask=column < end, other=0.0).to(ACC)
-                x = z
-                if PAIRED:
-                    x = tl.load(ref_row + column, mask=column < end, other=0.0).to(ACC)
-            distance = scaled_distance(capped(z, cap, CAPPED), softmax.shift, inv, inv_rest)
-            exponential = tl.exp(distance)
-            ref_distance = distance
-            ref_exponential = exponential
-            excess = exponential
-            ref_excess = exponential
-            if PAIRED:
-                ref_distance = scaled_distance(capped(x, cap, CAPPED), ref_softmax.shift, inv, inv_rest)
-                ref_exponential = tl.exp(ref_distance)
-            if MIXED:
-                logp = distance - softmax.log_total.to(ACC)
-                logq = ref_distance - ref_softmax.log_total.to(ACC)
-                high, log_m = log_mixture(logp, logq, beta.to(ACC))
-                excess = logp - high - log_m
-                ref_excess = logq - high - log_m
-            terms = Terms(distance, exponential, excess)
-            ref_terms = Terms(ref_distance, ref_exponential, ref_excess)
-            if TO_LOGITS:
-                grad = side_gradient(
-                    column, token, terms, ref_terms, on, LOG, SQUARE, SQUARE_LOG, MEET, MIXED
-                )
-                grad = unscaled(grad, z, inv, cap, CAPPED).to(out.dtype.element_ty)
-                if start < full:
-                    tl.store(target + column, grad)
-                else:
-                    tl.store(target + column, grad, mask=column < end)
-            if TO_REF:
-                grad = side_gradient(
-                    column, token, ref_terms, terms, ref_on, False, False, False, MEET, MIXED
-                )
-                grad = unscaled(grad, x, inv, cap, CAPPED).to(ref_out.dtype.element_ty)
-                if start < full:
-                    tl.store(ref_target + column, grad)
-                else:
-                    tl.store(ref_target + column, grad, mask=column < end)
+        for start in range(begin, full, BLOCK):
+            write_gradients(
+                start + lanes, end, rows, by, softmax, ref_softmax, on, ref_on,
+                LOG, SQUARE, SQUARE_LOG, MEET, MIXED, PAIRED, TO_LOGITS, TO_REF, CAPPED, False,
+            )  # fmt: skip
+        if full < end:
+            write_gradients(
+                full + lanes, end, rows, by, softmax, ref_softmax, on, ref_on,
+                LOG, SQUARE, SQUARE_LOG, MEET, MIXED, PAIRED, TO_LOGITS, TO_REF, CAPPED, True,
+            )  # fmt: skip
