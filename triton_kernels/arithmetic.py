@@ -1,9 +1,55 @@
-"""Elementary functions that Triton lacks, to full relative accuracy near 0."""
+"""Arithmetic that Triton lacks: functions to full relative accuracy near 0, exact products, compensated sums."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from .launch import INTERPRETED
+
+EMULATED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def fused(x, y, z):
+    """x * y + z, rounded once. The interpreter has no such instruction; in float64, float32's product is exact."""
+    if EMULATED:
+        return (x.to(tl.float64) * y + z).to(x.dtype)
+    else:
+        return tl.fma(x, y, z)
+
+
+class Pair(NamedTuple):
+    """A sum in two parts: the rounded sum, and what rounding has lost."""
+
+    sum: Any
+    rest: Any
+
+
+@triton.jit
+def add_to(pair, factor, value):
+    """factor * pair + value, with a factor that is a power of two (Kahan)."""
+    total = pair.sum * factor
+    value += pair.rest * factor
+    new = total + value
+    return Pair(new, value - (new - total))
+
+
+@triton.jit
+def add_pairs(a, a_rest, b, b_rest):
+    """The sum of two pairs, to twice the digits (Knuth)."""
+    total = a + b
+    other = total - a
+    return total, (a - (total - other)) + (b - other) + (a_rest + b_rest)
+
+
+@triton.jit
+def sum_pairs(pair):
+    """The sum over all lanes, float64."""
+    total, rest = tl.reduce((pair.sum, pair.rest), 0, add_pairs)
+    return total.to(tl.float64) + rest.to(tl.float64)
 
 
 @triton.jit
@@ -30,14 +76,3 @@ def log1p(x):
     rounded = 1.0 + x
     change = rounded - 1.0
     return tl.where(change == 0.0, x, tl.log(rounded) * (x / tl.where(change == 0.0, 1.0, change)))
-
-
-@triton.jit
-def tanh(x):
-    """tanh x by e^2x; near 0, where that cancels, by a rational function (Cephes)."""
-    a = tl.abs(x)
-    z = a * a
-    p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
-    q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
-    t = tl.where(a < 0.625, a + a * z * (p / q), 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0))
-    return tl.where(x < 0, -t, t)

@@ -9,6 +9,7 @@ This file launches the kernels, which are in ``logits_forward``, ``logits_record
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,18 +31,21 @@ from .logits_jsd import token_stats_mixture_kernel
 from .logits_records import Outputs, token_stats_combine
 from .logits_rows import bits
 
-WARPS = 8
+WARPS = 2  # of a program: a row has few columns for each thread, and ends in arithmetic that all warps repeat
+LIGHT = {
+    "logprob",
+    "entropy",
+    "logsumexp",
+    "is_top1",
+}  # outputs of at most two sums: registers for twice as many
 MAX_PARTS = 64  # parts of a row, at most; their records are merged at once
 
 # ---- launches ------------------------------------------------------------------------------------------------
 
 
-def _block(logits: Tensor, crowded: bool) -> int:
-    """Elements of a row that a program processes at once: 32 bytes per thread, two 16-byte loads in flight.
-
-    Half of that where two rows are read together, which also gives two loads, or where the softcap takes registers.
-    """
-    return 1024 if INTERPRETED else (16 if crowded else 32) * 32 * WARPS // logits.element_size()
+def _block(logits: Tensor, warps: int, loads: int = 2) -> int:
+    """Elements of a row that a program processes at once: some 16-byte loads per thread."""
+    return 1024 if INTERPRETED else loads * 16 * 32 * warps // logits.element_size()
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
@@ -53,6 +57,20 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
     if logits.dim() == 2:
         return max(logits.shape[0], 1), 0, logits.stride(0)
     return max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
+
+
+def _tile(logits: Tensor, block: int) -> dict[str, int]:
+    """A block by the loads of a lane, lanes, and elements of a load of 16 bytes."""
+    elements = 16 // logits.element_size()
+    return {"H": 2, "T": block // (2 * elements), "E": elements}
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """The largest power of two of at most 16 bytes that the address of every row is a multiple of."""
+    places = [t.data_ptr() for t in tensors] + [
+        step * t.element_size() for t in tensors for step in _strides(t)[1:]
+    ]
+    return math.gcd(16, *places)
 
 
 class TokenStatsLaunch:
@@ -77,14 +95,15 @@ class TokenStatsLaunch:
         self.inverse_temperature, self.cap = pair(1.0 / a.temperature), pair(a.softcap or 1.0)
         self.row_flags = {"HAS_MASK": a.mask is not None, "HAS_TEMPERATURES": a.temperatures is not None}
         self.flags = {**self.row_flags, "CAPPED": a.softcap > 0}
-        self.block = _block(self.logits, self.has_ref or a.softcap > 0)
-        self.blocks = cdiv(a.vocab, self.block)
+        # One load of each model, or where the softcap takes registers.
+        self.block = _block(self.logits, WARPS, 1 if self.has_ref or a.softcap > 0 else 2)
 
-    def parts(self, per_multiprocessor: int) -> tuple[int, int]:
+    def parts(self, block: int, per_multiprocessor: int) -> tuple[int, int]:
         """Blocks of a part, and parts of a row: several where rows alone do not fill the device."""
-        wanted = min(MAX_PARTS, splits(self.logits, self.count, self.blocks, per_multiprocessor))
-        each = max(cdiv(self.blocks, wanted), 1)
-        return each, max(cdiv(self.blocks, each), 1)
+        blocks = cdiv(self.vocab, block)
+        wanted = min(MAX_PARTS, splits(self.logits, self.count, blocks, per_multiprocessor))
+        each = max(cdiv(blocks, wanted), 1)
+        return each, max(cdiv(blocks, each), 1)
 
     def forward(
         self, outputs: Sequence[str], results: dict[str, Tensor], saved: Tensor, record: Tensor | None
@@ -96,17 +115,20 @@ class TokenStatsLaunch:
         missing = self.logits.new_empty(1, dtype=accumulator(self.logits))
         out = [results.get(name, missing) for name in Outputs._fields]
         # One program per row; with fewer than two rows per multiprocessor, several programs per row.
+        warps = WARPS if self.has_ref or not LIGHT.issuperset(outputs) else 2 * WARPS
+        block = _block(self.logits, warps)
         few = self.count < 2 * multiprocessors(self.logits)
-        each, parts = self.parts(2) if few else (max(self.blocks, 1), 1)
+        each, parts = self.parts(block, 2) if few else (max(cdiv(self.vocab, block), 1), 1)
         whole = saved if record is None else record
         partial = whole
         if parts > 1:
             partial = self.logits.new_empty((self.count, parts, len(RECORD)), dtype=torch.float64)
         want = {"WANT": bits(outputs), "HAS_REF": self.has_ref, "TO_RECORD": record is not None}
+        align = {"ALIGN": _alignment(self.logits, self.ref)}
         token_stats_kernel[(self.count, parts)](
             self.logits, self.ref, *self.rows, *out, saved, partial, self.count, *self.strides,
             self.first, self.vocab, each, parts, *self.inverse_temperature, *self.cap,
-            **want, **self.flags, SPLIT=parts > 1, BLOCK=self.block, num_warps=WARPS, **BITS,
+            **want, **self.flags, **align, SPLIT=parts > 1, **_tile(self.logits, block), num_warps=warps, **BITS,
         )  # fmt: skip
         if parts > 1:
             token_stats_combine[(self.count,)](
@@ -116,7 +138,7 @@ class TokenStatsLaunch:
 
     def mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
         """KL of both models to their mixture, from the shifts and totals in ``saved``."""
-        each, parts = self.parts(2)
+        each, parts = self.parts(self.block, 2)
         partial = saved.new_empty((self.count, parts, 2), dtype=torch.float64)
         if self.count:
             token_stats_mixture_kernel[(self.count, parts)](
@@ -141,7 +163,7 @@ class TokenStatsLaunch:
         """
         if not self.count:
             return
-        each, parts = self.parts(4)
+        each, parts = self.parts(self.block, 4)
         target, ref_target = (self.logits if t is None else t for t in (out, ref_out))
         width = self.logits.shape[-1]
         token_stats_backward_kernel[(self.count, parts)](

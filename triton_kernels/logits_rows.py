@@ -14,7 +14,6 @@ import triton.language as tl
 
 from ..reference.logits import IGNORED as IGNORED_ID
 from ..reference.logits import OUTPUTS, SAVED
-from .arithmetic import tanh
 
 IGNORED = tl.constexpr(IGNORED_ID)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -123,18 +122,26 @@ def inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES: tl
 
 
 @triton.jit
+def cap_exponential(x, cap):
+    """e^2u and 1 / (1 + e^2u), u = x / cap."""
+    e = tl.exp2(x * (2.0 * LOG2E / cap))
+    return e, 1.0 / (1.0 + e)
+
+
+@triton.jit
 def capped(x, cap, CAPPED: tl.constexpr):
-    """The softcap of logits: cap * tanh(x / cap)."""
+    """The softcap of logits, cap * tanh(x / cap), to the absolute accuracy of numbers as large as the cap."""
     if CAPPED:
-        x = cap * tanh(x / cap)
+        _, inverse = cap_exponential(x, cap)
+        x = cap - 2.0 * cap * inverse
     return x
 
 
 @triton.jit
 def cap_slope(x, cap):
     """1 - tanh^2(x / cap), to full relative accuracy where tanh is near 1 too."""
-    e = tl.exp(-2.0 * tl.abs(x / cap))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e, inverse = cap_exponential(x, cap)
+    return 4.0 * tl.minimum(e, 1e30) * inverse * inverse
 
 
 @triton.jit

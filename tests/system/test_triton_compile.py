@@ -75,24 +75,25 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
     rows = [r for r in compiled if r["kernel"] == kernel and r["target"] in ("sm_80", "sm_90", "sm_100")]
     assert {t for r in rows for t in r["types"]} >= {"*fp32", "*bf16", "*fp16"}
     for row in rows:
-        assert ".v4.b32" in row["loads"], row
+        if row["align"] in (None, 16):
+            assert ".v4.b32" in row["loads"], row
         if "backward" in kernel:
             assert ".v4.b32" in row["stores"], row
 
 
 @pytest.mark.parametrize("kernel", LOGITS_KERNELS)
 def test_every_logit_is_read_once(compiled, kernel):
-    """One block load per logits tensor, and one in the tail that is peeled off: the element's size and not a byte
-    more, whatever is asked for."""
+    """One block load per logits tensor in the loop, and one beside it: of the element's size and not a byte more,
+    whatever is asked for. The one beside it is of the first tile in the forward pass, else of the peeled tail.
+    """
     tensors = set()
     for row in compiled:
-        if row["kernel"] == kernel:
-            loop = row["in_loops"][-1]
-            assert len(set(loop)) == 1, row
-            width, kind = loop[0].split("x")
-            assert int(width) == row["block"], row
-            assert "*" + {"f32": "fp32", "f16": "fp16"}.get(kind, kind) in row["types"], row
-            assert row["outside"] == loop, row
+        if row["kernel"] == kernel and row["align"] in (None, 16):
+            loop = row["in_loops"][0 if kernel == "token_stats_kernel" else -1]
+            types = row["types"][-2:] if "backward" in kernel else row["types"][:2]
+            size = {"*fp32": 4, "*fp64": 8}.get(types[0], 2)
+            assert set(loop) == {row["block"] * size}, row
+            assert row["outside"][: len(loop)] == loop, row
             tensors.add(len(loop))
     assert tensors == ({2} if "mixture" in kernel else {1, 2})
 

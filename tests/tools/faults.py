@@ -167,9 +167,9 @@ FAULTS = [
     # ---- Triton
     Fault(
         "the sum behind the entropy stays relative to the old maximum", "lost rescale",
-        "triton_kernels/logits_forward.py",
-        "weighted = factor * (weighted + total * gap * scale.to(tl.float64))",
-        "weighted = factor * weighted",
+        "triton_kernels/logits_lanes.py",
+        "moved = fused(total.sum, step, weighted.sum)",
+        "moved = weighted.sum",
         "tests/ops/test_logits.py", "test_matches_float64 and triton and 5003 and float32",
     ),
     Fault(

@@ -356,8 +356,8 @@ def resources(kernel, target: str) -> dict[str, int]:
     return {"registers": use["REG"], "spill": use["STACK"] + use["LOCAL"]}
 
 
-def block_loads(ttir: str) -> tuple[list[list[str]], list[str]]:
-    """Types of the block loads in each loop's body, and of those outside loops: ``"2048xbf16"``."""
+def block_loads(ttir: str) -> tuple[list[list[int]], list[int]]:
+    """Bytes of the block loads in each loop's body, and of those outside loops."""
     loops, outside, indent = [], [], None
     for line in ttir.splitlines():
         depth = len(line) - len(line.lstrip())
@@ -366,9 +366,10 @@ def block_loads(ttir: str) -> tuple[list[list[str]], list[str]]:
         if indent is None and " scf.for " in line:
             indent = depth
             loops.append([])
-        found = re.search(r"tt\.load .*: tensor<(\d+)x!tt\.ptr<(\w+)>>", line)
+        found = re.search(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>>", line)
         if found:
-            (outside if indent is None else loops[-1]).append("x".join(found.groups()))
+            size = math.prod(int(n) for n in found[1].split("x")[:-1]) * int(found[2]) // 8
+            (outside if indent is None else loops[-1]).append(size)
     return loops, outside
 
 
@@ -418,7 +419,8 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
             row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
             row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
             row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
-        row["block"] = next((v for k, v in values.items() if k == "BLOCK"), None)
+        row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in "HTE")
+        row["align"] = values.get("ALIGN")
         row["in_loops"], row["outside"] = block_loads(compiled.asm["ttir"])
         found.append(row)
     return found
