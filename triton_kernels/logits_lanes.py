@@ -98,7 +98,8 @@ def accumulate(
     distance, ref_total, kl, reverse = lanes.distance, lanes.ref_total, lanes.kl, lanes.reverse
     top, base, step = raised(lanes.top, lanes.base, z, scale)
     factor = tl.exp2(step)
-    t = fused(z, scale, -to_elements(base, z))
+    unbounded = fused(z, scale, -to_elements(base, z))
+    t = unbounded
     if PRODUCTS & WANT:
         # So that 0 times it is 0.
         t = tl.maximum(t, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
@@ -117,7 +118,7 @@ def accumulate(
             moved = fused(total.sum, gap, kl.sum)
             kl = add_to(Pair(moved, kl.rest), factor, sum_of_lane(between))
         if REVERSE_KL & WANT:
-            between = ref_term * (r - t)
+            between = ref_term * (r - unbounded)
             if TAIL:
                 between = tl.where(inside, between, 0.0)
             moved = fused(ref_total.sum, -gap, reverse.sum)

@@ -18,7 +18,7 @@ from ..reference.logits import OUTPUTS, SAVED
 IGNORED = tl.constexpr(IGNORED_ID)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4e38)  # in place of -inf, where inf - inf could arise
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of -inf, where inf - inf could arise
 
 
 # ---- names of outputs and of saved rows --------------------------------------------------------------------

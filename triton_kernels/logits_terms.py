@@ -41,7 +41,8 @@ def no_terms(like, DTYPE: tl.constexpr):
 @triton.jit
 def distance_of(z, top, scale):
     """z - top, with neither infinite, and as an exponent of two that is bounded, so that 0 times it is 0."""
-    y = tl.where(z < LOWEST, LOWEST, z) - tl.where(top == float("-inf"), 0.0, top)
+    y = z - tl.where(top == float("-inf"), 0.0, top)
+    y = tl.where(y < LOWEST, LOWEST, y)
     exponent = y * scale
     return y, tl.where(exponent < LEAST_EXPONENT, LEAST_EXPONENT, exponent)
 

@@ -212,6 +212,38 @@ class Test_token_stats:
         (grad,) = torch.autograd.grad(got.kl.sum(), x)
         assert grad.isnan().all(-1).tolist() == [False, True]
 
+    @pytest.mark.parametrize("low", [-1e4, -1e9, -1e30])
+    @pytest.mark.parametrize("of", ["policy", "ref", "both"])
+    def test_columns_far_below(self, target, generator, of, low):
+        """Columns that are switched off by a large negative number, as many do instead of -inf."""
+        logits, tokens = draw((4,), 2100, generator)
+        ref, _ = draw((4,), 2100, generator)
+        for x in (logits, ref) if of == "both" else (logits if of == "policy" else ref,):
+            x[:, 3], x[1:, 500:1700] = low, low
+        got = stats(tokens, outputs=EVERY[:10])(logits.to(target.device), ref.to(target.device))
+        for name, expected in plain(logits.double(), tokens, ref.double(), 1.0, 0.5).items():
+            if name != "jsd":
+                value = getattr(got, name).cpu().double()
+                torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("vocab", [77, 3001])
+    def test_bits_do_not_depend_on_where_rows_begin(self, target, generator, vocab, dtype):
+        """Wide loads need addresses that are multiples of 16 bytes, and rows may begin anywhere."""
+        logits, tokens = draw((3,), vocab, generator, dtype=dtype)
+        ref, _ = draw((3,), vocab, generator, dtype=dtype)
+        fn = stats(tokens, outputs=EVERY)
+        want = evaluate(fn, [logits, ref], backend=target.backend, device=target.device).outputs
+        for begin, stride in ((1, 3016), (2, 3009), (5, 3011), (8, 3024), (0, 3032)):
+            wide = [torch.zeros(3, stride, dtype=dtype) for _ in range(2)]
+            views = [x[:, begin : begin + vocab] for x in wide]
+            for view, x in zip(views, (logits, ref), strict=True):
+                view.copy_(x)
+            with rewardops.use_backend(target.backend):
+                got = fn(*(view.to(target.device) if target.device != "cpu" else view for view in views))
+            for a, b in zip((x for x in got if x is not None), want, strict=True):
+                torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
     def test_masked_rows_never_influence(self, target, generator):
         logits, tokens = draw((4, 5), 70, generator)
         mask = random_mask(4, 5, generator)

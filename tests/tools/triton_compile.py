@@ -419,7 +419,7 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
             row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
             row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
             row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
-        row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in "HTE")
+        row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in ("H", "T", "E"))
         row["align"] = values.get("ALIGN")
         row["in_loops"], row["outside"] = block_loads(compiled.asm["ttir"])
         found.append(row)
