@@ -23,7 +23,7 @@ from ..reference.logits import (
     saved_rows,
     with_gradient,
 )
-from .launch import BITS, INTERPRETED, cdiv, multiprocessors, pair, splits
+from .launch import BITS, INTERPRETED, cdiv, pair, splits
 from .logits_backward import token_stats_backward_kernel
 from .logits_coefficients import Gradients
 from .logits_forward import token_stats_kernel
@@ -38,6 +38,8 @@ LIGHT = {
     "logsumexp",
     "is_top1",
 }  # outputs of at most two sums: registers for twice as many
+MANY = 24  # programs per multiprocessor of a forward pass
+LONG = 8  # blocks
 MAX_PARTS = 64  # parts of a row, at most; their records are merged at once
 
 # ---- launches ------------------------------------------------------------------------------------------------
@@ -98,11 +100,17 @@ class TokenStatsLaunch:
         # One load of each model, or where the softcap takes registers.
         self.block = _block(self.logits, WARPS, 1 if self.has_ref or a.softcap > 0 else 2)
 
-    def parts(self, block: int, per_multiprocessor: int) -> tuple[int, int]:
-        """Blocks of a part, and parts of a row: several where rows alone do not fill the device."""
+    def parts(self, block: int, few: int, many: int) -> tuple[int, int]:
+        """Blocks of a part, and parts of a row: several where rows alone do not fill the device.
+
+        ``few`` programs per multiprocessor in any case; up to ``many``, so that the last to end are a small part
+        of all, if parts have at least LONG blocks: each ends in the arithmetic of a row.
+        """
         blocks = cdiv(self.vocab, block)
-        wanted = min(MAX_PARTS, splits(self.logits, self.count, blocks, per_multiprocessor))
-        each = max(cdiv(blocks, wanted), 1)
+        wanted = splits(self.logits, self.count, blocks, few)
+        if many > few:
+            wanted = max(wanted, min(splits(self.logits, self.count, blocks, many), blocks // LONG))
+        each = max(cdiv(blocks, min(MAX_PARTS, wanted)), 1)
         return each, max(cdiv(blocks, each), 1)
 
     def forward(
@@ -114,11 +122,9 @@ class TokenStatsLaunch:
         # Placeholders have the dtype of the accumulation.
         missing = self.logits.new_empty(1, dtype=accumulator(self.logits))
         out = [results.get(name, missing) for name in Outputs._fields]
-        # One program per row; with fewer than two rows per multiprocessor, several programs per row.
         warps = WARPS if self.has_ref or not LIGHT.issuperset(outputs) else 2 * WARPS
         block = _block(self.logits, warps)
-        few = self.count < 2 * multiprocessors(self.logits)
-        each, parts = self.parts(block, 2) if few else (max(cdiv(self.vocab, block), 1), 1)
+        each, parts = self.parts(block, 2, MANY)
         whole = saved if record is None else record
         partial = whole
         if parts > 1:
@@ -138,7 +144,7 @@ class TokenStatsLaunch:
 
     def mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
         """KL of both models to their mixture, from the shifts and totals in ``saved``."""
-        each, parts = self.parts(self.block, 2)
+        each, parts = self.parts(self.block, 2, 2)
         partial = saved.new_empty((self.count, parts, 2), dtype=torch.float64)
         if self.count:
             token_stats_mixture_kernel[(self.count, parts)](
@@ -163,7 +169,7 @@ class TokenStatsLaunch:
         """
         if not self.count:
             return
-        each, parts = self.parts(self.block, 4)
+        each, parts = self.parts(self.block, 4, 4)
         target, ref_target = (self.logits if t is None else t for t in (out, ref_out))
         width = self.logits.shape[-1]
         token_stats_backward_kernel[(self.count, parts)](
