@@ -144,13 +144,15 @@ class TokenStatsLaunch:
 
     def mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
         """KL of both models to their mixture, from the shifts and totals in ``saved``."""
-        each, parts = self.parts(self.block, 2, 2)
+        block = _block(self.logits, WARPS)
+        each, parts = self.parts(block, 2, 2)
+        align = {"ALIGN": _alignment(self.logits, self.ref)}
         partial = saved.new_empty((self.count, parts, 2), dtype=torch.float64)
         if self.count:
             token_stats_mixture_kernel[(self.count, parts)](
                 self.logits, self.ref, *self.rows, saved, partial, self.count, *self.strides,
                 self.vocab, each, parts, *self.inverse_temperature, *self.cap, *self.beta,
-                **self.flags, BLOCK=self.block, num_warps=WARPS, **BITS,
+                **self.flags, **align, **_tile(self.logits, block), num_warps=WARPS, **BITS,
             )  # fmt: skip
         mixed, ref_mixed = partial.sum(1).view(*saved.shape[1:], 2).unbind(-1)
         return mixed, ref_mixed

@@ -20,7 +20,7 @@ from .logits_rows import (
     row_offset,
 )
 from .logits_terms import terms_of_lanes, terms_of_row, with_terms
-from .logits_tiles import Models, load_columns, load_tile, widened, words
+from .logits_tiles import Models, load_columns, load_tile, widened
 
 
 @triton.jit
@@ -94,32 +94,19 @@ def token_stats_kernel(
                 origin = tl.where(tl.abs(origin) < -LOWEST, origin, 0.0)
         lanes = no_lanes(T, ACC)
         lane = tl.arange(0, T)
-        row = tl.multiple_of(words(models.row, ALIGN), ALIGN)
-        ref_row = tl.multiple_of(words(models.ref_row, ALIGN), ALIGN)
-        # Elements of a place, which may be a pair, for each model.
-        BITS: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth
-        REF_BITS: tl.constexpr = ref_logits.dtype.element_ty.primitive_bitwidth
-        PER: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // BITS
-        REF_PER: tl.constexpr = ref_row.dtype.element_ty.primitive_bitwidth // REF_BITS
-        W: tl.constexpr = E // PER
-        REF_W: tl.constexpr = E // REF_PER
         # A tile is loaded while the one before it is summed.
-        at = tl.multiple_of(span.begin // PER, 16)
-        loaded = load_tile(row, at, span.begin < span.full, H, T, W, ALIGN)
+        loaded = load_tile(models.row, span.begin, span.begin < span.full, H, T, E, ALIGN)
         ref_loaded = loaded
         if HAS_REF:
-            at = tl.multiple_of(span.begin // REF_PER, 16)
-            ref_loaded = load_tile(ref_row, at, span.begin < span.full, H, T, REF_W, ALIGN)
+            ref_loaded = load_tile(models.ref_row, span.begin, span.begin < span.full, H, T, E, ALIGN)
         for start in range(span.begin + H * T * E, span.full + H * T * E, H * T * E):
             z = capped(widened(loaded, ACC), models.cap, CAPPED)
             x = z
             if HAS_REF:
                 x = capped(widened(ref_loaded, ACC), models.cap, CAPPED)
-            at = tl.multiple_of(start // PER, 16)
-            loaded = load_tile(row, at, start < span.full, H, T, W, ALIGN)
+            loaded = load_tile(models.row, start, start < span.full, H, T, E, ALIGN)
             if HAS_REF:
-                at = tl.multiple_of(start // REF_PER, 16)
-                ref_loaded = load_tile(ref_row, at, start < span.full, H, T, REF_W, ALIGN)
+                ref_loaded = load_tile(models.ref_row, start, start < span.full, H, T, E, ALIGN)
             lanes = accumulate(z, x, z, origin, lanes, scale, WANT, HAS_REF, False)
         for start in range(span.full, span.end, T):
             column = (start + lane)[None, :]

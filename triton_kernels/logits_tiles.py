@@ -39,15 +39,18 @@ def load_places(row, at, mask, COUNT: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row, start, exists, H: tl.constexpr, T: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr):
-    """A whole tile as it is stored: 16 bytes at a time if rows begin at multiples of 16 bytes.
+def load_tile(row, start, exists, H: tl.constexpr, T: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr):
+    """A whole tile from column ``start``, as it is stored; 16 bytes at a time if rows begin at multiples of that.
 
     A lane has the same columns wherever rows begin, so that a row's bits do not depend on that.
     """
+    here = tl.multiple_of(words(row + start, ALIGN), ALIGN)
+    PER: tl.constexpr = here.dtype.element_ty.primitive_bitwidth // row.dtype.element_ty.primitive_bitwidth
+    W: tl.constexpr = E // PER
     at = tl.arange(0, H)[:, None] * (T * W) + tl.arange(0, T)[None, :] * W
     if ALIGN == 16:
-        at = tl.multiple_of(start, 16) + (at[:, :, None] + tl.arange(0, W)[None, None, :])
-        tile = tl.load(row + at, mask=tl.full(at.shape, True, tl.int1) & exists, other=0)
+        at = at[:, :, None] + tl.arange(0, W)[None, None, :]
+        tile = tl.load(here + at, mask=tl.full(at.shape, True, tl.int1) & exists, other=0)
         if W == 2:
             return tile
         elif W == 4:
@@ -55,7 +58,7 @@ def load_tile(row, start, exists, H: tl.constexpr, T: tl.constexpr, W: tl.conste
         else:
             return tl.reshape(tile, [H, T, 2, 2, 2])
     else:
-        return load_places(row, start + at, tl.full(at.shape, True, tl.int1) & exists, W, 1)
+        return load_places(here, at, tl.full(at.shape, True, tl.int1) & exists, W, 1)
 
 
 @triton.jit
