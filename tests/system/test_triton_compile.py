@@ -83,9 +83,9 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
 
 @pytest.mark.parametrize("kernel", LOGITS_KERNELS)
 def test_every_logit_is_read_once(compiled, kernel):
-    """One block load per logits tensor in the loop, of the element's size and not a byte more, whatever is asked for.
+    """One block load per logits tensor in the loop, of the element's size and not a byte more, in every variant.
 
-    Beside the loop there is one more: of the first tile in the forward pass, of the peeled tail in the backward pass.
+    One more beside the loop is of the first tile in the forward pass, of the peeled tail in the backward pass.
     """
     tensors = set()
     for row in compiled:
