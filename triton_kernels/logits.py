@@ -67,12 +67,23 @@ def _tile(logits: Tensor, block: int) -> dict[str, int]:
     return {"H": 2, "T": block // (2 * elements), "E": elements}
 
 
+def _places(tensor: Tensor) -> tuple[int, ...]:
+    """Bytes that decide where rows begin: the address of the first, and the steps between rows."""
+    return tensor.data_ptr(), *(step * tensor.element_size() for step in _strides(tensor)[1:])
+
+
 def _alignment(*tensors: Tensor) -> int:
     """The largest power of two of at most 16 bytes that the address of every row is a multiple of."""
-    places = [t.data_ptr() for t in tensors] + [
-        step * t.element_size() for t in tensors for step in _strides(t)[1:]
-    ]
-    return math.gcd(16, *places)
+    return math.gcd(16, *(place for t in tensors for place in _places(t)))
+
+
+def _alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether the rows of all tensors, of one dtype, lie alike relative to multiples of 16 bytes."""
+    return all(
+        t.dtype == first.dtype
+        and all((a - b) % 16 == 0 for a, b in zip(_places(t), _places(first), strict=True))
+        for t in others
+    )
 
 
 class TokenStatsLaunch:
@@ -174,6 +185,8 @@ class TokenStatsLaunch:
         each, parts = self.parts(self.block, 4, 4)
         target, ref_target = (self.logits if t is None else t for t in (out, ref_out))
         width = self.logits.shape[-1]
+        tensors = [self.logits, self.ref, target, ref_target]
+        peel = _alignment(*tensors) < 16 and _alike(*tensors)
         token_stats_backward_kernel[(self.count, parts)](
             *(grads.get(name, saved) for name in Gradients._fields),
             saved if grad_record is None else grad_record, saved,
@@ -181,7 +194,7 @@ class TokenStatsLaunch:
             self.count, *self.strides, *_strides(target), width, self.first, self.vocab, width, each,
             *self.inverse_temperature, *self.cap, *self.beta,
             GRADS=bits(list(grads)), TO_LOGITS=out is not None, TO_REF=ref_out is not None, HAS_REF=self.has_ref,
-            **self.flags, OF_RECORD=grad_record is not None, BLOCK=self.block, num_warps=WARPS, **BITS,
+            **self.flags, OF_RECORD=grad_record is not None, PEEL=peel, BLOCK=self.block, num_warps=WARPS, **BITS,
         )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from .logits_rows import (
     row_offset,
     scaled_distance,
     split,
+    to_boundary,
 )
 
 # ---- the gradient of a block of columns --------------------------------------------------------------------
@@ -101,7 +102,7 @@ class Rows(NamedTuple):
 class Scalars(NamedTuple):
     """What a row's columns have in common, but for the coefficients of the two models."""
 
-    token: Any  # its column; -1 if it is not among these
+    token: Any  # its column; one beyond the last if it is not among these
     inv: Any  # 1 / temperature, in two parts
     inv_rest: Any
     cap: Any
@@ -186,12 +187,15 @@ def token_stats_backward_kernel(
     first, vocab, width, blocks, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
     GRADS: tl.constexpr, TO_LOGITS: tl.constexpr, TO_REF: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, OF_RECORD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PEEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n.
 
     Inputs are the gradients of the statistics and ``saved`` ``[len(SAVED), N]``. With ``OF_RECORD`` they are
     ``grad_record`` and, as ``saved``, the records ``[N, len(RECORD)]``.
+
+    With ``PEEL`` the rows of all tensors lie alike relative to multiples of 16 bytes: blocks begin at the first of
+    these, and program (n, 0) has the columns before it, too.
     """
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     # Any field of a record may have a gradient.
@@ -204,7 +208,6 @@ def token_stats_backward_kernel(
     PAIRED: tl.constexpr = HAS_REF and (TO_REF or MEET)
     n = tl.program_id(0)
     part = tl.program_id(1)
-    begin, full, end, _ = columns_of(part, blocks, vocab, BLOCK)
     lanes = tl.arange(0, BLOCK)
     rows = Rows(
         logits + row_offset(n, inner, stride_outer, stride_inner),
@@ -212,9 +215,27 @@ def token_stats_backward_kernel(
         out + row_offset(n, out_inner, out_stride_outer, out_stride_inner),
         ref_out + n.to(tl.int64) * ref_out_stride,
     )
+    # Columns are counted from the first at a multiple of 16 bytes; those before it are negative.
+    head = tl.zeros([], tl.int32)
+    if PEEL:
+        head = tl.minimum(to_boundary(rows.logits), vocab)
+        rows = Rows(
+            tl.multiple_of(rows.logits + head, 16), tl.multiple_of(rows.ref + head, 16),
+            tl.multiple_of(rows.out + head, 16), tl.multiple_of(rows.ref_out + head, 16),
+        )  # fmt: skip
+    begin, full, end, _ = columns_of(part, blocks, vocab - head, BLOCK)
     # Zeros beyond the vocabulary, by the last program of a row.
-    stop = tl.where(part == tl.num_programs(1) - 1, width, end)
+    stop = tl.where(part == tl.num_programs(1) - 1, width - head, end)
     if is_masked(n, tokens, mask, HAS_MASK):
+        if PEEL:  # noqa: SIM102 (known when compiled; the part is not)
+            if part == 0:
+                before = lanes - head
+                if TO_LOGITS:
+                    tl.store(rows.out + before, tl.zeros([BLOCK], out.dtype.element_ty), mask=before < 0)
+                if TO_REF:
+                    tl.store(
+                        rows.ref_out + before, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=before < 0
+                    )
         if TO_LOGITS:
             write_zeros(rows.out, begin, stop, BLOCK)
         if TO_REF:
@@ -250,7 +271,7 @@ def token_stats_backward_kernel(
             )  # fmt: skip
             policy, ref = sides_of_outputs(grads, saved, n, count, found, vocab, beta, GRADS)
         # In the integers of the columns, of 32 bits for any vocabulary that there is.
-        token = tl.where(found, token, -1).to(begin.dtype)
+        token = tl.where(found, token - head, width).to(begin.dtype)
         by = Scalars(token, inv, inv_rest, joined(cap_high, cap_low, ACC), beta)
         on = folded(policy, softmax, ref.on_gap, ref_softmax, LOG, SQUARE_LOG, MEET, ACC)
         ref_on = folded(ref, ref_softmax, policy.on_gap, softmax, False, False, MEET, ACC)
@@ -259,6 +280,12 @@ def token_stats_backward_kernel(
                 start + lanes, end, rows, by, softmax, ref_softmax, on, ref_on,
                 LOG, SQUARE, SQUARE_LOG, MEET, MIXED, PAIRED, TO_LOGITS, TO_REF, CAPPED, False,
             )  # fmt: skip
+        if PEEL:  # noqa: SIM102 (likewise)
+            if part == 0:
+                write_gradients(
+                    lanes - head, 0, rows, by, softmax, ref_softmax, on, ref_on,
+                    LOG, SQUARE, SQUARE_LOG, MEET, MIXED, PAIRED, TO_LOGITS, TO_REF, CAPPED, True,
+                )  # fmt: skip
         if full < end:
             write_gradients(
                 full + lanes, end, rows, by, softmax, ref_softmax, on, ref_on,
