@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, Constant
 
-EMULATED = tl.constexpr(INTERPRETED)
+EMULATED = Constant(INTERPRETED)
 
 
 @triton.jit

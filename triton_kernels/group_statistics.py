@@ -9,25 +9,26 @@ import triton.language as tl
 
 from ..reference.advantages import BASELINES, SCALES
 from .groups import members
+from .launch import Constant
 
 # Indices of baselines and scales in the tables of the specification.
-MEAN = tl.constexpr(BASELINES.index("mean"))
-LEAVE_ONE_OUT = tl.constexpr(BASELINES.index("leave_one_out"))
-MEDIAN = tl.constexpr(BASELINES.index("median"))
-QUANTILE = tl.constexpr(BASELINES.index("quantile"))
-HIGHEST = tl.constexpr(BASELINES.index("max"))
-SECOND = tl.constexpr(BASELINES.index("second_max"))
-BY_LENGTH = tl.constexpr(BASELINES.index("length_weighted"))
-VALUES = tl.constexpr(BASELINES.index("values"))
-NO_BASELINE = tl.constexpr(BASELINES.index("none"))
-STD = tl.constexpr(SCALES.index("std"))
-BATCH_STD = tl.constexpr(SCALES.index("batch_std"))
-MEAN_ABS = tl.constexpr(SCALES.index("mean_abs"))
-RANGE = tl.constexpr(SCALES.index("range"))
-NO_SCALE = tl.constexpr(SCALES.index("none"))
+MEAN = Constant(BASELINES.index("mean"))
+LEAVE_ONE_OUT = Constant(BASELINES.index("leave_one_out"))
+MEDIAN = Constant(BASELINES.index("median"))
+QUANTILE = Constant(BASELINES.index("quantile"))
+HIGHEST = Constant(BASELINES.index("max"))
+SECOND = Constant(BASELINES.index("second_max"))
+BY_LENGTH = Constant(BASELINES.index("length_weighted"))
+VALUES = Constant(BASELINES.index("values"))
+NO_BASELINE = Constant(BASELINES.index("none"))
+STD = Constant(SCALES.index("std"))
+BATCH_STD = Constant(SCALES.index("batch_std"))
+MEAN_ABS = Constant(SCALES.index("mean_abs"))
+RANGE = Constant(SCALES.index("range"))
+NO_SCALE = Constant(SCALES.index("none"))
 # Spreads of rewards whose square may leave the range of float64, and factors that bring them back.
-HUGE, SHRINK = tl.constexpr(2.0**400), tl.constexpr(2.0**-600)
-TINY, GROW = tl.constexpr(2.0**-400), tl.constexpr(2.0**600)
+HUGE, SHRINK = Constant(2.0**400), Constant(2.0**-600)
+TINY, GROW = Constant(2.0**-400), Constant(2.0**600)
 
 
 class Moments(NamedTuple):

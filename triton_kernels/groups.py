@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, Constant
 
 LABELS = 64 if INTERPRETED else 1024  # labels read at once
-LOOK = tl.constexpr(16)  # tokens of a mask read at once: one read finds a valid token in nearly every row
+LOOK = Constant(16)  # tokens of a mask read at once: one read finds a valid token in nearly every row
 
 
 class GroupRows(NamedTuple):

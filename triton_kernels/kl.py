@@ -11,21 +11,21 @@ from torch import Tensor
 
 from ..reference.kl import ESTIMATORS, FAR, TokenKlArgs
 from .arithmetic import log1p
-from .launch import BITS, cdiv, pair, pointer, unpair
+from .launch import BITS, Constant, cdiv, pair, pointer, unpair
 
 BLOCK = 1024
 
 # Indices of estimators in the table of the specification.
-K1 = tl.constexpr(ESTIMATORS.index("k1"))
-ABS = tl.constexpr(ESTIMATORS.index("abs"))
-K2 = tl.constexpr(ESTIMATORS.index("k2"))
-K3 = tl.constexpr(ESTIMATORS.index("k3"))
-K1_PLUS = tl.constexpr(ESTIMATORS.index("k1_plus"))
-K3_PLUS = tl.constexpr(ESTIMATORS.index("k3_plus"))
-BINARY_KL = tl.constexpr(ESTIMATORS.index("binary_kl"))
-BINARY_TV = tl.constexpr(ESTIMATORS.index("binary_tv"))
-BELOW = tl.constexpr(FAR)  # of d: there exp(-d) - 1 + d is exp(-d) in every digit
-INF = tl.constexpr(float("inf"))
+K1 = Constant(ESTIMATORS.index("k1"))
+ABS = Constant(ESTIMATORS.index("abs"))
+K2 = Constant(ESTIMATORS.index("k2"))
+K3 = Constant(ESTIMATORS.index("k3"))
+K1_PLUS = Constant(ESTIMATORS.index("k1_plus"))
+K3_PLUS = Constant(ESTIMATORS.index("k3_plus"))
+BINARY_KL = Constant(ESTIMATORS.index("binary_kl"))
+BINARY_TV = Constant(ESTIMATORS.index("binary_tv"))
+BELOW = Constant(FAR)  # of d: there exp(-d) - 1 + d is exp(-d) in every digit
+INF = Constant(float("inf"))
 
 
 class Limits(NamedTuple):

@@ -19,6 +19,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 BITS = {"enable_fp_fusion": True}
 
 
+class Constant(tl.constexpr):
+    """A number that kernels of a module read.
+
+    At each launch Triton compares every one with its copy, as it may have been changed. A comparison of
+    ``tl.constexpr`` makes new objects and takes a microsecond, and a kernel reads tens of them.
+    """
+
+    def __deepcopy__(self, memo: dict) -> Constant:
+        return self
+
+    def __ne__(self, other: object):
+        return self is not other and super().__ne__(other)
+
+    __eq__ = tl.constexpr.__eq__
+    __hash__ = tl.constexpr.__hash__
+
+
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import Pair, add_to, expm1_negative, fused, log1p, sum_pairs
+from .launch import Constant
 from .logits_lanes import LEAST_EXPONENT, sum_of_lane
 from .logits_rows import (
     LN2,
@@ -28,7 +29,7 @@ from .logits_rows import (
 from .logits_tiles import Models, load_columns, load_tile, widened
 
 # Positions in a pair of divergences: the policy's, and the reference's.
-POLICY, REFERENCE, SIDES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+POLICY, REFERENCE, SIDES = Constant(0), Constant(1), Constant(2)
 
 
 @triton.jit

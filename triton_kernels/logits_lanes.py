@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from .arithmetic import Pair, add_to, fused, sum_pairs
+from .launch import Constant
 from .logits_rows import ENTROPY, KL, MEAN_LOGIT, MOMENTS, REVERSE_KL, SUM_SQ_LOGPROB
 
-PRODUCTS = tl.constexpr(ENTROPY.value | SUM_SQ_LOGPROB.value | KL.value)  # outputs with products of t
-FARTHEST = tl.constexpr(1e38)  # exponents and bases of lanes lie within it, or the row is summed again
-LEAST_EXPONENT = tl.constexpr(-2000.0)
-SPREAD = tl.constexpr(65536.0)  # a lane has fewer columns: sums of finite float32 logits over it are finite
+PRODUCTS = Constant(ENTROPY.value | SUM_SQ_LOGPROB.value | KL.value)  # outputs with products of t
+FARTHEST = Constant(1e38)  # exponents and bases of lanes lie within it, or the row is summed again
+LEAST_EXPONENT = Constant(-2000.0)
+SPREAD = Constant(65536.0)  # a lane has fewer columns: sums of finite float32 logits over it are finite
 
 # ---- running sums of lanes -----------------------------------------------------------------------------------
 #

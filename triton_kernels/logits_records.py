@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..reference.logits import OUTPUTS, RECORD
+from .launch import Constant
 from .logits_rows import (
     ENTROPY,
     IS_TOP1,
@@ -36,7 +37,7 @@ from .logits_rows import (
 )
 
 # Position of each field in a record.
-FIELDS = tl.constexpr(len(RECORD))
+FIELDS = Constant(len(RECORD))
 AT_SHIFT, AT_TOTAL, AT_WEIGHTED, AT_SQUARES, AT_SQUARES_WEIGHTED, AT_DISTANCE, AT_COLUMNS = places(
     RECORD, "shift", "total", "weighted", "squares", "squares_weighted", "distance", "columns"
 )

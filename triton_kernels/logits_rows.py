@@ -14,29 +14,30 @@ import triton.language as tl
 
 from ..reference.logits import IGNORED as IGNORED_ID
 from ..reference.logits import OUTPUTS, SAVED
+from .launch import Constant
 
-IGNORED = tl.constexpr(IGNORED_ID)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of -inf, where inf - inf could arise
+IGNORED = Constant(IGNORED_ID)
+LOG2E = Constant(1.4426950408889634)
+LN2 = Constant(0.6931471805599453)
+LOWEST = Constant(-3.4028234663852886e38)  # in place of -inf, where inf - inf could arise
 
 
 # ---- names of outputs and of saved rows --------------------------------------------------------------------
 
 
 def places(names: Sequence[str], *wanted: str) -> Iterator[tl.constexpr]:
-    return (tl.constexpr(names.index(name)) for name in wanted)
+    return (Constant(names.index(name)) for name in wanted)
 
 
 # Bit of each output in a set of outputs (see `bits`).
 LOGPROB, ENTROPY, LOGSUMEXP, SUM_SQ, SUM_SQ_LOGPROB, MEAN_LOGIT, IS_TOP1, REF_LOGPROB, KL, REVERSE_KL, JSD = (
-    tl.constexpr(1 << place.value)
+    Constant(1 << place.value)
     for place in places(
         OUTPUTS, "logprob", "entropy", "logsumexp", "sum_p2", "sum_p2_logp", "mean_logit", "is_top1",
         "ref_logprob", "kl", "reverse_kl", "jsd",
     )
 )  # fmt: skip
-MOMENTS = tl.constexpr(SUM_SQ.value | SUM_SQ_LOGPROB.value)
+MOMENTS = Constant(SUM_SQ.value | SUM_SQ_LOGPROB.value)
 
 # Row of each saved statistic.
 SAVED_SHIFT, SAVED_TOTAL, SAVED_ENTROPY, SAVED_SUM_SQ, SAVED_SUM_SQ_LOGPROB = places(

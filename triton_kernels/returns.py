@@ -17,7 +17,7 @@ from ..core.rows import Layout, batch_of
 from ..reference.returns import ReturnsArgs
 from ..reference.td import TdArgs, sums_between
 from ..reference.td import step_ends as step_ends_of
-from .launch import BITS, INTERPRETED, pointer
+from .launch import BITS, INTERPRETED, Constant, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, stride
 from .scans import (
     AGGREGATES,
@@ -42,8 +42,8 @@ __all__ = [
 BLOCK = 64 if INTERPRETED else 512
 
 # Fields of a chunk's record in `state`.
-VALUE = tl.constexpr(0)
-ANY = tl.constexpr(1)
+VALUE = Constant(0)
+ANY = Constant(1)
 
 
 class Smallest(NamedTuple):

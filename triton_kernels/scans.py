@@ -15,20 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import BITS, INTERPRETED, cdiv, multiprocessors
+from .launch import BITS, INTERPRETED, Constant, cdiv, multiprocessors
 from .rows import Rows, row_bounds
 
 CHUNK = 256 if INTERPRETED else 16384
 
 # Stages of a scan.
-WHOLE = tl.constexpr(0)  # a row at once
-AGGREGATES = tl.constexpr(1)  # only the aggregate of every chunk
-RESUMED = tl.constexpr(2)  # every chunk, from the carry of the chunks before it
+WHOLE = Constant(0)  # a row at once
+AGGREGATES = Constant(1)  # only the aggregate of every chunk
+RESUMED = Constant(2)  # every chunk, from the carry of the chunks before it
 
 # Fields of a chunk's record in `state`: its map. After the pass for the carries, SHIFT is the chunk's start value.
-SHIFT = tl.constexpr(0)
-SLOPE = tl.constexpr(1)
-FIELDS = tl.constexpr(2)
+SHIFT = Constant(0)
+SLOPE = Constant(1)
+FIELDS = Constant(2)
 
 
 class Row(NamedTuple):

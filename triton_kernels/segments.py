@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.rows import batch_of
 from ..reference.segments import REDUCTIONS, SegmentsArgs, segment_broadcast
-from .launch import BITS, INTERPRETED, cdiv, pointer
+from .launch import BITS, INTERPRETED, Constant, cdiv, pointer
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
 __all__ = ["row_counts", "row_sums", "segment_broadcast", "segment_reduce", "segment_reduce_backward"]
@@ -64,7 +64,7 @@ def row_counts(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 SEGMENTS = 16  # segments per program
 # Indices of the reductions in the table of the specification.
 SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (
-    tl.constexpr(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
+    Constant(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
 )
 
 

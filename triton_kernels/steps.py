@@ -7,16 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Constant
 from .rows import as_bytes, dense, load_valid
 from .scans import latest
 
 # Representations of steps.
-TOKENS = tl.constexpr(0)  # every valid token ends a step
-FLAGS = tl.constexpr(1)
-IDS = tl.constexpr(2)  # a step ends at the last valid token before another id
+TOKENS = Constant(0)  # every valid token ends a step
+FLAGS = Constant(1)
+IDS = Constant(2)  # a step ends at the last valid token before another id
 
 # Step id of tokens outside steps (like any id below 0), and of the end of a row.
-NO_STEP = tl.constexpr(-1)
+NO_STEP = Constant(-1)
 
 
 @triton.jit

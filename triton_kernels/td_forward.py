@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .launch import unpair
+from .launch import Constant, unpair
 from .rows import load_valid
 from .scans import (
     AGGREGATES,
@@ -24,9 +24,9 @@ from .scans import (
 )
 
 # Representations of a discount.
-NUMBER = tl.constexpr(0)
-PER_ROW = tl.constexpr(1)
-PER_TOKEN = tl.constexpr(2)
+NUMBER = Constant(0)
+PER_ROW = Constant(1)
+PER_TOKEN = Constant(2)
 
 
 class Discount(NamedTuple):

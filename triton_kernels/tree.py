@@ -16,17 +16,17 @@ from ..reference.tree import (
     path_ends,
     tree_values_backward,
 )
-from .launch import BITS, pair, pointer, unpair
+from .launch import BITS, Constant, pair, pointer, unpair
 
 __all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
 
 CHILDREN = 16  # children read at once
 
 # Reductions by their index in REDUCES.
-MEAN = tl.constexpr(0)
-MAX = tl.constexpr(1)
-MIN = tl.constexpr(2)
-SOFTMAX = tl.constexpr(3)
+MEAN = Constant(0)
+MAX = Constant(1)
+MIN = Constant(2)
+SOFTMAX = Constant(3)
 
 
 @triton.jit(do_not_specialize=["level", "temperature_high", "temperature_low"])

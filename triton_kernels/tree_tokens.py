@@ -14,15 +14,15 @@ from torch import Tensor
 
 from ..core.rows import move, move_back, places_without_holes
 from ..reference.prefix_tree import AT, NodeTokensArgs
-from .launch import BITS, INTERPRETED, cdiv, pointer, splits, unpair
+from .launch import BITS, INTERPRETED, Constant, cdiv, pointer, splits, unpair
 from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
 from .tree_records import TreeNodes, TreeRows, log2_pair, power
 
 BLOCK = 128 if INTERPRETED else 512  # tokens processed at once
 
 # States of a token: the one before it, the one after it (neither name), or the difference of their values.
-BEFORE = tl.constexpr(AT.index("before"))
-STEP = tl.constexpr(AT.index("step"))
+BEFORE = Constant(AT.index("before"))
+STEP = Constant(AT.index("step"))
 
 
 class NodeValues(NamedTuple):

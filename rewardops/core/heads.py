@@ -73,7 +73,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool = False) -> No
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         # Part by part, so that a half-precision product is added while it is still in the caches.
         for first, end in blocks(total.shape[0], _SUM // max(total.shape[1], 1)):

@@ -70,6 +70,13 @@ def test_no_kernel_adds_numbers_by_atomics(compiled):
     assert not [row for row in compiled if row.get("atomics") and row["kernel"] != "digits_kernel"]
 
 
+def test_no_thread_waits_in_a_loop_over_logits(compiled):
+    """Threads meet after it, once a row; wherever rows begin."""
+    rows = [r for r in compiled if r["kernel"] in LOGITS_KERNELS and "meetings" in r]
+    assert {r["align"] for r in rows if r["kernel"] == "token_stats_kernel"} >= {4, 16}
+    assert not [r for r in rows if r["meetings"]]
+
+
 @pytest.mark.parametrize("kernel", LOGITS_KERNELS)
 def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
     rows = [r for r in compiled if r["kernel"] == kernel and r["target"] in ("sm_80", "sm_90", "sm_100")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import operator
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,27 @@ def test_launches_are_seen():
     assert sum(len(launches(path.read_text())) for path in FILES) >= 20
     lines = ("td_kernel[grid](x, **BITS)", "scans.td_kernel[(1, 2)](x, BLOCK=1)", "run = td_kernel[grid]")
     assert launches("\n".join(lines)) == [(1, True), (2, False), (3, False)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_constants_are_compared_quickly_at_a_launch(path):
+    """``Constant`` in place of ``tl.constexpr``, whose comparisons took more than half of the time of a launch."""
+    tree = ast.parse(path.read_text())
+    slow = [
+        node.lineno
+        for statement in tree.body
+        if not isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.constexpr"
+    ]
+    assert not slow, f"{path.name}: tl.constexpr in lines {slow}"
+
+
+def test_a_constant_compares_by_its_value():
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels.launch import Constant
+
+    same, other = (operator.ne(Constant(3), Constant(n)) for n in (3, 4))
+    assert not same
+    assert other
+    assert copy.deepcopy(constant := Constant(3)) is constant

@@ -25,7 +25,7 @@ from unittest import mock
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 if THOROUGH:
-    TARGETS |= {"sm_80": ("cuda", 80, 32), "sm_100": ("cuda", 100, 32)}
+    TARGETS |= {f"sm_{code}": ("cuda", code, 32) for code in (80, 100, 103, 120)}
 
 
 def recorder() -> list:
@@ -373,6 +373,20 @@ def block_loads(ttir: str) -> tuple[list[list[int]], list[int]]:
     return loops, outside
 
 
+def meetings(ptx: str) -> int:
+    """Barriers and shuffles in loops: places where threads wait for each other."""
+    labels: dict[str, int] = {}
+    found = set()
+    lines = ptx.splitlines()
+    for here, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = here
+        elif (branch := re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)) and branch[1] in labels:
+            body = range(labels[branch[1]], here)
+            found |= {i for i in body if re.search(r"\b(?:bar|barrier|shfl)\.", lines[i])}
+    return len(found)
+
+
 def specialisations() -> dict[str, int]:
     """How many times each kernel is compiled over many shapes and temperatures, the outputs staying alike."""
     import torch
@@ -418,6 +432,7 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
             ptx = compiled.asm["ptx"]
             row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
             row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
+            row["meetings"] = meetings(ptx)
             row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
         row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in ("H", "T", "E"))
         row["align"] = values.get("ALIGN")
