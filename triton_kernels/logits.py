@@ -186,7 +186,8 @@ class TokenStatsLaunch:
         target, ref_target = (self.logits if t is None else t for t in (out, ref_out))
         width = self.logits.shape[-1]
         tensors = [self.logits, self.ref, target, ref_target]
-        peel = _alignment(*tensors) < 16 and _alike(*tensors)
+        aligned = _alignment(*tensors) == 16
+        peel = not aligned and _alike(*tensors)
         token_stats_backward_kernel[(self.count, parts)](
             *(grads.get(name, saved) for name in Gradients._fields),
             saved if grad_record is None else grad_record, saved,
@@ -194,7 +195,8 @@ class TokenStatsLaunch:
             self.count, *self.strides, *_strides(target), width, self.first, self.vocab, width, each,
             *self.inverse_temperature, *self.cap, *self.beta,
             GRADS=bits(list(grads)), TO_LOGITS=out is not None, TO_REF=ref_out is not None, HAS_REF=self.has_ref,
-            **self.flags, OF_RECORD=grad_record is not None, PEEL=peel, BLOCK=self.block, num_warps=WARPS, **BITS,
+            **self.flags, OF_RECORD=grad_record is not None, ALIGNED=aligned, PEEL=peel,
+            BLOCK=self.block, num_warps=WARPS, **BITS,
         )  # fmt: skip
 
 

@@ -177,8 +177,11 @@ def write_gradients(
 
 
 @triton.jit(
-    do_not_specialize=["count", "inner", "ref_inner", "first", "vocab", "width", "blocks", "out_inner"]
-)
+    do_not_specialize=[
+        "count", "inner", "stride_outer", "stride_inner", "ref_inner", "ref_stride_outer", "ref_stride_inner",
+        "out_inner", "out_stride_outer", "out_stride_inner", "ref_out_stride", "first", "vocab", "width", "blocks",
+    ]
+)  # fmt: skip
 def token_stats_backward_kernel(
     logprob, entropy, logsumexp, sum_p2, sum_p2_logp, mean_logit, ref_logprob, kl, reverse_kl, jsd,
     grad_record, saved, logits, ref_logits, tokens, mask, temperatures, out, ref_out,
@@ -187,15 +190,15 @@ def token_stats_backward_kernel(
     first, vocab, width, blocks, inv_high, inv_low, cap_high, cap_low, beta_high, beta_low,
     GRADS: tl.constexpr, TO_LOGITS: tl.constexpr, TO_REF: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, CAPPED: tl.constexpr, OF_RECORD: tl.constexpr,
-    PEEL: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n.
 
     Inputs are the gradients of the statistics and ``saved`` ``[len(SAVED), N]``. With ``OF_RECORD`` they are
     ``grad_record`` and, as ``saved``, the records ``[N, len(RECORD)]``.
 
-    With ``PEEL`` the rows of all tensors lie alike relative to multiples of 16 bytes: blocks begin at the first of
-    these, and program (n, 0) has the columns before it, too.
+    With ``ALIGNED`` the rows of all tensors begin at multiples of 16 bytes. With ``PEEL`` they lie alike relative
+    to these: blocks begin at the first, and program (n, 0) has the columns before it, too.
     """
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     # Any field of a record may have a gradient.
@@ -219,9 +222,11 @@ def token_stats_backward_kernel(
     head = tl.zeros([], tl.int32)
     if PEEL:
         head = tl.minimum(to_boundary(rows.logits), vocab)
+        rows = Rows(rows.logits + head, rows.ref + head, rows.out + head, rows.ref_out + head)
+    if PEEL or ALIGNED:
         rows = Rows(
-            tl.multiple_of(rows.logits + head, 16), tl.multiple_of(rows.ref + head, 16),
-            tl.multiple_of(rows.out + head, 16), tl.multiple_of(rows.ref_out + head, 16),
+            tl.multiple_of(rows.logits, 16), tl.multiple_of(rows.ref, 16),
+            tl.multiple_of(rows.out, 16), tl.multiple_of(rows.ref_out, 16),
         )  # fmt: skip
     begin, full, end, _ = columns_of(part, blocks, vocab - head, BLOCK)
     # Zeros beyond the vocabulary, by the last program of a row.

@@ -82,7 +82,7 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
     rows = [r for r in compiled if r["kernel"] == kernel and r["target"] in ("sm_80", "sm_90", "sm_100")]
     assert {t for r in rows for t in r["types"]} >= {"*fp32", "*bf16", "*fp16"}
     for row in rows:
-        if row["align"] in (None, 16):
+        if row["align"] == 16:
             assert ".v4.b32" in row["loads"], row
         if "backward" in kernel:
             assert ".v4.b32" in row["stores"], row
@@ -96,7 +96,7 @@ def test_every_logit_is_read_once(compiled, kernel):
     """
     tensors = set()
     for row in compiled:
-        if row["kernel"] == kernel and row["align"] in (None, 16):
+        if row["kernel"] == kernel and row["align"] == 16:
             loop = row["in_loops"][-1 if "backward" in kernel else 0]
             types = row["types"][-2:] if "backward" in kernel else row["types"][:2]
             size = {"*fp32": 4, "*fp64": 8}.get(types[0], 2)
