@@ -32,12 +32,8 @@ from .logits_records import Outputs, token_stats_combine
 from .logits_rows import bits
 
 WARPS = 2  # of a program: a row has few columns for each thread, and ends in arithmetic that all warps repeat
-LIGHT = {
-    "logprob",
-    "entropy",
-    "logsumexp",
-    "is_top1",
-}  # outputs of at most two sums: registers for twice as many
+# Outputs of at most two sums leave registers for twice as many warps.
+LIGHT = {"logprob", "entropy", "logsumexp", "is_top1"}
 MANY = 24  # programs per multiprocessor of a forward pass
 LONG = 8  # blocks
 MAX_PARTS = 64  # parts of a row, at most; their records are merged at once
@@ -59,12 +55,6 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
     if logits.dim() == 2:
         return max(logits.shape[0], 1), 0, logits.stride(0)
     return max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
-
-
-def _tile(logits: Tensor, block: int) -> dict[str, int]:
-    """A block by the loads of a lane, lanes, and elements of a load of 16 bytes."""
-    elements = 16 // logits.element_size()
-    return {"H": 2, "T": block // (2 * elements), "E": elements}
 
 
 def _places(tensor: Tensor) -> tuple[int, ...]:
@@ -111,18 +101,23 @@ class TokenStatsLaunch:
         # One load of each model, or where the softcap takes registers.
         self.block = _block(self.logits, WARPS, 1 if self.has_ref or a.softcap > 0 else 2)
 
-    def parts(self, block: int, few: int, many: int) -> tuple[int, int]:
+    def parts(self, block: int, few: int, many: int = 0) -> tuple[int, int]:
         """Blocks of a part, and parts of a row: several where rows alone do not fill the device.
 
         ``few`` programs per multiprocessor in any case; up to ``many``, so that the last to end are a small part
         of all, if parts have at least LONG blocks: each ends in the arithmetic of a row.
         """
         blocks = cdiv(self.vocab, block)
-        wanted = splits(self.logits, self.count, blocks, few)
-        if many > few:
-            wanted = max(wanted, min(splits(self.logits, self.count, blocks, many), blocks // LONG))
+        least, most = (splits(self.logits, self.count, blocks, programs) for programs in (few, many))
+        wanted = max(least, min(most, blocks // LONG))
         each = max(cdiv(blocks, min(MAX_PARTS, wanted)), 1)
         return each, max(cdiv(blocks, each), 1)
+
+    def tiles(self, block: int) -> dict[str, int]:
+        """A block by the loads of a lane, lanes, and elements of a load of 16 bytes; and the rows' alignment."""
+        elements = 16 // self.logits.element_size()
+        align = _alignment(self.logits, self.ref)
+        return {"H": 2, "T": block // (2 * elements), "E": elements, "ALIGN": align}
 
     def forward(
         self, outputs: Sequence[str], results: dict[str, Tensor], saved: Tensor, record: Tensor | None
@@ -141,11 +136,10 @@ class TokenStatsLaunch:
         if parts > 1:
             partial = self.logits.new_empty((self.count, parts, len(RECORD)), dtype=torch.float64)
         want = {"WANT": bits(outputs), "HAS_REF": self.has_ref, "TO_RECORD": record is not None}
-        align = {"ALIGN": _alignment(self.logits, self.ref)}
         token_stats_kernel[(self.count, parts)](
             self.logits, self.ref, *self.rows, *out, saved, partial, self.count, *self.strides,
             self.first, self.vocab, each, parts, *self.inverse_temperature, *self.cap,
-            **want, **self.flags, **align, SPLIT=parts > 1, **_tile(self.logits, block), num_warps=warps, **BITS,
+            **want, **self.flags, SPLIT=parts > 1, **self.tiles(block), num_warps=warps, **BITS,
         )  # fmt: skip
         if parts > 1:
             token_stats_combine[(self.count,)](
@@ -156,14 +150,13 @@ class TokenStatsLaunch:
     def mixture(self, saved: Tensor) -> tuple[Tensor, Tensor]:
         """KL of both models to their mixture, from the shifts and totals in ``saved``."""
         block = _block(self.logits, WARPS)
-        each, parts = self.parts(block, 2, 2)
-        align = {"ALIGN": _alignment(self.logits, self.ref)}
+        each, parts = self.parts(block, 2)
         partial = saved.new_empty((self.count, parts, 2), dtype=torch.float64)
         if self.count:
             token_stats_mixture_kernel[(self.count, parts)](
                 self.logits, self.ref, *self.rows, saved, partial, self.count, *self.strides,
                 self.vocab, each, parts, *self.inverse_temperature, *self.cap, *self.beta,
-                **self.flags, **align, **_tile(self.logits, block), num_warps=WARPS, **BITS,
+                **self.flags, **self.tiles(block), num_warps=WARPS, **BITS,
             )  # fmt: skip
         mixed, ref_mixed = partial.sum(1).view(*saved.shape[1:], 2).unbind(-1)
         return mixed, ref_mixed
@@ -182,7 +175,7 @@ class TokenStatsLaunch:
         """
         if not self.count:
             return
-        each, parts = self.parts(self.block, 4, 4)
+        each, parts = self.parts(self.block, 4)
         target, ref_target = (self.logits if t is None else t for t in (out, ref_out))
         width = self.logits.shape[-1]
         tensors = [self.logits, self.ref, target, ref_target]

@@ -122,6 +122,32 @@ def write_zeros(row, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def write_zeros_at(column, inside, rows, TO_LOGITS: tl.constexpr, TO_REF: tl.constexpr):
+    """Zeros in a few columns that no whole block has."""
+    if TO_LOGITS:
+        tl.store(rows.out + column, tl.zeros(column.shape, rows.out.dtype.element_ty), mask=inside)
+    if TO_REF:
+        tl.store(rows.ref_out + column, tl.zeros(column.shape, rows.ref_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_block(row, column, inside, ACC: tl.constexpr, TAIL: tl.constexpr):
+    if TAIL:
+        return tl.load(row + column, mask=inside, other=0.0).to(ACC)
+    else:
+        return tl.load(row + column).to(ACC)
+
+
+@triton.jit
+def store_block(row, column, inside, value, TAIL: tl.constexpr):
+    value = value.to(row.dtype.element_ty)
+    if TAIL:
+        tl.store(row + column, value, mask=inside)
+    else:
+        tl.store(row + column, value)
+
+
+@triton.jit
 def write_gradients(
     column, end, rows, by, softmax, ref_softmax, on, ref_on,
     LOG: tl.constexpr, SQUARE: tl.constexpr, SQUARE_LOG: tl.constexpr, MEET: tl.constexpr, MIXED: tl.constexpr,
@@ -130,16 +156,10 @@ def write_gradients(
     """The gradients of a block of columns. Only the tail has a mask: without one, accesses are 16 bytes wide."""
     ACC: tl.constexpr = tl.float64 if rows.logits.dtype.element_ty == tl.float64 else tl.float32
     inside = column < end
-    if TAIL:
-        z = tl.load(rows.logits + column, mask=inside, other=0.0).to(ACC)
-    else:
-        z = tl.load(rows.logits + column).to(ACC)
+    z = load_block(rows.logits, column, inside, ACC, TAIL)
     x = z
     if PAIRED:
-        if TAIL:
-            x = tl.load(rows.ref + column, mask=inside, other=0.0).to(ACC)
-        else:
-            x = tl.load(rows.ref + column).to(ACC)
+        x = load_block(rows.ref, column, inside, ACC, TAIL)
     distance = scaled_distance(capped(z, by.cap, CAPPED), softmax.shift, by.inv, by.inv_rest)
     exponential = tl.exp(distance)
     ref_distance = distance
@@ -159,18 +179,10 @@ def write_gradients(
     ref_terms = Terms(ref_distance, ref_exponential, ref_excess)
     if TO_LOGITS:
         grad = side_gradient(column, by.token, terms, ref_terms, on, LOG, SQUARE, SQUARE_LOG, MEET, MIXED)
-        grad = unscaled(grad, z, by.inv, by.cap, CAPPED).to(rows.out.dtype.element_ty)
-        if TAIL:
-            tl.store(rows.out + column, grad, mask=inside)
-        else:
-            tl.store(rows.out + column, grad)
+        store_block(rows.out, column, inside, unscaled(grad, z, by.inv, by.cap, CAPPED), TAIL)
     if TO_REF:
         grad = side_gradient(column, by.token, ref_terms, terms, ref_on, False, False, False, MEET, MIXED)
-        grad = unscaled(grad, x, by.inv, by.cap, CAPPED).to(rows.ref_out.dtype.element_ty)
-        if TAIL:
-            tl.store(rows.ref_out + column, grad, mask=inside)
-        else:
-            tl.store(rows.ref_out + column, grad)
+        store_block(rows.ref_out, column, inside, unscaled(grad, x, by.inv, by.cap, CAPPED), TAIL)
 
 
 # ---- kernel ------------------------------------------------------------------------------------------------
@@ -234,26 +246,14 @@ def token_stats_backward_kernel(
     if is_masked(n, tokens, mask, HAS_MASK):
         if PEEL:  # noqa: SIM102 (known when compiled; the part is not)
             if part == 0:
-                before = lanes - head
-                if TO_LOGITS:
-                    tl.store(rows.out + before, tl.zeros([BLOCK], out.dtype.element_ty), mask=before < 0)
-                if TO_REF:
-                    tl.store(
-                        rows.ref_out + before, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=before < 0
-                    )
+                write_zeros_at(lanes - head, lanes < head, rows, TO_LOGITS, TO_REF)
         if TO_LOGITS:
             write_zeros(rows.out, begin, stop, BLOCK)
         if TO_REF:
             write_zeros(rows.ref_out, begin, stop, BLOCK)
     else:
         for start in range(end, stop, BLOCK):
-            beyond = start + lanes
-            if TO_LOGITS:
-                tl.store(rows.out + beyond, tl.zeros([BLOCK], out.dtype.element_ty), mask=beyond < stop)
-            if TO_REF:
-                tl.store(
-                    rows.ref_out + beyond, tl.zeros([BLOCK], ref_out.dtype.element_ty), mask=beyond < stop
-                )
+            write_zeros_at(start + lanes, start + lanes < stop, rows, TO_LOGITS, TO_REF)
         inv64 = inverse_temperature(n, temperatures, inv_high, inv_low, HAS_TEMPERATURES)
         inv, inv_rest = split(inv64, ACC)
         beta = joined(beta_high, beta_low, tl.float64)

@@ -65,8 +65,8 @@ def token_stats_kernel(
 ):  # fmt: skip
     """Program (n, k): blocks [k * blocks, (k + 1) * blocks) of row n, to a record or to the statistics.
 
-    A block is a tile [H, T, E]: each of T lanes has H times E consecutive columns. Rows of both models begin at
-    multiples of ALIGN bytes.
+    A block is a tile [H, T, E]: runs of E consecutive columns, H of them for each of T lanes. Rows of both models
+    begin at multiples of ALIGN bytes.
     """
     ACC: tl.constexpr = logprob.dtype.element_ty
     out = Outputs(

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .arithmetic import Pair, add_to, expm1_negative, fused, log1p, sum_pairs
 from .launch import Constant
-from .logits_lanes import LEAST_EXPONENT, sum_of_lane
+from .logits_lanes import bounded, sum_of_lane
 from .logits_rows import (
     LN2,
     LOG2E,
@@ -56,9 +56,8 @@ def normaliser(shift, total, scale):
 
 @triton.jit
 def log2_probability(z, by, scale):
-    """The logarithm to base 2, bounded, so that 0 times it is 0."""
-    t = fused(z, scale, -by.high) - by.rest
-    return tl.maximum(t, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+    """The logarithm to base 2, bounded."""
+    return bounded(fused(z, scale, -by.high) - by.rest)
 
 
 @triton.jit

@@ -89,6 +89,18 @@ def raised(top, base, z, scale):
 
 
 @triton.jit
+def bounded(exponent):
+    """An exponent of two, bounded, so that 0 times it is 0; NaN stays NaN."""
+    return tl.maximum(exponent, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def moved(pair, of, step):
+    """A sum of terms times exponents, after these have grown by ``step``; ``of`` is the sum of the terms."""
+    return Pair(fused(of.sum, step, pair.sum), pair.rest)
+
+
+@triton.jit
 def accumulate(
     z, x, inside, origin, lanes, scale, WANT: tl.constexpr, HAS_REF: tl.constexpr, TAIL: tl.constexpr
 ):
@@ -102,8 +114,7 @@ def accumulate(
     unbounded = fused(z, scale, -to_elements(base, z))
     t = unbounded
     if PRODUCTS & WANT:
-        # So that 0 times it is 0.
-        t = tl.maximum(t, LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+        t = bounded(t)
     term = tl.exp2(t)
     ref_top, ref_base = lanes.ref_top, lanes.ref_base
     if HAS_REF:
@@ -116,22 +127,18 @@ def accumulate(
             between = term * (t - r)
             if TAIL:
                 between = tl.where(inside, between, 0.0)
-            moved = fused(total.sum, gap, kl.sum)
-            kl = add_to(Pair(moved, kl.rest), factor, sum_of_lane(between))
+            kl = add_to(moved(kl, total, gap), factor, sum_of_lane(between))
         if REVERSE_KL & WANT:
             between = ref_term * (r - unbounded)
             if TAIL:
                 between = tl.where(inside, between, 0.0)
-            moved = fused(ref_total.sum, -gap, reverse.sum)
-            reverse = add_to(Pair(moved, reverse.rest), ref_factor, sum_of_lane(between))
+            reverse = add_to(moved(reverse, ref_total, -gap), ref_factor, sum_of_lane(between))
         ref_total = add_to(ref_total, ref_factor, sum_of_lane(ref_term))
     if ENTROPY & WANT:
-        moved = fused(total.sum, step, weighted.sum)
-        weighted = add_to(Pair(moved, weighted.rest), factor, sum_of_lane(term * t))
+        weighted = add_to(moved(weighted, total, step), factor, sum_of_lane(term * t))
     if SUM_SQ_LOGPROB & WANT:
-        moved = fused(squares.sum, step, squares_weighted.sum)
         squares_weighted = add_to(
-            Pair(moved, squares_weighted.rest), factor * factor, sum_of_lane(term * term * t)
+            moved(squares_weighted, squares, step), factor * factor, sum_of_lane(term * term * t)
         )
     if MOMENTS & WANT:
         squares = add_to(squares, factor * factor, sum_of_lane(term * term))
@@ -192,14 +199,12 @@ def merged(lanes, keep, top, ref_top, scale, WANT: tl.constexpr, HAS_REF: tl.con
     over, down = from_base(top, base, scale)
     total = of_lanes(lanes.total, factor)
     if ENTROPY & WANT:
-        moved = fused(lanes.total.sum, step, lanes.weighted.sum)
-        weighted = of_lanes(Pair(moved, lanes.weighted.rest), factor)
+        weighted = of_lanes(moved(lanes.weighted, lanes.total, step), factor)
         weighted = (weighted - over * total) * down
     if MOMENTS & WANT:
         squares = of_lanes(lanes.squares, factor * factor)
     if SUM_SQ_LOGPROB & WANT:
-        moved = fused(lanes.squares.sum, step, lanes.squares_weighted.sum)
-        squares_weighted = of_lanes(Pair(moved, lanes.squares_weighted.rest), factor * factor)
+        squares_weighted = of_lanes(moved(lanes.squares_weighted, lanes.squares, step), factor * factor)
         squares_weighted = (squares_weighted - over * squares) * (down * down)
     if MEAN_LOGIT & WANT:
         distance = of_lanes(lanes.distance, tl.where(keep, SPREAD, 0.0).to(factor.dtype))
@@ -210,12 +215,10 @@ def merged(lanes, keep, top, ref_top, scale, WANT: tl.constexpr, HAS_REF: tl.con
         ref_over, ref_down = from_base(ref_top, ref_base, scale)
         ref_total = of_lanes(lanes.ref_total, ref_factor)
         if KL & WANT:
-            moved = fused(lanes.total.sum, step - ref_step, lanes.kl.sum)
-            kl = of_lanes(Pair(moved, lanes.kl.rest), factor)
+            kl = of_lanes(moved(lanes.kl, lanes.total, step - ref_step), factor)
             kl = (kl - (over - ref_over) * total) * down
         if REVERSE_KL & WANT:
-            moved = fused(lanes.ref_total.sum, ref_step - step, lanes.reverse.sum)
-            reverse = of_lanes(Pair(moved, lanes.reverse.rest), ref_factor)
+            reverse = of_lanes(moved(lanes.reverse, lanes.ref_total, ref_step - step), ref_factor)
             reverse = (reverse - (ref_over - over) * ref_total) * ref_down
         ref_total *= ref_down
     return Sums(

@@ -92,7 +92,7 @@ def to_boundary(row):
 
 @triton.jit
 def row_offset(n, inner, stride_outer, stride_inner):
-    """Offset of row n of [N, V] or of [B, T, V]: 64-bit, and a multiple of 16 where the strides are."""
+    """Offset of row n of [N, V] or of [B, T, V], 64-bit."""
     return (n // inner).to(tl.int64) * stride_outer + (n % inner).to(tl.int64) * stride_inner
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .logits_lanes import LEAST_EXPONENT, Sums
+from .logits_lanes import Sums, bounded
 from .logits_rows import ENTROPY, KL, LOWEST, MEAN_LOGIT, MOMENTS, REVERSE_KL, SUM_SQ_LOGPROB
 from .logits_tiles import load_columns
 
@@ -40,11 +40,10 @@ def no_terms(like, DTYPE: tl.constexpr):
 
 @triton.jit
 def distance_of(z, top, scale):
-    """z - top, with neither infinite, and as an exponent of two that is bounded, so that 0 times it is 0."""
+    """z - top, with neither infinite, and as a bounded exponent of two."""
     y = z - tl.where(top == float("-inf"), 0.0, top)
     y = tl.where(y < LOWEST, LOWEST, y)
-    exponent = y * scale
-    return y, tl.where(exponent < LEAST_EXPONENT, LEAST_EXPONENT, exponent)
+    return y, bounded(y * scale)
 
 
 @triton.jit
