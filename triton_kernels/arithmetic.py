@@ -52,15 +52,37 @@ def sum_pairs(pair):
     return total.to(tl.float64) + rest.to(tl.float64)
 
 
+@tl.core.builtin
+def for_ptx(_semantic=None):
+    """Whether the kernel is compiled for PTX, as a constant."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
+@triton.jit
+def approximate_log2(x):
+    """The logarithm to base 2 of a normal number, float32, to 2^-22: one instruction where there is one."""
+    if EMULATED:
+        return tl.log2(x)
+    elif for_ptx():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
 @triton.jit
 def expm1_negative(x):
     """e^x - 1 for x <= 0, by a Taylor polynomial where e^x is near 1."""
     near = tl.where(x < -0.5, -0.5, x)
-    series = near * (1.0 / 6227020800.0) + 1.0 / 479001600.0
-    series = series * near + 1.0 / 39916800.0
-    series = series * near + 1.0 / 3628800.0
-    series = series * near + 1.0 / 362880.0
-    series = series * near + 1.0 / 40320.0
+    if x.dtype == tl.float64:
+        series = near * (1.0 / 6227020800.0) + 1.0 / 479001600.0
+        series = series * near + 1.0 / 39916800.0
+        series = series * near + 1.0 / 3628800.0
+        series = series * near + 1.0 / 362880.0
+        series = series * near + 1.0 / 40320.0
+    else:
+        series = near * (1.0 / 362880.0) + 1.0 / 40320.0
     series = series * near + 1.0 / 5040.0
     series = series * near + 1.0 / 720.0
     series = series * near + 1.0 / 120.0

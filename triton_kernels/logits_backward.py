@@ -18,12 +18,13 @@ from .logits_coefficients import (
     softmax_of_record,
     softmax_of_saved,
 )
-from .logits_jsd import log_mixture
+from .logits_jsd import logs_of_ratios
 from .logits_records import AT_REF_SHIFT, AT_SHIFT, FIELDS
 from .logits_rows import (
     ENTROPY,
     JSD,
     KL,
+    LOG2E,
     MOMENTS,
     REVERSE_KL,
     SAVED_REF_SHIFT,
@@ -170,11 +171,11 @@ def write_gradients(
         ref_distance = scaled_distance(capped(x, by.cap, CAPPED), ref_softmax.shift, by.inv, by.inv_rest)
         ref_exponential = tl.exp(ref_distance)
     if MIXED:
-        logp = distance - softmax.log_total.to(ACC)
-        logq = ref_distance - ref_softmax.log_total.to(ACC)
-        high, log_m = log_mixture(logp, logq, by.beta.to(ACC))
-        excess = logp - high - log_m
-        ref_excess = logq - high - log_m
+        excess, ref_excess = logs_of_ratios(
+            (distance - softmax.log_total.to(ACC)) * LOG2E,
+            (ref_distance - ref_softmax.log_total.to(ACC)) * LOG2E,
+            by.beta.to(ACC),
+        )
     terms = Terms(distance, exponential, excess)
     ref_terms = Terms(ref_distance, ref_exponential, ref_excess)
     if TO_LOGITS:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import Pair, add_to, expm1_negative, fused, log1p, sum_pairs
+from .arithmetic import Pair, add_to, approximate_log2, expm1_negative, fused, log1p, sum_pairs
 from .launch import Constant
-from .logits_lanes import bounded, sum_of_lane
+from .logits_lanes import sum_of_lane
 from .logits_rows import (
     LN2,
     LOG2E,
@@ -32,13 +32,81 @@ from .logits_tiles import Models, load_columns, load_tile, widened
 POLICY, REFERENCE, SIDES = Constant(0), Constant(1), Constant(2)
 
 
+# ---- a pair of probabilities -------------------------------------------------------------------------------
+#
+# The mixture m is taken relative to the larger probability: m = larger (1 + below), where below is in [-1, 0].
+
+NEAR = Constant(-0.36)  # exponents of two: ratios above e^-0.25, for which `excess` has a polynomial
+FARTHEST_GAP = Constant(-125.0)  # 2^gap and its inverse are normal numbers
+
+
+class Meeting(NamedTuple):
+    """Two probabilities, of which one is larger, and their mixture."""
+
+    policy_leads: Any  # whether the policy's is the larger
+    gap: Any  # log2(smaller / larger), bounded
+    weight: Any  # of the smaller one in the mixture
+
+
 @triton.jit
-def log_mixture(logp, logq, beta):
-    """The larger of log p and log q, and log(beta q + (1 - beta) p) relative to it."""
-    high = tl.where(logp >= logq, logp, logq)
-    low = tl.where(logp >= logq, logq, logp)
-    weight = tl.where(logp >= logq, beta, 1.0 - beta)
-    return high, log1p(weight * expm1_negative(low - high))
+def meeting(log2p, log2q, beta):
+    leads = log2p >= log2q
+    gap = tl.maximum(-tl.abs(log2p - log2q), FARTHEST_GAP)  # -inf - -inf is NaN, and bounded as well
+    return Meeting(leads, gap, tl.where(leads, beta, 1.0 - beta))
+
+
+@triton.jit
+def excess(d):
+    """d - ln(1 + d), float32, in [e^-0.25 - 1, e^0.25 - 1] (a minimax polynomial, to 2e-7 of itself)."""
+    series = fused(d, tl.full([], 0.11308091, d.dtype), -0.15334049)
+    series = fused(series, d, 0.16800569)
+    series = fused(series, d, -0.19971612)
+    series = fused(series, d, 0.24997274)
+    series = fused(series, d, -0.33333535)
+    return d * d * fused(series, d, 0.50000007)
+
+
+@triton.jit
+def logs_of_ratios(log2p, log2q, beta):
+    """log(p / m) and log(q / m), to full relative accuracy near 0."""
+    leads, gap, weight = meeting(log2p, log2q, beta)
+    gap *= LN2
+    below = weight * expm1_negative(gap)
+    if gap.dtype == tl.float64:
+        log_m = log1p(below)
+    else:
+        log_m = tl.where(below > -0.22, below - excess(below), approximate_log2(1.0 + below) * LN2)
+    return tl.where(leads, -log_m, gap - log_m), tl.where(leads, gap - log_m, -log_m)
+
+
+@triton.jit
+def mixture_terms(log2p, log2q, beta):
+    """A column's p log(p / m) + m - p, and the same of q: terms of KL(p || m) and KL(q || m).
+
+    The sum of m - p over all columns is 0. With it, a term is of second order in p / m - 1, and so is its error.
+    """
+    leads, gap, weight = meeting(log2p, log2q, beta)
+    other = 1.0 - weight
+    larger = tl.exp2(tl.maximum(log2p, log2q, propagate_nan=tl.PropagateNan.ALL))
+    ratio = tl.exp2(gap)
+    if gap.dtype == tl.float64:
+        change = expm1_negative(gap * LN2)
+        log_m = log1p(weight * change)
+        of_larger = weight * change - log_m
+        of_smaller = ratio * (gap * LN2 - log_m) - other * change
+    else:
+        near = gap > NEAR
+        below = fused(ratio, weight, -weight)  # m / larger - 1
+        above = fused(-ratio, other, other)  # (m - smaller) / larger
+        log2_m = approximate_log2(1.0 + below)
+        of_larger = tl.where(near, excess(below), below - log2_m * LN2)
+        of_smaller = tl.where(
+            near, ratio * excess(above * tl.exp2(-gap)), above + ratio * LN2 * (gap - log2_m)
+        )
+    return larger * tl.where(leads, of_larger, of_smaller), larger * tl.where(leads, of_smaller, of_larger)
+
+
+# ---- a row ---------------------------------------------------------------------------------------------------
 
 
 class Normaliser(NamedTuple):
@@ -56,19 +124,8 @@ def normaliser(shift, total, scale):
 
 @triton.jit
 def log2_probability(z, by, scale):
-    """The logarithm to base 2, bounded."""
-    return bounded(fused(z, scale, -by.high) - by.rest)
-
-
-@triton.jit
-def mixture_terms(z, x, policy, ref, scale, beta):
-    """A column's terms of KL(p || m) and of KL(q || m)."""
-    log2p = log2_probability(z, policy, scale)
-    log2q = log2_probability(x, ref, scale)
-    logp = log2p * LN2
-    logq = log2q * LN2
-    high, log_m = log_mixture(logp, logq, beta)
-    return tl.exp2(log2p) * (logp - high - log_m), tl.exp2(log2q) * (logq - high - log_m)
+    """The logarithm to base 2."""
+    return fused(z, scale, -by.high) - by.rest
 
 
 @triton.jit(
@@ -121,14 +178,18 @@ def token_stats_mixture_kernel(
             x = widened(load_tile(models.ref_row, start, True, H, T, E, ALIGN), ACC)
             z = capped(z, models.cap, CAPPED)
             x = capped(x, models.cap, CAPPED)
-            term, ref_term = mixture_terms(z, x, policy, ref, scale, beta)
+            term, ref_term = mixture_terms(
+                log2_probability(z, policy, scale), log2_probability(x, ref, scale), beta
+            )
             of_policy = add_to(of_policy, 1.0, sum_of_lane(term))
             of_ref = add_to(of_ref, 1.0, sum_of_lane(ref_term))
         for start in range(span.full, span.end, T):
             column = (start + tl.arange(0, T))[None, :]
             inside = column < span.end
             z, x = load_columns(models, column, inside, ACC, True, CAPPED)
-            term, ref_term = mixture_terms(z, x, policy, ref, scale, beta)
+            term, ref_term = mixture_terms(
+                log2_probability(z, policy, scale), log2_probability(x, ref, scale), beta
+            )
             of_policy = add_to(of_policy, 1.0, tl.sum(tl.where(inside, term, 0.0), 0))
             of_ref = add_to(of_ref, 1.0, tl.sum(tl.where(inside, ref_term, 0.0), 0))
         mixed = sum_pairs(of_policy)
