@@ -64,11 +64,20 @@ def approximate_log2(x):
     if EMULATED:
         return tl.log2(x)
     elif for_ptx():
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], x.dtype, True, 1)
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def inverse(x):
+    """1 / x of a number that is not below 2^-126, to an ulp: in float32 one instruction where there is one."""
+    if EMULATED:
+        return 1.0 / x
+    elif for_ptx() and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], x.dtype, True, 1)
+    else:
+        return 1.0 / x
 
 
 @triton.jit

@@ -100,19 +100,23 @@ def token_stats_kernel(
         if HAS_REF:
             ref_loaded = load_tile(models.ref_row, span.begin, span.begin < span.full, H, T, E, ALIGN)
         for start in range(span.begin + H * T * E, span.full + H * T * E, H * T * E):
-            z = capped(widened(loaded, ACC), models.cap, CAPPED)
+            z = widened(loaded, ACC)
             x = z
             if HAS_REF:
-                x = capped(widened(ref_loaded, ACC), models.cap, CAPPED)
+                x = widened(ref_loaded, ACC)
             loaded = load_tile(models.row, start, start < span.full, H, T, E, ALIGN)
             if HAS_REF:
                 ref_loaded = load_tile(models.ref_row, start, start < span.full, H, T, E, ALIGN)
-            lanes = accumulate(z, x, z, origin, lanes, scale, WANT, HAS_REF, False)
+            lanes = accumulate(
+                z, x, z, origin, lanes, scale, models.cap, WANT, HAS_REF, CAPPED, False
+            )  # fmt: skip
         for start in range(span.full, span.end, T):
             column = (start + lane)[None, :]
             inside = column < span.end
-            z, x = load_columns(models, column, inside, ACC, HAS_REF, CAPPED)
-            lanes = accumulate(z, x, inside, origin, lanes, scale, WANT, HAS_REF, True)
+            z, x = load_columns(models, column, inside, ACC, HAS_REF, False)
+            lanes = accumulate(
+                z, x, inside, origin, lanes, scale, models.cap, WANT, HAS_REF, CAPPED, True
+            )  # fmt: skip
 
         top = tl.max(lanes.top, 0)
         ref_top = tl.max(lanes.ref_top, 0)
@@ -121,6 +125,8 @@ def token_stats_kernel(
         if HAS_REF:
             ref_holder = tl.max(tl.where(lanes.ref_top == ref_top, lane, 0), 0)
         keep = (lane != holder) & (lane != ref_holder)
+        top = capped(top, models.cap, CAPPED)
+        ref_top = capped(ref_top, models.cap, CAPPED)
         sums = merged(lanes, keep, top, ref_top, scale, WANT, HAS_REF)
         place = tl.arange(0, T // E)[:, None] * E + tl.arange(0, E)[None, :]
         if is_doubtful(sums, top, ref_top, scale, HAS_REF):

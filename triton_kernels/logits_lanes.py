@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .arithmetic import Pair, add_to, fused, sum_pairs
 from .launch import Constant
-from .logits_rows import ENTROPY, KL, MEAN_LOGIT, MOMENTS, REVERSE_KL, SUM_SQ_LOGPROB
+from .logits_rows import ENTROPY, KL, MEAN_LOGIT, MOMENTS, REVERSE_KL, SUM_SQ_LOGPROB, capped, capped_tile
 
 PRODUCTS = Constant(ENTROPY.value | SUM_SQ_LOGPROB.value | KL.value)  # outputs with products of t
 FARTHEST = Constant(1e38)  # exponents and bases of lanes lie within it, or the row is summed again
@@ -28,7 +28,7 @@ class Lanes(NamedTuple):
     Here z are the logits, x the reference's, and s = log2 e / temperature.
     """
 
-    top: Any  # the largest z
+    top: Any  # the largest z, before the softcap
     base: Any  # the largest s z, rounded down
     total: Any  # sum 2^t, as the other sums a pair
     weighted: Any  # sum 2^t t
@@ -81,10 +81,10 @@ def to_elements(x, tile):
 
 
 @triton.jit
-def raised(top, base, z, scale):
-    """A lane's largest logit and its base with the logits z too, and the exponent by which sums are rescaled."""
-    top = tl.maximum(top, max_of_lane(z))
-    new = tl.maximum(base, tl.floor(top * scale))
+def raised(top, base, logits, scale, cap, CAPPED: tl.constexpr):
+    """A lane's largest stored logit and its base with further logits, and the exponent that rescales its sums."""
+    top = tl.maximum(top, max_of_lane(logits))
+    new = tl.maximum(base, tl.floor(capped(top, cap, CAPPED) * scale))
     return top, new, base - new
 
 
@@ -102,14 +102,18 @@ def moved(pair, of, step):
 
 @triton.jit
 def accumulate(
-    z, x, inside, origin, lanes, scale, WANT: tl.constexpr, HAS_REF: tl.constexpr, TAIL: tl.constexpr
-):
-    """Add a tile [H, T, E] of logits z, and of the reference's x, to the sums; -inf where it is not inside."""
+    logits, ref_logits, inside, origin, lanes, scale, cap,
+    WANT: tl.constexpr, HAS_REF: tl.constexpr, CAPPED: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Add a tile [H, T, E] of stored logits, and of the reference's, to the sums; -inf where it is not inside."""
+    z = capped_tile(logits, cap, CAPPED)
+    if TAIL and CAPPED:
+        z = tl.where(inside, z, float("-inf"))
     total, weighted, squares, squares_weighted = (
         lanes.total, lanes.weighted, lanes.squares, lanes.squares_weighted
     )  # fmt: skip
     distance, ref_total, kl, reverse = lanes.distance, lanes.ref_total, lanes.kl, lanes.reverse
-    top, base, step = raised(lanes.top, lanes.base, z, scale)
+    top, base, step = raised(lanes.top, lanes.base, logits, scale, cap, CAPPED)
     factor = tl.exp2(step)
     unbounded = fused(z, scale, -to_elements(base, z))
     t = unbounded
@@ -118,7 +122,10 @@ def accumulate(
     term = tl.exp2(t)
     ref_top, ref_base = lanes.ref_top, lanes.ref_base
     if HAS_REF:
-        ref_top, ref_base, ref_step = raised(ref_top, ref_base, x, scale)
+        x = capped_tile(ref_logits, cap, CAPPED)
+        if TAIL and CAPPED:
+            x = tl.where(inside, x, float("-inf"))
+        ref_top, ref_base, ref_step = raised(ref_top, ref_base, ref_logits, scale, cap, CAPPED)
         ref_factor = tl.exp2(ref_step)
         r = fused(x, scale, -to_elements(ref_base, x))
         ref_term = tl.exp2(r)

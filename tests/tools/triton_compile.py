@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+LOGITS_KERNELS = ("token_stats_kernel", "token_stats_mixture_kernel", "token_stats_backward_kernel")
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 if THOROUGH:
     TARGETS |= {f"sm_{code}": ("cuda", code, 32) for code in (80, 100, 103, 120)}
@@ -331,6 +332,42 @@ def specialise(kernel, args, kwargs):
     return kernel.__name__, signature, constants, attributes, options
 
 
+def disassembled(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of machine code."""
+    import tempfile
+
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions_per_column(sass: str, kind: str, tensors: int) -> float:
+    """Instructions of a thread for a column of ``tensors`` models, in the loop over whole tiles.
+
+    That is, of the innermost loops, the one that loads most.
+    """
+    size = {"*fp32": 4, "*fp64": 8}.get(kind, 2)
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;", sass)]
+    loops = []
+    for at, text in code:
+        branch = re.search(r"\bBRA(?:\.U)? .*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < at:
+            loops.append((int(branch[1], 16), at))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[text for at, text in code if first <= at <= last] for first, last in inner]
+
+    def loaded(body):
+        loads = [load[0] for text in body if (load := re.search(r"\bLDG\S*", text))]
+        return sum(int((re.search(r"\.[US]?(8|16|64|128)\b", load) or (0, 32))[1]) // 8 for load in loads)
+
+    body = max(bodies, key=loaded)
+    return round(len(body) * size * tensors / loaded(body), 1)
+
+
 def resources(kernel, target: str) -> dict[str, int]:
     """Registers and spilled or stacked bytes, from the machine code."""
     if target == "gfx942":
@@ -342,17 +379,7 @@ def resources(kernel, target: str) -> dict[str, int]:
         # Spilled scalar registers stay on chip, in lanes of vector registers; these two are memory.
         spilled = found("vgpr_spill_count") + found("private_segment_fixed_size")
         return {"registers": found("vgpr_count"), "spill": spilled}
-    import tempfile
-
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = disassembled(kernel.asm["cubin"], "--dump-resource-usage")
     use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": use["REG"], "spill": use["STACK"] + use["LOCAL"]}
 
@@ -439,6 +466,14 @@ def compile_all(target: str, part: int, parts: int) -> list[dict]:
         # In the backward pass peeled rows are as good as aligned ones.
         wide = values.get("ALIGNED", True) or values.get("PEEL", False)
         row["align"] = values.get("ALIGN", 16 if wide else 0)
+        if target.startswith("sm_") and name in LOGITS_KERNELS:
+            row["per_column"] = instructions_per_column(
+                disassembled(compiled.asm["cubin"], "-sass"),
+                signature["logits"],
+                1 + values.get("HAS_REF", True),
+            )
+            row["of"] = [k for k, v in values.items() if v and k in ("HAS_REF", "CAPPED", "OF_RECORD")]
+            row["outputs"] = values.get("WANT", values.get("GRADS"))
         row["in_loops"], row["outside"] = block_loads(compiled.asm["ttir"])
         found.append(row)
     return found
