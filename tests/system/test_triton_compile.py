@@ -111,7 +111,7 @@ MOST_INSTRUCTIONS = {
     ("token_stats_kernel", "", "every output"): 20.5,
     ("token_stats_kernel", "CAPPED", "logprob and entropy"): 21.5,
     ("token_stats_kernel", "HAS_REF", "every output"): 34.5,
-    ("token_stats_kernel", "HAS_REF CAPPED", "every output"): 46.0,
+    ("token_stats_kernel", "HAS_REF CAPPED", "every output"): 52.5,
     ("token_stats_mixture_kernel", "", "every output"): 54.0,
     ("token_stats_mixture_kernel", "CAPPED", "every output"): 65.0,
     ("token_stats_backward_kernel", "", "logprob and entropy"): 23.0,
