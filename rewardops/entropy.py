@@ -15,7 +15,7 @@ from .ops import entropy as ops
 from .ops.segments import row_sums
 from .reference.advantages import AdvantagesArgs
 from .segments import TokenValues, defined, row_tops
-from .selection import largest, scope_counts, scope_ids, scope_of_rows, share_of
+from .selection import largest, scope_counts, scope_ids, scope_of_rows
 
 __all__ = [
     "advantage_logprob_cov", "entropy_bonus", "entropy_change", "entropy_reward", "entropy_weights",
@@ -552,8 +552,7 @@ def entropy_weights(
         score = torch.where(valid, -h if inverse else h, torch.inf)
         raw = _ranks(score, rows.expand(ids)).to(h.dtype)
     else:
-        wanted = share_of(fraction, scope_counts(counts, ids))
-        raw = largest(-h if inverse else h, rows, ids, wanted).to(h.dtype)
+        raw = largest(-h if inverse else h, rows, ids, fraction).to(h.dtype)
     raw = wide(torch.where(valid, raw * sound, 0))
     if normalize == "row":
         mean = tokens.means(raw, counts)

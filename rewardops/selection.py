@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 from .core import checks, distributed
 from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids, numbered
-from .core.precision import wide
 from .core.rows import Layout
 from .ops import selection as ops
-from .ops.segments import row_counts
 from .segments import TokenValues
 
 if TYPE_CHECKING:
@@ -82,8 +79,10 @@ def high_entropy_mask(
     if ranks is not None and scope != "row":
         check_scope(scope, groups, None, "scope")
         return _high_entropy_over_ranks(tokens, fraction, scope, groups, ranks)
-    ids = scope_of_rows(scope, groups, group_size, tokens.rows.batch, entropy.device)
-    return largest(tokens.values, tokens.rows, ids, share_of(fraction, scope_counts(tokens.counts(), ids)))
+    check_scope(scope, groups, group_size, "scope")
+    one = scope == "batch"
+    ids = None if one else scope_of_rows(scope, groups, group_size, tokens.rows.batch, entropy.device)
+    return largest(tokens.values, tokens.rows, ids, fraction)
 
 
 def clip_cov_mask(
@@ -129,13 +128,9 @@ def clip_cov_mask(
     fraction = checks.check_fraction("fraction", fraction)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {type(generator).__name__}, want a torch.Generator")
-    ids = scope_of_rows("batch", None, None, tokens.rows.batch, cov.device)
-    inside = tokens.valid() & (tokens.values > low) & (tokens.values < high)
-    band = replace(tokens.rows, mask=inside)
-    inside_band = scope_counts(row_counts(band, cov.device), ids)
-    wanted = torch.minimum(share_of(fraction, scope_counts(tokens.counts(), ids), 0.0), inside_band)
-    draw = torch.rand(inside.shape, generator=generator, dtype=torch.float32, device=cov.device)
-    return largest(draw, band, ids, wanted)
+    draw = torch.rand(cov.shape, generator=generator, dtype=torch.float32, device=cov.device)
+    draw = draw.to(tokens.values.dtype)
+    return largest(draw, tokens.rows, None, fraction, nearest=False, band=tokens.values, low=low, high=high)
 
 
 def kl_cov_mask(
@@ -169,10 +164,7 @@ def kl_cov_mask(
     """
     tokens = TokenValues.of("cov", cov, mask, cu_seqlens)
     fraction = checks.check_fraction("fraction", fraction)
-    ids = scope_of_rows("batch", None, None, tokens.rows.batch, cov.device)
-    return largest(
-        tokens.values, tokens.rows, ids, share_of(fraction, scope_counts(tokens.counts(), ids), 0.0)
-    )
+    return largest(tokens.values, tokens.rows, None, fraction, nearest=False)
 
 
 # ---- scopes ------------------------------------------------------------------------------------------------
@@ -200,12 +192,6 @@ def scope_of_rows(
     return scope_ids(scope, labels, batch, device)
 
 
-def share_of(fraction: Number, counts: Tensor, rounding: float = 0.5) -> Tensor:
-    """``fraction * counts``, rounded to the nearest (``rounding=0``: down); at least one of a count above 0."""
-    wanted = (wide(counts) * fraction + rounding).floor().to(torch.int64)
-    return torch.minimum(wanted.clamp(min=1), counts)
-
-
 def scope_ids(scope: str, groups: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """``[B]``, the index of each row's scope, in 0 .. B - 1."""
     if scope == "row":
@@ -224,17 +210,24 @@ def scope_counts(counts: Tensor, ids: Tensor) -> Tensor:
 # ---- the selection -----------------------------------------------------------------------------------------
 
 
-def largest(values: Tensor, rows: Layout, ids: Tensor, wanted: Tensor) -> Tensor:
-    """A mask of the ``wanted[ids]`` largest valid values of each scope; among equal values the earliest.
+def largest(
+    values: Tensor,
+    rows: Layout,
+    ids: Tensor | None,
+    fraction: Number,
+    nearest: bool = True,
+    band: Tensor | None = None,
+    low: Number = 0.0,
+    high: Number = 0.0,
+) -> Tensor:
+    """A mask of a fraction of the valid tokens of each scope: the largest; among equal values the earliest.
 
     By selection over the bit patterns of the numbers: integers throughout, so exact, deterministic, of any size,
-    and nothing is read back.
-
-    Args:
-        values: float32 or float64, in the layout ``rows``. ids: ``[B]``, see :func:`scope_ids`. wanted: ``[B]``, at
-            the index of each scope, at most the number of its valid tokens.
+    and nothing is read back. The arguments are those of :class:`.reference.selection.LargestArgs`.
     """
-    out: Tensor = ops.largest(values.detach(), rows.mask, rows.cu_seqlens, ids, wanted)
+    out: Tensor = ops.largest(
+        values.detach(), rows.mask, band, rows.cu_seqlens, ids, fraction, nearest, low, high
+    )
     return out
 
 
@@ -256,12 +249,9 @@ def _high_entropy_over_ranks(
     count = values.shape[0]
     if labels:
         everything = Layout(count, (count, 1), valid[:, None], None)
-        scopes = scope_ids("group", labels[0], count, device)
-        counts = valid
+        scopes: Tensor | None = scope_ids("group", labels[0], count, device)
     else:
         everything = Layout(1, (1, count), valid[None, :], None)
-        scopes = scope_ids("batch", None, 1, device)
-        counts = valid.sum()[None]
-    wanted = share_of(fraction, scope_counts(counts, scopes))
-    chosen = largest(values.view(everything.shape), everything, scopes, wanted)
+        scopes = None
+    chosen = largest(values.view(everything.shape), everything, scopes, fraction)
     return gathered.own(chosen.view(-1)).view(rows.shape)

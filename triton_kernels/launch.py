@@ -69,6 +69,17 @@ def unpair(high, low, DTYPE: tl.constexpr):
     return tl.full([], high, DTYPE) + tl.full([], low, DTYPE)
 
 
+def bits_of(value: float) -> int:
+    """A scalar's bits, for kernels that need all digits of a float64 (see ``from_bits``)."""
+    return int(np.float64(value).view(np.int64))
+
+
+@triton.jit
+def from_bits(bits):
+    """The float64 scalar from the bits that ``bits_of`` returned."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
 def pointer(tensor: Tensor | None, other: Tensor) -> Tensor:
     """The tensor, or if it is None another one as a placeholder, which kernels do not read."""
     return other if tensor is None else tensor

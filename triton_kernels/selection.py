@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.selection import LargestArgs
-from .launch import BITS, INTERPRETED, Constant, cdiv, pointer, splits
+from .launch import BITS, INTERPRETED, Constant, bits_of, cdiv, from_bits, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
 
 BLOCK = 256 if INTERPRETED else 512
@@ -34,6 +34,17 @@ def sort_key(x):
     return tl.where(x != x, most, tl.where(bits >= sign, most - bits, bits + sign))
 
 
+@triton.jit
+def share_of(fraction, count, NEAREST: tl.constexpr):
+    """``fraction * count``, rounded, at least one."""
+    exact = count.to(tl.float64) * fraction
+    down = tl.floor(exact)
+    share = down.to(tl.int64)
+    if NEAREST:
+        share += (exact >= down + 0.5).to(tl.int64)
+    return tl.maximum(share, 1)
+
+
 class Search(NamedTuple):
     """What is known of a scope's least chosen key."""
 
@@ -41,48 +52,97 @@ class Search(NamedTuple):
     room: Any  # the number of keys to choose of those that begin with them
 
 
+class State(NamedTuple):
+    """What the passes leave for each other; step s counts digit s."""
+
+    counts: Any  # [steps, B, BINS], by scope and digit: keys that begin with the scope's prefix
+    valid: Any  # [B], by scope: valid tokens, where not all of them are eligible
+    searches: Any  # [steps + 1, B, 2]
+    fraction: Any
+
+
 @triton.jit
-def search_of(scope, wanted, searches, counts, count, step):
+def search_of(scope, state, count, step, HAS_BAND: tl.constexpr, NEAREST: tl.constexpr):
     """The search of a scope after ``step`` digits, which is stored for the next step.
 
-    ``searches`` is ``[steps, count, 2]``, ``counts`` ``[steps, count, BINS]``, both of the steps before. All programs
-    of a scope store the same.
+    All programs of a scope store the same.
     """
     bins = tl.arange(0, BINS)
-    if step == 0:
-        found = Search(tl.zeros([], tl.int64), tl.load(wanted + scope))
+    before = (step - 1).to(tl.int64) * count + scope
+    by_digit = tl.load(state.counts + before * BINS + bins).to(tl.int64)
+    if step == 1:
+        prefix = tl.zeros([], tl.int64)
+        room = tl.sum(by_digit, 0)
+        valid = room
+        if HAS_BAND:
+            valid = tl.load(state.valid + scope).to(tl.int64)
+        room = tl.minimum(share_of(state.fraction, valid, NEAREST), room)
     else:
-        before = (step - 1).to(tl.int64) * count + scope
-        prefix, room = tl.load(searches + before * 2), tl.load(searches + before * 2 + 1)
-        by_digit = tl.load(counts + before * BINS + bins).to(tl.int64)
-        # The largest digit such that enough keys have it or a larger one; keys with a larger digit are all chosen.
-        onward = tl.cumsum(by_digit, 0, reverse=True)
-        digit = tl.maximum(tl.sum((onward >= room).to(tl.int32), 0) - 1, 0)
-        above = tl.sum(tl.where(bins > digit, by_digit, 0), 0)
-        found = Search((prefix << DIGIT) | digit, room - above)
-    here = searches + (step.to(tl.int64) * count + scope) * 2
+        prefix = tl.load(state.searches + before * 2)
+        room = tl.load(state.searches + before * 2 + 1)
+    # The largest digit such that enough keys have it or a larger one; keys with a larger digit are all chosen.
+    onward = tl.cumsum(by_digit, 0, reverse=True)
+    digit = tl.maximum(tl.sum((onward >= room).to(tl.int32), 0) - 1, 0)
+    found = Search((prefix << DIGIT) | digit, room - tl.sum(tl.where(bins > digit, by_digit, 0), 0))
+    here = state.searches + (before + count) * 2
     tl.store(here, found.prefix)
     tl.store(here + 1, found.room)
     return found
 
 
-@triton.jit(do_not_specialize=["width", "total", "values_stride", "mask_stride", "batch", "step", "parts"])
+@triton.jit
+def scope_of(scopes, b, HAS_SCOPES: tl.constexpr):
+    if HAS_SCOPES:
+        return tl.load(scopes + b)
+    else:
+        return tl.zeros([], tl.int64)
+
+
+@triton.jit
+def load_eligible(
+    mask, band, offset, band_offset, inside, low, high, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr
+):
+    """Flags of the valid tokens at these offsets, and of those that can be chosen."""
+    valid = load_valid(mask, offset, inside, HAS_MASK)
+    eligible = valid
+    if HAS_BAND:
+        x = tl.load(band + band_offset, mask=valid, other=0.0)
+        eligible = valid & (x > low.to(x.dtype)) & (x < high.to(x.dtype))
+    return valid, eligible
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width", "total", "values_stride", "mask_stride", "band_stride", "fraction", "low", "high",
+        "batch", "parts", "step",
+    ]
+)  # fmt: skip
 def digits_kernel(
-    values, mask, cu, scopes, wanted, searches, counts,
-    width, total, values_stride, mask_stride, batch, parts, step,
-    FIRST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    values, mask, band, cu, scopes, counts, valid_counts, searches,
+    width, total, values_stride, mask_stride, band_stride, fraction, low, high, batch, parts, step,
+    FIRST: tl.constexpr, NEAREST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_BAND: tl.constexpr, HAS_SCOPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k): counts of digit ``step`` of the keys of row b that begin with the scope's prefix."""
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
-    scope = tl.load(scopes + b)
-    prefix = search_of(scope, wanted, searches, counts, batch, step).prefix
+    scope = scope_of(scopes, b, HAS_SCOPES)
+    state = State(counts, valid_counts, searches, from_bits(fraction))
+    prefix = tl.zeros([], tl.int64)
+    if not FIRST:
+        prefix = search_of(scope, state, batch, step, HAS_BAND, NEAREST).prefix
+    low, high = from_bits(low), from_bits(high)
     bins = tl.arange(0, BINS)
     digit_counts = tl.zeros([BINS], tl.int32)
+    seen = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.program_id(1) * BLOCK, length, parts * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        counted = load_valid(mask, base + row * mask_stride + at, at < length, HAS_MASK)
+        valid, counted = load_eligible(
+            mask, band, base + row * mask_stride + at, base + row * band_stride + at, at < length, low, high,
+            HAS_MASK, HAS_BAND,
+        )  # fmt: skip
+        seen += valid.to(tl.int32)
         key = sort_key(tl.load(values + base + row * values_stride + at, mask=counted, other=0.0))
         moved = key >> (key.dtype.primitive_bitwidth - (step + 1) * DIGIT).to(key.dtype)
         if not FIRST:
@@ -94,35 +154,34 @@ def digits_kernel(
     here = counts + (step.to(tl.int64) * batch + scope) * BINS + bins
     added = digit_counts.to(counts.dtype.element_ty)
     tl.atomic_add(here, added, mask=digit_counts != 0, sem="relaxed")
+    if FIRST and HAS_BAND:
+        tl.atomic_add(valid_counts + scope, tl.sum(seen, 0).to(counts.dtype.element_ty), sem="relaxed")
 
 
 @triton.jit
-def earlier_ties(ties, scopes, scope, place, parts, BLOCK: tl.constexpr):
+def earlier_ties(ties, scopes, scope, place, parts, HAS_SCOPES: tl.constexpr, BLOCK: tl.constexpr):
     """The number of ties of a scope in the parts of rows before ``place``."""
     found = tl.zeros([BLOCK], tl.int64)
     for start in range(0, place, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        alike = tl.load(scopes + at // parts, mask=at < place, other=-1) == scope
+        alike = at < place
+        if HAS_SCOPES:
+            alike = tl.load(scopes + at // parts, mask=alike, other=-1) == scope
         found += tl.load(ties + at, mask=alike, other=0)
     return tl.sum(found, 0)
 
 
 @triton.jit(
     do_not_specialize=[
-        "width",
-        "total",
-        "values_stride",
-        "mask_stride",
-        "out_stride",
-        "batch",
-        "step",
-        "parts",
+        "width", "total", "values_stride", "mask_stride", "band_stride", "fraction", "low", "high", "out_stride",
+        "batch", "parts", "step",
     ]
-)
+)  # fmt: skip
 def chosen_kernel(
-    values, mask, cu, scopes, wanted, searches, counts, ties, out,
-    width, total, values_stride, mask_stride, out_stride, batch, parts, step,
-    WRITE: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    values, mask, band, cu, scopes, counts, valid_counts, searches, ties, out,
+    width, total, values_stride, mask_stride, band_stride, fraction, low, high, out_stride, batch, parts, step,
+    WRITE: tl.constexpr, NEAREST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_BAND: tl.constexpr, HAS_SCOPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k): the ties of part k of row b with the least chosen key; with ``WRITE`` the mask of that part.
 
@@ -131,20 +190,25 @@ def chosen_kernel(
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
-    scope = tl.load(scopes + b)
-    prefix, room = search_of(scope, wanted, searches, counts, batch, step)
+    scope = scope_of(scopes, b, HAS_SCOPES)
+    state = State(counts, valid_counts, searches, from_bits(fraction))
+    prefix, room = search_of(scope, state, batch, step, HAS_BAND, NEAREST)
+    low, high = from_bits(low), from_bits(high)
     place = row * parts + tl.program_id(1)
     seen = tl.zeros([], tl.int64)
     if WRITE:  # noqa: SIM102 (known when compiled; the ties are not)
         if tl.load(ties + place) > 0:
-            seen = earlier_ties(ties, scopes, scope, place, parts, BLOCK)
+            seen = earlier_ties(ties, scopes, scope, place, parts, HAS_SCOPES, BLOCK)
     share = (length + parts - 1) // parts
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, length)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
-        valid = load_valid(mask, base + row * mask_stride + at, inside, HAS_MASK)
+        _, valid = load_eligible(
+            mask, band, base + row * mask_stride + at, base + row * band_stride + at, inside, low, high,
+            HAS_MASK, HAS_BAND,
+        )  # fmt: skip
         key = sort_key(tl.load(values + base + row * values_stride + at, mask=valid, other=0.0))
         least = prefix.to(key.dtype)
         tie = (valid & (key == least)).to(tl.int32)
@@ -160,30 +224,36 @@ def chosen_kernel(
 def largest(a: LargestArgs) -> Tensor:
     rows = Rows.of(a.values.shape, a.cu_seqlens, a.values)
     values, mask = dense(a.values), as_bytes(a.mask)
+    band = None if a.band is None else dense(a.band)
     out = output(values, values.shape, rows.packed, torch.uint8)
     if not rows.batch or not values.numel():
         return out.view(torch.bool)
-    steps = values.element_size() * 8 // DIGIT.value
+    steps, scopes = values.element_size() * 8 // DIGIT.value, 1 if a.scopes is None else rows.batch
     kind = torch.int32 if values.numel() < 2**31 else torch.int64
-    counts = torch.zeros((steps, rows.batch, BINS.value), dtype=kind, device=values.device)
+    counts = torch.zeros(scopes * (steps * BINS.value + 1), dtype=kind, device=values.device)
+    valid_counts = counts[scopes * steps * BINS.value :]
     parts = splits(values, rows.batch, max(1, cdiv(rows.width, BLOCK)))
-    searches, ties = a.scopes.new_empty((steps + 1, rows.batch, 2)), a.scopes.new_empty((rows.batch, parts))
+    searches, ties = torch.empty(
+        2 * scopes * (steps + 1) + rows.batch * parts, dtype=torch.int64, device=values.device
+    ).tensor_split([2 * scopes * (steps + 1)])
+    ids = None if a.scopes is None else a.scopes.contiguous()
     inputs = (
-        values,
-        pointer(mask, values),
-        rows.cu,
-        a.scopes.contiguous(),
-        a.wanted.contiguous(),
-        searches,
-        counts,
-    )
-    sizes = (rows.width, rows.total, stride(values), stride(mask))
-    flags = {"PACKED": rows.packed, "HAS_MASK": mask is not None, "BLOCK": BLOCK, "num_warps": 4}
+        values, pointer(mask, values), pointer(band, values), rows.cu, pointer(ids, searches),
+        counts, valid_counts, searches,
+    )  # fmt: skip
+    sizes = (
+        rows.width, rows.total, stride(values), stride(mask), stride(band),
+        bits_of(a.fraction), bits_of(a.low), bits_of(a.high),
+    )  # fmt: skip
+    flags = {
+        "NEAREST": a.nearest, "PACKED": rows.packed, "HAS_MASK": mask is not None, "HAS_BAND": band is not None,
+        "HAS_SCOPES": ids is not None, "BLOCK": BLOCK, "num_warps": 4,
+    }  # fmt: skip
     grid = (rows.batch, parts)
     for step in range(steps):
-        digits_kernel[grid](*inputs, *sizes, rows.batch, parts, step, FIRST=step == 0, **flags, **BITS)
+        digits_kernel[grid](*inputs, *sizes, scopes, parts, step, FIRST=step == 0, **flags, **BITS)
     for write in (False, True):
         chosen_kernel[grid](
-            *inputs, ties, out, *sizes, stride(out), rows.batch, parts, steps, WRITE=write, **flags, **BITS
+            *inputs, ties, out, *sizes, stride(out), scopes, parts, steps, WRITE=write, **flags, **BITS
         )
     return out.view(torch.bool)

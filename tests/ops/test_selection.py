@@ -11,15 +11,16 @@ import rewardops
 from rewardops import selection
 from rewardops.core import dispatch
 from rewardops.core.rows import Layout
+from rewardops.reference.selection import share_of
 from rewardops.testing import pack, random_mask
 
 
-def choose(x, mask, cu, ids, wanted, target):
-    to = [None if t is None else t.to(target.device) for t in (x, mask, cu, ids, wanted)]
+def choose(x, mask, cu, ids, fraction, target, **options):
+    to = [None if t is None else t.to(target.device) for t in (x, mask, cu, ids)]
     batch = x.shape[0] if cu is None else cu.shape[0] - 1
     rows = Layout(batch, tuple(x.shape), to[1], to[2])
     with dispatch.use_backend(target.backend):
-        return selection.largest(to[0], rows, to[3], to[4]).cpu()
+        return selection.largest(to[0], rows, to[3], fraction, **options).cpu()
 
 
 def by_sorting(x, mask, ids, wanted):
@@ -52,36 +53,52 @@ class Test_largest:
         counts = selection.scope_counts(mask.sum(1), ids)
         cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
         for share in (0.0, 0.1, 0.5, 1.0):
-            wanted = (counts * share).long()
+            wanted = share_of(share, counts, True)
             want = by_sorting(x, mask, ids, wanted)
             if not target.interpreted or share in (0.1, 1.0):
-                got = choose(x.masked_fill(~mask, torch.nan), mask, None, ids, wanted, target)
+                got = choose(x.masked_fill(~mask, torch.nan), mask, None, ids, share, target)
                 assert torch.equal(got, want)
             if not target.interpreted or share in (0.0, 0.5):
-                assert torch.equal(choose(x[mask], None, cu, ids, wanted, target), want[mask])
+                assert torch.equal(choose(x[mask], None, cu, ids, share, target), want[mask])
 
     def test_strides_and_empty(self, target, generator):
         x = torch.randn(4, 30, generator=generator)[:, 3:20]
-        ids, wanted = torch.arange(4), torch.tensor([1, 0, 17, 5])
-        got = choose(x, None, None, ids, wanted, target)
+        ids, wanted = torch.arange(4), torch.tensor([5, 5, 5, 5])
+        got = choose(x, None, None, ids, 0.3, target)  # of 17
         assert torch.equal(got, by_sorting(x, torch.ones_like(x, dtype=torch.bool), ids, wanted))
         none = torch.zeros(0, dtype=torch.int64)
-        assert choose(torch.zeros(0, 3), None, None, none, none, target).shape == (0, 3)
-        assert choose(torch.zeros(2, 0), None, None, ids[:2], ids[:2] * 0, target).shape == (2, 0)
+        assert choose(torch.zeros(0, 3), None, None, none, 0.5, target).shape == (0, 3)
+        assert choose(torch.zeros(2, 0), None, None, ids[:2], 0.5, target).shape == (2, 0)
         cu = torch.tensor([0, 0, 3, 3])
-        got = choose(
-            torch.tensor([1.0, 3.0, 2.0]), None, cu, torch.zeros(3).long(), torch.tensor([2, 0, 0]), target
-        )
+        got = choose(torch.tensor([1.0, 3.0, 2.0]), None, cu, torch.zeros(3).long(), 0.5, target)
         assert got.tolist() == [False, True, True]
 
     def test_long_rows(self, target, generator):
         """Several parts per row, with ties across parts."""
         n = 700 if target.interpreted else 200_000
         x = torch.randint(0, 50, (1, n), generator=generator).float()
-        ids, wanted = torch.zeros(1, dtype=torch.int64), torch.tensor([n // 3])
-        got = choose(x, None, None, ids, wanted, target)[0]
+        got = choose(x, None, None, None, 1 / 3, target, nearest=False)[0]
         order = x[0].argsort(descending=True, stable=True)[: n // 3]
         assert torch.equal(got.nonzero()[:, 0], order.sort().values)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_inside_a_band(self, target, generator, packed):
+        """The share is of all valid tokens, and no more than there are in the band, whose ends are outside."""
+        x, mask = torch.randn(5, 37, generator=generator), random_mask(5, 37, generator)
+        band = (torch.rand(5, 37, generator=generator) * 4).round()
+        band[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        inside = mask & (band == 2)
+        ids = torch.tensor([1, 0, 1, 3, 3])
+        for scopes, fraction in ((ids, 0.1), (ids, 0.9), (None, 0.13)):
+            place = torch.zeros(5).long() if scopes is None else scopes
+            share = share_of(fraction, selection.scope_counts(mask.sum(1), place), False)
+            wanted = torch.minimum(share, selection.scope_counts(inside.sum(1), place))
+            want = by_sorting(x, inside, place, wanted)
+            cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)) if packed else None
+            inputs = (x[mask], None, cu) if packed else (x, mask, None)
+            within = {"band": (band[mask] if packed else band).to(target.device), "low": 1.0, "high": 3.0}
+            got = choose(*inputs, scopes, fraction, target, nearest=False, **within)
+            assert torch.equal(got, want[mask] if packed else want)
 
     @given(seed=st.integers(0, 10**6), batch=st.integers(1, 9), width=st.integers(1, 40))
     def test_property_backends_agree(self, seed, batch, width):
@@ -89,11 +106,12 @@ class Test_largest:
         x = torch.randn(batch, width, generator=generator).mul(3).round()
         mask = random_mask(batch, width, generator)
         ids = torch.randint(0, batch, (batch,), generator=generator)
-        wanted = (selection.scope_counts(mask.sum(1), ids) * torch.rand(batch, generator=generator)).long()
+        fraction = float(torch.rand((), generator=generator))
+        wanted = share_of(fraction, selection.scope_counts(mask.sum(1), ids), True)
         got = []
         for backend in ("reference", "cpp"):
             with dispatch.use_backend(backend):
-                got.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, wanted))
+                got.append(selection.largest(x, Layout(batch, (batch, width), mask, None), ids, fraction))
         assert torch.equal(*got)
         assert torch.equal(selection.scope_counts(got[0].sum(1), ids), wanted)
 
@@ -103,9 +121,8 @@ class Test_largest:
         x = torch.zeros(1, n)
         x[0, 5::2] = 1.0
         high = int(x.sum())
-        ids = torch.zeros(1, dtype=torch.int64)
         with dispatch.use_backend("cpp"):
-            got = selection.largest(x, Layout(1, (1, n), None, None), ids, torch.tensor([high + 7]))
+            got = selection.largest(x, Layout(1, (1, n), None, None), None, (high + 7) / n)
         assert int(got.sum()) == high + 7
         assert got[0, 5::2].all()
         assert got[0, :11].tolist() == [True] * 10 + [False]  # 0 to 4, 6 and 8: the earliest of the ties

@@ -219,7 +219,9 @@ def of_segments() -> None:
         segments.row_counts(values > 0, cu)
         for numbers in (values, values.double()):
             segments.row_sums(numbers, mask, cu)
-            selection.largest(LargestArgs(numbers, mask, cu, groups, groups))
+            for band, scopes in ((None, None), (numbers, groups)):
+                args = LargestArgs(numbers, mask, band, cu, scopes, 0.2, band is None, 0.0, 1.0)
+                selection.largest(args)
         for op in REDUCTIONS if cu is None else ("max", "last"):
             a = SegmentsArgs(values, values.long(), mask, cu, 20, op)
             segments.segment_reduce_backward(rewards[:, None], *segments.segment_reduce(a), a)
