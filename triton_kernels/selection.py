@@ -27,11 +27,13 @@ BINS = Constant(256)
 def sort_key(x):
     """Unsigned integer keys in the order of the numbers, NaN the largest; 0 and -0 have the same key."""
     x = x + 0.0
+    SIGNED: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     KEY: tl.constexpr = tl.uint64 if x.dtype == tl.float64 else tl.uint32
-    bits = x.to(KEY, bitcast=True)
-    sign = tl.full([], 1, KEY) << (KEY.primitive_bitwidth - 1)
-    most = sign - 1 + sign
-    return tl.where(x != x, most, tl.where(bits >= sign, most - bits, bits + sign))
+    bits = x.to(SIGNED, bitcast=True)
+    last: tl.constexpr = SIGNED.primitive_bitwidth - 1
+    # All bits of negative numbers are turned, the sign of others.
+    key = bits ^ ((bits >> last) | (tl.full([], 1, SIGNED) << last))
+    return tl.where(x != x, -1, key).to(KEY, bitcast=True)
 
 
 @triton.jit
@@ -99,14 +101,12 @@ def scope_of(scopes, b, HAS_SCOPES: tl.constexpr):
 
 
 @triton.jit
-def load_eligible(
-    mask, band, offset, band_offset, inside, low, high, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr
-):
+def load_eligible(mask, band, at, inside, low, high, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr):
     """Flags of the valid tokens at these offsets, and of those that can be chosen."""
-    valid = load_valid(mask, offset, inside, HAS_MASK)
+    valid = load_valid(mask, at, inside, HAS_MASK)
     eligible = valid
     if HAS_BAND:
-        x = tl.load(band + band_offset, mask=valid, other=0.0)
+        x = tl.load(band + at, mask=valid, other=0.0)
         eligible = valid & (x > low.to(x.dtype)) & (x < high.to(x.dtype))
     return valid, eligible
 
@@ -127,35 +127,37 @@ def digits_kernel(
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
+    length = length.to(counts.dtype.element_ty)  # which holds the number of all tokens
     scope = scope_of(scopes, b, HAS_SCOPES)
     state = State(counts, valid_counts, searches, from_bits(fraction))
     prefix = tl.zeros([], tl.int64)
     if not FIRST:
         prefix = search_of(scope, state, batch, step, HAS_BAND, NEAREST).prefix
     low, high = from_bits(low), from_bits(high)
+    values_row, mask_row, band_row = (
+        values + base + row * values_stride, mask + base + row * mask_stride, band + base + row * band_stride
+    )  # fmt: skip
     bins = tl.arange(0, BINS)
     digit_counts = tl.zeros([BINS], tl.int32)
-    seen = tl.zeros([BLOCK], tl.int32)
+    valid_here = tl.zeros([BLOCK], tl.int32)
+    others = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.program_id(1) * BLOCK, length, parts * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        valid, counted = load_eligible(
-            mask, band, base + row * mask_stride + at, base + row * band_stride + at, at < length, low, high,
-            HAS_MASK, HAS_BAND,
-        )  # fmt: skip
-        seen += valid.to(tl.int32)
-        key = sort_key(tl.load(values + base + row * values_stride + at, mask=counted, other=0.0))
+        valid, counted = load_eligible(mask_row, band_row, at, at < length, low, high, HAS_MASK, HAS_BAND)
+        valid_here += valid.to(tl.int32)
+        key = sort_key(tl.load(values_row + at, mask=counted, other=0.0))
         moved = key >> (key.dtype.primitive_bitwidth - (step + 1) * DIGIT).to(key.dtype)
         if not FIRST:
             counted = counted & ((moved >> DIGIT) == prefix.to(key.dtype))
-        digit = tl.where(counted, (moved & (BINS - 1)).to(tl.int32), 0)
         # Elements that are not counted go to bin 0.
-        digit_counts += tl.histogram(digit, BINS)
-        digit_counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), 0), 0)
+        digit_counts += tl.histogram(tl.where(counted, (moved & (BINS - 1)).to(tl.int32), 0), BINS)
+        others += (counted == 0).to(tl.int32)
+    digit_counts -= tl.where(bins == 0, tl.sum(others, 0), 0)
     here = counts + (step.to(tl.int64) * batch + scope) * BINS + bins
     added = digit_counts.to(counts.dtype.element_ty)
     tl.atomic_add(here, added, mask=digit_counts != 0, sem="relaxed")
     if FIRST and HAS_BAND:
-        tl.atomic_add(valid_counts + scope, tl.sum(seen, 0).to(counts.dtype.element_ty), sem="relaxed")
+        tl.atomic_add(valid_counts + scope, tl.sum(valid_here, 0).to(counts.dtype.element_ty), sem="relaxed")
 
 
 @triton.jit
@@ -190,35 +192,45 @@ def chosen_kernel(
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
+    length = length.to(counts.dtype.element_ty)  # which holds the number of all tokens
     scope = scope_of(scopes, b, HAS_SCOPES)
     state = State(counts, valid_counts, searches, from_bits(fraction))
     prefix, room = search_of(scope, state, batch, step, HAS_BAND, NEAREST)
     low, high = from_bits(low), from_bits(high)
+    values_row, mask_row, band_row = (
+        values + base + row * values_stride, mask + base + row * mask_stride, band + base + row * band_stride
+    )  # fmt: skip
     place = row * parts + tl.program_id(1)
+    here = tl.zeros([], tl.int64)
+    some = room > 0
+    if WRITE:
+        here = tl.load(ties + place)
+        if here > 0:
+            room -= earlier_ties(ties, scopes, scope, place, parts, HAS_SCOPES, BLOCK)
     seen = tl.zeros([], tl.int64)
-    if WRITE:  # noqa: SIM102 (known when compiled; the ties are not)
-        if tl.load(ties + place) > 0:
-            seen = earlier_ties(ties, scopes, scope, place, parts, HAS_SCOPES, BLOCK)
+    found = tl.zeros([BLOCK], tl.int32)
     share = (length + parts - 1) // parts
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, length)
+    out_row = out + base + row * out_stride
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
-        _, valid = load_eligible(
-            mask, band, base + row * mask_stride + at, base + row * band_stride + at, inside, low, high,
-            HAS_MASK, HAS_BAND,
-        )  # fmt: skip
-        key = sort_key(tl.load(values + base + row * values_stride + at, mask=valid, other=0.0))
+        _, valid = load_eligible(mask_row, band_row, at, inside, low, high, HAS_MASK, HAS_BAND)
+        key = sort_key(tl.load(values_row + at, mask=valid, other=0.0))
         least = prefix.to(key.dtype)
-        tie = (valid & (key == least)).to(tl.int32)
+        tie = valid & (key == least)
         if WRITE:
-            early = seen + tl.cumsum(tie, 0) <= room
-            chosen = valid & (room > 0) & ((key > least) | ((key == least) & early))
-            tl.store(out + base + row * out_stride + at, chosen.to(tl.uint8), mask=inside)
-        seen += tl.sum(tie, 0)
+            early = tie & (room > 0)
+            if (room > 0) & (room < here):  # the ties of one part of a scope, at most, are divided
+                early = tie & (seen + tl.cumsum(tie.to(tl.int32), 0) <= room)
+                seen += tl.sum(tie.to(tl.int32), 0)
+            chosen = (valid & (key > least) & some) | early
+            tl.store(out_row + at, chosen.to(tl.uint8), mask=inside)
+        else:
+            found += tie.to(tl.int32)
     if not WRITE:
-        tl.store(ties + place, seen)
+        tl.store(ties + place, tl.sum(found, 0).to(tl.int64))
 
 
 def largest(a: LargestArgs) -> Tensor:
