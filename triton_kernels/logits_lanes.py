@@ -55,29 +55,25 @@ def no_lanes(T: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def sum_of_lane(x):
     """Sum of each lane's elements of a tile [H, T, 2, ..., 2]."""
-    if len(x.shape) > 2:
-        return sum_of_lane(tl.sum(x, len(x.shape) - 1))
-    else:
-        return tl.sum(x, 0)
+    for _ in tl.static_range(len(x.shape) - 2):
+        x = tl.sum(x, len(x.shape) - 1)
+    return tl.sum(x, 0)
 
 
 @triton.jit
 def max_of_lane(x):
-    if len(x.shape) > 2:
-        return max_of_lane(tl.max(x, len(x.shape) - 1))
-    else:
-        return tl.max(x, 0)
+    for _ in tl.static_range(len(x.shape) - 2):
+        x = tl.max(x, len(x.shape) - 1)
+    return tl.max(x, 0)
 
 
 @triton.jit
 def to_elements(x, tile):
     """Values of lanes, in the shape of a tile's elements."""
-    if len(x.shape) == 1:
-        return to_elements(x[None, :], tile)
-    elif len(x.shape) < len(tile.shape):
-        return to_elements(tl.expand_dims(x, len(x.shape)), tile)
-    else:
-        return x
+    x = x[None, :]
+    for _ in tl.static_range(len(tile.shape) - 2):
+        x = tl.expand_dims(x, len(x.shape))
+    return x
 
 
 @triton.jit

@@ -28,14 +28,25 @@ def words(row, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_places(row, at, mask, COUNT: tl.constexpr, STEP: tl.constexpr):
-    """A tile [H, T, 2, ..., 2] from COUNT places at, at + STEP, ... of each of [H, T] lanes, one by one."""
-    if COUNT == 1:
-        return tl.load(row + at, mask=mask, other=0)
+def load_two(row, at, mask, STEP: tl.constexpr):
+    """Places at and at + STEP of each of [H, T] lanes, one by one: a tile [H, T, 2]."""
+    return tl.join(tl.load(row + at, mask=mask, other=0), tl.load(row + at + STEP, mask=mask, other=0))
+
+
+@triton.jit
+def load_four(row, at, mask, STEP: tl.constexpr):
+    return tl.join(load_two(row, at, mask, 2 * STEP), load_two(row, at + STEP, mask, 2 * STEP))
+
+
+@triton.jit
+def load_places(row, at, mask, COUNT: tl.constexpr):
+    """A tile [H, T, 2, ..., 2] from COUNT places from ``at`` on of each of [H, T] lanes, one by one."""
+    if COUNT == 2:
+        return load_two(row, at, mask, 1)
+    elif COUNT == 4:
+        return load_four(row, at, mask, 1)
     else:
-        even = load_places(row, at, mask, COUNT // 2, 2 * STEP)
-        odd = load_places(row, at + STEP, mask, COUNT // 2, 2 * STEP)
-        return tl.join(even, odd)
+        return tl.join(load_four(row, at, mask, 2), load_four(row, at + 1, mask, 2))
 
 
 @triton.jit
@@ -58,7 +69,7 @@ def load_tile(row, start, exists, H: tl.constexpr, T: tl.constexpr, E: tl.conste
         else:
             return tl.reshape(tile, [H, T, 2, 2, 2])
     else:
-        return load_places(here, at, tl.full(at.shape, True, tl.int1) & exists, W, 1)
+        return load_places(here, at, tl.full(at.shape, True, tl.int1) & exists, W)
 
 
 @triton.jit
