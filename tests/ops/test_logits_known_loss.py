@@ -353,8 +353,8 @@ class Test_token_stats_and_grad:
             return kernels.CUDA.module().blocks_of_a_row(element, vocab, kernels.BYTES_PER_BLOCK)
 
         vocabularies = (1, 32000, 50257, 128256, 151936, 262144)
-        assert [blocks(2, v) for v in vocabularies] == [1, 1, 1, 4, 4, 8]
-        assert [blocks(4, v) for v in vocabularies] == [1, 2, 2, 8, 8, 8]
+        assert [blocks(2, v) for v in vocabularies] == [1, 2, 4, 8, 8, 8]
+        assert [blocks(4, v) for v in vocabularies] == [1, 4, 8, 8, 8, 8]
         assert blocks(2, 900_000) == 8
         assert blocks(2, 940_000) == blocks(4, 470_000) == 0
 

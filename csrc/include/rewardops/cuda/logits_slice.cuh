@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cmath>
 #include <cstring>
@@ -13,7 +14,6 @@
 namespace rewardops::cuda::logits {
 
 constexpr int kPackBytes = 16;
-constexpr int kInFlight = 8;  // packs that a thread loads before it waits for the first
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 
@@ -64,52 +64,66 @@ struct Widened {
   }
 };
 
+// The numbers of a pack by words, which have two of 16 bits; the larger ones of two words, NaN ignored.
 template <typename T>
-__device__ float max_with(float top, const Vector<T>& pack) {
-  const Widened<T> x(pack);
+using Word = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162,
+                                std::conditional_t<std::is_same_v<T, __half>, __half2, float>>;
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ inline __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
+
+// The largest of the columns that for_packs deals to the thread, NaN ignored.
+template <typename T>
+__device__ float largest(const T* slice, int count) {
+  constexpr int kWords = kPackBytes / static_cast<int>(sizeof(Word<T>));
+  Vector<T> top;
 #pragma unroll
-  for (int j = 0; j < kPack<T>; ++j) top = fmaxf(top, x.at[j]);
-  return top;
+  for (int j = 0; j < kPack<T>; ++j) top.at[j] = narrowed<T>(-INFINITY);
+  Word<T> tops[kWords];
+  memcpy(tops, &top, sizeof top);
+  float one = -INFINITY;
+  const auto on_pack = [&](int k) {
+    const Vector<T> pack = pack_at(slice + k);
+    Word<T> words[kWords];
+    memcpy(words, &pack, sizeof pack);
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) tops[j] = larger(tops[j], words[j]);
+  };
+  for_packs<kPack<T>>(count, true, on_pack, [&](int k) { one = fmaxf(one, widened(slice[k])); });
+  memcpy(&top, tops, sizeof top);
+  const Widened<T> x(top);
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) one = fmaxf(one, x.at[j]);
+  return one;
 }
 
-// Copies `count` columns of a row to shared memory, the block's slice. Returns the largest of the columns that
-// for_packs deals to the thread, NaN ignored.
+// ---- copies to a slice -------------------------------------------------------------------------------------
+
+// Copies a pack to shared memory while the thread goes on.
 template <typename T>
-__device__ float load_slice(const T* row, int count, T* slice) {
-  float top = -INFINITY;
-  if (!aligned<kPack<T>>(row)) {
-    __syncthreads();  // other threads may still read the columns of the previous row
-#pragma unroll 8
-    for (int k = static_cast<int>(threadIdx.x); k < count; k += threads()) slice[k] = row[k];
-    __syncthreads();
+__device__ void copy_pack(T* to, const T* from) {
+  __pipeline_memcpy_async(to, from, kPackBytes);
+}
+// Waits for the copies of the warp's lanes.
+__device__ inline void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncwarp();
+}
+
+// Copies `count` columns of a row to shared memory, the block's slice: where the row is aligned, each thread those that
+// for_packs deals to it, without waiting for them.
+template <typename T>
+__device__ void load_slice(const T* row, int count, T* slice) {
+  if (aligned<kPack<T>>(row)) {
     for_packs<kPack<T>>(
-        count, true, [&](int k) { top = max_with<T>(top, pack_at(slice + k)); },
-        [&](int k) { top = fmaxf(top, widened(slice[k])); });
-    return top;
+        count, true, [&](int k) { copy_pack(slice + k, row + k); }, [&](int k) { slice[k] = row[k]; });
+    return;
   }
-  const int packs = count / kPack<T>, one = packs * kPack<T> + static_cast<int>(threadIdx.x);
-  const auto take = [&](int first, bool whole) {
-    const auto at = [&](int i) { return (first + i * threads()) * kPack<T>; };
-    const auto there = [&](int i) { return whole || first + i * threads() < packs; };
-    Vector<T> batch[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i)
-      if (there(i)) batch[i] = pack_at(row + at(i));
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (!there(i)) continue;
-      pack_at(slice + at(i)) = batch[i];
-      top = max_with<T>(top, batch[i]);
-    }
-  };
-  int k = static_cast<int>(threadIdx.x);
-  for (; k + (kInFlight - 1) * threads() < packs; k += kInFlight * threads()) take(k, true);
-  if (k < packs) take(k, false);
-  if (one < count) {
-    slice[one] = row[one];
-    top = fmaxf(top, widened(slice[one]));
-  }
-  return top;
+  __syncthreads();  // other threads may still read the columns of the previous row
+#pragma unroll 8
+  for (int k = static_cast<int>(threadIdx.x); k < count; k += threads()) slice[k] = row[k];
+  __syncthreads();
 }
 
 // Writes zeros to a block's part of the columns [begin, end) of a row.
