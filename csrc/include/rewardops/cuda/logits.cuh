@@ -1,13 +1,16 @@
 // Statistics of rows of logits, and the gradient of a loss that is linear in them: a row is read once and written once.
 //
-// The blocks of a cluster hold a row in shared memory, a slice each. Every warp sums its part relative to the part's
-// largest logit and writes the sums to the shared memory of all blocks. Each block merges all parts in the same order,
-// so all have the same bits, and computes its slice of the gradient from the logits in shared memory.
+// The blocks of a cluster hold a row in shared memory, a slice each. Every warp finds the largest logit of its part,
+// sums relative to it and writes the sums to the shared memory of all blocks. Each block merges all parts in the same
+// order, so all have the same bits, and computes its slice of the gradient from the logits in shared memory. A logit
+// that has been read gives way to one of the cluster's next row, which arrives meanwhile. Five small blocks share a
+// multiprocessor: while some sum and wait for one another, others move memory.
 //
 // Bytes: 2 e V for a row of V logits of e bytes, read and written; the outputs per token are negligible.
 // 8192 rows of 151,936 are 4.98 GB in bfloat16 and 9.96 GB in float32: 1.16 and 2.32 ms at 4.3 TB/s. A forward and a
-// backward pass read the row twice: 1.74 and 3.47 ms. Arithmetic: two powers of two an element, 20 instructions in
-// all; while its 4 bytes in bfloat16 are moved, an H200 issues 28.
+// backward pass read the row twice: 1.74 and 3.47 ms. Arithmetic: two powers of two an element, 22 instructions in
+// all with the entropy; while its 4 bytes in bfloat16 are moved, an H200 issues 28. Nothing but the sum of logits is in
+// float64, which some devices execute at a 64th of float32's rate.
 //
 // Why not Triton: a row of 304 KB or 608 KB does not fit into one block, and Triton's programs do not share memory.
 #pragma once
@@ -43,7 +46,7 @@ struct Softcap {
 };
 
 // (z - shift) / temperature, as an exponent of two. The rounded scale is the same in both passes: probabilities are
-// those of a temperature that is off by half a unit in the last place, and sum to 1. -inf stays -inf.
+// those of a temperature that is off by a unit or two in the last place, and sum to 1. -inf stays -inf.
 struct Exponent {
   float shift, scale;
 
@@ -103,7 +106,7 @@ __device__ Sums sum_columns(const T* slice, int count, const Exponent& exponent,
     for (int j = 0; j < kPack<T>; ++j) add(x.at[j], of_pack);
     logits += of_pack;
   };
-  for_packs<kPack<T>>(count, true, add_pack, [&](int k) { add(widened(slice[k]), logits); });
+  for_packs<kPack<T>>(count, 0, add_pack, [&](int k) { add(widened(slice[k]), logits); });
   part.logits = logits;
   return part;
 }
@@ -239,9 +242,8 @@ __device__ void store_gradient(T* slice, int count, T* out, int token, const Sid
     const float t = exponent.of(capped(x));
     return g.template at<kTerms>(exp2f(t), t) * capped.slope(x);
   };
-  const auto on_pack = [&](int k) {
-    const Widened<T> x(pack_at(slice + k));
-    if (next) copy_pack(slice + k, next + k);
+  const auto on_pack = [&](int k, const Vector<T> logits) {
+    const Widened<T> x(logits);
     float values[kPack<T>];
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) values[j] = gradient(x.at[j]);
@@ -259,9 +261,23 @@ __device__ void store_gradient(T* slice, int count, T* out, int token, const Sid
     if (next) slice[k] = next[k];
     out[k] = narrowed<T>(gradient(x) + (token == k ? g.on_token * capped.slope(x) : 0.0f));
   };
-  const bool packed = aligned<kPack<T>>(out);
-  for_packs<kPack<T>>(count, packed, on_pack, on_one);
-  if (!packed) __syncthreads();  // other threads have read the columns than those that copy the next ones
+  const int lead = lead_of(out, count);
+  if (!lead) {
+    const auto in_place = [&](int k) {
+      const Vector<T> logits = pack_at(slice + k);
+      if (next) copy_pack(slice + k, next + k);
+      on_pack(k, logits);
+    };
+    return for_packs<kPack<T>>(count, 0, in_place, on_one);
+  }
+  const auto apart = [&](int k) {
+    Vector<T> logits;
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) logits.at[j] = slice[k + j];
+    on_pack(k, logits);
+  };
+  for_packs<kPack<T>>(count, lead, apart, on_one);
+  __syncthreads();  // other threads have read the columns than those that copy the next ones
 }
 
 // ---- the kernel --------------------------------------------------------------------------------------------
@@ -272,6 +288,7 @@ REWARDOPS_BOTH inline int64_t shared_before_slice(int64_t blocks, int64_t warps)
 }
 
 // Cluster i: rows i, i + clusters, ...; block j of it: columns [j * width, (j + 1) * width), a multiple of the pack.
+// Bounded to 80 registers, with which five blocks of half as many threads fit.
 template <typename T, Terms kTerms, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 3)
     token_stats_and_grad_kernel(const __grid_constant__ TokenStatsAndGradArgs a, int width) {

@@ -44,6 +44,13 @@ __device__ Vector<T>& pack_at(T* at) {
   return *reinterpret_cast<Vector<T>*>(at);
 }
 
+// Columns in front of the first whose address is a multiple of a pack's size, of `count`.
+template <typename T>
+__device__ int lead_of(const T* row, int count) {
+  const auto off = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
+  return min(count, (kPackBytes - off) % kPackBytes / static_cast<int>(sizeof(T)));
+}
+
 // A pack in float.
 template <typename T>
 struct Widened {
@@ -89,7 +96,7 @@ __device__ float largest(const T* slice, int count) {
 #pragma unroll
     for (int j = 0; j < kWords; ++j) tops[j] = larger(tops[j], words[j]);
   };
-  for_packs<kPack<T>>(count, true, on_pack, [&](int k) { one = fmaxf(one, widened(slice[k])); });
+  for_packs<kPack<T>>(count, 0, on_pack, [&](int k) { one = fmaxf(one, widened(slice[k])); });
   memcpy(&top, tops, sizeof top);
   const Widened<T> x(top);
 #pragma unroll
@@ -112,17 +119,19 @@ __device__ inline void wait_for_copies() {
 }
 
 // Copies `count` columns of a row to shared memory, the block's slice: where the row is aligned, each thread those that
-// for_packs deals to it, without waiting for them.
+// for_packs deals to it without a lead, and without waiting for them.
 template <typename T>
 __device__ void load_slice(const T* row, int count, T* slice) {
-  if (aligned<kPack<T>>(row)) {
-    for_packs<kPack<T>>(
-        count, true, [&](int k) { copy_pack(slice + k, row + k); }, [&](int k) { slice[k] = row[k]; });
-    return;
-  }
+  const int lead = lead_of(row, count);
+  const auto one = [&](int k) { slice[k] = row[k]; };
+  if (!lead) return for_packs<kPack<T>>(count, 0, [&](int k) { copy_pack(slice + k, row + k); }, one);
+  const auto apart = [&](int k) {
+    const Vector<T> pack = pack_at(row + k);
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) slice[k + j] = pack.at[j];
+  };
   __syncthreads();  // other threads may still read the columns of the previous row
-#pragma unroll 8
-  for (int k = static_cast<int>(threadIdx.x); k < count; k += threads()) slice[k] = row[k];
+  for_packs<kPack<T>>(count, lead, apart, one);
   __syncthreads();
 }
 
@@ -130,11 +139,10 @@ __device__ void load_slice(const T* row, int count, T* slice) {
 template <typename T>
 __device__ void store_zeros(T* row, int64_t begin, int64_t end, int rank, int blocks) {
   const int64_t part = ((end - begin) / blocks / kPack<T> + 1) * kPack<T>, low = begin + rank * part;
-  const int64_t count = end - low < part ? end - low : part;
+  const auto count = static_cast<int>(max(min(end - low, part), int64_t{0}));
   T* const at = row + low;
   for_packs<kPack<T>>(
-      static_cast<int>(count), aligned<kPack<T>>(at), [&](int k) { pack_at(at + k) = Vector<T>{}; },
-      [&](int k) { at[k] = T{}; });
+      count, lead_of(at, count), [&](int k) { pack_at(at + k) = Vector<T>{}; }, [&](int k) { at[k] = T{}; });
 }
 
 }  // namespace rewardops::cuda::logits
