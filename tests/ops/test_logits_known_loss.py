@@ -369,6 +369,21 @@ class Test_token_stats_and_grad:
         check(target, logits, tokens, coefficients, mask=mask)
         check(target, logits[:, :72], tokens % 72, coefficients, mask=mask)
 
+    @pytest.mark.parametrize("vocab", [17, 9001])
+    def test_the_tail_of_a_peaked_row_keeps_its_digits(self, target, generator, monkeypatch, vocab):
+        only_cuda(target)
+        split(monkeypatch, target, 2 << 10)
+        logits, _ = draw((4,), vocab, generator, scale=0.5)
+        rows, tokens = torch.arange(4), torch.arange(4) * 977 % vocab
+        logits[rows, tokens] = 15.0 + 6.0 * rows
+        got = ours(target, logits, tokens, {"logprob": torch.ones(4)}, outputs=("entropy",))
+        below = logits.double() - logits.amax(-1, keepdim=True)
+        tail = below.exp().scatter(1, tokens[:, None], 0.0)
+        log_total = tail.sum(-1).log1p()
+        entropy = log_total - (tail * below).sum(-1) / (1 + tail.sum(-1))
+        assert_within_budget(got.stats["logprob"], -log_total, ulps=24)
+        assert_within_budget(got.stats["entropy"], entropy, ulps=24)
+
     def test_alignments(self, target, generator):
         """Rows and gradients at every offset from multiples of 16 bytes give the same bits."""
         only_cuda(target)
