@@ -11,9 +11,11 @@ namespace {
 using logits::Terms;
 
 constexpr int64_t kMostBlocks = 8;  // blocks of the largest cluster that every device with clusters can launch
+constexpr int64_t kPacks = 20;      // packs of a slice per thread, at most where it has fewer than kThreads
+constexpr int64_t kResident = 5;    // blocks of slices of comfortable size that share a multiprocessor
 constexpr int64_t kMostRows = 8;    // rows that a cluster takes in sequence, at most
 constexpr int64_t kWaves = 16;      // with fewer waves of clusters, a cluster takes fewer rows
-constexpr int kAllShared = 100;     // per cent of a multiprocessor's memory as shared memory, none as cache: two blocks
+constexpr int kAllShared = 100;     // per cent of a multiprocessor's memory as shared memory, none as cache
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -24,7 +26,7 @@ struct Slices {
   Slices(int64_t element, int64_t vocab, int64_t blocks) {
     const int64_t pack = logits::kPackBytes / element;
     packs = divided(divided(vocab, pack), blocks);
-    threads = std::min<int64_t>(divided(packs, logits::kInFlight * kWarp) * kWarp, int64_t{kThreads});
+    threads = std::min<int64_t>(divided(packs, kPacks * kWarp) * kWarp, int64_t{kThreads});
     shared = logits::shared_before_slice(blocks, threads / kWarp) + packs * logits::kPackBytes;
   }
 };
@@ -32,7 +34,7 @@ struct Slices {
 template <typename T, Terms kTerms, bool kCapped>
 void run(const TokenStatsAndGradArgs& a, int blocks, void* stream) {
   const Slices slices(sizeof(T), a.in.vocab, blocks);
-  const int64_t at_once = std::max(2 * attribute(cudaDevAttrMultiProcessorCount) / blocks, 1);
+  const int64_t at_once = std::max<int64_t>(kResident * attribute(cudaDevAttrMultiProcessorCount) / blocks, 1);
   const int64_t each = std::clamp<int64_t>(a.count / (kWaves * at_once), 1, kMostRows);
   const Grid grid{divided(a.count, each) * blocks, 1, static_cast<unsigned>(slices.threads),
                   static_cast<size_t>(slices.shared), static_cast<unsigned>(blocks)};

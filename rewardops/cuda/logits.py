@@ -13,8 +13,8 @@ from ..cpp.memory import address
 from ..reference.logits import OUTPUTS, REF_OUTPUTS, TokenStatsArgs, with_gradient
 from .memory import CUDA
 
-# Bytes of a row per block, so that two blocks share a multiprocessor; blocks of a longer row hold more.
-BYTES_PER_BLOCK = 100 << 10
+# Bytes of a row per block, so that five blocks share a multiprocessor; blocks of a longer row hold more.
+BYTES_PER_BLOCK = 44 << 10
 _POLICY = OUTPUTS[: -len(REF_OUTPUTS)]
 
 

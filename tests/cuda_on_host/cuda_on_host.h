@@ -13,10 +13,11 @@
 // What a kernel may use: threadIdx, blockIdx, blockDim, gridDim; __shared__ arrays, and dynamic shared memory;
 // __syncthreads and its _or, _and and _count; __syncwarp, shuffles, votes, reductions and __match_any under any mask;
 // atomics on 4 and 8 bytes; vector types, bfloat16 and half; cuda::atomic_ref with its orders; of cooperative_groups,
-// this_cluster() and this_thread_block(). Blocks run one after another, in the order of their indices, so a block may
-// wait for earlier ones and not for later ones; those of a cluster run at once, and have dynamic shared memory only (a
-// __shared__ array would be one for all of them). A thread that polls memory must do it by an atomic, or call
-// __nanosleep, to let others go on. One kernel runs at a time in a process; a launch waits for the one before.
+// this_cluster() and this_thread_block(); copies to shared memory that a thread waits for later, which take place then.
+// Blocks run one after another, in the order of their indices, so a block may wait for earlier ones and not for later
+// ones; those of a cluster run at once, and have dynamic shared memory only (a __shared__ array would be one for all of
+// them). A thread that polls memory must do it by an atomic, or call __nanosleep, to let others go on. One kernel runs
+// at a time in a process; a launch waits for the one before.
 //
 // What it finds that a run on a GPU does not: compiled with -fsanitize=thread, every race on shared or global memory
 // that the barriers do not order, whatever the timing; with -fsanitize=address, every access out of bounds; and by
@@ -131,9 +132,15 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+};
+
 struct Block {
   Block(Cluster& cluster, unsigned rank, unsigned threads, size_t bytes)
-      : cluster(cluster), rank(rank), threads(threads), shared(bytes) {
+      : cluster(cluster), rank(rank), threads(threads), shared(bytes), copies(threads) {
     for (unsigned first = 0; first < threads; first += kWarp) {
       const uint64_t missing = threads - first < kWarp ? ~uint64_t{0} << (threads - first) : 0;
       warps.push_back(std::make_unique<Meeting>("a thread left its warp at a shuffle, vote or __syncwarp", missing));
@@ -144,6 +151,7 @@ struct Block {
   Meeting meeting{"a thread left its block at a __syncthreads"};
   std::vector<std::unique_ptr<Meeting>> warps;
   SharedMemory shared;
+  std::vector<std::vector<Copy>> copies;  // of each thread, that it has not waited for
 };
 
 inline unsigned lane() { return thread % kWarp; }

@@ -2,6 +2,7 @@
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <cuda/atomic>
@@ -115,6 +116,17 @@ __global__ void cluster_kernel(const float4* in, int quarters, float* out) {
     out[blockIdx.x] = total;
   }
   cluster.sync();  // nobody leaves while its memory is read
+}
+
+// A copy that a thread waits for: what is in its place before and after that.
+__global__ void copy_kernel(const float4* in, float4* before, float4* after) {
+  float4* kept = cuda_on_host::shared<float4>() + threadIdx.x;
+  *kept = make_float4(0, 0, 0, 0);
+  __pipeline_memcpy_async(kept, in + threadIdx.x, sizeof(float4));
+  __pipeline_commit();
+  before[threadIdx.x] = *kept;
+  __pipeline_wait_prior(0);
+  after[threadIdx.x] = *kept;
 }
 
 // One shuffle and one count right after the other: what a lane has left stays until the slowest has read it. The
@@ -286,6 +298,11 @@ int main(int, char** argv) {
     }
     launch_clusters(cluster_kernel, 4, {4}, {32}, sizeof(float), in.data(), 300, out);
     for (const float total : out) expect(total == want, "cluster");
+  } else if (name == "copy") {
+    std::vector<float4> in(64), before(64), after(64);
+    for (int i = 0; i < 64; ++i) in[i] = make_float4(i, 1, 2, 3);
+    launch(copy_kernel, {1}, {64}, 64 * sizeof(float4), in.data(), before.data(), after.data());
+    for (int i = 0; i < 64; ++i) expect(before[i].y == 0 && after[i].x == i && after[i].w == 3, "copy");
   } else if (name == "relay") {
     unsigned wrong = 0;
     launch(relay_kernel, {2}, {64}, 0, &wrong);

@@ -51,4 +51,10 @@ class SmallFloat {
   uint16_t bits_;
 };
 
+// The larger of two numbers, of a number and a NaN the number. (Found by __hmax2 by the type of its arguments.)
+template <int kFraction, int kBias>
+SmallFloat<kFraction, kBias> larger(SmallFloat<kFraction, kBias> a, SmallFloat<kFraction, kBias> b) {
+  return float(a) > float(b) || std::isnan(float(b)) ? a : b;
+}
+
 }  // namespace cuda_on_host

@@ -353,8 +353,8 @@ class Test_token_stats_and_grad:
             return kernels.CUDA.module().blocks_of_a_row(element, vocab, kernels.BYTES_PER_BLOCK)
 
         vocabularies = (1, 32000, 50257, 128256, 151936, 262144)
-        assert [blocks(2, v) for v in vocabularies] == [1, 1, 1, 4, 4, 8]
-        assert [blocks(4, v) for v in vocabularies] == [1, 2, 2, 8, 8, 8]
+        assert [blocks(2, v) for v in vocabularies] == [1, 2, 4, 8, 8, 8]
+        assert [blocks(4, v) for v in vocabularies] == [1, 4, 8, 8, 8, 8]
         assert blocks(2, 900_000) == 8
         assert blocks(2, 940_000) == blocks(4, 470_000) == 0
 
@@ -368,6 +368,21 @@ class Test_token_stats_and_grad:
         coefficients = draw_coefficients(TERMS[:6], (count,), generator)
         check(target, logits, tokens, coefficients, mask=mask)
         check(target, logits[:, :72], tokens % 72, coefficients, mask=mask)
+
+    @pytest.mark.parametrize("vocab", [17, 9001])
+    def test_the_tail_of_a_peaked_row_keeps_its_digits(self, target, generator, monkeypatch, vocab):
+        only_cuda(target)
+        split(monkeypatch, target, 2 << 10)
+        logits, _ = draw((4,), vocab, generator, scale=0.5)
+        rows, tokens = torch.arange(4), torch.arange(4) * 977 % vocab
+        logits[rows, tokens] = 15.0 + 6.0 * rows
+        got = ours(target, logits, tokens, {"logprob": torch.ones(4)}, outputs=("entropy",))
+        below = logits.double() - logits.amax(-1, keepdim=True)
+        tail = below.exp().scatter(1, tokens[:, None], 0.0)
+        log_total = tail.sum(-1).log1p()
+        entropy = log_total - (tail * below).sum(-1) / (1 + tail.sum(-1))
+        assert_within_budget(got.stats["logprob"], -log_total, ulps=24)
+        assert_within_budget(got.stats["entropy"], entropy, ulps=24)
 
     def test_alignments(self, target, generator):
         """Rows and gradients at every offset from multiples of 16 bytes give the same bits."""

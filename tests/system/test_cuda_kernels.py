@@ -77,7 +77,7 @@ def test_tokens_are_moved_sixteen_bytes_at_a_time(module):
         if re.search("scan_kernel|nodes_to_tokens|token_stats_and_grad|group_advantages_kernel", name):
             assert re.search(r"STG\.E[.\w]*\.128", function), name
         if re.search("scan_kernel|token_stats_and_grad|places", name):
-            assert re.search(r"LDG\.E[.\w]*\.128", function), name
+            assert re.search(r"LDG(STS)?\.E[.\w]*\.128", function), name
 
 
 # ---- sanitizers --------------------------------------------------------------------------------------------

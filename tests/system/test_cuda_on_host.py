@@ -14,7 +14,8 @@ HERE = Path(__file__).parents[1] / "cuda_on_host"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
 FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", str(HERE / "include")]
-RIGHT = ("sum", "scan", "votes", "chain", "cluster", "relay", "poll", "launch", "launch_cluster", "functions")
+RIGHT = ("sum", "scan", "votes", "chain", "cluster", "copy", "relay", "poll", "launch", "launch_cluster",
+         "functions")  # fmt: skip
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 

@@ -329,8 +329,8 @@ FAULTS = [
     ),
     Fault(
         "a warp's sum behind the entropy stays relative to its own maximum", "lost rescale", f"{CUDA}logits.cuh",
-        "times(factor, part.weighted + gap * scale * part.total)",
-        "times(factor, part.weighted)",
+        "factor * fmaf(bounded(gap), total, part.weighted)",
+        "factor * part.weighted",
         "tests/ops/test_logits_known_loss.py", "matches_autograd and cuda and 5003 and float32",
     ),
     Fault(
@@ -366,8 +366,8 @@ FAULTS = [
     ),
     Fault(
         "the columns behind the packs are all the first of them", "off by one", f"{CUDA}logits_slice.cuh",
-        "slice[one] = row[one];",
-        "slice[one] = row[packs * kPack<T>];",
+        "slice[k] = row[k];",
+        "slice[k] = row[count / kPack<T> * kPack<T>];",
         "tests/ops/test_logits_known_loss.py", "matches_autograd and cuda and 5003 and float32",
     ),
     Fault(

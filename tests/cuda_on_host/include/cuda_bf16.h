@@ -20,3 +20,4 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) { return __nv_bfloat
 inline float2 __bfloat1622float2(__nv_bfloat162 x) { return {x.x, x.y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 x) { return {x.x, x.y}; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) { return {larger(a.x, b.x), larger(a.y, b.y)}; }

@@ -20,3 +20,4 @@ inline __half __ushort_as_half(unsigned short x) { return __half::from_bits(x); 
 inline float2 __half22float2(__half2 x) { return {x.x, x.y}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
 inline __half2 __float22half2_rn(float2 x) { return {x.x, x.y}; }
+inline __half2 __hmax2(__half2 a, __half2 b) { return {larger(a.x, b.x), larger(a.y, b.y)}; }

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cmath>
 #include <cstring>
@@ -13,7 +14,6 @@
 namespace rewardops::cuda::logits {
 
 constexpr int kPackBytes = 16;
-constexpr int kInFlight = 8;  // packs that a thread loads before it waits for the first
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 
@@ -44,6 +44,13 @@ __device__ Vector<T>& pack_at(T* at) {
   return *reinterpret_cast<Vector<T>*>(at);
 }
 
+// Columns in front of the first whose address is a multiple of a pack's size, of `count`.
+template <typename T>
+__device__ int lead_of(const T* row, int count) {
+  const auto off = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
+  return min(count, (kPackBytes - off) % kPackBytes / static_cast<int>(sizeof(T)));
+}
+
 // A pack in float.
 template <typename T>
 struct Widened {
@@ -64,63 +71,78 @@ struct Widened {
   }
 };
 
+// The numbers of a pack by words, which have two of 16 bits; the larger ones of two words, NaN ignored.
 template <typename T>
-__device__ float max_with(float top, const Vector<T>& pack) {
-  const Widened<T> x(pack);
+using Word = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162,
+                                std::conditional_t<std::is_same_v<T, __half>, __half2, float>>;
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ inline __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
+
+// The largest of the columns that for_packs deals to the thread, NaN ignored.
+template <typename T>
+__device__ float largest(const T* slice, int count) {
+  constexpr int kWords = kPackBytes / static_cast<int>(sizeof(Word<T>));
+  Vector<T> top;
 #pragma unroll
-  for (int j = 0; j < kPack<T>; ++j) top = fmaxf(top, x.at[j]);
-  return top;
+  for (int j = 0; j < kPack<T>; ++j) top.at[j] = narrowed<T>(-INFINITY);
+  Word<T> tops[kWords];
+  memcpy(tops, &top, sizeof top);
+  float one = -INFINITY;
+  const auto on_pack = [&](int k) {
+    const Vector<T> pack = pack_at(slice + k);
+    Word<T> words[kWords];
+    memcpy(words, &pack, sizeof pack);
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) tops[j] = larger(tops[j], words[j]);
+  };
+  for_packs<kPack<T>>(count, 0, on_pack, [&](int k) { one = fmaxf(one, widened(slice[k])); });
+  memcpy(&top, tops, sizeof top);
+  const Widened<T> x(top);
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) one = fmaxf(one, x.at[j]);
+  return one;
 }
 
-// Copies `count` columns of a row to shared memory, the block's slice. Returns the largest of the columns that
-// for_packs deals to the thread, NaN ignored.
+// ---- copies to a slice -------------------------------------------------------------------------------------
+
+// Copies a pack to shared memory while the thread goes on.
 template <typename T>
-__device__ float load_slice(const T* row, int count, T* slice) {
-  float top = -INFINITY;
-  if (!aligned<kPack<T>>(row)) {
-    __syncthreads();  // other threads may still read the columns of the previous row
-#pragma unroll 8
-    for (int k = static_cast<int>(threadIdx.x); k < count; k += threads()) slice[k] = row[k];
-    __syncthreads();
-    for_packs<kPack<T>>(
-        count, true, [&](int k) { top = max_with<T>(top, pack_at(slice + k)); },
-        [&](int k) { top = fmaxf(top, widened(slice[k])); });
-    return top;
-  }
-  const int packs = count / kPack<T>, one = packs * kPack<T> + static_cast<int>(threadIdx.x);
-  const auto take = [&](int first, bool whole) {
-    const auto at = [&](int i) { return (first + i * threads()) * kPack<T>; };
-    const auto there = [&](int i) { return whole || first + i * threads() < packs; };
-    Vector<T> batch[kInFlight];
+__device__ void copy_pack(T* to, const T* from) {
+  __pipeline_memcpy_async(to, from, kPackBytes);
+}
+// Waits for the copies of the warp's lanes.
+__device__ inline void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncwarp();
+}
+
+// Copies `count` columns of a row to shared memory, the block's slice: where the row is aligned, each thread those that
+// for_packs deals to it without a lead, and without waiting for them.
+template <typename T>
+__device__ void load_slice(const T* row, int count, T* slice) {
+  const int lead = lead_of(row, count);
+  const auto one = [&](int k) { slice[k] = row[k]; };
+  if (!lead) return for_packs<kPack<T>>(count, 0, [&](int k) { copy_pack(slice + k, row + k); }, one);
+  const auto apart = [&](int k) {
+    const Vector<T> pack = pack_at(row + k);
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i)
-      if (there(i)) batch[i] = pack_at(row + at(i));
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (!there(i)) continue;
-      pack_at(slice + at(i)) = batch[i];
-      top = max_with<T>(top, batch[i]);
-    }
+    for (int j = 0; j < kPack<T>; ++j) slice[k + j] = pack.at[j];
   };
-  int k = static_cast<int>(threadIdx.x);
-  for (; k + (kInFlight - 1) * threads() < packs; k += kInFlight * threads()) take(k, true);
-  if (k < packs) take(k, false);
-  if (one < count) {
-    slice[one] = row[one];
-    top = fmaxf(top, widened(slice[one]));
-  }
-  return top;
+  __syncthreads();  // other threads may still read the columns of the previous row
+  for_packs<kPack<T>>(count, lead, apart, one);
+  __syncthreads();
 }
 
 // Writes zeros to a block's part of the columns [begin, end) of a row.
 template <typename T>
 __device__ void store_zeros(T* row, int64_t begin, int64_t end, int rank, int blocks) {
   const int64_t part = ((end - begin) / blocks / kPack<T> + 1) * kPack<T>, low = begin + rank * part;
-  const int64_t count = end - low < part ? end - low : part;
+  const auto count = static_cast<int>(max(min(end - low, part), int64_t{0}));
   T* const at = row + low;
   for_packs<kPack<T>>(
-      static_cast<int>(count), aligned<kPack<T>>(at), [&](int k) { pack_at(at + k) = Vector<T>{}; },
-      [&](int k) { at[k] = T{}; });
+      count, lead_of(at, count), [&](int k) { pack_at(at + k) = Vector<T>{}; }, [&](int k) { at[k] = T{}; });
 }
 
 }  // namespace rewardops::cuda::logits

@@ -177,17 +177,15 @@ struct RowChunks {
 
 // ---- columns of a slice ------------------------------------------------------------------------------------
 
-// Distributes `count` columns over the block's threads: packs of kPack, then single columns; only single ones if not
-// `aligned`. Packs are counted from the first column, so that a column's thread depends on the column's number alone.
+// Distributes `count` columns over the block's threads: packs of kPack from column `lead` on, and singly the columns in
+// front of them, fewer than kPack, and behind them. Without a lead, a column's thread depends on its number alone.
 template <int kPack, typename OnPack, typename OnOne>
-__device__ void for_packs(int count, bool aligned, OnPack on_pack, OnOne on_one) {
-  int k = static_cast<int>(threadIdx.x);
-  if (aligned) {
-    const int packs = count / kPack;
-    for (int at = k; at < packs; at += threads()) on_pack(at * kPack);
-    k += packs * kPack;
-  }
-  for (; k < count; k += threads()) on_one(k);
+__device__ void for_packs(int count, int lead, OnPack on_pack, OnOne on_one) {
+  const int packs = (count - lead) / kPack, own = static_cast<int>(threadIdx.x);
+  for (int at = own; at < packs; at += threads()) on_pack(lead + at * kPack);
+  // Fewer than 2 kPack single columns, for at least kWarp threads.
+  const int one = own < lead ? own : own + packs * kPack;
+  if (one < count) on_one(one);
 }
 
 }  // namespace rewardops::cuda
