@@ -41,7 +41,11 @@ def hasten() -> None:
 
 def keep_types() -> None:
     """Make equal types and shapes once, and leave values alone that have the wanted type or shape already."""
-    unwrap, same, broadcast = core._unwrap_if_constexpr, core.dtype.__eq__, TritonSemantic.broadcast_impl_value
+    unwrap, same, broadcast = (
+        core._unwrap_if_constexpr,
+        core.dtype.__eq__,
+        TritonSemantic.broadcast_impl_value,
+    )
     cast, common = TritonSemantic.cast, TritonSemantic.computation_type_impl
     of_numpy, new_block = interpreter._get_np_dtype, core.block_type.__init__
     block_types, numpy_types, commons = {}, {}, {}
