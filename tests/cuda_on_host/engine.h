@@ -97,16 +97,59 @@ class Waiters {
 inline void give_way() { std::this_thread::yield(); }
 inline void moved() {}
 
+// A thread of the system that takes part in one run after another: to make one takes longer than most kernels do, above
+// all under a sanitizer.
+struct Member {
+  std::mutex mutex;
+  std::condition_variable called;
+  bool go = false;
+};
+
+struct Team {
+  std::vector<Member*> pool;  // made once, and used by all runs
+  std::mutex mutex;
+  std::condition_variable returned;
+  unsigned left = 0;  // members of this run that have not returned
+  void (*call)(const void* body, unsigned index) = nullptr;
+  const void* body = nullptr;
+};
+// It lives as long as its threads, which are never joined.
+CUDA_ON_HOST_STATE Team& team = *new Team;
+
+// An exception that leaves a kernel ends the process.
+inline void life_of_a_member(Member& self, unsigned index) noexcept {
+  for (;;) {
+    {
+      std::unique_lock<std::mutex> lock(self.mutex);
+      self.called.wait(lock, [&] { return self.go; });
+      self.go = false;
+    }
+    team.call(team.body, index);
+    stop_working(kLeft + 1);
+    const std::lock_guard<std::mutex> lock(team.mutex);
+    if (--team.left == 0) team.returned.notify_one();
+  }
+}
+
 template <typename Body>
 void run(unsigned count, const Body& body) {
+  while (team.pool.size() < count) {
+    auto* member = new Member;
+    const auto index = static_cast<unsigned>(team.pool.size());
+    std::thread([member, index] { life_of_a_member(*member, index); }).detach();
+    team.pool.push_back(member);
+  }
   at_work = count * (kLeft + 1);
-  std::vector<std::thread> team;
-  for (unsigned t = 0; t < count; ++t)
-    team.emplace_back([&body, t] {
-      body(t);
-      stop_working(kLeft + 1);
-    });
-  for (auto& t : team) t.join();
+  team.call = [](const void* what, unsigned index) { (*static_cast<const Body*>(what))(index); };
+  team.body = &body;
+  team.left = count;
+  for (unsigned t = 0; t < count; ++t) {
+    const std::lock_guard<std::mutex> lock(team.pool[t]->mutex);
+    team.pool[t]->go = true;
+    team.pool[t]->called.notify_one();
+  }
+  std::unique_lock<std::mutex> lock(team.mutex);
+  team.returned.wait(lock, [] { return team.left == 0; });
 }
 
 #else

@@ -68,8 +68,10 @@ def test_opcheck(target, layout):
     """Every op that a public call dispatches, with its arguments, forward and backward."""
     if target.interpreted and layout == "packed" and not THOROUGH:
         pytest.skip("the same kernels")
-    # Tracing is independent of the backend: for slow kernels checking the schema is enough.
-    tests = ("test_schema", "test_faketensor") if target.interpreted and not THOROUGH else None
+    # Tracing is independent of the backend: it is checked on the fastest, and on others the schema and the shapes.
+    others = ("triton",) if native.compiled_module() is None else ("triton", "reference")
+    elsewhere = target.device.type == "cpu" and target.backend in others and not THOROUGH
+    tests = ("test_schema", "test_faketensor") if elsewhere else None
     done = set()
     for call in on(target.device, layout, torch.float32):
         assert verify.opcheck(call, target.backend, done, tests)

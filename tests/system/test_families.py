@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -38,12 +39,16 @@ def test_tables_have_every_family():
     assert all((TESTS / "ops" / f"test_{family}.py").exists() for family in FAMILIES)
 
 
+@functools.cache
+def classes_of_tests() -> list[str]:
+    trees = [ast.parse(file.read_text()) for file in (TESTS / "ops").glob("test_*.py")]
+    return [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_can_be_selected(op):
     """``pytest tests/ops -k <op>`` runs the tests of its class; names of files do not count."""
-    trees = [ast.parse(file.read_text()) for file in (TESTS / "ops").glob("test_*.py")]
-    classes = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert any(name.startswith("Test_") and f"_{op}_" in f"{name}_" for name in classes)
+    assert any(name.startswith("Test_") and f"_{op}_" in f"{name}_" for name in classes_of_tests())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from triton_compile import LOGITS_KERNELS, TARGETS
 from triton_compile import __file__ as PROGRAM
 
 pytestmark = pytest.mark.slow
-PARTS = 2
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +26,10 @@ def compiled(tmp_path_factory) -> list[dict]:
     cache = tmp_path_factory.mktemp("triton")
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
 
-    def work(job):
-        target, part = job
-        done = subprocess.run(
-            [sys.executable, PROGRAM, target, str(part), str(PARTS)],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+    def rows():
+        done = subprocess.run([sys.executable, PROGRAM, "compile"], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1])
-
-    def rows():
-        jobs = [(target, part) for target in TARGETS for part in range(PARTS)]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return [row for rows in pool.map(work, jobs) for row in rows]
 
     return once(tmp_path_factory, "triton_compile", rows)
 

@@ -1,10 +1,13 @@
 """Compiles Triton kernels for every target without a GPU: the program that ``test_triton_compile.py`` runs.
 
-    python tests/tools/triton_compile.py TARGET PART PARTS | count
+    python tests/tools/triton_compile.py compile | count
 
 The launches to compile are recorded from the real callers: kernels are replaced by recorders, every public function
 and the tables here call the ops on CPU tensors, and each distinct launch is compiled ahead of time as the
 just-in-time compiler would specialise it. Kernels must not be interpreted (``TRITON_INTERPRET=0``).
+
+Every launch is compiled for NVIDIA, and in a thorough run for AMD, too. Otherwise AMD gets launches with every
+constant and every dtype of every kernel, but not all combinations: a spill of one of them is left to that run.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -444,45 +448,65 @@ def specialisations() -> dict[str, int]:
     return {"aligned": count(aligned), "ragged": count(aligned + ragged), "few": count(few)}
 
 
-def compile_all(target: str, part: int, parts: int) -> list[dict]:
-    """Compile every ``parts``-th launch for a target."""
+def covering(launches: list) -> list:
+    """Launches with all traits of these. Those with the most outputs come last in a table: they are taken first."""
+    found, seen = [], set()
+    for launch in reversed(launches):
+        if not traits(*launch) <= seen:
+            found.append(launch)
+            seen |= traits(*launch)
+    return found
+
+
+def compile_launch(job: tuple) -> dict:
+    """Compile a launch for a target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    found = []
-    for kernel, args, kwargs in record()[part::parts]:
-        name, signature, constants, attributes, options = specialise(kernel, args, kwargs)
-        values = {kernel.arg_names[index]: value for (index,), value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options or None)
-        row = {"kernel": name, "target": target, **resources(compiled, target)}
-        row["types"] = [t for t in signature.values() if t.startswith("*")]
-        if "ptx" in compiled.asm:
-            ptx = compiled.asm["ptx"]
-            row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
-            row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
-            row["meetings"] = meetings(ptx)
-            row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
-        row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in ("H", "T", "E"))
-        # In the backward pass peeled rows are as good as aligned ones.
-        wide = values.get("ALIGNED", True) or values.get("PEEL", False)
-        row["align"] = values.get("ALIGN", 16 if wide else 0)
-        if target.startswith("sm_") and name in LOGITS_KERNELS:
-            row["per_column"] = instructions_per_column(
-                disassembled(compiled.asm["cubin"], "-sass"),
-                signature["logits"],
-                1 + values.get("HAS_REF", True),
-            )
-            row["of"] = [k for k, v in values.items() if v and k in ("HAS_REF", "CAPPED", "OF_RECORD")]
-            row["outputs"] = values.get("WANT", values.get("GRADS"))
-        row["in_loops"], row["outside"] = block_loads(compiled.asm["ttir"])
-        found.append(row)
-    return found
+    target, (kernel, args, kwargs) = job
+    name, signature, constants, attributes, options = specialise(kernel, args, kwargs)
+    values = {kernel.arg_names[index]: value for (index,), value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options or None)
+    row = {"kernel": name, "target": target, **resources(compiled, target)}
+    row["types"] = [t for t in signature.values() if t.startswith("*")]
+    if "ptx" in compiled.asm:
+        ptx = compiled.asm["ptx"]
+        row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
+        row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
+        row["meetings"] = meetings(ptx)
+        row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
+    row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in ("H", "T", "E"))
+    # In the backward pass peeled rows are as good as aligned ones.
+    wide = values.get("ALIGNED", True) or values.get("PEEL", False)
+    row["align"] = values.get("ALIGN", 16 if wide else 0)
+    if target.startswith("sm_") and name in LOGITS_KERNELS:
+        row["per_column"] = instructions_per_column(
+            disassembled(compiled.asm["cubin"], "-sass"), signature["logits"], 1 + values.get("HAS_REF", True)
+        )
+        row["of"] = [k for k, v in values.items() if v and k in ("HAS_REF", "CAPPED", "OF_RECORD")]
+        row["outputs"] = values.get("WANT", values.get("GRADS"))
+    row["in_loops"], row["outside"] = block_loads(compiled.asm["ttir"])
+    return row
+
+
+JOBS: list[tuple] = []  # of compile_all: its processes inherit the launches, which cannot be sent to them
+
+
+def compile_job(index: int) -> dict:
+    return compile_launch(JOBS[index])
+
+
+def compile_all() -> list[dict]:
+    """Compile the launches for all targets, by a process of each core."""
+    launches = record()
+    for target, (kind, *_) in TARGETS.items():
+        chosen = launches if kind == "cuda" or THOROUGH else covering(launches)
+        JOBS.extend((target, launch) for launch in chosen)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return pool.map(compile_job, range(len(JOBS)), chunksize=1)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "count":
-        print(json.dumps(specialisations()))
-        sys.exit()
-    print(json.dumps(compile_all(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(specialisations() if sys.argv[1] == "count" else compile_all()))
