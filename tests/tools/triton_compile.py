@@ -187,7 +187,7 @@ def of_advantages() -> None:
             relative += [("length_weighted", "batch_std"), ("values", "mean_abs")]
         for baseline, scale in relative:
             per_baseline = (rewards if baseline == b else None for b in ("values", "length_weighted"))
-            options = (baseline, 0.25, scale, 1e-6, 1, False)
+            options = (baseline, 0.25, scale, 1e-6, 1, False, False)
             a = AdvantagesArgs(rewards, groups, *per_baseline, mask, cu, count, *options)
             of_rows = a._replace(mask=None, cu_seqlens=None, num_tokens=-1)
             for args, grads in ((a, (values, rewards)), (of_rows, (rewards, None))):
