@@ -53,7 +53,7 @@ from .rows import Rows, as_bytes, dense, output, stride
 
 # Members of a group that are read once and held, and members that are read at once of a larger group.
 HELD = 16 if INTERPRETED else 64
-TILE = 64 if INTERPRETED else 1024
+TILE = 64 if INTERPRETED else 512
 # Rows from which on a sort costs less than placing each among all.
 SORTED = 100 if INTERPRETED else 16384
 

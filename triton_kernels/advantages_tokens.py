@@ -50,14 +50,14 @@ def sum_row(
     lanes = Pair(tl.zeros([BLOCK], KIND), tl.zeros([BLOCK], KIND))
     some = tl.zeros([BLOCK], tl.int32)
     head = 0
-    if not ALIGNED:
+    if ALIGNED:
+        line = tl.multiple_of(line, 16)
+        flags = tl.multiple_of(flags, 16)
+    else:
         head = tl.minimum(to_boundary(line), length)
         if part == 0:
             lanes, some = add_tokens(lanes, some, line, flags, lane, lane < head, HAS_MASK, False)
-    else:
-        flags = tl.multiple_of(flags + head, 16)
-    line = tl.multiple_of(line + head, 16)
-    if not ALIGNED:
+        line = tl.multiple_of(line + head, 16)
         flags += head
     end = length - head
     full = end // BLOCK * BLOCK
@@ -99,7 +99,7 @@ def prepare_kernel(
         if KIND == OF_LIVES:
             rows = (p - ranked) * AT_ONCE + tl.arange(0, AT_ONCE)
             exists = rows < batch
-            found = have_token(rows, exists, tokens, LOOK, PACKED, HAS_MASK)
+            found = have_token(rows, exists, tokens, LOOK, PACKED, HAS_MASK, ALIGNED)
             tl.store(live + rows, found.to(tl.uint8), mask=exists)
         if KIND == OF_SUMS:
             row = p - ranked
@@ -151,7 +151,7 @@ def spread_kernel(
         if part == 0:
             row = b + tl.zeros([1], tl.int32)
             tokens = RowTokens(mask, cu, mask_stride, width, total)
-            live = have_token(row, row < batch, tokens, LOOK, PACKED, HAS_MASK)
+            live = have_token(row, row < batch, tokens, LOOK, PACKED, HAS_MASK, ALIGNED)
             tl.store(inv_scales + row, live.to(inv_scales.dtype.element_ty))
             tl.store(numerators + row, tl.where(live, value, 0.0))
         value += 0.0  # no negative zeros
@@ -167,13 +167,14 @@ def spread_kernel(
     lane = tl.arange(0, BLOCK)
     head = 0
     if ALIGNED:
-        flags = tl.multiple_of(flags + head, 16)
+        line = tl.multiple_of(line, 16)
+        flags = tl.multiple_of(flags, 16)
     else:
         head = tl.minimum(to_boundary(line), length)
         if part == 0:
             write_tokens(value, line, flags, lane, lane < head, HAS_MASK, False)
+        line = tl.multiple_of(line + head, 16)
         flags += head
-    line = tl.multiple_of(line + head, 16)
     end = length - head
     full = end // BLOCK * BLOCK
     for start in range(part * BLOCK, full, parts * BLOCK):
