@@ -53,9 +53,9 @@ from .rows import Rows, as_bytes, dense, output, stride
 
 # Members of a group that are read once and held, and members that are read at once of a larger group.
 HELD = 16 if INTERPRETED else 64
-TILE = 64 if INTERPRETED else 512
+TILE = 64 if INTERPRETED else 256
 # Rows from which on a sort costs less than placing each among all.
-SORTED = 100 if INTERPRETED else 16384
+SORTED = 100 if INTERPRETED else 8192
 
 
 class Outputs(NamedTuple):
@@ -397,10 +397,10 @@ def _rows(a: AdvantagesArgs) -> Rows:
 
 
 def _aligned(rows: Rows, *tokens: Tensor | None) -> bool:
-    """Whether every row of these tensors begins at a multiple of 16 bytes."""
-    if rows.packed:
-        return False
-    return all(t is None or (t.data_ptr() | stride(t) * t.element_size()) % 16 == 0 for t in tokens)
+    """Whether rows of these tensors begin and end at multiples of 16 bytes, and of 4 bytes of a mask."""
+    given = [t for t in tokens if t is not None]
+    bytes_of = [(t.data_ptr() | stride(t) * t.element_size() | rows.width * t.element_size(), 4 if t.element_size() == 1 else 16) for t in given]
+    return not rows.packed and all(place % unit == 0 for place, unit in bytes_of)
 
 
 def _prepare(a: AdvantagesArgs, rows: Rows, grad: Tensor | None, mask: Tensor | None, lives: bool) -> Prepared:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,7 +13,7 @@ from .launch import INTERPRETED, Constant
 from .logits_rows import to_boundary
 from .rows import load_valid, row_bounds
 
-BLOCK = 64 if INTERPRETED else 2048
+BLOCK = 64 if INTERPRETED else 1024
 ROWS_AT_ONCE = 4  # rows whose first valid tokens one program seeks
 AT_ONCE = Constant(ROWS_AT_ONCE)
 # What is found of tokens.
@@ -19,17 +21,41 @@ NOTHING, LIVES, SUMS = range(3)
 OF_LIVES, OF_SUMS = Constant(LIVES), Constant(SUMS)
 
 
+class Line(NamedTuple):
+    """A row's numbers and flags of its valid tokens, from a multiple of 16 bytes on."""
+
+    numbers: Any  # pointer
+    flags: Any  # pointer
+    head: Any  # tokens before
+    whole: Any  # tokens that are whole vectors of 16 bytes
+    end: Any
+
+
 @triton.jit
-def add_tokens(lanes, some, line, flags, at, inside, HAS_MASK: tl.constexpr, WHOLE: tl.constexpr):
-    """Add a block of gradients to the lanes, and note which lanes had a valid token."""
-    if WHOLE:
-        x = tl.load(line + at)
-        if HAS_MASK:
-            inside = tl.load(flags + at) != 0
+def line_of(numbers, flags, length, ALIGNED: tl.constexpr):
+    """The row at these pointers; ALIGNED: it begins at a multiple of 16 bytes, and ends at one."""
+    VECTOR: tl.constexpr = 128 // numbers.dtype.element_ty.primitive_bitwidth
+    if ALIGNED:
+        return Line(numbers, flags, 0, length // VECTOR * VECTOR, length)
     else:
-        x = tl.load(line + at, mask=inside, other=0.0)
-        inside = load_valid(flags, at, inside, HAS_MASK)
-    return add_to(lanes, 1.0, tl.where(inside, x, 0.0)), some | inside.to(tl.int32)
+        head = tl.minimum(to_boundary(numbers), length)
+        end = length - head
+        return Line(tl.multiple_of(numbers + head, 16), flags + head, head, end // VECTOR * VECTOR, end)
+
+
+@triton.jit
+def edges(line, lane):
+    """The tokens before and behind the whole vectors, fewer than four each, in the first lanes."""
+    at = tl.where(lane < 4, lane - line.head, line.whole + lane - 4)
+    return at, (lane < 8) & (at < line.end) & ((lane < line.head) | (lane >= 4))
+
+
+@triton.jit
+def add_tokens(lanes, some, line, at, inside, HAS_MASK: tl.constexpr):
+    """Add a block of gradients to the lanes, and note which lanes had a valid token."""
+    x = tl.load(line.numbers + at, mask=inside, other=0.0)
+    valid = load_valid(line.flags, at, inside, HAS_MASK)
+    return add_to(lanes, 1.0, tl.where(valid, x, 0.0)), some | valid.to(tl.int32)
 
 
 @triton.jit
@@ -39,43 +65,34 @@ def sum_row(
 ):  # fmt: skip
     """The gradients of the valid tokens of a part of a row, summed, float64; and whether there are any.
 
-    Lanes have compensated sums in the dtype of the gradients. Blocks begin at a multiple of 16 bytes.
+    Lanes have compensated sums in the dtype of the gradients.
     """
     KIND: tl.constexpr = grads.dtype.element_ty
     base, size = row_bounds(tokens.cu, row, tokens.width, tokens.total, PACKED)
-    length = size.to(tl.int32)
-    line = grads + base + row.to(tl.int64) * grad_stride
     flags = tokens.mask + base + row.to(tl.int64) * tokens.mask_stride
+    numbers = grads + base + row.to(tl.int64) * grad_stride
+    if ALIGNED:
+        numbers = tl.multiple_of(numbers, 16)
+        flags = tl.multiple_of(flags, 4)
+    line = line_of(numbers, flags, size.to(tl.int32), ALIGNED)
     lane = tl.arange(0, BLOCK)
     lanes = Pair(tl.zeros([BLOCK], KIND), tl.zeros([BLOCK], KIND))
     some = tl.zeros([BLOCK], tl.int32)
-    head = 0
-    if ALIGNED:
-        line = tl.multiple_of(line, 16)
-        flags = tl.multiple_of(flags, 16)
-    else:
-        head = tl.minimum(to_boundary(line), length)
+    if not ALIGNED:  # noqa: SIM102 (known when compiled; the part is not)
         if part == 0:
-            lanes, some = add_tokens(lanes, some, line, flags, lane, lane < head, HAS_MASK, False)
-        line = tl.multiple_of(line + head, 16)
-        flags += head
-    end = length - head
-    full = end // BLOCK * BLOCK
-    for start in range(part * BLOCK, full, parts * BLOCK):
-        lanes, some = add_tokens(lanes, some, line, flags, start + lane, lane >= 0, HAS_MASK, True)
-    if (full < end) & (part == full // BLOCK % parts):
-        lanes, some = add_tokens(lanes, some, line, flags, full + lane, full + lane < end, HAS_MASK, False)
+            at, inside = edges(line, lane)
+            lanes, some = add_tokens(lanes, some, line, at, inside, HAS_MASK)
+    for start in range(part * BLOCK, line.whole, parts * BLOCK):
+        at = start + lane
+        lanes, some = add_tokens(lanes, some, line, at, at < line.whole, HAS_MASK)
     total = sum_pairs(lanes)
-    if tl.abs(total) < float("inf"):
-        pass
-    else:
+    if not tl.abs(total) < float("inf"):
         # What is infinite or NaN, or beyond the range of float32 on the way, is summed plainly.
         wide = tl.zeros([BLOCK], tl.float64)
-        for start in range(part * BLOCK - head, end, parts * BLOCK):
+        for start in range(part * BLOCK - line.head, line.end, parts * BLOCK):
             at = start + lane
-            inside = (at < end) & ((at >= 0) | (part == 0))
-            valid = load_valid(flags, at, inside, HAS_MASK)
-            wide += tl.load(line + at, mask=valid, other=0.0).to(tl.float64)
+            valid = load_valid(line.flags, at, at < line.end, HAS_MASK)
+            wide += tl.load(line.numbers + at, mask=valid, other=0.0).to(tl.float64)
         total = tl.sum(wide, 0)
     return total, tl.max(some, 0)
 
@@ -99,7 +116,7 @@ def prepare_kernel(
         if KIND == OF_LIVES:
             rows = (p - ranked) * AT_ONCE + tl.arange(0, AT_ONCE)
             exists = rows < batch
-            found = have_token(rows, exists, tokens, LOOK, PACKED, HAS_MASK, ALIGNED)
+            found = have_token(rows, exists, tokens, LOOK, PACKED, HAS_MASK)
             tl.store(live + rows, found.to(tl.uint8), mask=exists)
         if KIND == OF_SUMS:
             row = p - ranked
@@ -112,14 +129,9 @@ def prepare_kernel(
 
 
 @triton.jit
-def write_tokens(value, line, flags, at, inside, HAS_MASK: tl.constexpr, WHOLE: tl.constexpr):
+def write_tokens(value, line, at, inside, HAS_MASK: tl.constexpr):
     """The value at valid tokens, 0 at others."""
-    if WHOLE:
-        if HAS_MASK:
-            value = tl.where(tl.load(flags + at) != 0, value, 0.0)
-        tl.store(line + at, value)
-    else:
-        tl.store(line + at, tl.where(load_valid(flags, at, inside, HAS_MASK), value, 0.0), mask=inside)
+    tl.store(line.numbers + at, tl.where(load_valid(line.flags, at, inside, HAS_MASK), value, 0.0), mask=inside)
 
 
 @triton.jit
@@ -148,36 +160,30 @@ def spread_kernel(
         if HAS_VALUES:
             difference = value.to(tl.float64) - tl.load(baselines + b).to(tl.float64)
             value = difference.to(values.dtype.element_ty)
-        if part == 0:
-            row = b + tl.zeros([1], tl.int32)
-            tokens = RowTokens(mask, cu, mask_stride, width, total)
-            live = have_token(row, row < batch, tokens, LOOK, PACKED, HAS_MASK, ALIGNED)
-            tl.store(inv_scales + row, live.to(inv_scales.dtype.element_ty))
-            tl.store(numerators + row, tl.where(live, value, 0.0))
-        value += 0.0  # no negative zeros
+    value += 0.0  # no negative zeros
     base, size = row_bounds(cu, b, width, total, PACKED)
     if PACKED:
         if b == 0:
             write_gap(out, base * 0, base, part, parts, BLOCK)
         if b == batch - 1:
             write_gap(out, base + size, total.to(tl.int64), part, parts, BLOCK)
-    length = size.to(tl.int32)
-    line = out + base + b.to(tl.int64) * out_stride
     flags = mask + base + b.to(tl.int64) * mask_stride
-    lane = tl.arange(0, BLOCK)
-    head = 0
+    numbers = out + base + b.to(tl.int64) * out_stride
     if ALIGNED:
-        line = tl.multiple_of(line, 16)
-        flags = tl.multiple_of(flags, 16)
-    else:
-        head = tl.minimum(to_boundary(line), length)
+        numbers = tl.multiple_of(numbers, 16)
+        flags = tl.multiple_of(flags, 4)
+    line = line_of(numbers, flags, size.to(tl.int32), ALIGNED)
+    lane = tl.arange(0, BLOCK)
+    if not ALIGNED:  # noqa: SIM102 (known when compiled; the part is not)
         if part == 0:
-            write_tokens(value, line, flags, lane, lane < head, HAS_MASK, False)
-        line = tl.multiple_of(line + head, 16)
-        flags += head
-    end = length - head
-    full = end // BLOCK * BLOCK
-    for start in range(part * BLOCK, full, parts * BLOCK):
-        write_tokens(value, line, flags, start + lane, lane >= 0, HAS_MASK, True)
-    if (full < end) & (part == full // BLOCK % parts):
-        write_tokens(value, line, flags, full + lane, full + lane < end, HAS_MASK, False)
+            at, inside = edges(line, tl.arange(0, 8))
+            write_tokens(value, line, at, inside, HAS_MASK)
+    for start in range(part * BLOCK, line.whole, parts * BLOCK):
+        at = start + lane
+        write_tokens(value, line, at, at < line.whole, HAS_MASK)
+    if ALONE:  # noqa: SIM102 (known when compiled; the part is not)
+        if part == 0:
+            row = b + tl.zeros([1], tl.int32)
+            live = have_token(row, row < batch, RowTokens(mask, cu, mask_stride, width, total), LOOK, PACKED, HAS_MASK)
+            tl.store(inv_scales + row, live.to(inv_scales.dtype.element_ty))
+            tl.store(numerators + row, tl.where(live, value, 0.0))

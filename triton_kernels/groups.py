@@ -99,19 +99,14 @@ def place_rows(block, labels, order, sorted_labels, batch):
 
 
 @triton.jit
-def have_token(
-    rows, exists, tokens, LOOK: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """Select the rows that have a valid token; ALIGNED: their masks begin at multiples of 16 bytes."""
+def have_token(rows, exists, tokens, LOOK: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Select the rows that have a valid token."""
     begin = rows.to(tl.int64) * tokens.mask_stride
     length = tl.where(exists, tokens.width, 0)
     if PACKED:
         begin, size = row_bounds(tokens.cu, tl.where(exists, rows, 0), tokens.width, tokens.total, PACKED)
         length = tl.where(exists, size, 0).to(tl.int32)
     live = length > 0
-    flags = tokens.mask + begin
-    if ALIGNED:
-        flags = tl.multiple_of(flags, 16)
     if HAS_MASK:
         pending = live
         live = pending & (length < 0)
@@ -119,7 +114,7 @@ def have_token(
         while tl.max((pending & (length > start)).to(tl.int32), 0) > 0:
             at = start + tl.arange(0, LOOK)
             inside = pending[:, None] & (at[None, :] < length[:, None])
-            valid = tl.load(flags[:, None] + at[None, :], mask=inside, other=0)
+            valid = tl.load((tokens.mask + begin)[:, None] + at[None, :], mask=inside, other=0)
             found = tl.max(valid.to(tl.int32), 1) > 0
             live = live | found
             pending = pending & (found == 0)
