@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import Pair, add_to, sum_pairs
+from .arithmetic import Pair, add_pairs, sum_pairs
 from .groups import LOOK, RowTokens, have_token, place_rows
 from .launch import INTERPRETED, Constant
 from .logits_rows import to_boundary
@@ -55,7 +55,8 @@ def add_tokens(lanes, some, line, at, inside, HAS_MASK: tl.constexpr):
     """Add a block of gradients to the lanes, and note which lanes had a valid token."""
     x = tl.load(line.numbers + at, mask=inside, other=0.0)
     valid = load_valid(line.flags, at, inside, HAS_MASK)
-    return add_to(lanes, 1.0, tl.where(valid, x, 0.0)), some | valid.to(tl.int32)
+    total, rest = add_pairs(lanes.sum, lanes.rest, tl.where(valid, x, 0.0), 0.0)
+    return Pair(total, rest), some | valid.to(tl.int32)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def sum_row(
 ):  # fmt: skip
     """The gradients of the valid tokens of a part of a row, summed, float64; and whether there are any.
 
-    Lanes have compensated sums in the dtype of the gradients.
+    Lanes have sums in two parts, in the dtype of the gradients.
     """
     KIND: tl.constexpr = grads.dtype.element_ty
     base, size = row_bounds(tokens.cu, row, tokens.width, tokens.total, PACKED)
@@ -97,9 +98,7 @@ def sum_row(
     return total, tl.max(some, 0)
 
 
-@triton.jit(
-    do_not_specialize=["batch", "ranked", "mask_stride", "grad_stride", "width", "total", "parts"]
-)
+@triton.jit(do_not_specialize=["batch", "ranked", "mask_stride", "grad_stride", "width", "total", "parts"])
 def prepare_kernel(
     labels, order, sorted_labels, grads, mask, cu, live, sums,
     batch, ranked, mask_stride, grad_stride, width, total, parts,
@@ -131,7 +130,8 @@ def prepare_kernel(
 @triton.jit
 def write_tokens(value, line, at, inside, HAS_MASK: tl.constexpr):
     """The value at valid tokens, 0 at others."""
-    tl.store(line.numbers + at, tl.where(load_valid(line.flags, at, inside, HAS_MASK), value, 0.0), mask=inside)
+    valid = load_valid(line.flags, at, inside, HAS_MASK)
+    tl.store(line.numbers + at, tl.where(valid, value, 0.0), mask=inside)
 
 
 @triton.jit
@@ -156,10 +156,9 @@ def spread_kernel(
     b = tl.program_id(0)
     part = tl.program_id(1)
     value = tl.load(values + b)
-    if ALONE:
-        if HAS_VALUES:
-            difference = value.to(tl.float64) - tl.load(baselines + b).to(tl.float64)
-            value = difference.to(values.dtype.element_ty)
+    if ALONE and HAS_VALUES:
+        difference = value.to(tl.float64) - tl.load(baselines + b).to(tl.float64)
+        value = difference.to(values.dtype.element_ty)
     value += 0.0  # no negative zeros
     base, size = row_bounds(cu, b, width, total, PACKED)
     if PACKED:
@@ -184,6 +183,7 @@ def spread_kernel(
     if ALONE:  # noqa: SIM102 (known when compiled; the part is not)
         if part == 0:
             row = b + tl.zeros([1], tl.int32)
-            live = have_token(row, row < batch, RowTokens(mask, cu, mask_stride, width, total), LOOK, PACKED, HAS_MASK)
+            tokens = RowTokens(mask, cu, mask_stride, width, total)
+            live = have_token(row, row < batch, tokens, LOOK, PACKED, HAS_MASK)
             tl.store(inv_scales + row, live.to(inv_scales.dtype.element_ty))
             tl.store(numerators + row, tl.where(live, value, 0.0))

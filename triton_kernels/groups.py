@@ -135,7 +135,7 @@ def load_members(group, start, ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, TI
     if HAS_LIVE:
         live = tl.load(every.live + rows, mask=inside, other=0)
         for part in range(1, every.parts):
-            live = live | tl.load(every.live + part.to(tl.int64) * every.batch + rows, mask=inside, other=0)
+            live = live | tl.load(every.live + part * every.batch.to(tl.int64) + rows, mask=inside, other=0)
         chosen = inside & (live != 0)
     reward = tl.load(every.rewards + rows, mask=inside, other=0.0)
     return Members(rows, inside, chosen, tl.where(chosen, reward, 0.0))
