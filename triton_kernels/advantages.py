@@ -206,7 +206,7 @@ def _options(a: AdvantagesArgs, p: Prepared) -> dict[str, Any]:
     return {
         "BASELINE": BASELINES.index(a.baseline), "SCALE": SCALES.index(a.scale), "RAW": a.raw,
         "ORDERED": p.order is not None, "HAS_LIVE": p.live is not None, "FEW": FEW, "TILE": TILE,
-        "num_warps": 1, **BITS,
+        "num_warps": 1,
     }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
         group_advantages_kernel[(rows.batch,)](
             rewards, p.labels, pointer(p.order, p.labels), pointer(p.live, rewards), pointer(values, rewards),
             pointer(lengths, rewards), _batch_record(a, p, None, None, None), per_row, inv_scale, numerators,
-            rows.batch, p.parts, *pair(a.quantile), *pair(a.eps), a.ddof, **_options(a, p),
+            rows.batch, p.parts, *pair(a.quantile), *pair(a.eps), a.ddof, **_options(a, p), **BITS,
         )  # fmt: skip
     if tokens:
         parts = splits(rewards, rows.batch, max(1, cdiv(rows.width, BLOCK)))
@@ -276,6 +276,6 @@ def group_advantages_backward(
         pointer(p.live, rewards), pointer(lengths, rewards), numerators,
         _batch_record(a, p, grads, inv_scale_grads, numerators), out, baseline_grads,
         rows.batch, p.parts, *pair(a.quantile), *pair(a.eps), a.ddof,
-        HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None, **_options(a, p),
+        HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None, **_options(a, p), **BITS,
     )  # fmt: skip
     return out, baseline_grads
