@@ -43,6 +43,7 @@ from .rows import Rows, as_bytes, dense, stride
 # Rows of a group that are read once and held, and rows that are read at once of a larger group.
 FEW = 16 if INTERPRETED else 64
 TILE = 64 if INTERPRETED else 256
+BATCH_TILE = 64 if INTERPRETED else 1024  # rows that the program of the batch reads at once
 # Rows from which on a sort costs less than placing each among all.
 SORTED = 100 if INTERPRETED else 8192
 
@@ -221,7 +222,8 @@ def _batch_record(
     batch_kernel[(1,)](
         pointer(grads, rewards), pointer(inv_grads, rewards), rewards, pointer(p.live, rewards),
         pointer(numerators, rewards), record, rewards.shape[0], p.parts, a.ddof,
-        HAS_GRAD=grads is not None, HAS_INV=inv_grads is not None, HAS_LIVE=p.live is not None, TILE=TILE, **BITS,
+        HAS_GRAD=grads is not None, HAS_INV=inv_grads is not None, HAS_LIVE=p.live is not None, TILE=BATCH_TILE,
+        num_warps=8, **BITS,
     )  # fmt: skip
     return record
 
