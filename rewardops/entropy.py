@@ -200,7 +200,7 @@ def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Te
     means = torch.where(finite, means, 0)
     args = AdvantagesArgs(
         means, ids, None, counts.to(means.dtype), live[:, None], None, -1, baseline="length_weighted",
-        quantile=0.0, scale="none", eps=0.0, ddof=1, raw=False,
+        quantile=0.0, scale="none", eps=0.0, ddof=1, raw=False, contiguous=False,
     )  # fmt: skip
     above, _, _ = group_ops.group_advantages(*args)
     return torch.where(broken & live, torch.nan, means - above[:, 0])

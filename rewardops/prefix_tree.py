@@ -390,6 +390,7 @@ def tempo_advantages(
         eps=added_to_scale,
         ddof=ddof,
         raw=False,
+        contiguous=groups is None,
     )
     centred, inv_scale, _ = advantages.group_advantages(*args)
     value, bias = forest.means(x), wide(centred)

@@ -1,48 +1,65 @@
-"""Group-relative advantages on the GPU, broadcast to tokens in the same launch.
+"""Group-relative advantages on the GPU: places and lives of rows, a program per group, and a write of the tokens.
 
-Memory traffic: labels and rewards of all rows (from the cache, after the first program), the mask, and one write
-per token. A program serves a row, or a part of a long one: it joins its row with its group by equality of labels.
+Memory traffic: the mask until a row's first valid token, members once (large groups: once per statistic, from the
+cache), the mask and one write per token. Backward: gradients and mask of the tokens once, then the same per group.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.advantages import BASELINES, SCALES, AdvantagesArgs
+from .advantages_backward import batch_kernel, group_advantages_backward_kernel
+from .advantages_tokens import (
+    BLOCK,
+    LIVES,
+    NOTHING,
+    ROWS_AT_ONCE,
+    SUMS,
+    prepare_kernel,
+    spread_kernel,
+)
 from .group_statistics import (
-    BATCH_STD,
+    BATCH_RECORD,
     BY_LENGTH,
     LEAVE_ONE_OUT,
     MEAN,
-    MEAN_ABS,
     NO_BASELINE,
-    NO_SCALE,
-    QUANTILE,
-    RANGE,
     SECOND,
     VALUES,
+    Settings,
     first_with_reward,
     group_statistics,
 )
-from .groups import GroupRows, members, with_valid_token
-from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
-from .rows import Rows, as_bytes, load_valid, output, row_bounds, stride
-from .segments import row_sums
+from .groups import ROWS, Group, SortedRows, end_of_group, load_members
+from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits, unpair
+from .rows import Rows, as_bytes, dense, stride
 
-# Rows joined at once; fewer where masks are read too.
-JOIN = 128 if INTERPRETED else 1024
-JOIN_BACKWARD = 128 if INTERPRETED else 512  # the size at which ptxas keeps everything in registers
-JOIN_MASKED = 128
-BLOCK = 256 if INTERPRETED else 1024
+# Rows of a group that are read once and held, and rows that are read at once of a larger group.
+FEW = 16 if INTERPRETED else 64
+TILE = 64 if INTERPRETED else 256
+BATCH_TILE = 64 if INTERPRETED else 1024  # rows that the program of the batch reads at once
+# Rows from which on a sort costs less than placing each among all.
+SORTED = 100 if INTERPRETED else 8192
+
+
+class Outputs(NamedTuple):
+    """What a group's program reads and writes per row; pointers."""
+
+    baselines: Any
+    advantages: Any
+    inv_scales: Any
+    numerators: Any
 
 
 @triton.jit
 def numerator(reward, baseline, s, best, BASELINE: tl.constexpr):
-    """Reward minus baseline, from the group's statistics ``s``; ``best``: its first row of highest reward."""
+    """Reward minus baseline, from the group's statistics ``s``; ``best``: the first of highest reward."""
     if BASELINE == NO_BASELINE:
         value = reward
     elif BASELINE == VALUES:
@@ -57,162 +74,87 @@ def numerator(reward, baseline, s, best, BASELINE: tl.constexpr):
     return tl.where(s.raw, reward, value)
 
 
-@triton.jit(do_not_specialize=["batch", "mask_stride", "width", "total", "out_stride", "ddof", "splits"])
-def group_advantages_kernel(
-    rewards, labels, baselines, lengths, mask, cu, advantages, inv_scales, numerators,
-    batch, mask_stride, width, total, out_stride, quantile_high, quantile_low, eps_high, eps_low, ddof, splits,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, JOIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (b, k): row b, and of its tokens the blocks k, k + splits, ..."""
-    ACC: tl.constexpr = tl.float64
-    b = tl.program_id(0)
-    group = GroupRows(tl.load(labels + b), rewards, labels, batch, mask, mask_stride, cu, width, total)
-    # A row without a valid token is not a member, and has no token to write.
-    row = b + tl.zeros([1], tl.int32)
-    nonempty = with_valid_token(row, row < batch, group, TOKENS, PACKED, HAS_MASK)
-    nonempty = tl.max(nonempty.to(tl.int32), 0) > 0
-    reward = tl.load(rewards + b).to(ACC)
-    if SCALE == NO_SCALE and not RAW and (BASELINE == NO_BASELINE or BASELINE == VALUES):
-        # The advantage does not depend on the group.
-        value = reward
-        if BASELINE == VALUES:
-            value = reward - tl.load(baselines + b).to(ACC)
-        inv_scale = tl.full([], 1.0, ACC)
-    else:
-        eps = tl.full([], eps_high, ACC) + tl.full([], eps_low, ACC)
-        REWARD: tl.constexpr = rewards.dtype.element_ty
-        quantile = tl.full([], quantile_high, REWARD) + tl.full([], quantile_low, REWARD)
-        s = group_statistics(
-            group, lengths, quantile, eps, ddof, BASELINE, SCALE, RAW, TOKENS, PACKED, HAS_MASK, JOIN
-        )
-        baseline = reward
-        if BASELINE == VALUES:
-            baseline = tl.load(baselines + b).to(ACC)
-        best = b < 0
-        if BASELINE == SECOND:
-            best = b == first_with_reward(s.high, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
-        value = numerator(reward, baseline, s, best, BASELINE)
-        inv_scale = s.inv_scale
-    if tl.program_id(1) == 0:
-        tl.store(inv_scales + b, tl.where(nonempty, inv_scale, 0.0))
-        tl.store(numerators + b, tl.where(nonempty, value, 0.0))
-    # No negative zeros.
-    value = tl.where(nonempty, value * inv_scale + 0.0, 0.0).to(advantages.dtype.element_ty)
-    if TOKENS:
-        base, length = row_bounds(cu, b, width, total, PACKED)
-        for start in range(tl.program_id(1) * BLOCK, length, splits * BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < length
-            valid = load_valid(mask, base + b.to(tl.int64) * mask_stride + at, inside, HAS_MASK)
-            where = advantages + base + b.to(tl.int64) * out_stride + at
-            tl.store(where, tl.where(valid, value, 0.0), mask=inside)
-    else:
-        tl.store(advantages + b, value)
-
-
-@triton.jit(do_not_specialize=["batch", "mask_stride", "width", "total", "ddof"])
-def group_advantages_backward_kernel(
-    grads, inv_scale_grads, rewards, labels, lengths, numerators, mask, cu, reward_grads, baseline_grads,
-    batch, mask_stride, width, total, quantile_high, quantile_low, eps_high, eps_low, ddof,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_INV: tl.constexpr, JOIN: tl.constexpr,
-):  # fmt: skip
-    """Program b: the gradients of row b's reward, and of its baseline where that is an argument."""
-    ACC: tl.constexpr = tl.float64
-    REWARD: tl.constexpr = rewards.dtype.element_ty
-    b = tl.program_id(0)
-    eps = tl.full([], eps_high, ACC) + tl.full([], eps_low, ACC)
-    quantile = tl.full([], quantile_high, REWARD) + tl.full([], quantile_low, REWARD)
-    label = tl.load(labels + b)
-    group = GroupRows(label, rewards, labels, batch, mask, mask_stride, cu, width, total)
-    s = group_statistics(
-        group, lengths, quantile, eps, ddof, BASELINE, SCALE, RAW, TOKENS, PACKED, HAS_MASK, JOIN
-    )
-    lowest = batch
-    highest = batch
-    if SCALE == RANGE or BASELINE == SECOND:
-        highest = first_with_reward(s.high, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
-    if SCALE == RANGE:
-        lowest = first_with_reward(s.low, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
-    # Sums of upstream gradients over the rows whose numerator contains the baseline, and the gradient of the
-    # inverse scale, which with "batch_std" is that of all rows.
-    grad_sum = tl.zeros([], ACC)
-    inv_scale_grad = tl.zeros([], ACC)
-    if SCALE == BATCH_STD:
-        first = batch * 0
-        last = batch
-    else:
-        first = s.begin
-        last = s.end
-    for start in range(first, last, JOIN):
-        rows, chosen = members(start, group, SCALE == BATCH_STD, TOKENS, PACKED, HAS_MASK, JOIN)
-        grad = tl.zeros([JOIN], ACC)
-        if HAS_GRAD:
-            grad = tl.load(grads + rows, mask=chosen, other=0.0).to(ACC)
-        if SCALE != NO_SCALE:
-            term = grad * tl.load(numerators + rows, mask=chosen, other=0.0).to(ACC)
-            if HAS_INV:
-                term += tl.load(inv_scale_grads + rows, mask=chosen, other=0.0).to(ACC)
-            inv_scale_grad += tl.sum(term, 0)
-        if SCALE == BATCH_STD:
-            chosen = chosen & (tl.load(labels + rows, mask=chosen, other=0) == label)
-        if BASELINE == SECOND:
-            chosen = chosen & (rows == highest)
-        grad_sum += tl.sum(tl.where(chosen, grad, 0.0), 0)
-    row = b + tl.zeros([1], tl.int32)
-    nonempty = with_valid_token(row, row < batch, group, TOKENS, PACKED, HAS_MASK)
-    nonempty = tl.max(nonempty.to(tl.int32), 0) > 0
-    grad = tl.zeros([], ACC)
-    if HAS_GRAD:
-        grad = tl.load(grads + b, mask=nonempty, other=0.0).to(ACC)
-    reward = tl.load(rewards + b).to(ACC)
-    # Derivatives by this row's reward: of its own numerator, and of the baseline.
-    gain = s.gain
-    weight = tl.zeros([], ACC)
-    if BASELINE == MEAN or BASELINE == LEAVE_ONE_OUT:
-        weight = gain / tl.maximum(s.size, 1.0)
-    elif BASELINE == BY_LENGTH:
-        equal = s.length == 0
-        weight = tl.where(equal, 1.0, tl.load(lengths + b).to(ACC)) / tl.where(equal, s.size, s.length)
-    elif BASELINE != NO_BASELINE and BASELINE != VALUES:
-        at_below = first_with_reward(s.below, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
-        weight = tl.where(b == at_below, 1.0 - s.fraction, 0.0)
-        if BASELINE == QUANTILE:
-            at_above = first_with_reward(s.above, s.begin, s.end, group, TOKENS, PACKED, HAS_MASK, JOIN)
-            weight += tl.where(b == at_above, s.fraction, 0.0)
-        weight = tl.where(s.low == s.low, weight, s.low)  # a NaN has no rank
-        if BASELINE == SECOND:
-            gain = tl.where(b == highest, 1.0, 0.0)
-    reward_grad = s.inv_scale * (gain * grad - weight * grad_sum)
-    slope = tl.zeros([], ACC)  # d scale / d reward
-    if SCALE == RANGE:
-        slope = tl.where(b == highest, 1.0, 0.0) - tl.where(b == lowest, 1.0, 0.0)
-    elif SCALE == MEAN_ABS:
-        slope = (tl.where(reward > 0, 1.0, 0.0) - tl.where(reward < 0, 1.0, 0.0)) / tl.maximum(s.size, 1.0)
-    elif SCALE != NO_SCALE:
-        # d std / d r = centred / ((n - ddof) std)
-        freedom = tl.maximum(s.scale_size - ddof, 1.0)
-        centred = reward - s.scale_origin - s.scale_mean_above
-        slope = tl.where(s.scale == 0, 0.0, centred / (freedom * tl.where(s.scale == 0, 1.0, s.scale)))
-    if SCALE != NO_SCALE:
-        reward_grad -= inv_scale_grad * s.inv_scale * s.inv_scale * slope
-    tl.store(reward_grads + b, tl.where(nonempty, tl.where(s.raw, grad, reward_grad), 0.0))
+@triton.jit
+def write_members(m, s, best, out, BASELINE: tl.constexpr):
+    kind = out.numerators.dtype.element_ty
+    reward = m.reward.to(tl.float64)
+    baseline = reward
     if BASELINE == VALUES:
-        tl.store(baseline_grads + b, tl.where(nonempty & (s.raw == 0), -s.inv_scale * grad, 0.0))
+        baseline = tl.load(out.baselines + m.rows, mask=m.chosen, other=0.0).to(tl.float64)
+    value = tl.where(m.chosen, numerator(reward, baseline, s, m.rows == best, BASELINE), 0.0)
+    inv_scale = tl.where(m.chosen, s.inv_scale, 0.0)
+    tl.store(out.inv_scales + m.rows, inv_scale.to(kind), mask=m.inside)
+    tl.store(out.numerators + m.rows, value.to(kind), mask=m.inside)
+    # No negative zeros. Rows that are no members have 0 times 0.
+    tl.store(out.advantages + m.rows, (value * inv_scale + 0.0).to(kind), mask=m.inside)
+
+
+@triton.jit
+def write_group(
+    group, batch_record, lengths, settings, out,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    held = load_members(group, group.begin, ORDERED, HAS_LIVE, TILE)
+    s = group_statistics(
+        held, group, batch_record, lengths, settings, BASELINE, SCALE, RAW, ORDERED, HAS_LIVE, HELD, TILE
+    )
+    best = group.sorted.batch
+    if BASELINE == SECOND:
+        best = first_with_reward(s.high, held, group, ORDERED, HAS_LIVE, HELD, TILE)
+    if HELD:
+        write_members(held, s, best, out, BASELINE)
+    else:
+        for start in range(group.begin, group.end, TILE):
+            write_members(load_members(group, start, ORDERED, HAS_LIVE, TILE), s, best, out, BASELINE)
+
+
+@triton.jit(do_not_specialize=["batch", "parts", "ddof"])
+def group_advantages_kernel(
+    rewards, labels, order, live, baselines, lengths, batch_record, advantages, inv_scales, numerators,
+    batch, parts, quantile_high, quantile_low, eps_high, eps_low, ddof,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, FEW: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program p: the group that begins at place p, if one does."""
+    begin = tl.program_id(0)
+    label = tl.load(labels + begin)
+    if label != tl.load(labels + begin - 1, mask=begin > 0, other=~label):
+        settings = Settings(
+            unpair(quantile_high, quantile_low, rewards.dtype.element_ty),
+            unpair(eps_high, eps_low, tl.float64), ddof,
+        )  # fmt: skip
+        end = end_of_group(labels, begin, label, batch, FEW, TILE)
+        group = Group(SortedRows(rewards, labels, order, live, batch, parts), begin, end)
+        out = Outputs(baselines, advantages, inv_scales, numerators)
+        if end - begin <= FEW:
+            write_group(
+                group, batch_record, lengths, settings, out,
+                BASELINE, SCALE, RAW, ORDERED, HAS_LIVE, True, FEW,
+            )  # fmt: skip
+        else:
+            write_group(
+                group, batch_record, lengths, settings, out,
+                BASELINE, SCALE, RAW, ORDERED, HAS_LIVE, False, TILE,
+            )  # fmt: skip
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-def _options(a: AdvantagesArgs, unmasked: int) -> dict[str, Any]:
-    """Keyword arguments of both launches; ``unmasked``: rows joined at once where no mask is read."""
-    # Eight warps: a tile of masks does not fit into the registers of four.
-    join, warps = (unmasked, 4) if a.mask is None else (JOIN_MASKED, 8)
-    return {
-        "BASELINE": BASELINES.index(a.baseline), "SCALE": SCALES.index(a.scale), "RAW": a.raw,
-        "HAS_MASK": a.mask is not None, "JOIN": join, "num_warps": warps,
-    }  # fmt: skip
+class Prepared(NamedTuple):
+    """What the programs of groups read: sorted rows, rows with a token, sums of the gradients of tokens."""
+
+    labels: Tensor
+    order: Tensor | None  # None: rows are sorted
+    live: Tensor | None  # None: all rows are members
+    sums: Tensor | None
+    parts: int
+
+
+def _is_relative(a: AdvantagesArgs) -> bool:
+    """Whether advantages depend on the group."""
+    return a.raw or a.scale != "none" or a.baseline not in ("none", "values")
 
 
 def _rows(a: AdvantagesArgs) -> Rows:
@@ -222,23 +164,94 @@ def _rows(a: AdvantagesArgs) -> Rows:
     return Rows.of(a.token_shape, a.cu_seqlens, a.rewards)
 
 
-def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
-    rewards, groups = a.rewards.contiguous(), a.groups.contiguous()
-    values, lengths = (None if t is None else t.contiguous() for t in (a.baseline_values, a.lengths))
-    inv_scale, numerators = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    rows, tokens = _rows(a), a.token_shape is not None
-    out = output(rewards, rewards.shape if a.token_shape is None else a.token_shape, rows.packed)
-    mask = as_bytes(a.mask)
-    if rows.batch == 0:
-        return out, inv_scale, numerators
-    blocks = max(1, cdiv(rows.width, BLOCK))
-    parts = splits(rewards, rows.batch, blocks) if tokens else 1
-    group_advantages_kernel[(rows.batch, parts)](
-        rewards, groups, pointer(values, rewards), pointer(lengths, rewards), pointer(mask, rewards), rows.cu, out,
-        inv_scale, numerators, rows.batch, stride(mask), rows.width, rows.total, stride(out) if tokens else 0,
-        *pair(a.quantile), *pair(a.eps), a.ddof, parts, TOKENS=tokens, PACKED=rows.packed, BLOCK=BLOCK,
-        **_options(a, JOIN), **BITS,
+def _aligned(rows: Rows, numbers: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether rows of numbers begin and end at multiples of 16 bytes, and rows of the mask at multiples of 4."""
+    if rows.packed or numbers is None:
+        return False
+    size = numbers.element_size()
+    places = numbers.data_ptr() | stride(numbers) * size | rows.width * size
+    return places % 16 == 0 and (mask is None or (mask.data_ptr() | stride(mask)) % 4 == 0)
+
+
+def _prepare(a: AdvantagesArgs, rows: Rows, grad: Tensor | None, mask: Tensor | None) -> Prepared:
+    """One launch, where anything is to do; a sort before it for many rows in any order."""
+    labels, order, ranked, batch = a.groups.contiguous(), None, 0, rows.batch
+    sorted_labels = labels
+    if not a.contiguous and _is_relative(a):
+        if batch > SORTED:
+            sorted_labels, order = labels.sort(stable=True)
+        else:
+            sorted_labels, order = torch.empty_like(labels), torch.empty_like(labels)
+            ranked = cdiv(batch, ROWS.value)
+    kind, parts, programs, live, sums = NOTHING, 1, 0, None, None
+    if a.token_shape is not None and grad is not None:
+        kind, programs = SUMS, batch
+        parts = splits(a.rewards, batch, max(1, cdiv(rows.width, BLOCK)))
+        live, sums = (a.rewards.new_empty((parts, batch), dtype=d) for d in (torch.uint8, torch.float64))
+    elif a.token_shape is not None:
+        kind, programs = LIVES, cdiv(batch, ROWS_AT_ONCE)
+        live = a.rewards.new_empty((1, batch), dtype=torch.uint8)
+    if ranked or programs:
+        prepare_kernel[(ranked + programs, parts)](
+            labels, pointer(order, labels), sorted_labels, pointer(grad, a.rewards), pointer(mask, labels), rows.cu,
+            pointer(live, labels), pointer(sums, a.rewards), batch, ranked, stride(mask), stride(grad), rows.width,
+            rows.total, parts,
+            KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None,
+            ALIGNED=_aligned(rows, grad, mask), BLOCK=BLOCK, **BITS,
+        )  # fmt: skip
+    return Prepared(sorted_labels, order, live, sums, parts)
+
+
+def _options(a: AdvantagesArgs, p: Prepared) -> dict[str, Any]:
+    """Keyword arguments of both directions."""
+    return {
+        "BASELINE": BASELINES.index(a.baseline), "SCALE": SCALES.index(a.scale), "RAW": a.raw,
+        "ORDERED": p.order is not None, "HAS_LIVE": p.live is not None, "FEW": FEW, "TILE": TILE,
+        "num_warps": 1,
+    }  # fmt: skip
+
+
+def _batch_record(
+    a: AdvantagesArgs, p: Prepared, grads: Tensor | None, inv_grads: Tensor | None, numerators: Tensor | None
+) -> Tensor:
+    """The moments of the batch, for "batch_std"; else any tensor."""
+    rewards = a.rewards.contiguous()
+    if a.scale != "batch_std":
+        return rewards
+    record = rewards.new_empty(BATCH_RECORD, dtype=torch.float64)
+    batch_kernel[(1,)](
+        pointer(grads, rewards), pointer(inv_grads, rewards), rewards, pointer(p.live, rewards),
+        pointer(numerators, rewards), record, rewards.shape[0], p.parts, a.ddof,
+        HAS_GRAD=grads is not None, HAS_INV=inv_grads is not None, HAS_LIVE=p.live is not None, TILE=BATCH_TILE,
+        num_warps=8, **BITS,
     )  # fmt: skip
+    return record
+
+
+def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
+    rewards, rows, tokens = a.rewards.contiguous(), _rows(a), a.token_shape is not None
+    values, lengths = (None if t is None else t.contiguous() for t in (a.baseline_values, a.lengths))
+    per_row, inv_scale, numerators = (rewards.new_empty(rewards.shape) for _ in range(3))
+    mask = as_bytes(a.mask)
+    out = per_row if a.token_shape is None else rewards.new_empty(a.token_shape)
+    if rows.batch == 0:
+        return out.zero_(), inv_scale, numerators
+    alone = tokens and not _is_relative(a)
+    if not alone:
+        p = _prepare(a, rows, None, mask)
+        group_advantages_kernel[(rows.batch,)](
+            rewards, p.labels, pointer(p.order, p.labels), pointer(p.live, rewards), pointer(values, rewards),
+            pointer(lengths, rewards), _batch_record(a, p, None, None, None), per_row, inv_scale, numerators,
+            rows.batch, p.parts, *pair(a.quantile), *pair(a.eps), a.ddof, **_options(a, p), **BITS,
+        )  # fmt: skip
+    if tokens:
+        parts = splits(rewards, rows.batch, max(1, cdiv(rows.width, BLOCK)))
+        spread_kernel[(rows.batch, parts)](
+            rewards if alone else per_row, pointer(values, rewards), pointer(mask, rewards), rows.cu, out,
+            inv_scale, numerators, rows.batch, stride(mask), rows.width, rows.total, stride(out), parts,
+            ALONE=alone, HAS_VALUES=values is not None, PACKED=rows.packed, HAS_MASK=mask is not None,
+            ALIGNED=_aligned(rows, out, mask), BLOCK=BLOCK, **BITS,
+        )  # fmt: skip
     return out, inv_scale, numerators
 
 
@@ -249,23 +262,22 @@ def group_advantages_backward(
     numerator: Tensor,
     a: AdvantagesArgs,
 ) -> tuple[Tensor, Tensor]:
-    rewards, groups = a.rewards.contiguous(), a.groups.contiguous()
+    rewards, rows, tokens = a.rewards.contiguous(), _rows(a), a.token_shape is not None
     lengths = None if a.lengths is None else a.lengths.contiguous()
     out = rewards.new_empty(rewards.shape)
     baseline_grads = rewards.new_empty(0 if a.baseline_values is None else rewards.shape)
-    rows, tokens = _rows(a), a.token_shape is not None
     if rows.batch == 0:
         return out, baseline_grads
-    mask = as_bytes(a.mask)
-    grads = grad
-    if grad is not None:
-        grads = row_sums(grad, a.mask, a.cu_seqlens) if tokens else grad.contiguous()
+    grad = None if grad is None else dense(grad) if tokens else grad.contiguous()
+    p = _prepare(a, rows, grad, as_bytes(a.mask))
+    grads = p.sums if tokens else grad
+    numerators = numerator.contiguous()
     inv_scale_grads = None if grad_inv_scale is None else grad_inv_scale.contiguous()
     group_advantages_backward_kernel[(rows.batch,)](
-        pointer(grads, rewards), pointer(inv_scale_grads, rewards), rewards, groups, pointer(lengths, rewards),
-        numerator.contiguous(), pointer(mask, rewards), rows.cu, out, baseline_grads,
-        rows.batch, stride(mask), rows.width, rows.total, *pair(a.quantile), *pair(a.eps), a.ddof,
-        TOKENS=tokens, PACKED=rows.packed, HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None,
-        **_options(a, JOIN_BACKWARD), **BITS,
+        pointer(grads, rewards), pointer(inv_scale_grads, rewards), rewards, p.labels, pointer(p.order, p.labels),
+        pointer(p.live, rewards), pointer(lengths, rewards), numerators,
+        _batch_record(a, p, grads, inv_scale_grads, numerators), out, baseline_grads,
+        rows.batch, p.parts, *pair(a.quantile), *pair(a.eps), a.ddof,
+        HAS_GRAD=grads is not None, HAS_INV=inv_scale_grads is not None, **_options(a, p), **BITS,
     )  # fmt: skip
     return out, baseline_grads

@@ -1,4 +1,7 @@
-"""Statistics of a group's rewards, in float64: the inputs of baselines, scales and their gradients."""
+"""Statistics of a group's rewards, in float64: the inputs of baselines, scales and their gradients.
+
+Each lane adds up its own members (`over_members`); lanes meet once per statistic.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference.advantages import BASELINES, SCALES
-from .groups import members
+from .groups import over_members
 from .launch import Constant
 
 # Indices of baselines and scales in the tables of the specification.
@@ -29,13 +32,22 @@ NO_SCALE = Constant(SCALES.index("none"))
 # Spreads of rewards whose square may leave the range of float64, and factors that bring them back.
 HUGE, SHRINK = Constant(2.0**400), Constant(2.0**-600)
 TINY, GROW = Constant(2.0**-400), Constant(2.0**600)
+# Places in the record of the batch, for "batch_std".
+SIZE, ORIGIN, MEAN_ABOVE, BATCH_SCALE, DIFFER, INV_SCALE_GRAD = (Constant(k) for k in range(6))
+BATCH_RECORD = 6
+
+
+class Settings(NamedTuple):
+    """Numbers of a call."""
+
+    quantile: Any  # in the dtype of the rewards
+    eps: Any
+    ddof: Any
 
 
 class Moments(NamedTuple):
-    """Extremes and moments of the rewards of a group, or of the whole batch; float64 unless noted."""
+    """Extremes and moments of rewards, float64."""
 
-    begin: Any  # int32: all members lie in the rows [begin, end), whole blocks
-    end: Any
     size: Any  # number of members
     low: Any  # smallest reward; NaN if a reward is NaN
     high: Any  # largest reward; likewise
@@ -49,8 +61,6 @@ class Moments(NamedTuple):
 class GroupStatistics(NamedTuple):
     """Baseline and scale of a group, and the inputs of their gradients; float64 unless noted."""
 
-    begin: Any  # int32: all members lie in the rows [begin, end), whole blocks
-    end: Any
     size: Any  # number of members
     low: Any  # smallest reward; NaN if a reward is NaN
     high: Any  # largest reward; likewise
@@ -69,69 +79,127 @@ class GroupStatistics(NamedTuple):
     scale: Any  # and the scale itself, without eps
 
 
+# ---- sums over members -------------------------------------------------------------------------------------
+
+
+class Extremes(NamedTuple):
+    low: Any
+    high: Any
+    size: Any
+
+
+class Sums(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Ranked(NamedTuple):
+    """Of a key: the number of members up to it, the reward that has it, and the smallest one beyond."""
+
+    at_most: Any
+    value: Any
+    above: Any
+
+
+class Centre(NamedTuple):
+    """What squares are taken of: (reward - origin - mean_above) * unit."""
+
+    origin: Any
+    mean_above: Any
+    unit: Any
+
+
+@triton.jit
+def add_extremes(to, m, x):
+    return Extremes(
+        tl.minimum(to.low, tl.where(m.chosen, m.reward, float("inf"))),
+        tl.maximum(to.high, tl.where(m.chosen, m.reward, float("-inf"))),
+        to.size + m.chosen.to(tl.int32),
+    )
+
+
+@triton.jit
+def add_moments(to, m, origin):
+    r = m.reward.to(tl.float64)
+    return Sums(to.first + tl.where(m.chosen, r - origin, 0.0), to.second + tl.abs(r))
+
+
+@triton.jit
+def add_squares(to, m, x):
+    centred = (m.reward.to(tl.float64) - x.origin - x.mean_above) * x.unit
+    return to + tl.where(m.chosen, centred * centred, 0.0)
+
+
+@triton.jit
+def add_lengths(to, m, x):
+    """The lengths, and the weighted rewards above the origin; ``x``: the lengths' pointer, the origin."""
+    length = tl.load(x.first + m.rows, mask=m.chosen, other=0.0).to(tl.float64)
+    weighted = tl.where(m.chosen, length * (m.reward.to(tl.float64) - x.second), 0.0)
+    return Sums(to.first + length, to.second + weighted)
+
+
+@triton.jit
+def count_up_to(to, m, key):
+    return to + (m.chosen & (sort_key(m.reward) <= key)).to(tl.int32)
+
+
+@triton.jit
+def add_ranked(to, m, key):
+    keys = sort_key(m.reward)
+    return Ranked(
+        to.at_most + (m.chosen & (keys <= key)).to(tl.int32),
+        tl.minimum(to.value, tl.where(m.chosen & (keys == key), m.reward, float("inf"))),
+        tl.minimum(to.above, tl.where(m.chosen & (keys > key), m.reward, float("inf"))),
+    )
+
+
+@triton.jit
+def earliest(to, m, value):
+    """The earliest row so far whose reward is ``value``."""
+    return tl.minimum(to, tl.where(m.chosen & (m.reward.to(tl.float64) == value), m.rows, to))
+
+
+# ---- statistics --------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def reward_moments(
-    group, ddof,
-    SQUARES: tl.constexpr, EVERYONE: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, JOIN: tl.constexpr,
+    held, group, ddof,
+    SQUARES: tl.constexpr, ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``Moments`` of a group, or of ``EVERYONE``; ``SQUARES`` requests the standard deviation.
+    """``Moments`` of a group; ``SQUARES`` requests the standard deviation.
 
     Rewards are centred on the smallest one first: rewards near 1000 keep the digits of their differences. Equal
     rewards are detected by comparison: their computed std is rounding error, not 0. Infinite rewards make moments
-    infinite or NaN, whatever their place. All labels are read once; later
-    passes read only the blocks between the group's first and last row. Float64 costs little here, and gradients
-    cancel.
+    infinite or NaN, whatever their place.
     """
     ACC: tl.constexpr = tl.float64
-    low = tl.full([], float("inf"), ACC)
-    high = tl.full([], float("-inf"), ACC)
-    count = tl.zeros([], tl.int32)
-    begin = group.batch
-    end = group.batch * 0
-    for start in range(0, group.batch, JOIN):
-        rows, chosen = members(start, group, EVERYONE, TOKENS, PACKED, HAS_MASK, JOIN)
-        low = tl.minimum(
-            low, tl.min(tl.load(group.rewards + rows, mask=chosen, other=float("inf")), 0).to(ACC)
-        )
-        high = tl.maximum(
-            high, tl.max(tl.load(group.rewards + rows, mask=chosen, other=float("-inf")), 0).to(ACC)
-        )
-        in_block = tl.sum(chosen.to(tl.int32), 0)
-        count += in_block
-        if in_block > 0:
-            begin = tl.minimum(begin, start)
-            end = start + JOIN
+    zeros = tl.zeros([TILE], ACC)
+    most = tl.full([TILE], float("inf"), group.sorted.rewards.dtype.element_ty)
+    ends = Extremes(most, -most, tl.zeros([TILE], tl.int32))
+    ends = over_members(add_extremes, ends, 0, held, group, ORDERED, HAS_LIVE, HELD, TILE)
+    low = tl.min(ends.low, 0).to(ACC)
+    high = tl.max(ends.high, 0).to(ACC)
+    count = tl.sum(ends.size, 0)
+    size = tl.maximum(count, 1).to(ACC)
     origin = tl.where(tl.abs(low) < float("inf"), low, 0.0)
-    above = tl.zeros([], ACC)
-    magnitude = tl.zeros([], ACC)
-    differ = tl.zeros([], tl.int32)
-    for start in range(begin, end, JOIN):
-        rows, chosen = members(start, group, EVERYONE, TOKENS, PACKED, HAS_MASK, JOIN)
-        r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
-        above += tl.sum(tl.where(chosen, r - origin, 0.0), 0)
-        magnitude += tl.sum(tl.abs(r), 0)
-        differ += tl.sum((chosen & (r != low)).to(tl.int32), 0)
-    size = count.to(ACC)
-    differs = (differ > 0) | (tl.abs(low) == float("inf"))
+    sums = over_members(add_moments, Sums(zeros, zeros), origin, held, group, ORDERED, HAS_LIVE, HELD, TILE)
+    magnitude = tl.sum(sums.second, 0)
+    mean_above = tl.sum(sums.first, 0) / size
     # A NaN may be missing from minimum and maximum, but not from the sum.
     low = tl.where(magnitude == magnitude, low, magnitude)
     high = tl.where(magnitude == magnitude, high, magnitude)
-    mean_above = above / tl.maximum(size, 1.0)
+    differ = (count > 0) & ((low != high) | (tl.abs(low) == float("inf")))
     std = tl.zeros([], ACC)
     if SQUARES:
-        square = tl.zeros([], ACC)
         spread = high - low
         unit = tl.where(spread > HUGE, SHRINK, tl.where(spread < TINY, GROW, 1.0)).to(ACC)
         back = tl.where(spread > HUGE, GROW, tl.where(spread < TINY, SHRINK, 1.0)).to(ACC)
-        for start in range(begin, end, JOIN):
-            rows, chosen = members(start, group, EVERYONE, TOKENS, PACKED, HAS_MASK, JOIN)
-            r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
-            centred = (r - origin - mean_above) * unit
-            square += tl.sum(tl.where(chosen, centred * centred, 0.0), 0)
-        std = tl.where(differs, tl.sqrt(square / tl.maximum((count - ddof).to(ACC), 1.0)) * back, 0.0)
-    mean_abs = magnitude / tl.maximum(size, 1.0)
-    return Moments(begin, end, size, low, high, origin, mean_above, std, mean_abs, differs)
+        x = Centre(origin, mean_above, unit)
+        squares = over_members(add_squares, zeros, x, held, group, ORDERED, HAS_LIVE, HELD, TILE)
+        freedom = tl.maximum(count - ddof, 1).to(ACC)
+        std = tl.where(differ, tl.sqrt(tl.sum(squares, 0) / freedom) * back, 0.0)
+    return Moments(count.to(ACC), low, high, origin, mean_above, std, magnitude / size, differ)
 
 
 @triton.jit
@@ -147,92 +215,69 @@ def sort_key(r):
 
 @triton.jit
 def order_statistics(
-    rank,
-    begin,
-    end,
-    group,
-    TOKENS: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    JOIN: tl.constexpr,
+    rank, held, group, ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr
 ):
     """The group's rewards of rank ``rank`` and ``rank + 1`` from below, by bisection over all keys: no sort."""
-    ACC: tl.constexpr = group.rewards.dtype.element_ty
-    if tl.float64 == ACC:
+    REWARD: tl.constexpr = group.sorted.rewards.dtype.element_ty
+    if tl.float64 == REWARD:
         lower = tl.full([], -0x8000000000000000, tl.int64)
         upper = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     else:
         lower = tl.full([], -0x80000000, tl.int32)
         upper = tl.full([], 0x7FFFFFFF, tl.int32)
-    at_most = rank * 0
-    for _ in range(64 if tl.float64 == ACC else 32):
+    zeros = tl.zeros([TILE], tl.int32)
+    for _ in range(64 if tl.float64 == REWARD else 32):
         middle = (lower & upper) + ((lower ^ upper) >> 1)
-        reached = rank * 0
-        for start in range(begin, end, JOIN):
-            rows, chosen = members(start, group, False, TOKENS, PACKED, HAS_MASK, JOIN)
-            key = sort_key(tl.load(group.rewards + rows, mask=chosen, other=0.0))
-            reached += tl.sum((chosen & (key <= middle)).to(tl.int32), 0)
-        enough = reached > rank
+        reached = over_members(count_up_to, zeros, middle, held, group, ORDERED, HAS_LIVE, HELD, TILE)
+        enough = tl.sum(reached, 0) > rank
         upper = tl.where(enough, middle, upper)
         lower = tl.where(enough, lower, tl.minimum(middle, upper - 1) + 1)
-    value = tl.full([], float("inf"), ACC)
-    for start in range(begin, end, JOIN):
-        rows, chosen = members(start, group, False, TOKENS, PACKED, HAS_MASK, JOIN)
-        r = tl.load(group.rewards + rows, mask=chosen, other=0.0)
-        key = sort_key(r)
-        at_most += tl.sum((chosen & (key <= upper)).to(tl.int32), 0)
-        value = tl.minimum(value, tl.min(tl.where(chosen & (key == upper), r, float("inf")), 0))
-    above = tl.full([], float("inf"), ACC)
-    for start in range(begin, end, JOIN):
-        rows, chosen = members(start, group, False, TOKENS, PACKED, HAS_MASK, JOIN)
-        r = tl.load(group.rewards + rows, mask=chosen, other=0.0)
-        above = tl.minimum(above, tl.min(tl.where(chosen & (sort_key(r) > upper), r, float("inf")), 0))
-    return value, tl.where(at_most > rank + 1, value, above)
+    most = tl.full([TILE], float("inf"), REWARD)
+    found = over_members(
+        add_ranked, Ranked(zeros, most, most), upper, held, group, ORDERED, HAS_LIVE, HELD, TILE
+    )
+    at_most = tl.sum(found.at_most, 0)
+    value = tl.min(found.value, 0)
+    return value, tl.where(at_most > rank + 1, value, tl.min(found.above, 0))
 
 
 @triton.jit
 def first_with_reward(
-    value,
-    begin,
-    end,
-    group,
-    TOKENS: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    JOIN: tl.constexpr,
+    value, held, group, ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr
 ):
     """The earliest member whose reward is ``value``; the batch size where there is none."""
-    first = group.batch
-    for start in range(begin, end, JOIN):
-        rows, chosen = members(start, group, False, TOKENS, PACKED, HAS_MASK, JOIN)
-        r = tl.load(group.rewards + rows, mask=chosen, other=0.0)
-        first = tl.minimum(first, tl.min(tl.where(chosen & (r == value), rows, group.batch), 0))
-    return first
+    none = tl.zeros([TILE], tl.int32) + group.sorted.batch
+    return tl.min(over_members(earliest, none, value, held, group, ORDERED, HAS_LIVE, HELD, TILE), 0)
 
 
 @triton.jit
 def group_statistics(
-    group, lengths, quantile, eps, ddof,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
-    HAS_MASK: tl.constexpr, JOIN: tl.constexpr,
+    held, group, batch_record, lengths, settings,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``GroupStatistics`` of a group, for a baseline and a scale."""
     ACC: tl.constexpr = tl.float64
-    moments = reward_moments(group, ddof, SCALE == STD, False, TOKENS, PACKED, HAS_MASK, JOIN)
-    begin, end, size, low, high, origin, mean_above, std, mean_abs, _ = moments
+    moments = reward_moments(held, group, settings.ddof, SCALE == STD, ORDERED, HAS_LIVE, HELD, TILE)
+    size, low, high, origin, mean_above, std, mean_abs, differ = moments
     raw = RAW and size == 1.0
-    source = moments  # moments of the rewards that the scale comes from
+    scale_size = size  # of the rewards that the scale comes from
+    scale_origin = origin
+    scale_mean_above = mean_above
     scale = std
     if SCALE == BATCH_STD:
-        source = reward_moments(group, ddof, True, True, TOKENS, PACKED, HAS_MASK, JOIN)
-        scale = source.std
+        scale_size = tl.load(batch_record + SIZE)
+        scale_origin = tl.load(batch_record + ORIGIN)
+        scale_mean_above = tl.load(batch_record + MEAN_ABOVE)
+        scale = tl.load(batch_record + BATCH_SCALE)
+        differ = tl.load(batch_record + DIFFER) != 0
     elif SCALE == MEAN_ABS:
         scale = mean_abs
     elif SCALE == RANGE:
         scale = high - low
     inv_scale = tl.full([], 1.0, ACC)
     if SCALE != NO_SCALE:
-        inv_scale = tl.where(raw, 1.0, tl.where(source.differ, 1.0 / (scale + eps), 0.0))
+        inv_scale = tl.where(raw, 1.0, tl.where(differ, 1.0 / (scale + settings.eps), 0.0))
     gain = tl.full([], 1.0, ACC)
     if BASELINE == LEAVE_ONE_OUT:
         gain = tl.where(size > 1.0, size / tl.maximum(size - 1.0, 1.0), 0.0)
@@ -241,13 +286,12 @@ def group_statistics(
     fraction = tl.zeros([], ACC)
     length = tl.zeros([], ACC)
     if BASELINE == BY_LENGTH:
-        weighted = tl.zeros([], ACC)
-        for start in range(begin, end, JOIN):
-            rows, chosen = members(start, group, False, TOKENS, PACKED, HAS_MASK, JOIN)
-            each = tl.load(lengths + rows, mask=chosen, other=0.0).to(ACC)
-            length += tl.sum(each, 0)
-            r = tl.load(group.rewards + rows, mask=chosen, other=0.0).to(ACC)
-            weighted += tl.sum(tl.where(chosen, each * (r - origin), 0.0), 0)
+        zeros = tl.zeros([TILE], ACC)
+        sums = over_members(
+            add_lengths, Sums(zeros, zeros), Sums(lengths, origin), held, group, ORDERED, HAS_LIVE, HELD, TILE
+        )
+        length = tl.sum(sums.first, 0)
+        weighted = tl.sum(sums.second, 0)
         # Lengths of 0 alone weigh rows equally.
         mean_above = tl.where(length == 0, mean_above, weighted / tl.where(length == 0, 1.0, length))
     elif BASELINE == HIGHEST:
@@ -261,13 +305,13 @@ def group_statistics(
             rank = tl.maximum(count - 2, 0)
         else:
             # The rank is computed in the precision of the rewards, as in torch.quantile.
-            at = quantile * tl.maximum(size - 1.0, 0.0).to(group.rewards.dtype.element_ty)
+            at = settings.quantile * tl.maximum(size - 1.0, 0.0).to(settings.quantile.dtype)
             rank = at.to(tl.int32)
             fraction = (at - rank.to(at.dtype)).to(ACC)
-        below, above = order_statistics(rank, begin, end, group, TOKENS, PACKED, HAS_MASK, JOIN)
+        below, above = order_statistics(rank, held, group, ORDERED, HAS_LIVE, HELD, TILE)
         below = tl.where(low == low, below.to(ACC), low)
         above = tl.where(fraction > 0, above.to(ACC), below)
     return GroupStatistics(
-        begin, end, size, low, high, origin, mean_above, below, above, fraction, length, gain, inv_scale, raw,
-        source.size, source.origin, source.mean_above, scale,
+        size, low, high, origin, mean_above, below, above, fraction, length, gain, inv_scale, raw,
+        scale_size, scale_origin, scale_mean_above, scale,
     )  # fmt: skip

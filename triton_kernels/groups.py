@@ -1,7 +1,7 @@
-"""Members of a group, by an equality join: every row whose label equals the group's, among the labels of all rows.
+"""Members of a group. Rows are sorted by label; then a group is a range of places, and a member is read once.
 
-A batch has thousands of rows and a label is eight bytes, so each program reads all labels, from the cache after the
-first program. There is no sort, no hash table and no atomic operation, and the host need not know the groups.
+A few thousand rows find their places by counting the labels below their own, all of them in one launch with what
+else is done per row. Beyond, a sort costs less. Rows whose groups are contiguous have their places.
 """
 
 from __future__ import annotations
@@ -12,22 +12,49 @@ import triton
 import triton.language as tl
 
 from .launch import INTERPRETED, Constant
+from .rows import row_bounds
 
-LABELS = 64 if INTERPRETED else 1024  # labels read at once
-LOOK = Constant(16)  # tokens of a mask read at once: one read finds a valid token in nearly every row
+LABELS = 64 if INTERPRETED else 1024  # labels read at once by `next_member`
+ROWS = Constant(8 if INTERPRETED else 16)  # rows that one program places
+COUNTED = Constant(32 if INTERPRETED else 256)  # labels that it compares them with at once
+LOOK = Constant(16 if INTERPRETED else 1024)  # tokens of a mask read at once
 
 
-class GroupRows(NamedTuple):
-    """The label of a group, and the pointers and sizes by which its members are read."""
+class SortedRows(NamedTuple):
+    """Rows in the order of their labels; pointers and sizes."""
 
-    label: Any  # label of the group
-    rewards: Any  # pointer, [B]
-    labels: Any  # pointer, [B]
-    batch: Any  # B, the number of rows
-    mask: Any  # pointer to bytes, [tokens]
-    mask_stride: Any  # stride between padded rows; 0 for packed ones
-    cu: Any  # pointer to the offsets of packed rows, [B + 1]
-    width: Any  # tokens of a padded row
+    rewards: Any  # [B], by row
+    labels: Any  # [B], by place
+    order: Any  # [B], the row at each place; not read where the places are the rows
+    live: Any  # [parts, B] bytes: that part of the row has a valid token; not read where all rows are members
+    batch: Any  # B
+    parts: Any
+
+
+class Group(NamedTuple):
+    """A group, the places [begin, end) of the sorted rows."""
+
+    sorted: Any
+    begin: Any
+    end: Any
+
+
+class Members(NamedTuple):
+    """A tile of rows of a group."""
+
+    rows: Any
+    inside: Any  # rows of the group
+    chosen: Any  # its members: rows with a valid token
+    reward: Any  # 0 where not chosen
+
+
+class RowTokens(NamedTuple):
+    """The tokens of rows; pointers and sizes."""
+
+    mask: Any  # bytes
+    cu: Any  # offsets of packed rows
+    mask_stride: Any  # between padded rows; 0 for packed ones
+    width: Any  # of a padded row
     total: Any  # tokens of all rows
 
 
@@ -46,45 +73,102 @@ def next_member(groups, label, after, batch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def with_valid_token(
-    rows, chosen, group, TOKENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr
-):  # fmt: skip
-    """Select the chosen rows that have a valid token. Masks of other rows are not read."""
-    selected = chosen
-    if TOKENS:
-        if PACKED:
-            begin = tl.load(group.cu + rows, mask=chosen, other=0).to(tl.int64)
-            end = tl.load(group.cu + rows + 1, mask=chosen, other=0).to(tl.int64)
-            begin = tl.minimum(tl.maximum(begin, 0), group.total)
-            length = tl.maximum(tl.minimum(end, group.total) - begin, 0)
-        else:
-            begin = rows.to(tl.int64) * group.mask_stride
-            length = tl.where(chosen, group.width, 0).to(tl.int64)
-        selected = chosen & (length > 0)
-        if HAS_MASK:
-            pending = selected
-            selected = pending & (length < 0)
-            start = 0
-            while tl.max((pending & (length > start)).to(tl.int32), 0) > 0:
-                at = start + tl.arange(0, LOOK)
-                inside = pending[:, None] & (at[None, :] < length[:, None])
-                valid = tl.load(group.mask + begin[:, None] + at[None, :], mask=inside, other=0)
-                any_valid = tl.max(valid.to(tl.int32), 1) > 0
-                selected = selected | any_valid
-                pending = pending & (any_valid == 0)
-                start += LOOK
-    return selected
+def place_rows(block, labels, order, sorted_labels, batch):
+    """Sort: write the labels of a block of rows, and their numbers, to their places in the order of the labels.
+
+    The place of a row is the number of smaller labels, and of equal ones of earlier rows.
+    """
+    LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+    rows = block * ROWS + tl.arange(0, ROWS)
+    own = tl.load(labels + rows, mask=rows < batch, other=LAST)
+    counts = tl.zeros([ROWS, COUNTED], tl.int32)
+    at = tl.arange(0, COUNTED)
+    here = block * ROWS // COUNTED * COUNTED
+    for start in range(0, here, COUNTED):
+        other = tl.load(labels + start + at)
+        counts += (other[None, :] <= own[:, None]).to(tl.int32)
+    other = tl.load(labels + here + at, mask=here + at < batch, other=LAST)
+    earlier = (other[None, :] == own[:, None]) & ((here + at)[None, :] < rows[:, None])
+    counts += ((other[None, :] < own[:, None]) | earlier).to(tl.int32)
+    for start in range(here + COUNTED, batch, COUNTED):
+        other = tl.load(labels + start + at, mask=start + at < batch, other=LAST)
+        counts += (other[None, :] < own[:, None]).to(tl.int32)
+    place = tl.sum(counts, 1)
+    tl.store(order + place, rows.to(tl.int64), mask=rows < batch)
+    tl.store(sorted_labels + place, own, mask=rows < batch)
 
 
 @triton.jit
-def members(
-    start, group, EVERYONE: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    JOIN: tl.constexpr,
+def have_token(rows, exists, tokens, LOOK: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Select the rows that have a valid token."""
+    begin = rows.to(tl.int64) * tokens.mask_stride
+    length = tl.where(exists, tokens.width, 0)
+    if PACKED:
+        begin, size = row_bounds(tokens.cu, tl.where(exists, rows, 0), tokens.width, tokens.total, PACKED)
+        length = tl.where(exists, size, 0).to(tl.int32)
+    live = length > 0
+    if HAS_MASK:
+        pending = live
+        live = pending & (length < 0)
+        start = 0
+        while tl.max((pending & (length > start)).to(tl.int32), 0) > 0:
+            at = start + tl.arange(0, LOOK)
+            inside = pending[:, None] & (at[None, :] < length[:, None])
+            valid = tl.load((tokens.mask + begin)[:, None] + at[None, :], mask=inside, other=0)
+            found = tl.max(valid.to(tl.int32), 1) > 0
+            live = live | found
+            pending = pending & (found == 0)
+            start += LOOK
+    return live
+
+
+@triton.jit
+def load_members(group, start, ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, TILE: tl.constexpr):
+    """The tile of a group that begins at place ``start``."""
+    every = group.sorted
+    place = start + tl.arange(0, TILE)
+    inside = place < group.end
+    rows = place
+    if ORDERED:
+        rows = tl.load(every.order + place, mask=inside, other=0).to(tl.int32)
+    chosen = inside
+    if HAS_LIVE:
+        live = tl.load(every.live + rows, mask=inside, other=0)
+        for part in range(1, every.parts):
+            live = live | tl.load(every.live + part * every.batch.to(tl.int64) + rows, mask=inside, other=0)
+        chosen = inside & (live != 0)
+    reward = tl.load(every.rewards + rows, mask=inside, other=0.0)
+    return Members(rows, inside, chosen, tl.where(chosen, reward, 0.0))
+
+
+@triton.jit
+def over_members(
+    add: tl.constexpr, to, x, held, group,
+    ORDERED: tl.constexpr, HAS_LIVE: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The indices of a block of rows, and flags of the members: rows of the group (``EVERYONE``: of the batch) that
-    have a valid token."""
-    rows = start + tl.arange(0, JOIN)
-    chosen = rows < group.batch
-    if not EVERYONE:
-        chosen = chosen & (tl.load(group.labels + rows, mask=rows < group.batch, other=0) == group.label)
-    return rows, with_valid_token(rows, chosen, group, TOKENS, PACKED, HAS_MASK)
+    """``add(to, members, x)`` over all tiles of a group; HELD: it is one tile, ``held``."""
+    if HELD:
+        to = add(to, held, x)
+    else:
+        for start in range(group.begin, group.end, TILE):
+            to = add(to, load_members(group, start, ORDERED, HAS_LIVE, TILE), x)
+    return to
+
+
+@triton.jit
+def end_of_group(labels, begin, label, batch, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """One past the last place of the group that begins at place ``begin``; most groups end within FIRST places."""
+    end = begin + count_same(labels, begin, label, batch, FIRST)
+    more = end == begin + FIRST
+    while more:
+        count = count_same(labels, end, label, batch, TILE)
+        end += count
+        more = count == TILE
+    return end
+
+
+@triton.jit
+def count_same(labels, begin, label, batch, TILE: tl.constexpr):
+    place = begin + tl.arange(0, TILE)
+    same = (tl.load(labels + place, mask=place < batch, other=0) == label) & (place < batch)
+    return tl.sum(same.to(tl.int32), 0)

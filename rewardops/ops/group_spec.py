@@ -37,6 +37,7 @@ class GroupSpec:
     raw: bool
     lengths: Tensor | None
     baseline_values: Tensor | None
+    contiguous: bool
 
     @staticmethod
     def of(
@@ -68,7 +69,9 @@ class GroupSpec:
             _check_lengths(lengths, rows, ids, rewards)
         elif lengths is not None:
             raise ValueError(f"lengths: got a value with baseline={baseline!r}, want 'length_weighted'")
-        return GroupSpec(ids, rows, kind, quantile, scale, added, ddof, singleton == "raw", lengths, values)
+        return GroupSpec(
+            ids, rows, kind, quantile, scale, added, ddof, singleton == "raw", lengths, values, groups is None
+        )
 
     def weights(self) -> Tensor | None:
         """``[B]``, the lengths that weigh rewards in the baseline; None for other baselines."""
@@ -120,6 +123,7 @@ class GroupSpec:
             self.eps,
             self.ddof,
             self.raw,
+            self.contiguous,
         )
         out: Tensor = group_advantages(*args)[0]
         return out.to(dtype)
@@ -131,8 +135,9 @@ class GroupSpec:
         # Every row is a group of its own: the kernel writes the tokens in its only pass.
         alone = torch.arange(values.shape[0], device=values.device)
         return replace(
-            self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None
-        ).advantages(values)
+            self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None,
+            contiguous=True,
+        ).advantages(values)  # fmt: skip
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------

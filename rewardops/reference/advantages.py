@@ -46,6 +46,8 @@ class AdvantagesArgs(NamedTuple):
     """0 or 1, for standard deviations."""
     raw: bool
     """True: the advantage of a group of one is its reward."""
+    contiguous: bool
+    """True: the rows of every group are neighbours, as those of groups by size; nothing follows from False."""
 
     @property
     def token_shape(self) -> tuple[int, ...] | None:

@@ -385,7 +385,7 @@ class Test_group_advantages:
 
         def fn(rewards):
             there = (x.to(rewards.device) for x in (groups, cu))
-            options = ("mean", 0.0, "std", 1e-6, 1, False)
+            options = ("mean", 0.0, "std", 1e-6, 1, False, False)
             return rewardops.ops.advantages.group_advantages(
                 rewards, next(there), None, None, None, next(there), 12, *options
             )[1]

@@ -171,7 +171,7 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
         on = (nodes, None, None, None, *tree, None, cu, False, 5, "before", 0.9)
         torch.ops.rewardops.nodes_to_tokens(*on, torch.float32)
         torch.ops.rewardops.nodes_to_tokens_backward(x[None], *on)
-        options = ("mean", 0.0, "std", 1e-6, 1, False)
+        options = ("mean", 0.0, "std", 1e-6, 1, False, False)
         torch.ops.rewardops.group_advantages(x[:2], groups, None, None, None, cu, 5, *options)
     if target.device.type == "cuda":
         torch.cuda.synchronize()

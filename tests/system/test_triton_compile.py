@@ -74,6 +74,17 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled, kernel):
             assert ".v4.b32" in row["stores"], row
 
 
+def test_tokens_of_advantages_move_sixteen_bytes_at_a_time(compiled):
+    """Wherever rows begin: packed rows, too."""
+    rows = [r for r in compiled if r["target"] in ("sm_80", "sm_90", "sm_100")]
+    written = [r for r in rows if r["kernel"] == "spread_kernel" and r["types"][0] == "*fp32"]
+    # Sums of gradients are float64; without them there is no pointer to float64.
+    summed = [r for r in rows if r["kernel"] == "prepare_kernel" and "*fp64" in r["types"]]
+    for found, accesses in ((written, "stores"), (summed, "loads")):
+        assert {r["align"] for r in found} == {0, 16}
+        assert all(".v4.b32" in r[accesses] for r in found if "*fp32" in r["types"])
+
+
 @pytest.mark.parametrize("kernel", LOGITS_KERNELS)
 def test_every_logit_is_read_once(compiled, kernel):
     """One block load per logits tensor in the loop, of the element's size and not a byte more, in every variant.

@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel passes the compiler options that decide bits."""
+"""Every launch of a Triton kernel passes the compiler options that decide bits; and how many launches ops make."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import operator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "triton_kernels").glob("*.py"))
 
@@ -68,3 +70,94 @@ def test_a_constant_compares_by_its_value():
     assert not same
     assert other
     assert copy.deepcopy(constant := Constant(3)) is constant
+
+
+# ---- number of launches -------------------------------------------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """The kernels that run while it is open, and operations of torch but for allocations and views."""
+
+    def __init__(self, monkeypatch, module) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), self.names))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not name.startswith(("empty", "new_empty", "view", "detach", "slice", "select", "item")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A kernel that notes its name at every launch, and then runs."""
+
+    def __init__(self, kernel, names: list[str]) -> None:
+        self.kernel, self.names = kernel, names
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.names.append(self.kernel.fn.__name__.removesuffix("_kernel"))
+            with _disable_current_modes():  # the interpreter's own copies
+                return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+FORWARD, BACKWARD = "group_advantages", "group_advantages_backward"
+COUNTS = {
+    "rows": ({"contiguous": True}, [FORWARD], [BACKWARD]),
+    "rows by label": ({}, ["prepare", FORWARD], ["prepare", BACKWARD]),
+    "many rows by label": ({"sort": True}, ["sort", FORWARD], ["sort", BACKWARD]),
+    "median of rows by label": ({"baseline": "median"}, ["prepare", FORWARD], ["prepare", BACKWARD]),
+    "std of the batch, rows by label": (
+        {"scale": "batch_std"}, ["prepare", "batch", FORWARD], ["prepare", "batch", BACKWARD],
+    ),
+    "tokens": ({"width": 5, "contiguous": True}, ["prepare", FORWARD, "spread"], ["prepare", BACKWARD]),
+    "tokens by label": ({"width": 5}, ["prepare", FORWARD, "spread"], ["prepare", BACKWARD]),
+    "packed tokens by label": ({"width": 5, "packed": True}, ["prepare", FORWARD, "spread"], ["prepare", BACKWARD]),
+    "values to tokens": (
+        {"width": 5, "baseline": "none", "scale": "none"}, ["spread"], ["prepare", BACKWARD],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_launches_of_group_advantages(monkeypatch, name):
+    """One to three in either direction, whatever the number of rows and groups, and nothing else on the device."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import advantages
+
+    from rewardops.reference.advantages import AdvantagesArgs
+
+    changes, forward, backward = COUNTS[name]
+    options = {
+        "width": 0,
+        "packed": False,
+        "baseline": "mean",
+        "scale": "std",
+        "contiguous": False,
+        **changes,
+    }
+    rows, width = 8, options["width"]
+    if "sort" in options:
+        monkeypatch.setattr(advantages, "SORTED", rows - 1)
+    rewards, groups = torch.randn(rows), torch.arange(rows) // 4
+    mask, cu, tokens = None, None, rewards
+    if width:
+        mask = torch.ones(rows, width).bool() if not options["packed"] else None
+        cu = torch.arange(0, rows * width + 1, width) if options["packed"] else None
+        tokens = torch.randn(rows * width if options["packed"] else (rows, width))
+    count = -1 if cu is None else rows * width
+    args = AdvantagesArgs(
+        rewards, groups, None, None, mask, cu, count, options["baseline"], 0.0, options["scale"], 1e-6, 1, False,
+        options["contiguous"],
+    )  # fmt: skip
+    with Launches(monkeypatch, advantages) as launched:
+        _, inv_scale, numerator = advantages.group_advantages(args)
+        assert launched.names == forward
+        launched.names.clear()
+        advantages.group_advantages_backward(tokens, None, inv_scale, numerator, args)
+        assert launched.names == backward

@@ -186,8 +186,8 @@ FAULTS = [
     ),
     Fault(
         "a quantile between two rewards is the lower one", "off by one", "triton_kernels/group_statistics.py",
-        "tl.where(at_most > rank + 1, value, above)",
-        "tl.where(at_most >= rank + 1, value, above)",
+        "tl.where(at_most > rank + 1, value,",
+        "tl.where(at_most >= rank + 1, value,",
         "tests/ops/test_advantages.py", "matches_float64_and_the_loop and triton and 1-none-0.3",
     ),
     Fault(

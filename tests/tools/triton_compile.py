@@ -186,16 +186,17 @@ def of_advantages() -> None:
     groups, rewards = per_row()
     for values, mask, cu in layouts():
         count = -1 if cu is None else values.numel()
-        relative = [("mean", "std"), ("leave_one_out", "none"), ("none", "std")]
+        relative = [("mean", "std"), ("leave_one_out", "none"), ("none", "std"), ("none", "none")]
         if cu is None:
             relative += [("quantile", "range"), ("second_max", "std")]
             relative += [("length_weighted", "batch_std"), ("values", "mean_abs")]
         for baseline, scale in relative:
             per_baseline = (rewards if baseline == b else None for b in ("values", "length_weighted"))
-            options = (baseline, 0.25, scale, 1e-6, 1, False)
+            options = (baseline, 0.25, scale, 1e-6, 1, False, False)
             a = AdvantagesArgs(rewards, groups, *per_baseline, mask, cu, count, *options)
             of_rows = a._replace(mask=None, cu_seqlens=None, num_tokens=-1)
-            for args, grads in ((a, (values, rewards)), (of_rows, (rewards, None))):
+            sizes = a._replace(contiguous=True)
+            for args, grads in ((a, (values, rewards)), (sizes, (values, None)), (of_rows, (rewards, None))):
                 advantages.group_advantages(args)
                 advantages.group_advantages_backward(*grads, rewards, rewards, args)
 
