@@ -245,9 +245,9 @@ def largest(a: LargestArgs) -> Tensor:
     counts = torch.zeros(scopes * (steps * BINS.value + 1), dtype=kind, device=values.device)
     valid_counts = counts[scopes * steps * BINS.value :]
     parts = splits(values, rows.batch, max(1, cdiv(rows.width, BLOCK)))
-    searches, ties = torch.empty(
-        2 * scopes * (steps + 1) + rows.batch * parts, dtype=torch.int64, device=values.device
-    ).tensor_split([2 * scopes * (steps + 1)])
+    split = 2 * scopes * (steps + 1)
+    searches = torch.empty(split + rows.batch * parts, dtype=torch.int64, device=values.device)
+    ties = searches[split:]
     ids = None if a.scopes is None else a.scopes.contiguous()
     inputs = (
         values, pointer(mask, values), pointer(band, values), rows.cu, pointer(ids, searches),
