@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..reference.returns import ReturnsArgs
 from .launch import BITS, INTERPRETED, pair, pointer, unpair
+from .old_scans import WHOLE, at_row, row_part
+from .old_steps import NO_STEP, as_pointer, kind_of, step_ends
 from .rows import Rows, as_bytes, dense, load_valid, output, stride
-from .scans import WHOLE, at_row, row_part
-from .steps import NO_STEP, as_pointer, kind_of, step_ends
 
 BLOCK = 64 if INTERPRETED else 1024
 

@@ -261,7 +261,7 @@ def of_td() -> None:
             args = a._replace(**changes)
             if args.decay and mask is None:
                 continue  # without a mask that is the same
-            with mock.patch.object(td, "chunks_of", return_value=chunks):
+            with mock.patch.object(td, "chunk_of", return_value=values.shape[-1] // chunks):
                 td.td_scan(args)
                 if args.values is not None:
                     td.td_scan_backward(values, values, args, True, True)
