@@ -26,6 +26,7 @@ from .scans import (
     WHOLE,
     at_row,
     chunk_of,
+    lesser,
     new_state,
     record_of,
     row_part,
@@ -63,12 +64,6 @@ class Smallest(NamedTuple):
 
     value: Any  # infinite where no step ends
     any: Any  # int32: 1 if a step ends there
-
-
-@triton.jit
-def lesser(a, b):
-    """The smaller of two numbers; a NaN stays."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -159,7 +154,9 @@ def extremes_kernel(
     if STAGE == AGGREGATES:
         record = record_of(state, row, c, chunks)
         first = tl.arange(0, T) == 0
-        tl.store(record + VALUE, tl.reduce(tl.where(first, carry.value, float("inf")), 0, lesser).to(tl.float64))
+        tl.store(
+            record + VALUE, tl.reduce(tl.where(first, carry.value, float("inf")), 0, lesser).to(tl.float64)
+        )
         tl.store(record + ANY, tl.max(tl.where(first, carry.any, 0), 0).to(tl.float64))
 
 

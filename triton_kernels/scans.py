@@ -1,10 +1,11 @@
 """Scans along rows on the GPU: affine maps, a tile of tokens at a time.
 
-A thread scans its own tokens, and the maps of the threads are scanned once a tile, in float64. Within a thread float32
-tokens are scanned in two parts, to twice the digits of float32, which is right where all are finite. A row that ends
-in an infinity or a NaN is scanned again in float64: there what is finite does not overflow, and a factor of 0 cuts.
+A thread scans its own tokens, and the maps of the threads are scanned once a tile, in float64. Within a thread
+float32 tokens are scanned in two parts, to twice the digits of float32, which is right where all are finite. A row
+that ends in an infinity or a NaN is scanned again in float64: what is finite does not overflow there, and a factor
+of 0 cuts.
 
-For a scan against time, tiles and threads are taken in decreasing time, so that every reverse scan is a forward one.
+For a scan against time, tiles and threads are taken in decreasing time: every reverse scan is a forward one.
 A few long rows are cut into chunks: a pass for the aggregates of the chunks, and a pass to write.
 """
 
@@ -36,7 +37,9 @@ SHIFT = Constant(0)
 SLOPE = Constant(1)
 FIELDS = Constant(2)
 
-LARGEST_SLOPE = Constant(1e300)  # finite, so that nothing times it is nothing; what it multiplies else is infinite
+LARGEST_SLOPE = Constant(
+    1e300
+)  # finite, so that nothing times it is nothing; what it multiplies else is infinite
 
 
 class Row(NamedTuple):
@@ -91,6 +94,12 @@ def last_of(x, BLOCK: tl.constexpr):
 def latest(a, a_valid, b, b_valid):
     """Associative combine: the latest valid value of two adjacent segments."""
     return tl.where(b_valid != 0, b, a), a_valid | b_valid
+
+
+@triton.jit
+def lesser(a, b):
+    """The smaller of two numbers; a NaN stays."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

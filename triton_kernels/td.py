@@ -1,7 +1,7 @@
 """Discounted sums and temporal differences on the GPU: launches of the scans.
 
-Memory traffic, forward: rewards, values and mask once, and two writes. Backward: the gradients and mask once, and two
-writes. Chunks of a few long rows are read twice.
+Memory traffic, forward: rewards, values and mask once, and two writes. Backward: the gradients and mask once, and
+two writes. A few long rows are read twice.
 """
 
 from __future__ import annotations

@@ -156,7 +156,9 @@ def scan_row_backward(
         p_own = Pair(zero, zero)  # what the latest step has passed
         p_slope = Pair(zero, zero)
         p_valid = Pair(zero, zero)
-        first = Pair(zero, zero)  # the gradient of the value of the first valid token, but for what is passed to it
+        first = Pair(
+            zero, zero
+        )  # the gradient of the value of the first valid token, but for what is passed to it
         at_first = ()
         on_rewards = ()
         on_values = ()
@@ -173,7 +175,7 @@ def scan_row_backward(
                 value = Pair(value.sum, value.rest - ru.rest)
                 if THROUGH:
                     value = plus(value, throughs[k].to(ACC))
-                if DECAY:
+                if DECAY:  # noqa: SIM108 (the compiler knows it)
                     is_first = valid[k] & (k == 0)
                 else:
                     is_first = valid[k] & (some == 0)
@@ -201,7 +203,9 @@ def scan_row_backward(
         if PASS:
             into, on = passed_on(widened(p_own), some.to(tl.int32), carry.passed, tile, DECAY)
             if STAGE == AGGREGATES:
-                _, passed_slope = passed_on(widened(p_slope), some.to(tl.int32), carry.passed_slope, tile, DECAY)
+                _, passed_slope = passed_on(
+                    widened(p_slope), some.to(tl.int32), carry.passed_slope, tile, DECAY
+                )
                 handed = handed | tl.max(some.to(tl.int32), 0)
                 if DECAY:
                     handed = none + 1
@@ -308,6 +312,6 @@ def td_backward_kernel(
             tl.store(record + PASSED, part.passed)
             tl.store(record + PASSED_SLOPE, part.passed_slope)
             tl.store(record + ANY, part.any.to(tl.float64))
-        elif BOOT:
+        elif BOOT:  # noqa: SIM102 (known when compiled; the end is not)
             if row.end == row.length:
                 tl.store(on_bootstrap + b, part.beyond.to(on_bootstrap.dtype.element_ty))

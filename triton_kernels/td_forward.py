@@ -240,7 +240,9 @@ def scan_row(
             advantages = ()
             returns = ()
             for at in tl.static_range(PER - 1, -1, -1):
-                y = where_pair(steps[PER - 1 - at], advanced(y, slopes[PER - 1 - at], shifts[PER - 1 - at]), y)
+                y = where_pair(
+                    steps[PER - 1 - at], advanced(y, slopes[PER - 1 - at], shifts[PER - 1 - at]), y
+                )
                 advantages = (tl.where(valid[at], y.sum + y.rest, 0.0),) + advantages  # noqa: RUF005
                 if VALUES:
                     returns = (tl.where(valid[at], rounded(y, v[at].to(ACC)), 0.0),) + returns  # noqa: RUF005

@@ -104,7 +104,7 @@ def load_tokens(row, tile, PER: tl.constexpr, ALIGNED: tl.constexpr):
         every = ()
         for k in tl.static_range(PER):
             at = (row + tile.low) + tile.start
-            every = every + (tl.load(at + k, mask=tile.start + k < tile.left, other=0),)
+            every = every + (tl.load(at + k, mask=tile.start + k < tile.left, other=0),)  # noqa: RUF005
         return every
 
 
@@ -117,14 +117,14 @@ def load_flags(row, tile, HAS_FLAGS: tl.constexpr, PER: tl.constexpr, ALIGNED: t
         at = tile.start[:, None] // 4 + tl.arange(0, PER // 4)[None, :]
         word = elements(halved(tl.load(words + at, mask=tile.start[:, None] < tile.left, other=0)))
         for k in tl.static_range(PER):
-            every = every + ((word[k // 4] & (255 << (k % 4 * 8))) != 0,)
+            every = every + ((word[k // 4] & (255 << (k % 4 * 8))) != 0,)  # noqa: RUF005
     elif HAS_FLAGS:
         flags = load_tokens(row, tile, PER, False)
         for k in tl.static_range(PER):
-            every = every + (flags[k] != 0,)
+            every = every + (flags[k] != 0,)  # noqa: RUF005
     else:
         for k in tl.static_range(PER):
-            every = every + (tile.start + k < tile.left,)
+            every = every + (tile.start + k < tile.left,)  # noqa: RUF005
     return every
 
 
