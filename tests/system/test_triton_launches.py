@@ -8,6 +8,10 @@ import operator
 from pathlib import Path
 
 import pytest
+import torch
+
+import rewardops
+from rewardops.core import dispatch
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "triton_kernels").glob("*.py"))
 
@@ -68,3 +72,70 @@ def test_a_constant_compares_by_its_value():
     assert not same
     assert other
     assert copy.deepcopy(constant := Constant(3)) is constant
+
+
+class Counter:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel, counts):
+        self.kernel, self.counts = kernel, counts
+
+    def __getitem__(self, grid):
+        self.counts[self.kernel.__name__] = self.counts.get(self.kernel.__name__, 0) + 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "long"])
+def test_a_scan_is_one_launch(monkeypatch, layout):
+    """Two where a few long rows are cut; and its gradient as many."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import returns, softmin, td
+
+    if layout == "long" and torch.cuda.is_available():
+        pytest.skip("chunks are longer there")
+    counts: dict[str, int] = {}
+    for module in (td, returns, softmin):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counter(getattr(module, name), counts))
+    rows, width = (1, 600) if layout == "long" else (6, 32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(rows, width, device=device)
+    where = {"mask": x > 0.1}
+    if layout == "packed":
+        cu = torch.arange(0, rows * width + 1, width, device=device)
+        x, where = x.flatten(), {"mask": x.flatten() > 0.1, "cu_seqlens": cu}
+    x.requires_grad_()
+    with dispatch.use_backend("triton"):
+        out = rewardops.gae(x, x, gamma=0.9, lam=0.9, **where)
+        torch.autograd.grad(out.advantages.sum() + out.returns.sum(), x)
+        with torch.no_grad():
+            rewardops.min_returns(x, **where)
+            rewardops.softmin_returns(x, **where)
+    cut = 2 if layout == "long" else 1
+    assert counts == {
+        "td_kernel": cut, "td_backward_kernel": cut, "extremes_kernel": cut, "softmin_returns_kernel": 1
+    }  # fmt: skip
+
+
+def test_tokens_of_no_row_are_zeros():
+    """Before the first packed row and behind the last, where nobody has looked at the offsets."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import returns, td
+
+    from rewardops.reference.returns import ReturnsArgs
+    from rewardops.reference.td import TdArgs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(90, device=device) + 0.5
+    cu = torch.tensor([7, 20, 20, 60], device=device)
+    a, b = TdArgs(x, x, cu_seqlens=cu), ReturnsArgs(x, None, cu, None)
+    results = [
+        *td.td_scan(a),
+        *td.td_scan_backward(x, x, a, True, False)[:2],
+        returns.extreme_returns(b, False),
+        *returns.softmin_returns(b, 0.1, False),
+        returns.softmin_rewards(b, 0.1, True),
+    ]
+    for result in results:
+        assert not result[:7].any() | result[60:].any()
+        assert result[7:60].any()
