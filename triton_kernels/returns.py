@@ -17,29 +17,42 @@ from ..core.rows import Layout, batch_of
 from ..reference.returns import ReturnsArgs
 from ..reference.td import TdArgs, sums_between
 from ..reference.td import step_ends as step_ends_of
-from .launch import BITS, INTERPRETED, Constant, pointer
-from .rows import Rows, as_bytes, dense, load_valid, output, stride
+from .launch import BITS, Constant, cdiv, pointer
+from .rows import Rows, as_bytes, dense, stride
 from .scans import (
     AGGREGATES,
-    CHUNK,
+    MAX_CHUNKS,
     RESUMED,
     WHOLE,
     at_row,
-    chunks_of,
+    chunk_of,
+    lesser,
     new_state,
     record_of,
     row_part,
+    scan_in_stages,
 )
 from .softmin import softmin_returns, softmin_rewards, softmin_rewards_backward
-from .steps import IDS, NO_STEP, as_pointer, kind_of, step_ends, step_id_after
+from .steps import IDS, NO_STEP, as_pointer, kind_of, load_step_ends, step_id_after
 from .td import prefix_scan, td_scan
+from .tiles import (
+    EACH,
+    THREADS,
+    WARPS,
+    empty_tokens,
+    from_before,
+    is_aligned,
+    load_flags,
+    load_tokens,
+    store_tokens,
+    tile_of,
+    write_gaps,
+)
 
 __all__ = [
     "extreme_returns", "extreme_returns_backward", "softmin_returns", "softmin_returns_backward", "softmin_rewards",
     "softmin_rewards_backward",
 ]  # fmt: skip
-
-BLOCK = 64 if INTERPRETED else 512
 
 # Fields of a chunk's record in `state`.
 VALUE = Constant(0)
@@ -49,42 +62,42 @@ ANY = Constant(1)
 class Smallest(NamedTuple):
     """The smallest step reward of adjacent tokens."""
 
-    value: Any
-    any: Any  # int32: 1 if a step ends there, else 0 and the value is meaningless
+    value: Any  # infinite where no step ends
+    any: Any  # int32: 1 if a step ends there
 
 
 @triton.jit
 def smaller(a, a_any, b, b_any):
-    """Associative combine: the smaller of a later (a) and an earlier (b) segment's; a NaN stays."""
-    take = (b_any != 0) & ((a_any == 0) | (b <= a) | (b != b))
-    return tl.where(take, b, a), a_any | b_any
+    """Associative combine: the smallest step reward of both."""
+    return lesser(a, b), a_any | b_any
 
 
 @triton.jit
-def smallest_behind(state, row, c, chunks, STAGE: tl.constexpr, ACC: tl.constexpr):
-    """The smallest reward in the chunks after chunk c, from their aggregates."""
-    value = tl.zeros([], ACC)
-    any_step = tl.zeros([], tl.int32)
+def smallest_behind(
+    state, row, c, chunks, chunk, STAGE: tl.constexpr, MAX_CHUNKS: tl.constexpr, ACC: tl.constexpr
+):
+    """The smallest step reward in the chunks after chunk c, from their aggregates."""
+    smallest = Smallest(tl.full([], float("inf"), ACC), tl.zeros([], tl.int32))
     if STAGE == RESUMED:
-        for k in range(c + 1, chunks):
-            # The nearest chunk is last, so that its NaN is combined last.
-            record = record_of(state, row, chunks + c - k, chunks)
-            value, any_step = smaller(
-                value, any_step, tl.load(record + VALUE).to(ACC), tl.load(record + ANY).to(tl.int32)
-            )
-    return Smallest(value, any_step)
+        lane = tl.arange(0, MAX_CHUNKS)
+        behind = (lane > c) & (lane < tl.cdiv(row.length, chunk))
+        record = record_of(state, row, lane, chunks)
+        value = tl.load(record + VALUE, mask=behind, other=float("inf")).to(ACC)
+        ends = tl.load(record + ANY, mask=behind, other=0.0).to(tl.int32)
+        smallest = Smallest(tl.reduce(value, 0, lesser), tl.max(ends, 0))
+    return smallest
 
 
 @triton.jit(
     do_not_specialize=[
-        "width", "total", "chunks", "rewards_stride", "mask_stride", "steps_stride", "out_stride",
+        "batch", "width", "total", "chunks", "chunk", "rewards_stride", "mask_stride", "steps_stride", "out_stride",
     ]
 )  # fmt: skip
 def extremes_kernel(
-    rewards, mask, cu, steps, out, state, width, total, chunks,
+    rewards, mask, cu, steps, out, state, batch, width, total, chunks, chunk,
     rewards_stride, mask_stride, steps_stride, out_stride,
     LARGEST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr, STAGE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, MAX_CHUNKS: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Program (b, c): row b, or its chunk c. STAGE as in ``scans``, KIND as in ``steps``.
 
@@ -93,36 +106,58 @@ def extremes_kernel(
     ACC: tl.constexpr = out.dtype.element_ty
     b = tl.program_id(0)
     c = tl.program_id(1)
-    row = row_part(cu, b, c, width, total, STAGE, CHUNK, PACKED)
+    row = row_part(cu, b, c, width, total, chunk, STAGE, PACKED)
+    if STAGE != AGGREGATES and c == 0:
+        write_gaps(out, cu, b, batch, total, T, PACKED)
     rewards = at_row(rewards, row, rewards_stride)
     mask = at_row(mask, row, mask_stride)
     steps = at_row(steps, row, steps_stride)
     out = at_row(out, row, out_stride)
-    carry = smallest_behind(state, row, c, chunks, STAGE, ACC)
-    next_id = tl.full([], NO_STEP, tl.int64)
+    behind = smallest_behind(state, row, c, chunks, chunk, STAGE, MAX_CHUNKS, ACC)
+    infinite = tl.full([T], float("inf"), ACC)
+    carry = Smallest(lesser(infinite, behind.value), tl.zeros([T], tl.int32) + behind.any)
+    next_id = tl.full([T], NO_STEP, tl.int64)
     if KIND == IDS and STAGE != WHOLE:
-        next_id = step_id_after(steps, mask, row.end, row.length, HAS_MASK, BLOCK)
-    for done in range(0, row.end - row.begin, BLOCK):
-        at = row.end - 1 - done - tl.arange(0, BLOCK)
-        inside = at >= row.begin
-        valid = load_valid(mask, at, inside, HAS_MASK)
-        ends, next_id = step_ends(steps, mask, at, row.end, valid, next_id, KIND, HAS_MASK)
-        r = tl.load(rewards + at, mask=ends, other=0.0)
-        if LARGEST:
-            r = -r
-        value, any_step = tl.associative_scan((r, ends.to(tl.int32)), 0, smaller)
-        value, any_step = smaller(carry.value, carry.any, value, any_step)
-        if STAGE != AGGREGATES:
-            extreme = value
+        next_id = tl.zeros([T], tl.int64) + step_id_after(steps, mask, row.end, row.length, HAS_MASK, T)
+    for turn in range(0, tl.cdiv(row.end - row.begin, T * PER)):
+        tile = tile_of(row.begin, row.end, turn, PER, T, True)
+        valid = load_flags(mask, tile, HAS_MASK, PER, ALIGNED)
+        r = load_tokens(rewards, tile, PER, ALIGNED)
+        ends, next_id = load_step_ends(steps, valid, next_id, tile, KIND, PER, ALIGNED)
+        value = tl.where(tile.first, carry.value, infinite)
+        some = tl.where(tile.first, carry.any, 0)
+        of_steps = ()
+        for k in tl.static_range(PER - 1, -1, -1):
+            x = r[k]
             if LARGEST:
-                extreme = -value
-            tl.store(out + at, tl.where(valid & (any_step != 0), extreme, 0.0), mask=inside)
-        last = tl.arange(0, BLOCK) == BLOCK - 1
-        carry = Smallest(tl.sum(tl.where(last, value, 0.0), 0), tl.max(tl.where(last, any_step, 0), 0))
+                x = -x
+            x = tl.where(ends[k], x, float("inf"))
+            value = lesser(value, x)
+            some |= ends[k].to(tl.int32)
+            of_steps = (x,) + of_steps  # noqa: RUF005 (the compiler knows no stars)
+        value, some = tl.associative_scan((value, some), 0, smaller)
+        value = from_before(value, tile)
+        some = from_before(some, tile)
+        if STAGE != AGGREGATES:
+            smallest = tl.where(tile.first, carry.value, value)
+            begun = tl.where(tile.first, carry.any, some) != 0
+            results = ()
+            for k in tl.static_range(PER - 1, -1, -1):
+                smallest = lesser(smallest, of_steps[k])
+                begun = begun | ends[k]
+                extreme = smallest
+                if LARGEST:
+                    extreme = -extreme
+                results = (tl.where(valid[k] & begun, extreme, 0.0),) + results  # noqa: RUF005
+            store_tokens(out, tile, results, PER, ALIGNED)
+        carry = Smallest(value, some)
     if STAGE == AGGREGATES:
         record = record_of(state, row, c, chunks)
-        tl.store(record + VALUE, carry.value.to(tl.float64))
-        tl.store(record + ANY, carry.any.to(tl.float64))
+        first = tl.arange(0, T) == 0
+        tl.store(
+            record + VALUE, tl.reduce(tl.where(first, carry.value, float("inf")), 0, lesser).to(tl.float64)
+        )
+        tl.store(record + ANY, tl.max(tl.where(first, carry.any, 0), 0).to(tl.float64))
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
@@ -132,18 +167,23 @@ def extreme_returns(a: ReturnsArgs, largest: bool) -> Tensor:
     rows = Rows.of(a.rewards.shape, a.cu_seqlens, a.rewards)
     rewards, mask = dense(a.rewards), as_bytes(a.mask)
     kind, steps = kind_of(a.steps), as_pointer(a.steps)
-    out = output(rewards, rewards.shape, rows.packed)
+    out = empty_tokens(rewards, rows)
     if not out.numel() or not rows.batch:
         return out
-    chunks = chunks_of(rows, rewards)
+    chunk = chunk_of(rows, rewards)
+    chunks = cdiv(rows.width, chunk)
     state = new_state(rows.batch, chunks, rewards)
-    for stage in (WHOLE,) if chunks == 1 else (AGGREGATES, RESUMED):
+
+    def launch(stage: int) -> None:
         extremes_kernel[(rows.batch, chunks)](
-            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, state, rows.width, rows.total,
-            chunks, stride(rewards), stride(mask), stride(steps), stride(out), LARGEST=largest,
-            PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, STAGE=stage.value, CHUNK=CHUNK, BLOCK=BLOCK,
-            **BITS,
+            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, state, rows.batch, rows.width,
+            rows.total, chunks, chunk, stride(rewards), stride(mask), stride(steps), stride(out), LARGEST=largest,
+            PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, STAGE=stage,
+            ALIGNED=is_aligned(rows, rewards, mask, steps, out), MAX_CHUNKS=MAX_CHUNKS, PER=EACH, T=THREADS,
+            num_warps=WARPS, **BITS,
         )  # fmt: skip
+
+    scan_in_stages(launch, chunks)
     return out
 
 

@@ -1,7 +1,7 @@
 """Soft minima over step rewards on the GPU: over the steps still to come at every token, and over a whole row.
 
 Memory traffic, forward: returns take one read of rewards, mask and steps, and two writes; transformed rewards
-take three reads, and one write. Blocks are read in decreasing time, as in ``returns``.
+take two reads, and one write. Tiles are read in decreasing time, as in ``returns``.
 """
 
 from __future__ import annotations
@@ -14,137 +14,206 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.returns import ReturnsArgs
-from .launch import BITS, INTERPRETED, pair, pointer, unpair
-from .rows import Rows, as_bytes, dense, load_valid, output, stride
-from .scans import WHOLE, at_row, row_part
-from .steps import NO_STEP, as_pointer, kind_of, step_ends
+from .arithmetic import Pair, fused
+from .launch import BITS, pair, pointer, unpair
+from .rows import Rows, as_bytes, dense, stride
+from .scans import WHOLE, at_row, lesser, paired, plus, row_part, where_pair
+from .steps import NO_STEP, as_pointer, kind_of, load_step_ends
+from .tiles import (
+    EACH,
+    THREADS,
+    WARPS,
+    empty_tokens,
+    from_before,
+    is_aligned,
+    load_flags,
+    load_tokens,
+    store_tokens,
+    tile_of,
+    write_gaps,
+)
 
-BLOCK = 64 if INTERPRETED else 1024
 
+class Steps(NamedTuple):
+    """Adjacent steps, in the precision of the rewards."""
 
-class Future(NamedTuple):
-    """The steps that end at a token or later, in float64."""
-
-    top: Any  # the largest exponent -reward / temperature
-    mass: Any  # sum of exp(exponent - top)
-    count: Any
+    low: Any  # the smallest reward; infinite for no steps
+    mass: Any  # sum of exp((low - reward) / temperature), a pair
+    count: Any  # int32
 
 
 @triton.jit
-def log_add(a, x, b, y):
-    """Associative combine: the larger exponent of ``x e^a`` and ``y e^b``, and their sum relative to it."""
-    top = tl.maximum(a, b)
-    left = tl.where(a == top, x, tl.where(x == 0.0, 0.0, x * tl.exp(a - top)))
-    right = tl.where(b == top, y, tl.where(y == 0.0, 0.0, y * tl.exp(b - top)))
-    return top, left + right
+def fall(a, b, inverse):
+    """exp(-|a - b| / temperature) for the rewards of two steps, which may be equal infinities."""
+    return tl.where(a == b, 1.0, tl.exp(-tl.abs(a - b) * inverse))
 
 
 @triton.jit
-def steps_to_come(later, exponents, ends, BLOCK: tl.constexpr):
-    """The future at every token of a block, and the carry for the next block; ``later``: this block's carry."""
-    one = ends.to(tl.float64)
-    tops, masses = tl.associative_scan((exponents, one), 0, log_add)
-    tops, masses = log_add(later.top, later.mass, tops, masses)
-    counts = later.count + tl.cumsum(one, 0)
-    last = tl.arange(0, BLOCK) == BLOCK - 1
-    carry = Future(
-        tl.max(tl.where(last, tops, float("-inf")), 0),
-        tl.sum(tl.where(last, masses, 0.0), 0),
-        tl.max(counts, 0),
+def add_step(steps, reward, ends, inverse):
+    """The steps with one more, if one ends here."""
+    change = fall(reward, steps.low, inverse)
+    below = reward < steps.low
+    mass = Pair(fused(steps.mass.sum, change, 0.0), steps.mass.rest * change)
+    mass = plus(where_pair(below, mass, steps.mass), tl.where(below, 1.0, change))
+    low = tl.where(ends, lesser(steps.low, reward), steps.low)
+    return Steps(low, where_pair(ends, mass, steps.mass), steps.count + ends.to(tl.int32))
+
+
+@triton.jit
+def add_steps(a, x, x_rest, a_count, inverse, b, y, y_rest, b_count, _):
+    """Associative combine of the steps of two segments; the inverse temperature goes along."""
+    change = fall(a, b, inverse)
+    below = b < a
+    small = tl.where(below, x, y)
+    small_rest = tl.where(below, x_rest, y_rest)
+    mass = plus(
+        Pair(tl.where(below, y, x), tl.where(below, y_rest, x_rest) + small_rest * change),
+        fused(small, change, 0.0),
     )
-    return Future(tops, masses, counts), carry
+    return lesser(a, b), mass.sum, mass.rest, a_count + b_count, inverse
+
+
+@triton.jit
+def where_steps(flag, a, b):
+    return Steps(
+        tl.where(flag, a.low, b.low), where_pair(flag, a.mass, b.mass), tl.where(flag, a.count, b.count)
+    )
+
+
+@triton.jit
+def no_steps(ACC: tl.constexpr, T: tl.constexpr):
+    zero = tl.zeros([T], ACC)
+    return Steps(zero + float("inf"), Pair(zero, zero), tl.zeros([T], tl.int32))
 
 
 @triton.jit(
-    do_not_specialize=["width", "total", "rewards_stride", "mask_stride", "steps_stride", "out_stride"]
-)
+    do_not_specialize=[
+        "batch", "width", "total", "rewards_stride", "mask_stride", "steps_stride", "out_stride",
+    ]
+)  # fmt: skip
 def softmin_returns_kernel(
-    rewards, mask, cu, steps, out, log_sums, width, total, rewards_stride, mask_stride, steps_stride, out_stride,
-    inv_high, inv_low, temperature_high, temperature_low,
-    MEAN: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    rewards, mask, cu, steps, out, log_sums, batch, width, total,
+    rewards_stride, mask_stride, steps_stride, out_stride, inv_high, inv_low, temperature_high, temperature_low,
+    MEAN: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr,
+    ALIGNED: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program b: row b, in float64."""
+    """Program b: row b. A log-sum is that of its smallest reward, in float64, plus the logarithm of a mass."""
+    ACC: tl.constexpr = out.dtype.element_ty
     b = tl.program_id(0)
-    row = row_part(cu, b, b, width, total, WHOLE, 0, PACKED)
+    row = row_part(cu, b, b, width, total, 0, WHOLE, PACKED)
+    write_gaps(out, cu, b, batch, total, T, PACKED)
+    write_gaps(log_sums, cu, b, batch, total, T, PACKED)
     rewards = at_row(rewards, row, rewards_stride)
     mask = at_row(mask, row, mask_stride)
     steps = at_row(steps, row, steps_stride)
     out = at_row(out, row, out_stride)
     log_sums = at_row(log_sums, row, out_stride)
-    inverse = unpair(inv_high, inv_low, tl.float64)
-    temperature = unpair(temperature_high, temperature_low, tl.float64)
-    zero = tl.zeros([], tl.float64)
-    carry = Future(tl.full([], float("-inf"), tl.float64), zero, zero)
-    next_id = tl.full([], NO_STEP, tl.int64)
-    for done in range(0, row.length, BLOCK):
-        at = row.length - 1 - done - tl.arange(0, BLOCK)
-        inside = at >= 0
-        valid = load_valid(mask, at, inside, HAS_MASK)
-        ends, next_id = step_ends(steps, mask, at, row.length, valid, next_id, KIND, HAS_MASK)
-        r = tl.load(rewards + at, mask=ends, other=0.0).to(tl.float64)
-        future, carry = steps_to_come(carry, tl.where(ends, -r * inverse, float("-inf")), ends, BLOCK)
-        some = valid & (future.count > 0)
-        log_sum = future.top + tl.log(tl.where(some, future.mass, 1.0))
-        log_sum = tl.where(future.top == float("-inf"), future.top, log_sum)
-        value = log_sum
-        if MEAN:
-            value = value - tl.log(tl.where(some, future.count, 1.0))
-        tl.store(out + at, tl.where(some, -temperature * value, 0.0).to(out.dtype.element_ty), mask=inside)
-        tl.store(log_sums + at, tl.where(some, log_sum, 0.0), mask=inside)
+    wide_inverse = unpair(inv_high, inv_low, tl.float64)
+    inverse = wide_inverse.to(ACC)
+    temperature = paired(unpair(temperature_high, temperature_low, tl.float64), ACC)
+    carry = no_steps(ACC, T)
+    next_id = tl.full([T], NO_STEP, tl.int64)
+    for turn in range(0, tl.cdiv(row.length, T * PER)):
+        tile = tile_of(row.begin, row.end, turn, PER, T, True)
+        valid = load_flags(mask, tile, HAS_MASK, PER, ALIGNED)
+        r = load_tokens(rewards, tile, PER, ALIGNED)
+        ends, next_id = load_step_ends(steps, valid, next_id, tile, KIND, PER, ALIGNED)
+        own = where_steps(tile.first, carry, no_steps(ACC, T))
+        for k in tl.static_range(PER - 1, -1, -1):
+            own = add_step(own, r[k], ends[k], inverse)
+        low, mass, rest, count, _ = tl.associative_scan(
+            (own.low, own.mass.sum, own.mass.rest, own.count, tl.zeros([T], ACC) + inverse), 0, add_steps
+        )
+        after = Steps(
+            from_before(low, tile),
+            Pair(from_before(mass, tile), from_before(rest, tile)),
+            from_before(count, tile),
+        )
+        here = where_steps(tile.first, carry, after)
+        carry = after
+        results = ()
+        logs = ()
+        for k in tl.static_range(PER - 1, -1, -1):
+            here = add_step(here, r[k], ends[k], inverse)
+            some = valid[k] & (here.count > 0)
+            mass = tl.where(some, here.mass.sum + here.mass.rest, 1.0)
+            log_mass = tl.log(mass)
+            log_sum = log_mass.to(tl.float64) - here.low.to(tl.float64) * wide_inverse
+            if MEAN:
+                log_mass = tl.log(mass / tl.where(some, here.count, 1).to(ACC))
+            value = fused(-temperature.sum, log_mass, here.low - temperature.rest * log_mass)
+            results = (tl.where(some, value, 0.0),) + results  # noqa: RUF005 (the compiler knows no stars)
+            logs = (tl.where(some, log_sum, 0.0),) + logs  # noqa: RUF005
+        store_tokens(out, tile, results, PER, ALIGNED)
+        store_tokens(log_sums, tile, logs, PER, ALIGNED)
 
 
 @triton.jit(
     do_not_specialize=[
-        "width", "total", "rewards_stride", "mask_stride", "steps_stride", "grad_stride", "out_stride",
+        "batch", "width", "total", "rewards_stride", "mask_stride", "steps_stride", "grad_stride", "out_stride",
     ]
 )  # fmt: skip
 def softmin_kernel(
-    rewards, mask, cu, steps, grad, out, width, total,
+    rewards, mask, cu, steps, grad, out, batch, width, total,
     rewards_stride, mask_stride, steps_stride, grad_stride, out_stride, inv_high, inv_low,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, KIND: tl.constexpr, BACKWARD: tl.constexpr,
-    THROUGH: tl.constexpr, BLOCK: tl.constexpr,
+    THROUGH: tl.constexpr, ALIGNED: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program b: row b. Pass 0 finds the smallest step reward, pass 1 sums, pass 2 writes."""
+    """Program b: row b. Pass 0 sums, with sums of each thread; pass 1 writes."""
     ACC: tl.constexpr = out.dtype.element_ty
     b = tl.program_id(0)
-    row = row_part(cu, b, b, width, total, WHOLE, 0, PACKED)
+    row = row_part(cu, b, b, width, total, 0, WHOLE, PACKED)
+    write_gaps(out, cu, b, batch, total, T, PACKED)
     rewards = at_row(rewards, row, rewards_stride)
     mask = at_row(mask, row, mask_stride)
     steps = at_row(steps, row, steps_stride)
     grad = at_row(grad, row, grad_stride)
     out = at_row(out, row, out_stride)
     inverse = unpair(inv_high, inv_low, ACC)
+    low = tl.full([T], float("inf"), ACC)
+    zero = tl.zeros([T], ACC)
+    mass = Pair(zero, zero)
+    mean = Pair(zero, zero)  # of gradient times reward, weighted
     smallest = tl.full([], float("inf"), ACC)
-    mass = tl.zeros([], ACC)
-    mean = tl.zeros([], ACC)  # weighted mean of gradient times reward
-    for stage in tl.static_range(3):
-        next_id = tl.full([], NO_STEP, tl.int64)
-        for done in range(0, row.length, BLOCK):
-            at = row.length - 1 - done - tl.arange(0, BLOCK)
-            inside = at >= 0
-            valid = load_valid(mask, at, inside, HAS_MASK)
-            ends, next_id = step_ends(steps, mask, at, row.length, valid, next_id, KIND, HAS_MASK)
-            r = tl.load(rewards + at, mask=ends, other=float("inf"))
+    total_mass = tl.zeros([], ACC)
+    total_mean = tl.zeros([], ACC)
+    for stage in tl.static_range(2):
+        next_id = tl.full([T], NO_STEP, tl.int64)
+        for turn in range(0, tl.cdiv(row.length, T * PER)):
+            tile = tile_of(row.begin, row.end, turn, PER, T, True)
+            valid = load_flags(mask, tile, HAS_MASK, PER, ALIGNED)
+            r = load_tokens(rewards, tile, PER, ALIGNED)
+            up = r
+            if BACKWARD:
+                up = load_tokens(grad, tile, PER, ALIGNED)
+            ends, next_id = load_step_ends(steps, valid, next_id, tile, KIND, PER, ALIGNED)
             if stage == 0:
-                smallest = tl.minimum(smallest, tl.min(r, 0))
-            else:
-                weight = tl.where(ends, tl.exp((smallest - tl.where(ends, r, smallest)) * inverse), 0.0)
-                up = tl.zeros([BLOCK], ACC)
-                if BACKWARD:
-                    up = tl.load(grad + at, mask=ends, other=0.0)
-                if stage == 1:
-                    mass += tl.sum(weight, 0)
+                before = low
+                for k in tl.static_range(PER):
+                    low = tl.where(ends[k], lesser(low, r[k]), low)
+                change = fall(before, low, inverse)
+                mass = Pair(fused(mass.sum, change, 0.0), mass.rest * change)
+                mean = Pair(fused(mean.sum, change, 0.0), mean.rest * change)
+                for k in tl.static_range(PER):
+                    weight = tl.where(ends[k], tl.exp((low - r[k]) * inverse), 0.0)
+                    mass = plus(mass, weight)
                     if BACKWARD and THROUGH:
-                        mean += tl.sum(tl.where(ends, weight * r * up, 0.0), 0)
-                else:
-                    weight = weight / mass
-                    if BACKWARD:
-                        value = up
-                        if THROUGH:
-                            value = up - (up * r - mean / mass) * inverse
-                    else:
-                        value = r
-                    tl.store(out + at, tl.where(ends, weight * value, 0.0), mask=inside)
+                        mean = plus(mean, tl.where(ends[k], weight * r[k] * up[k], 0.0))
+            else:
+                results = ()
+                for k in tl.static_range(PER):
+                    weight = tl.exp((smallest - r[k]) * inverse) / total_mass
+                    value = up[k]
+                    if BACKWARD and THROUGH:
+                        value = up[k] - (up[k] * r[k] - total_mean) * inverse
+                    results = results + (tl.where(ends[k], weight * value, 0.0),)  # noqa: RUF005
+                store_tokens(out, tile, results, PER, ALIGNED)
+        if stage == 0:
+            smallest = tl.reduce(low, 0, lesser)
+            scale = tl.where(low == float("inf"), 0.0, tl.exp((smallest - low) * inverse))
+            scale = tl.where(smallest == float("inf"), float("nan"), scale)
+            total_mass = tl.sum((mass.sum + mass.rest) * scale, 0)
+            total_mean = tl.sum((mean.sum + mean.rest) * scale, 0) / total_mass
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
@@ -154,14 +223,14 @@ def softmin_returns(a: ReturnsArgs, temperature: float, mean: bool) -> tuple[Ten
     rows = Rows.of(a.rewards.shape, a.cu_seqlens, a.rewards)
     rewards, mask = dense(a.rewards), as_bytes(a.mask)
     kind, steps = kind_of(a.steps), as_pointer(a.steps)
-    out = output(rewards, rewards.shape, rows.packed)
-    log_sums = output(rewards, rewards.shape, rows.packed, torch.float64)
+    out, log_sums = empty_tokens(rewards, rows), empty_tokens(rewards, rows, torch.float64)
     if out.numel() and rows.batch:
         softmin_returns_kernel[(rows.batch,)](
-            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, log_sums, rows.width,
-            rows.total, stride(rewards), stride(mask), stride(steps), stride(out), *pair(1.0 / temperature),
-            *pair(temperature), MEAN=mean, PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind, BLOCK=BLOCK,
-            **BITS,
+            rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), out, log_sums, rows.batch,
+            rows.width, rows.total, stride(rewards), stride(mask), stride(steps), stride(out),
+            *pair(1.0 / temperature), *pair(temperature), MEAN=mean, PACKED=rows.packed,
+            HAS_MASK=mask is not None, KIND=kind, ALIGNED=is_aligned(rows, rewards, mask, steps, out),
+            PER=EACH, T=THREADS, num_warps=WARPS, **BITS,
         )  # fmt: skip
     return out, log_sums
 
@@ -171,13 +240,14 @@ def _softmin(grad: Tensor | None, a: ReturnsArgs, temperature: float, through_we
     rewards, mask = dense(a.rewards), as_bytes(a.mask)
     grad = None if grad is None else dense(grad)
     kind, steps = kind_of(a.steps), as_pointer(a.steps)
-    out = output(rewards, rewards.shape, rows.packed)
+    out = empty_tokens(rewards, rows)
     if out.numel() and rows.batch:
         softmin_kernel[(rows.batch,)](
             rewards, pointer(mask, rewards), rows.cu, pointer(steps, rewards), pointer(grad, rewards), out,
-            rows.width, rows.total, stride(rewards), stride(mask), stride(steps), stride(grad), stride(out),
-            *pair(1.0 / temperature), PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind,
-            BACKWARD=grad is not None, THROUGH=through_weights, BLOCK=BLOCK, **BITS,
+            rows.batch, rows.width, rows.total, stride(rewards), stride(mask), stride(steps), stride(grad),
+            stride(out), *pair(1.0 / temperature), PACKED=rows.packed, HAS_MASK=mask is not None, KIND=kind,
+            BACKWARD=grad is not None, THROUGH=through_weights,
+            ALIGNED=is_aligned(rows, rewards, mask, steps, grad, out), PER=EACH, T=THREADS, num_warps=WARPS, **BITS,
         )  # fmt: skip
     return out
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .launch import Constant
 from .rows import as_bytes, dense, load_valid
-from .scans import latest
+from .scans import handed_on
+from .tiles import load_flags, load_tokens
 
 # Representations of steps.
 TOKENS = Constant(0)  # every valid token ends a step
@@ -21,27 +22,34 @@ NO_STEP = Constant(-1)
 
 
 @triton.jit
-def step_ends(steps, mask, at, end, valid, next_id, KIND: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Flags of the tokens of a block that end a step, and the next valid token's id for the next block.
+def load_step_ends(
+    steps, valid, next_id, tile,
+    KIND: tl.constexpr, PER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Flags of the tokens of a tile that end a step, and for the next tile the id behind it.
 
-    For ids the positions ``at`` decrease from ``end - 1`` on, and ``next_id`` is the id of the earliest valid token
-    in the blocks so far.
+    With ids, tiles and threads are in decreasing time, and ``next_id`` is the id of the next valid token.
     """
     if KIND == TOKENS:
-        ends = valid
-    elif KIND == FLAGS:
-        ends = valid & (tl.load(steps + at, mask=valid, other=0) != 0)
+        return valid, next_id
     else:
-        ids = tl.load(steps + at, mask=valid, other=NO_STEP)
-        # The next valid token's id: a scan over the tokens one further on.
-        later = at + 1
-        later_valid = load_valid(mask, later, (at >= 0) & (later < end), HAS_MASK)
-        later_ids = tl.load(steps + later, mask=later_valid, other=NO_STEP)
-        next_ids, any_valid = tl.associative_scan((later_ids, later_valid.to(tl.int32)), 0, latest)
-        next_ids = tl.where(any_valid != 0, next_ids, next_id)
-        ends = valid & (ids >= 0) & (ids != next_ids)
-        next_id = tl.sum(tl.where(at == tl.min(at, 0), next_ids, 0), 0)
-    return ends, next_id
+        ends = ()
+        if KIND == FLAGS:
+            flags = load_flags(steps, tile, True, PER, ALIGNED)
+            for k in tl.static_range(PER):
+                ends = ends + (valid[k] & flags[k],)  # noqa: RUF005 (the compiler knows no stars)
+        else:
+            ids = load_tokens(steps, tile, PER, ALIGNED)
+            some = tl.zeros(tile.start.shape, tl.int32)
+            following = tl.zeros(tile.start.shape, tl.int64)
+            for k in tl.static_range(PER - 1, -1, -1):
+                some |= valid[k].to(tl.int32)
+                following = tl.where(valid[k], ids[k], following)
+            following, next_id = handed_on(following, some, next_id, tile)
+            for k in tl.static_range(PER - 1, -1, -1):
+                ends = (valid[k] & (ids[k] >= 0) & (ids[k] != following),) + ends  # noqa: RUF005
+                following = tl.where(valid[k], ids[k], following)
+        return ends, next_id
 
 
 @triton.jit

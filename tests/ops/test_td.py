@@ -374,6 +374,31 @@ class Test_gae_vtrace:
                 call()
 
 
+class Test_gae_softmin_returns:
+    def test_bits_do_not_depend_on_where_rows_lie(self, target, generator):
+        """Rows in wide loads, rows that begin anywhere, and packed rows behind others."""
+        if not target.backend.startswith("triton"):
+            pytest.skip("of Triton's tiles")
+        r, v = (torch.randn(6, 81, generator=generator) for _ in range(2))
+        mask = torch.rand(6, 81, generator=generator) > 0.2
+
+        def run(r, v, mask, cu=None):
+            tensors = [x.contiguous() if cu is not None else x for x in (r, v, mask)]
+            r, v, mask = (x.to(target.device) for x in tensors)
+            where = {"mask": mask, "cu_seqlens": cu}
+            with dispatch.use_backend(target.backend):
+                both = rewardops.gae(r, v, gamma=0.99, lam=0.95, **where)
+                return [*both, rewardops.min_returns(r, **where), rewardops.softmin_returns(r, **where)]
+
+        inner = [x[:, 1:] for x in (r, v, mask)]
+        want = run(*(x.contiguous() for x in inner))
+        packed = [torch.cat([x[0, :3], x[:, 1:].flatten()]) for x in (r, v, mask)]
+        cu = torch.tensor([0, 3, *range(83, 484, 80)], device=target.device)
+        for a, b, c in zip(want, run(*inner), run(*packed, cu), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c[3:].view_as(a))
+
+
 class Test_gae_min_returns:
     @pytest.mark.parametrize("shape", [(16_384, 5), (1, 262_144)], ids=str)
     def test_many_rows_and_long_ones(self, target, generator, shape):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import copy
 import operator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import rewardops
+from rewardops.core import dispatch
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "triton_kernels").glob("*.py"))
 
@@ -87,11 +91,12 @@ def test_no_kernel_calls_itself(path):
 class Launches(TorchDispatchMode):
     """The kernels that run while it is open, and operations of torch but for allocations and views."""
 
-    def __init__(self, monkeypatch, module) -> None:
+    def __init__(self, monkeypatch, *modules) -> None:
         super().__init__()
         self.names: list[str] = []
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(getattr(module, name), self.names))
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, Counted(getattr(module, name), self.names))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -181,9 +186,6 @@ def test_launches_of_masks(monkeypatch, name, packed):
     pytest.importorskip("triton")
     from rewardops.triton_kernels import selection
 
-    import rewardops
-    from rewardops.core import dispatch
-
     x, mask = torch.randn(3, 40), torch.ones(3, 40).bool()
     cu = torch.tensor([0, 40, 80, 120]) if packed else None
     given = (x.flatten(), None) if packed else (x, mask)
@@ -201,3 +203,54 @@ def test_launches_of_masks(monkeypatch, name, packed):
     if not packed:  # whose offsets are checked on a CPU
         others = ["rand"] * (name == "clip_cov_mask") + ["zeros"]
         assert [n for n in launched.names if n not in kernels] == others
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "long"])
+def test_a_scan_is_one_launch(monkeypatch, layout):
+    """Two where a few long rows are cut; and its gradient as many."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import returns, softmin, td
+
+    if layout == "long" and torch.cuda.is_available():
+        pytest.skip("chunks are longer there")
+    launched = Launches(monkeypatch, td, returns, softmin)  # of kernels alone, as it is not opened
+    rows, width = (1, 600) if layout == "long" else (6, 32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(rows, width, device=device)
+    where = {"mask": x > 0.1}
+    if layout == "packed":
+        cu = torch.arange(0, rows * width + 1, width, device=device)
+        x, where = x.flatten(), {"mask": x.flatten() > 0.1, "cu_seqlens": cu}
+    x.requires_grad_()
+    with dispatch.use_backend("triton"):
+        out = rewardops.gae(x, x, gamma=0.9, lam=0.9, **where)
+        torch.autograd.grad(out.advantages.sum() + out.returns.sum(), x)
+        with torch.no_grad():
+            rewardops.min_returns(x, **where)
+            rewardops.softmin_returns(x, **where)
+    cut = 2 if layout == "long" else 1
+    assert Counter(launched.names) == {"td": cut, "td_backward": cut, "extremes": cut, "softmin_returns": 1}
+
+
+def test_tokens_of_no_row_are_zeros():
+    """Before the first packed row and behind the last, where nobody has looked at the offsets."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import returns, td
+
+    from rewardops.reference.returns import ReturnsArgs
+    from rewardops.reference.td import TdArgs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(90, device=device) + 0.5
+    cu = torch.tensor([7, 20, 20, 60], device=device)
+    a, b = TdArgs(x, x, cu_seqlens=cu), ReturnsArgs(x, None, cu, None)
+    results = [
+        *td.td_scan(a),
+        *td.td_scan_backward(x, x, a, True, False)[:2],
+        returns.extreme_returns(b, False),
+        *returns.softmin_returns(b, 0.1, False),
+        returns.softmin_rewards(b, 0.1, True),
+    ]
+    for result in results:
+        assert not result[:7].any() | result[60:].any()
+        assert result[7:60].any()

@@ -242,7 +242,7 @@ def of_returns() -> None:
         for steps in (None, values > 0, values.long()):
             a = ReturnsArgs(values, mask, cu, steps)
             for chunks in (1, 2) if steps is not None and steps.dtype is torch.int64 else (1,):
-                with mock.patch.object(returns, "chunks_of", return_value=chunks):
+                with mock.patch.object(returns, "chunk_of", return_value=values.shape[-1] // chunks):
                     returns.extreme_returns(a, False)
             returns.softmin_returns(a, 0.1, True)
             returns.softmin_rewards(a, 0.1, True)
@@ -269,7 +269,7 @@ def of_td() -> None:
             args = a._replace(**changes)
             if args.decay and mask is None:
                 continue  # without a mask that is the same
-            with mock.patch.object(td, "chunks_of", return_value=chunks):
+            with mock.patch.object(td, "chunk_of", return_value=values.shape[-1] // chunks):
                 td.td_scan(args)
                 if args.values is not None:
                     td.td_scan_backward(values, values, args, True, True)
@@ -408,8 +408,8 @@ def block_loads(ttir: str) -> tuple[list[list[int]], list[int]]:
     return loops, outside
 
 
-def meetings(ptx: str) -> int:
-    """Barriers and shuffles in loops: places where threads wait for each other."""
+def in_loops(ptx: str, pattern: str) -> int:
+    """Lines of loops that match."""
     labels: dict[str, int] = {}
     found = set()
     lines = ptx.splitlines()
@@ -418,7 +418,7 @@ def meetings(ptx: str) -> int:
             labels[label[1]] = here
         elif (branch := re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)) and branch[1] in labels:
             body = range(labels[branch[1]], here)
-            found |= {i for i in body if re.search(r"\b(?:bar|barrier|shfl)\.", lines[i])}
+            found |= {i for i in body if re.search(pattern, lines[i])}
     return len(found)
 
 
@@ -476,7 +476,11 @@ def compile_launch(job: tuple) -> dict:
         ptx = compiled.asm["ptx"]
         row["loads"] = sorted(set(re.findall(r"ld\.global(?:\.L\S+)*((?:\.v\d)?\.b\d+)", ptx)))
         row["stores"] = sorted(set(re.findall(r"st\.global((?:\.v\d)?\.b\d+)", ptx)))
-        row["meetings"] = meetings(ptx)
+        # Barriers and shuffles: places where threads wait for each other.
+        row["meetings"] = in_loops(ptx, r"\b(?:bar|barrier|shfl)\.")
+        row["barriers"] = in_loops(ptx, r"\b(?:bar|barrier)\.")
+        row["float64"] = in_loops(ptx, r"\b(?:add|sub|mul|fma|div|setp|cvt)\.\S*f64\b")
+        row["per_thread"] = values.get("PER")
         row["atomics"] = len(re.findall(r"\b(?:atom|red)\.", ptx))
     row["block"] = values.get("BLOCK") or math.prod(values.get(k, 0) for k in ("H", "T", "E"))
     # In the backward pass peeled rows are as good as aligned ones.
