@@ -51,16 +51,17 @@ def tile_of(begin, end, turn, PER: tl.constexpr, T: tl.constexpr, REVERSE: tl.co
 @triton.jit
 def elements(x):
     """The elements ``[T]`` of a tensor ``[T, 2, ..., 2]``, in order."""
-    if len(x.shape) == 1:
-        return (x,)
-    else:
-        even, odd = tl.split(x)
-        evens = elements(even)
-        odds = elements(odd)
-        every = ()
-        for k in tl.static_range(len(evens)):
-            every = every + (evens[k], odds[k])  # noqa: RUF005 (the compiler knows no stars)
-        return every
+    every = (x,)
+    for _ in tl.static_range(len(x.shape) - 1):
+        # The last dimension is the lowest bit of an element's number.
+        evens = ()
+        odds = ()
+        for k in tl.static_range(len(every)):
+            even, odd = tl.split(every[k])
+            evens = evens + (even,)  # noqa: RUF005 (the compiler knows no stars)
+            odds = odds + (odd,)  # noqa: RUF005
+        every = evens + odds
+    return every
 
 
 @triton.jit
@@ -77,14 +78,17 @@ def halved(x):
 
 
 @triton.jit
-def joined(xs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Every STEP-th of the tensors ``[T]`` from FIRST on, as one ``[T, 2, ..., 2]``."""
-    if COUNT == 1:
-        return xs[FIRST]
-    else:
-        even = joined(xs, FIRST, 2 * STEP, COUNT // 2)
-        odd = joined(xs, FIRST + STEP, 2 * STEP, COUNT // 2)
-        return tl.join(even, odd)
+def joined(xs, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of the tensors ``[T]`` from FIRST on, as one ``[T, 2, ..., 2]``: the inverse of :func:`elements`."""
+    every = ()
+    for k in tl.static_range(COUNT):
+        every = every + (xs[FIRST + k],)  # noqa: RUF005
+    for _ in tl.static_range(COUNT.bit_length() - 1):
+        pairs = ()
+        for k in tl.static_range(len(every) // 2):
+            pairs = pairs + (tl.join(every[k], every[k + len(every) // 2]),)  # noqa: RUF005
+        every = pairs
+    return every[0]
 
 
 @triton.jit
@@ -136,7 +140,7 @@ def store_tokens(row, tile, xs, PER: tl.constexpr, ALIGNED: tl.constexpr):
         here = tl.multiple_of(row + tile.low, 16)
         for k in tl.static_range(PER // W):
             start = tile.start[:, None] + k * W
-            x = tl.reshape(joined(xs, k * W, 1, W), [tile.start.shape[0], W])
+            x = tl.reshape(joined(xs, k * W, W), [tile.start.shape[0], W])
             x = x.to(row.dtype.element_ty)
             tl.store(here + (start + tl.arange(0, W)[None, :]), x, mask=start < tile.left)
     elif PER == 1:
@@ -144,7 +148,7 @@ def store_tokens(row, tile, xs, PER: tl.constexpr, ALIGNED: tl.constexpr):
         tl.store(at, xs[0].to(row.dtype.element_ty), mask=tile.start < tile.left)
     else:
         at = tile.start[:, None] + tl.arange(0, PER)[None, :]
-        x = tl.reshape(joined(xs, 0, 1, PER), [tile.start.shape[0], PER]).to(row.dtype.element_ty)
+        x = tl.reshape(joined(xs, 0, PER), [tile.start.shape[0], PER]).to(row.dtype.element_ty)
         tl.store(row + tile.low + at, x, mask=at < tile.left)
 
 
