@@ -218,8 +218,8 @@ __device__ inline Side finish(const TokenStatsAndGradArgs& a, const Sums& row, c
   // The gradient of a log-probability that is NaN is NaN.
   const float on_token = a.coefficients[kLogprob] && !exists ? none : up(kLogprob);
   const float on_entropy = up(kEntropy), on_moment = up(kSumSqLogprob), on_square = 2 * up(kSumSq) + on_moment;
-  const float on_p = up(kLogsumexp) - on_token + on_entropy * below - on_square * sum_sq -
-                     2 * on_moment * sum_sq_logprob;
+  const float on_p =
+      up(kLogsumexp) - on_token + on_entropy * below - on_square * sum_sq - 2 * on_moment * sum_sq_logprob;
   const float each = 1 / (total * t), square = each / total;
   Side g;
   g.on_e = on_p * each;
