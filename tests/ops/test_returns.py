@@ -388,3 +388,50 @@ class Test_min_returns_softmin_returns:
         packed = [None if x is None else pack(x[:, :n], lengths)[0] for x in (wide, mask, steps)]
         cu = pack(wide[:, :n], lengths)[1]
         check_backend(make(packed[1], cu, packed[2]), packed[:1], ulps=32, **where)
+
+
+class Test_softmin_returns_min_returns:
+    def test_bits_do_not_depend_on_where_rows_lie(self, target, generator):
+        """Rows in wide loads, rows that begin anywhere, and packed rows behind others."""
+        if not target.backend.startswith("triton"):
+            pytest.skip("of Triton's tiles")
+        r = torch.randn(6, 81, generator=generator)
+        mask = torch.rand(6, 81, generator=generator) > 0.2
+
+        def run(r, mask, cu=None):
+            tensors = [x.contiguous() if cu is not None else x for x in (r, mask)]
+            r, mask = (x.to(target.device) for x in tensors)
+            where = {"mask": mask, "cu_seqlens": cu}
+            with dispatch.use_backend(target.backend):
+                return [rewardops.min_returns(r, **where), rewardops.softmin_returns(r, **where)]
+
+        inner = [x[:, 1:] for x in (r, mask)]
+        want = run(*(x.contiguous() for x in inner))
+        packed = [torch.cat([x[0, :3], x[:, 1:].flatten()]) for x in (r, mask)]
+        cu = torch.tensor([0, 3, *range(83, 484, 80)], device=target.device)
+        for a, b, c in zip(want, run(*inner), run(*packed, cu), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c[3:].view_as(a))
+
+    def test_tokens_of_no_row_are_zeros(self):
+        """Before the first packed row and behind the last, where nobody has looked at the offsets."""
+        pytest.importorskip("triton")
+        from rewardops.triton_kernels import returns, td
+
+        from rewardops.reference.returns import ReturnsArgs
+        from rewardops.reference.td import TdArgs
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        x = torch.rand(90, device=device) + 0.5
+        cu = torch.tensor([7, 20, 20, 60], device=device)
+        a, b = TdArgs(x, x, cu_seqlens=cu), ReturnsArgs(x, None, cu, None)
+        results = [
+            *td.td_scan(a),
+            *td.td_scan_backward(x, x, a, True, False)[:2],
+            returns.extreme_returns(b, False),
+            *returns.softmin_returns(b, 0.1, False),
+            returns.softmin_rewards(b, 0.1, True),
+        ]
+        for result in results:
+            assert not result[:7].any() | result[60:].any()
+            assert result[7:60].any()
