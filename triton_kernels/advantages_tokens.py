@@ -10,8 +10,7 @@ import triton.language as tl
 from .arithmetic import Pair, add_pairs, sum_pairs
 from .groups import LOOK, RowTokens, have_token, place_rows
 from .launch import INTERPRETED, Constant
-from .logits_rows import to_boundary
-from .rows import load_valid, row_bounds
+from .rows import load_valid, row_bounds, to_boundary
 
 BLOCK = 64 if INTERPRETED else 1024
 ROWS_AT_ONCE = 4  # rows whose first valid tokens one program seeks

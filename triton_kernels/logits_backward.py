@@ -41,8 +41,8 @@ from .logits_rows import (
     row_offset,
     scaled_distance,
     split,
-    to_boundary,
 )
+from .rows import to_boundary
 
 # ---- the gradient of a block of columns --------------------------------------------------------------------
 

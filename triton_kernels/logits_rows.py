@@ -85,13 +85,6 @@ def columns_of(part, blocks, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def to_boundary(row):
-    """Number of elements from a pointer to the next address that is a multiple of 16 bytes."""
-    SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    return ((-row.to(tl.int64)) & 15).to(tl.int32) // SIZE
-
-
-@triton.jit
 def row_offset(n, inner, stride_outer, stride_inner):
     """Offset of row n of [N, V] or of [B, T, V], 64-bit."""
     return (n // inner).to(tl.int64) * stride_outer + (n % inner).to(tl.int64) * stride_inner

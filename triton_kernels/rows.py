@@ -69,3 +69,10 @@ def load_valid(mask, offset, inside, HAS_MASK: tl.constexpr):
     if HAS_MASK:
         valid = inside & (tl.load(mask + offset, mask=inside, other=0) != 0)
     return valid
+
+
+@triton.jit
+def to_boundary(row):
+    """Number of elements from a pointer to the next address that is a multiple of 16 bytes."""
+    SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    return ((-row.to(tl.int64)) & 15).to(tl.int32) // SIZE

@@ -100,15 +100,33 @@ def scope_of(scopes, b, HAS_SCOPES: tl.constexpr):
         return tl.zeros([], tl.int64)
 
 
+class Line(NamedTuple):
+    """The tokens of a row: pointers, and the band's ends in float64."""
+
+    values: Any
+    mask: Any
+    band: Any
+    low: Any
+    high: Any
+
+
 @triton.jit
-def load_eligible(mask, band, at, inside, low, high, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr):
-    """Flags of the valid tokens at these offsets, and of those that can be chosen."""
-    valid = load_valid(mask, at, inside, HAS_MASK)
+def line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high):
+    return Line(
+        values + base + row * values_stride, mask + base + row * mask_stride, band + base + row * band_stride,
+        from_bits(low), from_bits(high),
+    )  # fmt: skip
+
+
+@triton.jit
+def load_keys(line, at, inside, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr):
+    """Flags of the valid tokens at these places, flags of those that can be chosen, and the keys of the latter."""
+    valid = load_valid(line.mask, at, inside, HAS_MASK)
     eligible = valid
     if HAS_BAND:
-        x = tl.load(band + at, mask=valid, other=0.0)
-        eligible = valid & (x > low.to(x.dtype)) & (x < high.to(x.dtype))
-    return valid, eligible
+        x = tl.load(line.band + at, mask=valid, other=0.0)
+        eligible = valid & (x > line.low.to(x.dtype)) & (x < line.high.to(x.dtype))
+    return valid, eligible, sort_key(tl.load(line.values + at, mask=eligible, other=0.0))
 
 
 @triton.jit(
@@ -133,19 +151,15 @@ def digits_kernel(
     prefix = tl.zeros([], tl.int64)
     if not FIRST:
         prefix = search_of(scope, state, batch, step, HAS_BAND, NEAREST).prefix
-    low, high = from_bits(low), from_bits(high)
-    values_row, mask_row, band_row = (
-        values + base + row * values_stride, mask + base + row * mask_stride, band + base + row * band_stride
-    )  # fmt: skip
+    line = line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high)
     bins = tl.arange(0, BINS)
     digit_counts = tl.zeros([BINS], tl.int32)
     valid_here = tl.zeros([BLOCK], tl.int32)
     others = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.program_id(1) * BLOCK, length, parts * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        valid, counted = load_eligible(mask_row, band_row, at, at < length, low, high, HAS_MASK, HAS_BAND)
+        valid, counted, key = load_keys(line, at, at < length, HAS_MASK, HAS_BAND)
         valid_here += valid.to(tl.int32)
-        key = sort_key(tl.load(values_row + at, mask=counted, other=0.0))
         moved = key >> (key.dtype.primitive_bitwidth - (step + 1) * DIGIT).to(key.dtype)
         if not FIRST:
             counted = counted & ((moved >> DIGIT) == prefix.to(key.dtype))
@@ -196,10 +210,7 @@ def chosen_kernel(
     scope = scope_of(scopes, b, HAS_SCOPES)
     state = State(counts, valid_counts, searches, from_bits(fraction))
     prefix, room = search_of(scope, state, batch, step, HAS_BAND, NEAREST)
-    low, high = from_bits(low), from_bits(high)
-    values_row, mask_row, band_row = (
-        values + base + row * values_stride, mask + base + row * mask_stride, band + base + row * band_stride
-    )  # fmt: skip
+    line = line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high)
     place = row * parts + tl.program_id(1)
     here = tl.zeros([], tl.int64)
     some = room > 0
@@ -216,8 +227,7 @@ def chosen_kernel(
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
-        _, valid = load_eligible(mask_row, band_row, at, inside, low, high, HAS_MASK, HAS_BAND)
-        key = sort_key(tl.load(values_row + at, mask=valid, other=0.0))
+        _, valid, key = load_keys(line, at, inside, HAS_MASK, HAS_BAND)
         least = prefix.to(key.dtype)
         tie = valid & (key == least)
         if WRITE:

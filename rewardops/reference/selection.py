@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..core.kinds import Flags, IdRows, Offsets, RealTokens
 from ..core.precision import wide
 from ..core.rows import from_rows, to_rows
+from .segments import row_counts
 
 
 class LargestArgs(NamedTuple):
@@ -54,17 +56,17 @@ def scopes_of(a: LargestArgs, batch: int) -> Tensor:
     return torch.zeros(batch, dtype=torch.int64, device=a.values.device) if a.scopes is None else a.scopes
 
 
-def wanted(a: LargestArgs, scopes: Tensor) -> Tensor:
-    """``[B]`` int64, at each scope the number of tokens to select."""
+def wanted(a: LargestArgs, scopes: Tensor, row_counts: Callable[..., Tensor] = row_counts) -> Tensor:
+    """``[B]`` int64, at each scope the number of tokens to select; a backend may count flags of rows by its own."""
 
     def count(flags: Tensor | None) -> Tensor:
-        flags = torch.ones_like(a.values, dtype=torch.bool) if flags is None else flags
-        if a.cu_seqlens is None:
-            of_rows = flags.sum(1)
+        if flags is not None:
+            of_rows = row_counts(flags, a.cu_seqlens)
+        elif a.cu_seqlens is not None:
+            of_rows = a.cu_seqlens[1:] - a.cu_seqlens[:-1]
         else:
-            before = torch.nn.functional.pad(flags.cumsum(0), (1, 0))[a.cu_seqlens.long()]
-            of_rows = before[1:] - before[:-1]
-        return torch.zeros_like(scopes).index_add(0, scopes, of_rows)
+            of_rows = torch.full_like(scopes, a.values.shape[1])
+        return torch.zeros_like(scopes).index_add(0, scopes, of_rows.to(torch.int64))
 
     share = share_of(a.fraction, count(a.mask), a.nearest)
     return share if a.band is None else torch.minimum(share, count(eligible(a)))
