@@ -36,7 +36,7 @@ from .group_statistics import (
     first_with_reward,
     group_statistics,
 )
-from .groups import ROWS, Group, SortedRows, end_of_group, load_members
+from .groups import ROWS, SortedRows, begins_group, group_from, load_members
 from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits, unpair
 from .rows import Rows, as_bytes, dense, stride
 
@@ -119,15 +119,14 @@ def group_advantages_kernel(
     """Program p: the group that begins at place p, if one does."""
     begin = tl.program_id(0)
     label = tl.load(labels + begin)
-    if label != tl.load(labels + begin - 1, mask=begin > 0, other=~label):
+    if begins_group(labels, begin, label):
         settings = Settings(
             unpair(quantile_high, quantile_low, rewards.dtype.element_ty),
             unpair(eps_high, eps_low, tl.float64), ddof,
         )  # fmt: skip
-        end = end_of_group(labels, begin, label, batch, FEW, TILE)
-        group = Group(SortedRows(rewards, labels, order, live, batch, parts), begin, end)
+        group = group_from(SortedRows(rewards, labels, order, live, batch, parts), begin, label, FEW, TILE)
         out = Outputs(baselines, advantages, inv_scales, numerators)
-        if end - begin <= FEW:
+        if group.end - begin <= FEW:
             write_group(
                 group, batch_record, lengths, settings, out,
                 BASELINE, SCALE, RAW, ORDERED, HAS_LIVE, True, FEW,

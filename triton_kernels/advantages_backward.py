@@ -30,7 +30,7 @@ from .group_statistics import (
     group_statistics,
     reward_moments,
 )
-from .groups import Group, SortedRows, end_of_group, load_members, over_members
+from .groups import Group, SortedRows, begins_group, group_from, load_members, over_members
 from .launch import unpair
 
 
@@ -215,15 +215,14 @@ def group_advantages_backward_kernel(
     """Program p: the gradients of the group that begins at place p, if one does."""
     begin = tl.program_id(0)
     label = tl.load(labels + begin)
-    if label != tl.load(labels + begin - 1, mask=begin > 0, other=~label):
+    if begins_group(labels, begin, label):
         settings = Settings(
             unpair(quantile_high, quantile_low, rewards.dtype.element_ty),
             unpair(eps_high, eps_low, tl.float64), ddof,
         )  # fmt: skip
-        end = end_of_group(labels, begin, label, batch, FEW, TILE)
-        group = Group(SortedRows(rewards, labels, order, live, batch, parts), begin, end)
+        group = group_from(SortedRows(rewards, labels, order, live, batch, parts), begin, label, FEW, TILE)
         up = Upstream(grads, numerators, inv_scale_grads, batch, parts)
-        if end - begin <= FEW:
+        if group.end - begin <= FEW:
             write_group_gradients(
                 group, batch_record, lengths, settings, up, reward_grads, baseline_grads,
                 BASELINE, SCALE, RAW, HAS_GRAD, HAS_INV, ORDERED, HAS_LIVE, True, FEW,

@@ -168,6 +168,18 @@ def end_of_group(labels, begin, label, batch, FIRST: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
+def begins_group(labels, place, label):
+    """Whether the group of that label begins at the place."""
+    return label != tl.load(labels + place - 1, mask=place > 0, other=~label)
+
+
+@triton.jit
+def group_from(rows, begin, label, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """The group that begins at a place of the sorted rows."""
+    return Group(rows, begin, end_of_group(rows.labels, begin, label, rows.batch, FIRST, TILE))
+
+
+@triton.jit
 def count_same(labels, begin, label, batch, TILE: tl.constexpr):
     place = begin + tl.arange(0, TILE)
     same = (tl.load(labels + place, mask=place < batch, other=0) == label) & (place < batch)

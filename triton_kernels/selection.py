@@ -103,7 +103,7 @@ def scope_of(scopes, b, HAS_SCOPES: tl.constexpr):
 class Line(NamedTuple):
     """The tokens of a row: pointers, and the band's ends in float64."""
 
-    values: Any
+    numbers: Any
     mask: Any
     band: Any
     low: Any
@@ -126,7 +126,7 @@ def load_keys(line, at, inside, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr):
     if HAS_BAND:
         x = tl.load(line.band + at, mask=valid, other=0.0)
         eligible = valid & (x > line.low.to(x.dtype)) & (x < line.high.to(x.dtype))
-    return valid, eligible, sort_key(tl.load(line.values + at, mask=eligible, other=0.0))
+    return valid, eligible, sort_key(tl.load(line.numbers + at, mask=eligible, other=0.0))
 
 
 @triton.jit(
