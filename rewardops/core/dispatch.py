@@ -24,7 +24,7 @@ from .precision import InFloat32, autocast_enabled, has_float64
 from .records import packer
 from .scalars import Floats, with_numbers
 from .settings import ContextSetting
-from .transforms import autograd_kernel, vmap_rule
+from .transforms import autograd_kernel, shortcut, vmap_rule
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -216,7 +216,7 @@ def define(
     kernel = autograd_kernel(overload, pack, floats, setup_context, backward)
     _library.impl(op, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(f"rewardops::{op}", vmap_rule(overload), lib=_library)
-    return floats.caller(overload)
+    return floats.caller(shortcut(overload, {"cpu": on_cpu, "cuda": on_cuda}))
 
 
 def config() -> dict[str, str]:

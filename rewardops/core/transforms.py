@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .scalars import Floats
@@ -172,6 +173,55 @@ def autograd_kernel(
         return list(output) if makes_list else output
 
     return kernel
+
+
+def shortcut(
+    overload: torch._ops.OpOverload, kernels: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The op as a function that calls the kernel of the tensors' device where nothing else would take part.
+
+    The dispatcher comes to the same kernel, by way of the one for Autograd, each time converting all arguments:
+    most of the time of a small call. It decides wherever a gradient, a mode, a transformation, a subclass, a
+    profiler or a tracer could have a say, and about ops that write to their arguments, whose versions it counts.
+    """
+    schema = overload._schema
+    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+        return overload
+    count = len(schema.arguments)
+    makes_list = [str(r.type) for r in schema.returns] == ["List[Tensor]"]
+    compiling, tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
+    dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    transforms, profiled = torch._C._are_functorch_transforms_active, torch.autograd._profiler_enabled
+    strided = torch.strided
+
+    def device_of(args: Iterable[Any]) -> str | None:
+        """The type of the device of all tensors; None if the dispatcher decides."""
+        found = None
+        with_grad = torch.is_grad_enabled()
+        for a in args:
+            kind = type(a)
+            if kind is Tensor or kind is Parameter:
+                if a.layout is not strided or (with_grad and a.requires_grad):
+                    return None
+                device = "cpu" if a.is_cpu else "cuda" if a.is_cuda else None
+                if device is None or (found is not None and device != found):
+                    return None
+                found = device
+            elif kind is list or isinstance(a, (Tensor, torch.SymInt, torch.SymFloat)):
+                return None
+        return found
+
+    def call(*args: Any) -> Any:
+        if (
+            compiling() or len(args) < count - 1 or dispatch_modes() or function_modes() or transforms()
+            or profiled() or forward_ad._current_level >= 0 or tracing() is not None
+            or (device := device_of(args)) is None
+        ):  # fmt: skip
+            return overload(*args)
+        output = kernels[device](*args)
+        return output if isinstance(output, Tensor) else list(output) if makes_list else tuple(output)
+
+    return call
 
 
 def vmap_rule(op: torch._ops.OpOverload) -> Callable[..., Any]:
