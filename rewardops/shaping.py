@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -142,7 +141,7 @@ def clip_delta_rewards(
     ends = _ends(markers, rows, rewards.device)
     counted = ends
     if delta and last == "zero":
-        counted = ends & ~last_tokens(replace(rows, mask=ends), rewards.device)
+        counted = ends & ~last_tokens(rows._replace(mask=ends), rewards.device)
     r = torch.where(counted, r, 0)
     if eta is not None:
         r = torch.where(counted, (r - eta).clamp(max=0), 0)

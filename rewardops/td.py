@@ -317,6 +317,8 @@ def factor(
 
     The tensor is per row, ``[B, 1]``, or per token of ``other``.
     """
+    if type(value) is float and 0 <= value <= most and value < math.inf:
+        return value, None
     limits = "from 0 to 1" if most == 1 else "of at least 0"
     if not isinstance(value, Tensor) or value.dim() == 0:
         number = checks.check_number(name, value, f"a number {limits}, or a tensor")
@@ -374,9 +376,9 @@ def scan(
         if values is None:
             values = torch.zeros_like(rewards)
     tensors = (rewards, values, bootstrap, rho, trace)
-    promoted = iter(checks.promote(*(t for t in tensors if t is not None)))
+    promoted = iter(checks.promote(*[t for t in tensors if t is not None]))
     args = TdArgs(  # type: ignore[call-arg]
-        *(None if t is None else next(promoted) for t in tensors),  # type: ignore[arg-type]
+        *[None if t is None else next(promoted) for t in tensors],  # type: ignore[arg-type]
         gammas, lambdas, rows.mask, rows.cu_seqlens, gamma_value, lam_value, masked == "step",
     )  # fmt: skip
     return rows, ops.td_scan(*args)

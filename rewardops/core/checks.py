@@ -13,6 +13,7 @@ from .settings import debugging, is_traced, may_read
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASKS = (torch.bool, *INTEGERS, *FLOATS)
 
 
 def show(shape: Sequence[object]) -> str:
@@ -38,7 +39,7 @@ def check_integer(name: str, value: Tensor) -> None:
 
 
 def check_shape(name: str, value: Tensor, want: Sequence[int], meaning: str) -> None:
-    if tuple(value.shape) != tuple(want):
+    if value.shape != want and tuple(value.shape) != tuple(want):
         raise ValueError(f"{name}: got shape {show(value.shape)}, want {show(want)} ({meaning})")
 
 
@@ -50,7 +51,8 @@ def check_device(name: str, value: Tensor, device: torch.device, other: str) -> 
 def check_like(name: str, value: Tensor, like: Tensor, other: str) -> None:
     """A float tensor of the shape and on the device of another argument."""
     check_float(name, value)
-    check_shape(name, value, like.shape, f"the shape of {other}")
+    if value.shape != like.shape:
+        check_shape(name, value, like.shape, f"the shape of {other}")
     check_device(name, value, like.device, other)
 
 
@@ -223,12 +225,13 @@ def as_mask(mask: object, like: Sequence[int], device: torch.device, other: str)
     if mask is None:
         return None
     mask = check_tensor("mask", mask)
-    if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+    if mask.dtype not in MASKS:
         raise TypeError(f"mask: got dtype {mask.dtype}, want bool, integer or float")
-    check_shape("mask", mask, like, f"one entry per token of {other}")
+    if mask.shape != like:
+        check_shape("mask", mask, like, f"one entry per token of {other}")
     check_device("mask", mask, device, other)
     if mask.dtype is torch.bool:
-        return mask.detach()
+        return mask
     valid = mask.detach() != 0
     if may_read(mask) and (where := _first(valid & (mask.detach() != 1), None)):
         number = mask.detach()[tuple(where)].item()
@@ -259,7 +262,10 @@ def as_weights(
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the precision of the ops: float64 if any of them is float64, else float32."""
-    dtype = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+    dtypes = [t.dtype for t in tensors]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    if dtypes.count(dtype) == len(dtypes):
+        return tensors
     return tuple([t if t.dtype is dtype else t.to(dtype) for t in tensors])
 
 

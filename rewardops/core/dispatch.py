@@ -216,7 +216,7 @@ def define(
     kernel = autograd_kernel(overload, pack, floats, setup_context, backward)
     _library.impl(op, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(f"rewardops::{op}", vmap_rule(overload), lib=_library)
-    return floats.caller(shortcut(overload, {"cpu": on_cpu, "cuda": on_cuda}))
+    return shortcut(floats.caller(overload), overload._schema, {"cpu": on_cpu, "cuda": on_cuda})
 
 
 def config() -> dict[str, str]:

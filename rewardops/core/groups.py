@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from .checks import check_device, check_integer, check_shape, show
 from .precision import wide, widest
 from .settings import may_read
+from .transforms import undisturbed
 
 Labels = Tensor | Sequence[Hashable] | Any | None
 GroupSize = int | Sequence[int] | Tensor | None
@@ -73,6 +75,13 @@ def by_size(group_size: object, place: Tensor, total: int | None, other: str) ->
     return torch.searchsorted(sizes.cumsum(0), place, right=True)
 
 
+@functools.lru_cache(maxsize=64)
+def _contiguous(batch: int, group_size: int, other: str) -> Tensor:
+    """As :func:`by_size`, remembered on the CPU, where it would be much of the time of a small call."""
+    with torch.inference_mode(False):  # so that it can be saved for a backward pass
+        return by_size(group_size, torch.arange(batch, device="cpu"), batch, other)
+
+
 def group_ids(groups: Labels, group_size: object, batch: int, device: torch.device, other: str) -> Tensor:
     """Group labels ``[B]`` as int64: from labels of any kind, or from the sizes of contiguous groups."""
     if groups is None and group_size is None:
@@ -80,6 +89,8 @@ def group_ids(groups: Labels, group_size: object, batch: int, device: torch.devi
     if groups is not None and group_size is not None:
         raise ValueError("group_size: got a value beside groups, want one of the two")
     if groups is None:
+        if type(group_size) is int and device.type == "cpu" and group_size > 0 and undisturbed():
+            return _contiguous(batch, group_size, other)
         return by_size(group_size, torch.arange(batch, device=device), batch, other)
     if not isinstance(groups, Tensor):
         return _factorised(groups, batch, device, other)

@@ -213,7 +213,16 @@ def checker(schema: torch.FunctionSchema, kinds: Mapping[str, Kind]) -> Callable
 
     def check(args: Sequence[Any], on_cpu: bool = False) -> None:
         # Training repeats few shapes: most calls are found among those that were right before.
-        key = tuple([_described(args[k], not on_cpu) for k in places])
+        described: list[Any] = []
+        for k in places:
+            value = args[k]
+            if value is None:
+                described.append(None)
+            elif on_cpu and type(value) is Tensor:
+                described += (value.dtype, value.shape)
+            else:
+                described.append(_described(value, not on_cpu))
+        key = tuple(described)
         if key not in right:
             look(args)
             if len(right) >= _REMEMBERED:

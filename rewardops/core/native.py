@@ -48,9 +48,16 @@ _HUGE = 2**23  # bytes from which huge pages pay off; as in csrc/cpu/pages.cpp
 
 def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised CPU memory for an output of any size, in huge pages where the system has them."""
-    out = torch.empty(shape, dtype=dtype, device="cpu")
-    size = out.nbytes
-    if size >= _HUGE and (module := compiled_module()) is not None:
+    return _in_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))
+
+
+def fresh_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As :func:`fresh`, of the shape of another tensor, and of its dtype unless another is given."""
+    return _in_huge_pages(torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format))
+
+
+def _in_huge_pages(out: Tensor) -> Tensor:
+    if (size := out.nbytes) >= _HUGE and (module := compiled_module()) is not None:
         module.prefer_huge_pages(out.data_ptr(), size)
     return out
 

@@ -7,14 +7,13 @@ A mask may have holes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The rows of a per-token tensor and the tokens of them that count."""
 
     batch: int

@@ -52,7 +52,7 @@ class Floats:
         self.places = [k for k, a in enumerate(schema.arguments) if str(a.type) == "float"]
         self.names = [a.name for a in schema.arguments][: -1 if self.places else None]
 
-    def caller(self, overload: Callable[..., Any]) -> Callable[..., Any]:
+    def caller(self, overload: torch._ops.OpOverload) -> Callable[..., Any]:
         """The op as a function of its arguments without ``numbers``; each float may be a tensor of one element."""
         places = self.places
         if not places:

@@ -175,53 +175,74 @@ def autograd_kernel(
     return kernel
 
 
+_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _profiled = torch._C._are_functorch_transforms_active, torch.autograd._profiler_enabled
+
+
+def undisturbed() -> bool:
+    """True in plain eager mode: no compiler, tracer, mode, profiler, transformation or forward-mode derivative."""
+    return not (
+        _compiling() or _modes() or _function_modes() or _transforms() or _profiled()
+        or forward_ad._current_level >= 0 or _tracing() is not None
+    )  # fmt: skip
+
+
 def shortcut(
-    overload: torch._ops.OpOverload, kernels: Mapping[str, Callable[..., Any]]
+    call: Callable[..., Any], schema: torch.FunctionSchema, kernels: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     """The op as a function that calls the kernel of the tensors' device where nothing else would take part.
 
     The dispatcher comes to the same kernel, by way of the one for Autograd, each time converting all arguments:
-    most of the time of a small call. It decides wherever a gradient, a mode, a transformation, a subclass, a
-    profiler or a tracer could have a say, and about ops that write to their arguments, whose versions it counts.
+    most of the time of a small call. ``call`` goes there wherever a gradient, a mode, a transformation, a subclass,
+    a profiler or a tracer could have a say, or a number is not a float; and so do ops that write to their
+    arguments, whose versions the dispatcher counts.
     """
-    schema = overload._schema
     if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
-        return overload
-    count = len(schema.arguments)
+        return call
+    arguments = [(k, str(a.type)) for k, a in enumerate(schema.arguments) if a.name != "numbers"]
+    count = len(arguments)
+    tensors = [k for k, kind in arguments if kind in ("Tensor", "Optional[Tensor]")]
+    lists = [k for k, kind in arguments if "List[" in kind and "Tensor" in kind]
+    floats = [k for k, kind in arguments if kind == "float"]
     makes_list = [str(r.type) for r in schema.returns] == ["List[Tensor]"]
-    compiling, tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
-    dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-    transforms, profiled = torch._C._are_functorch_transforms_active, torch.autograd._profiler_enabled
-    strided = torch.strided
+    grad_enabled, strided = torch.is_grad_enabled, torch.strided
 
-    def device_of(args: Iterable[Any]) -> str | None:
-        """The type of the device of all tensors; None if the dispatcher decides."""
-        found = None
-        with_grad = torch.is_grad_enabled()
-        for a in args:
-            kind = type(a)
-            if kind is Tensor or kind is Parameter:
-                if a.layout is not strided or (with_grad and a.requires_grad):
-                    return None
-                device = "cpu" if a.is_cpu else "cuda" if a.is_cuda else None
-                if device is None or (found is not None and device != found):
-                    return None
-                found = device
-            elif kind is list or isinstance(a, (Tensor, torch.SymInt, torch.SymFloat)):
+    def kernel_for(args: Sequence[Any]) -> Callable[..., Any] | None:
+        """The kernel of the device of all tensors; None if the dispatcher decides."""
+        if len(args) != count or not undisturbed():
+            return None
+        for k in floats:
+            if type(args[k]) is not float:
                 return None
-        return found
+        given = [args[k] for k in tensors]
+        for k in lists:
+            given += args[k]
+        with_grad, device = grad_enabled(), ""
+        for t in given:
+            if t is None:
+                continue
+            kind = type(t)
+            if (
+                (kind is not Tensor and kind is not Parameter) or (with_grad and t.requires_grad)
+                or t.layout is not strided or t.is_neg()
+            ):  # fmt: skip
+                return None
+            here = "cpu" if t.is_cpu else "cuda" if t.is_cuda else "other"
+            if device != here:
+                if device:
+                    return None
+                device = here
+        return kernels.get(device)
 
-    def call(*args: Any) -> Any:
-        if (
-            compiling() or len(args) < count - 1 or dispatch_modes() or function_modes() or transforms()
-            or profiled() or forward_ad._current_level >= 0 or tracing() is not None
-            or (device := device_of(args)) is None
-        ):  # fmt: skip
-            return overload(*args)
-        output = kernels[device](*args)
+    def directly(*args: Any) -> Any:
+        kernel = kernel_for(args)
+        if kernel is None:
+            return call(*args)
+        output = kernel(*args)
         return output if isinstance(output, Tensor) else list(output) if makes_list else tuple(output)
 
-    return call
+    return directly
 
 
 def vmap_rule(op: torch._ops.OpOverload) -> Callable[..., Any]:

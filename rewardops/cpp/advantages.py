@@ -25,7 +25,7 @@ class _Launch:
 
 def group_advantages(a: AdvantagesArgs, *, launcher: Launcher = CPU) -> tuple[Tensor, Tensor, Tensor]:
     launch, rewards = _Launch(a, launcher), a.rewards
-    per_row, inv_scale, numerator = (rewards.new_empty(rewards.shape) for _ in range(3))
+    per_row, inv_scale, numerator = [launcher.fresh_like(rewards) for _ in range(3)]
     shape = a.token_shape
     out = per_row if shape is None else launcher.allocate(rewards, shape, a.cu_seqlens)
     on_tokens = NONE if shape is None else strided(out)
@@ -63,7 +63,7 @@ def group_advantages_backward(
     launch, rewards = _Launch(a, launcher), a.rewards
     grad, grad_inv_scale = None if grad is None else rows_dense(grad), dense(grad_inv_scale)
     inv_scale, numerator = inv_scale.contiguous(), numerator.contiguous()
-    on_rewards = rewards.new_empty(rewards.shape)
+    on_rewards = launcher.fresh_like(rewards)
     on_values = rewards.new_empty(0 if a.baseline_values is None else rewards.shape)
     sums = rewards.new_empty((rewards.shape[0], _parts(launch.rows, launcher)), dtype=torch.float64)
     launcher.function("group_advantages_backward", rewards)(

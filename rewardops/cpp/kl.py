@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core.native import fresh
+from ..core.native import fresh_like
 from ..reference.kl import ESTIMATORS, TokenKlArgs
 from .memory import address, dense, function, threads
 
@@ -19,13 +19,12 @@ def _launch(grad: Tensor | None, a: TokenKlArgs, out: Tensor | None, out_ref: Te
 
 
 def token_kl(a: TokenKlArgs) -> Tensor:
-    out = fresh(a.logprob.shape, a.logprob.dtype)
+    out = fresh_like(a.logprob)
     _launch(None, a, out, None)
     return out
 
 
 def token_kl_backward(grad: Tensor, a: TokenKlArgs, to_logprob: bool, to_ref: bool) -> tuple[Tensor, Tensor]:
-    shape, dtype = a.logprob.shape, a.logprob.dtype
-    out, out_ref = (fresh(shape, dtype) if wanted else None for wanted in (to_logprob, to_ref))
+    out, out_ref = (fresh_like(a.logprob) if wanted else None for wanted in (to_logprob, to_ref))
     _launch(grad, a, out, out_ref)
     return tuple(a.logprob.new_empty(0) if x is None else x for x in (out, out_ref))  # type: ignore[return-value]

@@ -46,7 +46,7 @@ class TokenStatsLaunch:
         self.logits = _unit_stride(a.logits)
         self.ref = None if a.ref_logits is None else _unit_stride(a.ref_logits)
         self.per_row = a.tokens.contiguous(), dense(a.mask), dense(a.temperatures)
-        ids, valid, temperatures = (address(t) for t in self.per_row)
+        ids, valid, temperatures = [address(t) for t in self.per_row]
         self.tuple = (
             a.tokens.numel(), rows(self.logits), ids, rows(self.ref), valid, temperatures,
             a.temperature, a.softcap, a.first, a.vocab, a.beta,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.native import compiled_module, fresh
+from ..core.native import compiled_module, fresh, fresh_like
 
 NONE = (0, 0)
 Strided = tuple[int, int]
@@ -23,7 +23,7 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 def rows_dense(tensor: Tensor) -> Tensor:
     """The tensor with unit stride along the row; the stride between padded rows may be any."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def strided(tensor: Tensor | None) -> Strided:
@@ -34,7 +34,8 @@ def strided(tensor: Tensor | None) -> Strided:
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else rows_dense(mask).view(torch.uint8)
+    """The mask with unit stride along the row; its elements are bytes."""
+    return None if mask is None else rows_dense(mask)
 
 
 class RowShape:
@@ -64,7 +65,7 @@ class Launcher:
 
     def function(self, name: str, like: Tensor) -> Any:
         """The compiled function for the precision of ``like``."""
-        return getattr(self.module(), f"{name}_{'f64' if like.dtype is torch.float64 else 'f32'}")
+        return getattr(self.module(), name + ("_f64" if like.dtype is torch.float64 else "_f32"))
 
     def longest(self, cu_seqlens: Tensor, total: int) -> int:
         """The length of the longest packed row, or an upper bound."""
@@ -74,6 +75,10 @@ class Launcher:
         """An uninitialised output."""
         return fresh(shape, dtype)
 
+    def fresh_like(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised output of the shape of another tensor: less time than by its shape."""
+        return fresh_like(like, dtype)
+
     def allocate(
         self,
         like: Tensor,
@@ -82,10 +87,11 @@ class Launcher:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """An output per token. Packed ones are zeros: offsets may leave gaps, which no kernel writes."""
-        dtype = dtype or like.dtype
-        if cu_seqlens is None:
-            return self.fresh(shape, dtype, like.device)
-        return like.new_zeros(shape, dtype=dtype)
+        if cu_seqlens is not None:
+            return like.new_zeros(shape, dtype=dtype or like.dtype)
+        if shape == like.shape:
+            return self.fresh_like(like, dtype)
+        return self.fresh(shape, dtype or like.dtype, like.device)
 
     def execution(self, like: Tensor) -> tuple[int, ...]:
         """The last arguments of every call: the number of threads (on a GPU, the stream)."""

@@ -34,9 +34,9 @@ def _run(
     mask, bootstrap = as_bytes(a.mask), dense(a.bootstrap)
     execution, _scratch = launcher.scan(a.rewards, rows)
     launcher.function("td_scan", a.rewards)(
-        rows.tuple, rows.longest, strided(mask), tuple(strided(x) for x in (*tokens, gammas, lambdas)),
+        rows.tuple, rows.longest, strided(mask), tuple([strided(x) for x in (*tokens, gammas, lambdas)]),
         (address(row_gammas), address(row_lambdas), address(bootstrap)), a.gamma, a.lam, a.decay, backward,
-        tuple(strided(x) for x in outputs), address(grad_bootstrap), *execution,
+        tuple([strided(x) for x in outputs]), address(grad_bootstrap), *execution,
     )  # fmt: skip
 
 

@@ -41,6 +41,9 @@ class StreamLauncher(Launcher):
     def fresh(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def fresh_like(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
     def execution(self, like: Tensor) -> tuple[int, ...]:
         if like.device.type != "cuda":
             return (0,)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True)
-class GroupSpec:
+class GroupSpec(NamedTuple):
     """Validated arguments of :func:`group_advantages`: groups, baseline, scale, token layout. Launches nothing."""
 
     ids: Tensor
@@ -91,15 +89,14 @@ class GroupSpec:
     def by_row(self) -> GroupSpec:
         """These arguments for rows of one token, ``[B, 1]``, masked where the row has no token."""
         live = self.live()[:, None]
-        return replace(
-            self, rows=Layout(live.shape[0], tuple(live.shape), live, None), lengths=self.weights()
-        )
+        rows = Layout(live.shape[0], tuple(live.shape), live, None)
+        return self._replace(rows=rows, lengths=self.weights())
 
     def among(self, rows: Tensor) -> GroupSpec:
         """These arguments, :meth:`by_row`, with no row in any group but those of the mask ``rows`` ``[B]``."""
         assert self.rows is not None
         assert self.rows.mask is not None
-        return replace(self, rows=replace(self.rows, mask=self.rows.mask & rows[:, None]))
+        return self._replace(rows=self.rows._replace(mask=self.rows.mask & rows[:, None]))
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """Advantages ``[B]``, or written to the tokens."""
@@ -126,7 +123,7 @@ class GroupSpec:
             self.contiguous,
         )
         out: Tensor = group_advantages(*args)[0]
-        return out.to(dtype)
+        return out if out.dtype is dtype else out.to(dtype)
 
     def to_tokens(self, values: Tensor) -> Tensor:
         """Per-row values ``[B]`` unchanged, or written to the tokens of their rows."""
@@ -134,8 +131,8 @@ class GroupSpec:
             return values
         # Every row is a group of its own: the kernel writes the tokens in its only pass.
         alone = torch.arange(values.shape[0], device=values.device)
-        return replace(
-            self, ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None,
+        return self._replace(
+            ids=alone, baseline="none", scale="none", raw=False, lengths=None, baseline_values=None,
             contiguous=True,
         ).advantages(values)  # fmt: skip
 

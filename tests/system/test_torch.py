@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rewardops
@@ -187,6 +191,102 @@ def test_a_gradient_of_an_op_without_one_is_refused():
     stats, _ = torch.ops.rewardops.token_stats_and_grad(*args)
     with pytest.raises(RuntimeError, match="rewardops::token_stats_and_grad: a gradient was asked for"):
         stats.sum().backward()
+
+
+# ---- who sees an op ----------------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Names of the ops that run while it is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Logged(torch.Tensor):
+    """A subclass that notes the ops it meets."""
+
+    names: typing.ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def who_called(call):
+    """The names of the Python functions that the CPU's kernel of an op was called from."""
+    callers = set()
+
+    def look(frame, event, _):
+        if event == "call" and frame.f_code.co_name == "on_cpu":
+            callers.add(frame.f_back.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return callers
+
+
+def test_modes_and_subclasses_see_every_op():
+    x, name = torch.rand(3, 4), "rewardops.row_sums.default"
+    for mode in (Seen(), Functions()):
+        with mode:
+            rewardops.row_sum(x)
+        assert name in mode.names
+    Logged.names.clear()
+    assert isinstance(rewardops.row_sum(x.as_subclass(Logged)), Logged)
+    assert name in Logged.names
+
+
+def test_the_profiler_sees_every_op():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        rewardops.row_sum(torch.rand(3, 4))
+    assert "rewardops::row_sums" in {event.key for event in seen.key_averages()}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_traced_call_is_in_the_graph():
+    graph = make_fx(lambda x: rewardops.row_sum(x))(torch.rand(3, 4)).graph
+    assert any("row_sums" in str(node.target) for node in graph.nodes)
+    traced = torch.jit.trace(lambda x: rewardops.row_sum(x), torch.rand(3, 4))
+    assert "rewardops::row_sums" in str(traced.graph)
+
+
+def test_a_plain_call_goes_straight_to_its_kernel():
+    """And not where a gradient is to be recorded."""
+    x = torch.rand(3, 4)
+    assert who_called(lambda: rewardops.row_sum(x)) == {"directly"}
+    assert who_called(lambda: rewardops.gae(x, x, gamma=0.5, lam=0.5)) == {"directly"}
+    x.requires_grad_()
+    assert who_called(lambda: rewardops.row_sum(x)) - {"directly"}
+    with torch.no_grad():
+        assert who_called(lambda: rewardops.row_sum(x)) == {"directly"}
+
+
+def test_a_negated_view_is_read_as_its_numbers():
+    z = torch.complex(torch.zeros(2, 3), torch.arange(6.0).view(2, 3))
+    x = z.conj().imag
+    assert x.is_neg()
+    assert rewardops.row_sum(x).tolist() == [-3.0, -12.0]
 
 
 # ---- saved tensors: checkpointing, hooks, writing in place -------------------------------------------------
