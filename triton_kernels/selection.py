@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference.selection import LargestArgs
 from .launch import BITS, INTERPRETED, Constant, bits_of, cdiv, from_bits, pointer, splits
 from .rows import Rows, as_bytes, dense, load_valid, output, row_bounds, stride
+from .tiles import is_aligned
 
 BLOCK = 256 if INTERPRETED else 512
 DIGIT = Constant(8)  # bits per digit of a key
@@ -111,22 +112,33 @@ class Line(NamedTuple):
 
 
 @triton.jit
-def line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high):
-    return Line(
+def line_of(
+    values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high, ALIGNED: tl.constexpr
+):
+    line = Line(
         values + base + row * values_stride, mask + base + row * mask_stride, band + base + row * band_stride,
         from_bits(low), from_bits(high),
     )  # fmt: skip
+    if ALIGNED:
+        return Line(
+            tl.multiple_of(line.numbers, 16), tl.multiple_of(line.mask, 16), tl.multiple_of(line.band, 16),
+            line.low, line.high,
+        )  # fmt: skip
+    else:
+        return line
 
 
 @triton.jit
 def load_keys(line, at, inside, HAS_MASK: tl.constexpr, HAS_BAND: tl.constexpr):
     """Flags of the valid tokens at these places, flags of those that can be chosen, and the keys of the latter."""
+    # Masked numbers are loaded too: loads that depend on the mask would wait for it, a number each.
+    keys = sort_key(tl.load(line.numbers + at, mask=inside, other=0.0))
     valid = load_valid(line.mask, at, inside, HAS_MASK)
     eligible = valid
     if HAS_BAND:
-        x = tl.load(line.band + at, mask=valid, other=0.0)
+        x = tl.load(line.band + at, mask=inside, other=0.0)
         eligible = valid & (x > line.low.to(x.dtype)) & (x < line.high.to(x.dtype))
-    return valid, eligible, sort_key(tl.load(line.numbers + at, mask=eligible, other=0.0))
+    return valid, eligible, keys
 
 
 @triton.jit(
@@ -139,19 +151,21 @@ def digits_kernel(
     values, mask, band, cu, scopes, counts, valid_counts, searches,
     width, total, values_stride, mask_stride, band_stride, fraction, low, high, batch, parts, step,
     FIRST: tl.constexpr, NEAREST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BAND: tl.constexpr, HAS_SCOPES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BAND: tl.constexpr, HAS_SCOPES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k): counts of digit ``step`` of the keys of row b that begin with the scope's prefix."""
     b = tl.program_id(0)
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
     length = length.to(counts.dtype.element_ty)  # which holds the number of all tokens
+    if ALIGNED:
+        length = length // 16 * 16
     scope = scope_of(scopes, b, HAS_SCOPES)
     state = State(counts, valid_counts, searches, from_bits(fraction))
     prefix = tl.zeros([], tl.int64)
     if not FIRST:
         prefix = search_of(scope, state, batch, step, HAS_BAND, NEAREST).prefix
-    line = line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high)
+    line = line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high, ALIGNED)
     bins = tl.arange(0, BINS)
     digit_counts = tl.zeros([BINS], tl.int32)
     valid_here = tl.zeros([BLOCK], tl.int32)
@@ -197,7 +211,7 @@ def chosen_kernel(
     values, mask, band, cu, scopes, counts, valid_counts, searches, ties, out,
     width, total, values_stride, mask_stride, band_stride, fraction, low, high, out_stride, batch, parts, step,
     WRITE: tl.constexpr, NEAREST: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BAND: tl.constexpr, HAS_SCOPES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BAND: tl.constexpr, HAS_SCOPES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k): the ties of part k of row b with the least chosen key; with ``WRITE`` the mask of that part.
 
@@ -207,10 +221,12 @@ def chosen_kernel(
     row = b.to(tl.int64)
     base, length = row_bounds(cu, b, width, total, PACKED)
     length = length.to(counts.dtype.element_ty)  # which holds the number of all tokens
+    if ALIGNED:
+        length = length // 16 * 16
     scope = scope_of(scopes, b, HAS_SCOPES)
     state = State(counts, valid_counts, searches, from_bits(fraction))
     prefix, room = search_of(scope, state, batch, step, HAS_BAND, NEAREST)
-    line = line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high)
+    line = line_of(values, mask, band, base, row, values_stride, mask_stride, band_stride, low, high, ALIGNED)
     place = row * parts + tl.program_id(1)
     here = tl.zeros([], tl.int64)
     some = room > 0
@@ -220,10 +236,12 @@ def chosen_kernel(
             room -= earlier_ties(ties, scopes, scope, place, parts, HAS_SCOPES, BLOCK)
     seen = tl.zeros([], tl.int64)
     found = tl.zeros([BLOCK], tl.int32)
-    share = (length + parts - 1) // parts
+    share = (length + parts * 16 - 1) // (parts * 16) * 16
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, length)
     out_row = out + base + row * out_stride
+    if ALIGNED:
+        out_row = tl.multiple_of(out_row, 16)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
@@ -269,7 +287,8 @@ def largest(a: LargestArgs) -> Tensor:
     )  # fmt: skip
     flags = {
         "NEAREST": a.nearest, "PACKED": rows.packed, "HAS_MASK": mask is not None, "HAS_BAND": band is not None,
-        "HAS_SCOPES": ids is not None, "BLOCK": BLOCK, "num_warps": 4,
+        "HAS_SCOPES": ids is not None, "ALIGNED": is_aligned(rows, values, mask, band, out), "BLOCK": BLOCK,
+        "num_warps": 4,
     }  # fmt: skip
     grid = (rows.batch, parts)
     for step in range(steps):

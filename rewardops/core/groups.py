@@ -67,7 +67,7 @@ def by_size(group_size: object, place: Tensor, total: int | None, other: str) ->
     elif group_size < 1 or (total is not None and total % group_size):
         raise ValueError(f"group_size: got {group_size}, want a divisor of the {total} rows of {other}")
     else:
-        return place // group_size
+        return place if group_size == 1 else place // group_size
     if known is not None and (min(known, default=0) < 0 or total not in (None, sum(known))):
         raise ValueError(f"group_size: got sizes {known}, want sizes that sum to the {total} rows of {other}")
     # A search: sizes on a device are not validated (it would synchronise), and wrong ones cannot cause a write out

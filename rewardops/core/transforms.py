@@ -177,7 +177,7 @@ def autograd_kernel(
 
 _compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _profiled = torch._C._are_functorch_transforms_active, torch.autograd._profiler_enabled
+_transforms, _profiled = torch._C._are_functorch_transforms_active, torch._C._autograd._profiler_enabled
 
 
 def undisturbed() -> bool:
