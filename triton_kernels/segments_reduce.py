@@ -1,0 +1,444 @@
+"""Reductions over the steps of rows on the GPU: one pass over the tokens, a segmented scan of the threads a tile.
+
+A thread reduces the steps of its own tokens. Those that begin and end among them are stored at once; what is open at
+its ends meets that of other threads in the scan, in float64. A step is stored where the next one begins, so tokens of
+no step may lie anywhere in it. Within a thread float32 tokens are summed in two parts, which is right where all are
+finite; a row that has a sum that is not is reduced again in float64.
+
+A few long rows are cut into chunks: a pass for what is open at the ends of every chunk, and a pass to store.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..reference.segments import REDUCTIONS
+from .arithmetic import Pair
+from .launch import Constant
+from .scans import AGGREGATES, RESUMED, at_row, plus, row_part, where_pair, widened
+from .steps import FLAGS, ROW, load_step_numbers
+from .tiles import from_before, load_flags, load_tokens, tile_of
+
+# Indices of the reductions in the table of the specification.
+SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (
+    Constant(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
+)
+
+# Fields of a chunk's record: its open steps, and its number of flags.
+FIELDS = Constant(5)
+NOWHERE = Constant(2**52)  # a position behind every token
+
+
+class Part(NamedTuple):
+    """The reduction of adjacent tokens of one step."""
+
+    value: Any  # what is summed, multiplied or the least; within a thread a pair
+    more: Any  # a mean's count, a product's zeros, the position of the least value
+
+
+class Open(NamedTuple):
+    """What adjacent tokens leave open."""
+
+    first: Any  # int32, the first step that has a token among them, -1 without one
+    last: Any  # the last one
+    part: Any  # of the tokens of the last one
+
+
+class Row(NamedTuple):
+    """A row's values and results."""
+
+    tokens: Any  # pointer to the row's first token
+    out: Any  # pointers to the numbers of its first step
+    kept: Any
+    number: Any  # of steps, int32
+
+
+# ---- merging -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def continues(a_last, b_first, b_last):
+    """Whether the open step of tokens is that of the tokens before them."""
+    return (b_last < 0) | ((b_first == b_last) & (a_last == b_last))
+
+
+@triton.jit
+def added(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
+    """Associative combine of open steps; their sums, and counts."""
+    on = continues(a_last, b_first, b_last)
+    return (
+        tl.where(a_first < 0, b_first, a_first),
+        tl.where(b_last < 0, a_last, b_last),
+        b + tl.where(on, a, 0.0),
+        b_more + tl.where(on, a_more, 0),
+    )
+
+
+@triton.jit
+def multiplied(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
+    """The same of products, and the number of zeros that they leave out."""
+    on = continues(a_last, b_first, b_last)
+    return (
+        tl.where(a_first < 0, b_first, a_first),
+        tl.where(b_last < 0, a_last, b_last),
+        b * tl.where(on, a, 1.0),
+        b_more + tl.where(on, a_more, 0),
+    )
+
+
+@triton.jit
+def least(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
+    """The same of the least values, and their positions: a NaN is the least, and of equal ones the earliest."""
+    on = continues(a_last, b_first, b_last)
+    tie = (a == b) | ((a != a) & (b != b))
+    b_less = (b < a) | ((b != b) & (a == a)) | (tie & (b_more < a_more))
+    take = b_less | (on == 0)
+    return (
+        tl.where(a_first < 0, b_first, a_first),
+        tl.where(b_last < 0, a_last, b_last),
+        tl.where(take, b, a),
+        tl.where(take, b_more, a_more),
+    )
+
+
+@triton.jit
+def merged(a, b, OP: tl.constexpr):
+    """The open steps of tokens, and of those after them."""
+    if OP == SUM or OP == MEAN or OP == ANY:
+        first, last, value, more = added(
+            a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
+        )
+    elif OP == PROD:
+        first, last, value, more = multiplied(
+            a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
+        )
+    else:
+        first, last, value, more = least(
+            a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
+        )
+    return Open(first, last, Part(value, more))
+
+
+@triton.jit
+def scanned(x, OP: tl.constexpr):
+    """The open steps of all elements up to each."""
+    along = (x.first, x.last, x.part.value, x.part.more)
+    if OP == SUM or OP == MEAN or OP == ANY:
+        first, last, value, more = tl.associative_scan(along, 0, added)
+    elif OP == PROD:
+        first, last, value, more = tl.associative_scan(along, 0, multiplied)
+    else:
+        first, last, value, more = tl.associative_scan(along, 0, least)
+    return Open(first, last, Part(value, more))
+
+
+@triton.jit
+def where_open(flag, a, b):
+    return Open(
+        tl.where(flag, a.first, b.first),
+        tl.where(flag, a.last, b.last),
+        Part(tl.where(flag, a.part.value, b.part.value), tl.where(flag, a.part.more, b.part.more)),
+    )
+
+
+@triton.jit
+def nothing(SIZE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr):
+    """The open steps of no tokens."""
+    none = tl.full([SIZE], -1, tl.int32)
+    value = tl.zeros([SIZE], WIDE)
+    more = tl.zeros([SIZE], tl.int64)
+    if OP == PROD:
+        value += 1.0
+    elif OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
+        value += float("inf")
+        more += NOWHERE
+    return Open(none, none, Part(value, more))
+
+
+# ---- the tokens of a thread ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def with_token(part, x, k, some, fresh, OP: tl.constexpr, ACC: tl.constexpr):
+    """The reduction with token k where ``some``; ``fresh`` where it is the first of its step."""
+    if OP == SUM or OP == MEAN or OP == ANY:
+        if OP == ANY:
+            term = (some & (x != 0.0)).to(ACC)
+        else:
+            term = tl.where(some, x, 0.0).to(ACC)
+        zero = tl.zeros(term.shape, ACC)
+        value = plus(where_pair(fresh, Pair(zero, zero), part.value), term)
+        more = tl.where(fresh, 0, part.more) + some.to(tl.int32)
+    elif OP == PROD:
+        is_zero = x == 0.0
+        factor = tl.where(some & (is_zero == 0), x, 1.0).to(ACC)
+        value = Pair(tl.where(fresh, 1.0, part.value.sum) * factor, part.value.rest)
+        more = tl.where(fresh, 0, part.more) + (some & is_zero).to(tl.int32)
+    else:
+        if OP == MAX:
+            x = -x
+        take = fresh
+        if OP == MIN or OP == MAX:
+            now = part.value.sum
+            take = fresh | (some & ((x < now) | ((x != x) & (now == now))))
+        elif OP == LAST:
+            take = some
+        value = Pair(tl.where(take, x, part.value.sum), part.value.rest)
+        more = tl.where(take, k, part.more)
+    return Part(value, more)
+
+
+@triton.jit
+def where_part(flag, a, b):
+    return Part(where_pair(flag, a.value, b.value), tl.where(flag, a.more, b.more))
+
+
+@triton.jit
+def in_row(part, step, tile, OP: tl.constexpr, WIDE: tl.constexpr):
+    """A thread's reduction as the scan has it, where it has a step: in float64, with positions in the row."""
+    if OP == SUM or OP == MEAN or OP == ANY or OP == PROD:
+        return Part(widened(part.value).to(WIDE), part.more.to(tl.int64))
+    else:
+        position = tile.low + (tile.start + part.more)
+        value = part.value.sum.to(WIDE)
+        if OP == FIRST:
+            value = position.to(WIDE)
+        elif OP == LAST:
+            value = -position.to(WIDE)
+        none = step < 0
+        return Part(tl.where(none, float("inf"), value), tl.where(none, NOWHERE, position))
+
+
+# ---- storing -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_step(row, step, value, more, some, OP: tl.constexpr):
+    """Store the reduction of a step where ``some``, and what is kept of it. A step beyond the last is left out."""
+    some = some & (step >= 0) & (step < row.number)
+    if OP == MEAN:
+        tl.store(row.kept + step, more.to(tl.float64), mask=some)
+        count = tl.maximum(more, 1).to(value.dtype)
+        if value.dtype == tl.float32:
+            value = tl.div_rn(value, count)
+        else:
+            value = value / count
+    elif OP == ANY:
+        value = tl.where(value > 0.0, 1.0, 0.0)
+    elif OP == PROD:
+        tl.store(row.kept + step, tl.where(more > 1, 0.0, value), mask=some)
+        value = tl.where(more > 0, 0.0, value)
+    elif OP != SUM:
+        tl.store(row.kept + step, more.to(tl.float64), mask=some)
+        if OP == MAX:
+            value = -value
+        elif OP == FIRST or OP == LAST:
+            value = tl.load(row.tokens + more, mask=some, other=0.0)
+    tl.store(row.out + step, value.to(row.out.dtype.element_ty), mask=some)
+
+
+@triton.jit
+def store_own(row, step, part, tile, some, OP: tl.constexpr):
+    """Store the reduction of a step that begins and ends in a thread."""
+    value = part.value.sum + part.value.rest
+    if OP == SUM or OP == MEAN or OP == ANY or OP == PROD:
+        store_step(row, step, value, part.more, some, OP)
+    else:
+        store_step(row, step, part.value.sum, tile.low + (tile.start + part.more), some, OP)
+
+
+@triton.jit
+def clear_steps(row, c, chunks, T: tl.constexpr, OP: tl.constexpr):
+    """Store the numbers of a step without tokens for all steps: tokens overwrite them behind the barrier."""
+    empty = 0.0
+    if OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
+        empty = -1.0
+    for start in range(c * T, row.number, chunks * T):
+        step = start + tl.arange(0, T)
+        tl.store(row.out + step, tl.zeros([T], row.out.dtype.element_ty), mask=step < row.number)
+        if OP != SUM and OP != ANY:
+            tl.store(row.kept + step, tl.full([T], empty, tl.float64), mask=step < row.number)
+    tl.debug_barrier()
+
+
+# ---- a row or a part of it -----------------------------------------------------------------------------------
+
+
+class Carry(NamedTuple):
+    """What is carried from a tile to the next. With steps it is in the first thread, else every thread has its own."""
+
+    open: Any
+    flags: Any  # int32, the number of step ends by flags
+    odd: Any  # NaN if a sum of the thread is not finite, else 0
+
+
+@triton.jit
+def reduce_part(
+    part, row, steps, mask, start, flags,
+    OP: tl.constexpr, KIND: tl.constexpr, HAS_MASK: tl.constexpr, STAGE: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Reduce a row or its part, sums of a thread in ACC, and store the steps that end there."""
+    carry = Carry(start, flags, tl.zeros([T], ACC))
+    zero = tl.zeros([T], ACC)
+    no_step = tl.full([T], -1, tl.int32)
+    for turn in range(0, tl.cdiv(part.end - part.begin, T * PER)):
+        tile = tile_of(part.begin, part.end, turn, PER, T, False)
+        valid = load_flags(mask, tile, HAS_MASK, PER, ALIGNED)
+        x = load_tokens(row.tokens, tile, PER, ALIGNED)
+        numbers, flags = load_step_numbers(
+            steps, valid, carry.flags, row.number, tile, KIND, PER, ALIGNED
+        )
+        first = no_step
+        last = no_step
+        if OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
+            own = Part(Pair(zero + float("inf"), zero), no_step)
+        elif OP == PROD:
+            own = Part(Pair(zero + 1.0, zero), tl.zeros([T], tl.int32))
+        else:
+            own = Part(Pair(zero, zero), tl.zeros([T], tl.int32))
+        head = own  # of the thread's first step, where another one follows
+        odd = carry.odd
+        for k in tl.static_range(PER):
+            some = numbers[k] >= 0
+            fresh = some & (numbers[k] != last)
+            if KIND != ROW and k > 0:
+                ended = fresh & (last >= 0)
+                head = where_part(ended & (last == first), own, head)
+                if STAGE != AGGREGATES:
+                    store_own(row, last, own, tile, ended & (last != first), OP)
+            own = with_token(own, x[k], k, some, fresh, OP, ACC)
+            if OP == SUM or OP == MEAN:
+                odd += own.value.sum * 0.0
+            first = tl.where(first < 0, numbers[k], first)
+            last = tl.where(some, numbers[k], last)
+        own_open = Open(first, last, in_row(own, last, tile, OP, WIDE))
+        if KIND == ROW:
+            carry = Carry(merged(carry.open, own_open, OP), flags, odd)
+        else:
+            along = where_open(tile.first, merged(carry.open, own_open, OP), own_open)
+            along = scanned(along, OP)
+            behind = Open(
+                from_before(along.first, tile), from_before(along.last, tile),
+                Part(from_before(along.part.value, tile), from_before(along.part.more, tile)),
+            )  # fmt: skip
+            before = where_open(tile.first, carry.open, behind)
+            if STAGE != AGGREGATES:
+                head_open = Open(first, first, in_row(head, first, tile, OP, WIDE))
+                joined = merged(before, head_open, OP)
+                ends = (first >= 0) & (before.last != first)
+                store_step(row, before.last, before.part.value, before.part.more, ends, OP)
+                store_step(row, first, joined.part.value, joined.part.more, first != last, OP)
+            carry = Carry(behind, flags, odd)
+    return carry
+
+
+@triton.jit
+def start_of_part(
+    state, part, c, chunks,
+    OP: tl.constexpr, WIDE: tl.constexpr, STAGE: tl.constexpr, MAX_CHUNKS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """What the chunks before chunk c leave open, in the first thread, and their number of flags."""
+    start = nothing(T, OP, WIDE)
+    flags = tl.zeros([T], tl.int32)
+    if STAGE == RESUMED:
+        lane = tl.arange(0, MAX_CHUNKS)
+        before = lane < c
+        record = state + (part.number * chunks + lane) * FIELDS
+        count = tl.load(record + 4, mask=before, other=0.0).to(tl.int32)
+        shift = tl.cumsum(count, 0) - count
+        first = tl.load(record, mask=before, other=-1.0).to(tl.int32)
+        last = tl.load(record + 1, mask=before, other=-1.0).to(tl.int32)
+        none = nothing(MAX_CHUNKS, OP, WIDE)
+        value = tl.load(record + 2, mask=before, other=0.0).to(WIDE)
+        more = tl.load(record + 3, mask=before, other=0.0).to(tl.int64)
+        opened = where_open(
+            before,
+            Open(tl.where(first < 0, first, first + shift), tl.where(last < 0, last, last + shift), Part(value, more)),
+            none,
+        )
+        opened = of_lane(scanned(opened, OP), MAX_CHUNKS - 1)
+        start = where_open(tl.arange(0, T) == 0, opened, start)
+        flags += tl.sum(count, 0)
+    return start, flags
+
+
+@triton.jit
+def of_lane(x, lane):
+    """The open steps of one element."""
+    here = tl.arange(0, x.first.shape[0]) == lane
+    return Open(
+        tl.sum(tl.where(here, x.first, 0), 0), tl.sum(tl.where(here, x.last, 0), 0),
+        Part(tl.sum(tl.where(here, x.part.value, 0.0), 0), tl.sum(tl.where(here, x.part.more, 0), 0)),
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width", "total", "chunks", "chunk", "segments", "values_stride", "steps_stride", "mask_stride",
+    ]
+)  # fmt: skip
+def segment_reduce_kernel(
+    values, steps, mask, cu, out, kept, state, width, total, chunks, chunk, segments,
+    values_stride, steps_stride, mask_stride,
+    OP: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, STAGE: tl.constexpr,
+    ALIGNED: tl.constexpr, MAX_CHUNKS: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Program (b, c): the steps of row b, or those that end in its chunk c. STAGE as in ``scans``, KIND as in ``steps``.
+
+    ``kept`` is for the backward pass (see the specification).
+    """
+    REAL: tl.constexpr = values.dtype.element_ty
+    LEAST: tl.constexpr = OP == MIN or OP == MAX
+    WIDE: tl.constexpr = REAL if LEAST else tl.float64
+    # The range of float32 is too small for products.
+    ACC: tl.constexpr = tl.float64 if OP == PROD else REAL
+    b = tl.program_id(0)
+    c = tl.program_id(1)
+    part = row_part(cu, b, c, width, total, chunk, STAGE, PACKED)
+    to_steps = part.number * segments
+    row = Row(at_row(values, part, values_stride), out + to_steps, kept + to_steps, segments)
+    if KIND != ROW and STAGE != RESUMED:
+        clear_steps(row, c, chunks, T, OP)
+    steps = at_row(steps, part, steps_stride)
+    mask = at_row(mask, part, mask_stride)
+    upto = c
+    if KIND == ROW and STAGE == RESUMED:  # a long row is merged by one program
+        upto = tl.cdiv(part.length, chunk).to(tl.int32)
+        part = part._replace(end=tl.where(upto > 1, part.begin, part.end))
+        upto = tl.where(upto > 1, upto, 0)
+    start, flags = start_of_part(state, part, upto, chunks, OP, WIDE, STAGE, MAX_CHUNKS, T)
+    carry = reduce_part(
+        part, row, steps, mask, start, flags, OP, KIND, HAS_MASK, STAGE, ALIGNED, WIDE, ACC, PER, T
+    )
+    if (OP == SUM or OP == MEAN) and ACC != tl.float64:
+        if tl.sum(carry.odd, 0) != 0.0:
+            again = reduce_part(
+                part, row, steps, mask, start, flags, OP, KIND, HAS_MASK, STAGE, ALIGNED, WIDE, tl.float64, PER, T
+            )
+            carry = Carry(again.open, again.flags, carry.odd)
+    opened = carry.open
+    if KIND == ROW:
+        opened = of_lane(scanned(opened, OP), T - 1)
+    else:
+        opened = of_lane(opened, 0)
+    first_lane = tl.arange(0, T) == 0
+    if STAGE == AGGREGATES:
+        record = state + (part.number * chunks + c) * FIELDS
+        tl.store(record, opened.first.to(tl.float64))
+        tl.store(record + 1, opened.last.to(tl.float64))
+        tl.store(record + 2, opened.part.value.to(tl.float64))
+        tl.store(record + 3, opened.part.more.to(tl.float64))
+        tl.store(record + 4, tl.sum(tl.where(first_lane, carry.flags, 0), 0).to(tl.float64))
+    elif KIND == ROW:
+        if opened.last < 0:
+            clear_steps(row, 0, 1, T, OP)
+        store_step(row, opened.last, opened.part.value, opened.part.more, opened.last == 0, OP)
+    elif (part.end == part.length) & (part.begin < part.length):
+        ended = opened.last >= 0
+        if KIND == FLAGS:  # tokens after the last flag are of no step
+            ended = opened.last < tl.sum(tl.where(first_lane, carry.flags, 0), 0)
+        store_step(row, opened.last, opened.part.value, opened.part.more, ended, OP)
