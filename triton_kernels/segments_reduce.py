@@ -66,8 +66,15 @@ def continues(a_last, b_first, b_last):
 
 
 @triton.jit
+def summed(a_first, a_last, a, b_first, b_last, b):
+    """Associative combine of open steps, and of their sums."""
+    on = continues(a_last, b_first, b_last)
+    return tl.where(a_first < 0, b_first, a_first), tl.where(b_last < 0, a_last, b_last), b + tl.where(on, a, 0.0)
+
+
+@triton.jit
 def added(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
-    """Associative combine of open steps; their sums, and counts."""
+    """The same with counts."""
     on = continues(a_last, b_first, b_last)
     return (
         tl.where(a_first < 0, b_first, a_first),
@@ -79,7 +86,7 @@ def added(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
 
 @triton.jit
 def multiplied(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
-    """The same of products, and the number of zeros that they leave out."""
+    """The same of products, and of the numbers of zeros that they leave out."""
     on = continues(a_last, b_first, b_last)
     return (
         tl.where(a_first < 0, b_first, a_first),
@@ -107,7 +114,10 @@ def least(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
 @triton.jit
 def merged(a, b, OP: tl.constexpr):
     """The open steps of tokens, and of those after them."""
-    if OP == SUM or OP == MEAN or OP == ANY:
+    if OP == SUM or OP == ANY:
+        first, last, value = summed(a.first, a.last, a.part.value, b.first, b.last, b.part.value)
+        more = b.part.more
+    elif OP == MEAN:
         first, last, value, more = added(
             a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
         )
@@ -126,7 +136,10 @@ def merged(a, b, OP: tl.constexpr):
 def scanned(x, OP: tl.constexpr):
     """The open steps of all elements up to each."""
     along = (x.first, x.last, x.part.value, x.part.more)
-    if OP == SUM or OP == MEAN or OP == ANY:
+    if OP == SUM or OP == ANY:
+        first, last, value = tl.associative_scan((x.first, x.last, x.part.value), 0, summed)
+        more = x.part.more
+    elif OP == MEAN:
         first, last, value, more = tl.associative_scan(along, 0, added)
     elif OP == PROD:
         first, last, value, more = tl.associative_scan(along, 0, multiplied)
@@ -171,7 +184,9 @@ def with_token(part, x, k, some, fresh, OP: tl.constexpr, ACC: tl.constexpr):
             term = tl.where(some, x, 0.0).to(ACC)
         zero = tl.zeros(term.shape, ACC)
         value = plus(where_pair(fresh, Pair(zero, zero), part.value), term)
-        more = tl.where(fresh, 0, part.more) + some.to(tl.int32)
+        more = part.more
+        if OP == MEAN:
+            more = tl.where(fresh, 0, more) + some.to(tl.int32)
     elif OP == PROD:
         is_zero = x == 0.0
         factor = tl.where(some & (is_zero == 0), x, 1.0).to(ACC)
@@ -216,16 +231,24 @@ def in_row(part, step, tile, OP: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def quotient(x, y):
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def is_step(row, step):
+    return (step >= 0) & (step < row.number)
+
+
+@triton.jit
 def store_step(row, step, value, more, some, OP: tl.constexpr):
-    """Store the reduction of a step where ``some``, and what is kept of it. A step beyond the last is left out."""
-    some = some & (step >= 0) & (step < row.number)
+    """Store the reduction of a step where ``some``, and what is kept of it."""
     if OP == MEAN:
         tl.store(row.kept + step, more.to(tl.float64), mask=some)
-        count = tl.maximum(more, 1).to(value.dtype)
-        if value.dtype == tl.float32:
-            value = tl.div_rn(value, count)
-        else:
-            value = value / count
+        value = quotient(value, tl.maximum(more, 1).to(value.dtype))
     elif OP == ANY:
         value = tl.where(value > 0.0, 1.0, 0.0)
     elif OP == PROD:
@@ -241,8 +264,10 @@ def store_step(row, step, value, more, some, OP: tl.constexpr):
 
 
 @triton.jit
-def store_own(row, step, part, tile, some, OP: tl.constexpr):
+def store_own(row, step, part, tile, some, OP: tl.constexpr, KIND: tl.constexpr):
     """Store the reduction of a step that begins and ends in a thread."""
+    if KIND == FLAGS:  # ids are below the number of steps
+        some = some & (step < row.number)
     value = part.value.sum + part.value.rest
     if OP == SUM or OP == MEAN or OP == ANY or OP == PROD:
         store_step(row, step, value, part.more, some, OP)
@@ -303,35 +328,38 @@ def reduce_part(
         head = own  # of the thread's first step, where another one follows
         odd = carry.odd
         for k in tl.static_range(PER):
-            some = numbers[k] >= 0
-            fresh = some & (numbers[k] != last)
+            fresh = numbers[k] > last  # an id that falls along a row counts as the one before it
             if KIND != ROW and k > 0:
-                ended = fresh & (last >= 0)
-                head = where_part(ended & (last == first), own, head)
+                is_head = first == last
+                head = where_part(fresh & is_head, own, head)
                 if STAGE != AGGREGATES:
-                    store_own(row, last, own, tile, ended & (last != first), OP)
-            own = with_token(own, x[k], k, some, fresh, OP, ACC)
+                    store_own(row, last, own, tile, fresh & (is_head == 0), OP, KIND)
+            own = with_token(own, x[k], k, numbers[k] >= 0, fresh, OP, ACC)
             if OP == SUM or OP == MEAN:
                 odd += own.value.sum * 0.0
             first = tl.where(first < 0, numbers[k], first)
-            last = tl.where(some, numbers[k], last)
+            last = tl.maximum(last, numbers[k])
         own_open = Open(first, last, in_row(own, last, tile, OP, WIDE))
         if KIND == ROW:
             carry = Carry(merged(carry.open, own_open, OP), flags, odd)
         else:
             along = where_open(tile.first, merged(carry.open, own_open, OP), own_open)
             along = scanned(along, OP)
+            more = along.part.more
+            if OP != SUM and OP != ANY:
+                more = from_before(more, tile)
             behind = Open(
                 from_before(along.first, tile), from_before(along.last, tile),
-                Part(from_before(along.part.value, tile), from_before(along.part.more, tile)),
+                Part(from_before(along.part.value, tile), more),
             )  # fmt: skip
             before = where_open(tile.first, carry.open, behind)
             if STAGE != AGGREGATES:
                 head_open = Open(first, first, in_row(head, first, tile, OP, WIDE))
                 joined = merged(before, head_open, OP)
-                ends = (first >= 0) & (before.last != first)
-                store_step(row, before.last, before.part.value, before.part.more, ends, OP)
-                store_step(row, first, joined.part.value, joined.part.more, first != last, OP)
+                ended = is_step(row, before.last) & (first >= 0) & (before.last != first)
+                store_step(row, before.last, before.part.value, before.part.more, ended, OP)
+                ended = is_step(row, first) & (first != last)
+                store_step(row, first, joined.part.value, joined.part.more, ended, OP)
             carry = Carry(behind, flags, odd)
     return carry
 
@@ -438,7 +466,7 @@ def segment_reduce_kernel(
             clear_steps(row, 0, 1, T, OP)
         store_step(row, opened.last, opened.part.value, opened.part.more, opened.last == 0, OP)
     elif (part.end == part.length) & (part.begin < part.length):
-        ended = opened.last >= 0
+        ended = is_step(row, opened.last)
         if KIND == FLAGS:  # tokens after the last flag are of no step
-            ended = opened.last < tl.sum(tl.where(first_lane, carry.flags, 0), 0)
+            ended = ended & (opened.last < tl.sum(tl.where(first_lane, carry.flags, 0), 0))
         store_step(row, opened.last, opened.part.value, opened.part.more, ended, OP)

@@ -98,7 +98,7 @@ def load_step_numbers(
     else:
         ids = load_tokens(steps, tile, PER, ALIGNED)
         for k in tl.static_range(PER):
-            inside = valid[k] & (ids[k] >= 0) & (ids[k] < number)
+            inside = valid[k] & (ids[k].to(tl.uint64) < tl.full([], number, tl.uint64))
             numbers = numbers + (tl.where(inside, ids[k], -1).to(tl.int32),)  # noqa: RUF005
     return numbers, flags
 
