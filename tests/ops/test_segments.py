@@ -208,9 +208,9 @@ class Test_segment_reduce:
             ids = torch.where(ids > 5, ids + 3, ids)  # three steps without a token
             ids[torch.rand(2, width, generator=generator) < 0.1] = -1
         num = int(ids[mask].max()) + 1
-        where = {"backend": target.backend, "device": target.device}
         steps = ids if by == "ids" else ends
-        ours = check_backend(reduce(op, steps, mask, num=num), [x], **where).outputs[0].cpu()
+        with dispatch.use_backend(target.backend):
+            ours = reduce(op, steps, mask, num=num)(x.to(target.device)).cpu()
         for row in range(2):
             valid = mask[row] & (ids[row] >= 0)
             if by == "flags":
