@@ -7,16 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.rows import batch_of
 from ..reference.segments import KEEPING, REDUCTIONS, SegmentsArgs
 from .launch import BITS, cdiv, pointer
 from .rows import Rows, as_bytes, dense, row_bounds, stride, to_boundary
 from .scans import AGGREGATES, MAX_CHUNKS, RESUMED, WHOLE, chunk_of, new_state, scan_in_stages
-from .segments_reduce import FIELDS, segment_reduce_kernel
+from .segments_open import FIELDS
+from .segments_reduce import segment_reduce_kernel
 from .segments_tokens import steps_to_tokens_kernel
 from .steps import FLAGS, ROW, as_pointer, kind_of
 from .tiles import EACH, THREADS, WARPS, is_aligned
-
 
 __all__ = ["row_counts", "row_sums", "segment_reduce", "segment_reduce_backward", "steps_to_tokens"]
 
@@ -88,9 +87,9 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
         # Programs of a row that is one step are merged by the first of them.
         programs = 1 if kind == ROW.value and stage != AGGREGATES.value else chunks
         segment_reduce_kernel[(rows.batch, programs)](
-            values, pointer(steps, values), pointer(mask, values), rows.cu, out, kept, state, rows.width, rows.total,
-            chunks, chunk, a.num_steps, stride(values), stride(steps), stride(mask), OP=REDUCTIONS.index(a.op),
-            KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None, STAGE=stage,
+            values, pointer(steps, values), pointer(mask, values), rows.cu, out, kept, state, rows.width,
+            rows.total, chunks, chunk, a.num_steps, stride(values), stride(steps), stride(mask),
+            OP=REDUCTIONS.index(a.op), KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None, STAGE=stage,
             ALIGNED=is_aligned(rows, values, steps, mask), MAX_CHUNKS=MAX_CHUNKS, PER=EACH, T=THREADS,
             num_warps=WARPS, **BITS,
         )  # fmt: skip
@@ -100,7 +99,11 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
 
 
 def _to_tokens(
-    up: Tensor, a: SegmentsArgs, at_ends: bool = False, reduced: Tensor | None = None, kept: Tensor | None = None
+    up: Tensor,
+    a: SegmentsArgs,
+    at_ends: bool = False,
+    reduced: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of a reduction by its gradient ``up``: of a sum that is the value of the step at every token."""
     rows = Rows.of(a.values.shape, a.cu_seqlens, up)
@@ -124,10 +127,10 @@ def _to_tokens(
     def launch(stage: int) -> None:
         steps_to_tokens_kernel[(rows.batch, chunks)](
             up, pointer(values, up), pointer(steps, up), pointer(mask, up), rows.cu, pointer(reduced, up),
-            pointer(kept, up), out, ends.view(torch.uint8), state, rows.batch, rows.width, rows.total, chunks, chunk,
-            up.shape[1], stride(values), stride(steps), stride(mask), stride(out), OP=REDUCTIONS.index(op),
-            AT_ENDS=at_ends, KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None, STAGE=stage, ALIGNED=aligned,
-            MAX_CHUNKS=MAX_CHUNKS, PER=EACH, T=THREADS, num_warps=WARPS, **BITS,
+            pointer(kept, up), out, ends.view(torch.uint8), state, rows.batch, rows.width, rows.total, chunks,
+            chunk, up.shape[1], stride(values), stride(steps), stride(mask), stride(out),
+            OP=REDUCTIONS.index(op), AT_ENDS=at_ends, KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None,
+            STAGE=stage, ALIGNED=aligned, MAX_CHUNKS=MAX_CHUNKS, PER=EACH, T=THREADS, num_warps=WARPS, **BITS,
         )  # fmt: skip
 
     if kind == FLAGS.value:
@@ -147,4 +150,6 @@ def steps_to_tokens(
     step_values: Tensor, steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, at_ends: bool
 ) -> tuple[Tensor, Tensor]:
     like = step_values.new_empty(()).expand(steps.shape)  # for its shape
-    return _to_tokens(step_values, SegmentsArgs(like, steps, mask, cu_seqlens, step_values.shape[1], "sum"), at_ends)
+    return _to_tokens(
+        step_values, SegmentsArgs(like, steps, mask, cu_seqlens, step_values.shape[1], "sum"), at_ends
+    )

@@ -1,9 +1,9 @@
 """Reductions over the steps of rows on the GPU: one pass over the tokens, a segmented scan of the threads a tile.
 
-A thread reduces the steps of its own tokens. Those that begin and end among them are stored at once; what is open at
-its ends meets that of other threads in the scan, in float64. A step is stored where the next one begins, so tokens of
-no step may lie anywhere in it. Within a thread float32 tokens are summed in two parts, which is right where all are
-finite; a row that has a sum that is not is reduced again in float64.
+A thread reduces the steps of its own tokens. Those that begin and end among them are stored at once; what is open
+at its ends meets that of other threads in the scan, in float64. A step is stored where the next one begins, so that
+tokens of no step may lie anywhere in it. Within a thread float32 tokens are summed in two parts, which is right
+where all are finite; a row with a sum that is not is reduced again in float64.
 
 A few long rows are cut into chunks: a pass for what is open at the ends of every chunk, and a pass to store.
 """
@@ -15,160 +15,39 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..reference.segments import REDUCTIONS
 from .arithmetic import Pair
-from .launch import Constant
-from .scans import AGGREGATES, RESUMED, at_row, plus, row_part, where_pair, widened
+from .scans import AGGREGATES, RESUMED, Row, at_row, plus, row_part, where_pair, widened
+from .segments_open import (
+    ANY,
+    FIELDS,
+    FIRST,
+    LAST,
+    MAX,
+    MEAN,
+    MIN,
+    NOWHERE,
+    PROD,
+    SUM,
+    Open,
+    Part,
+    merged,
+    of_lane,
+    scanned,
+    start_of_part,
+    store_record,
+    where_open,
+)  # fmt: skip
 from .steps import FLAGS, ROW, load_step_numbers
 from .tiles import from_before, load_flags, load_tokens, tile_of
 
-# Indices of the reductions in the table of the specification.
-SUM, MEAN, MIN, MAX, PROD, FIRST, LAST, ANY = (
-    Constant(REDUCTIONS.index(op)) for op in ("sum", "mean", "min", "max", "prod", "first", "last", "any")
-)
 
-# Fields of a chunk's record: its open steps, and its number of flags.
-FIELDS = Constant(5)
-NOWHERE = Constant(2**52)  # a position behind every token
-
-
-class Part(NamedTuple):
-    """The reduction of adjacent tokens of one step."""
-
-    value: Any  # what is summed, multiplied or the least; within a thread a pair
-    more: Any  # a mean's count, a product's zeros, the position of the least value
-
-
-class Open(NamedTuple):
-    """What adjacent tokens leave open."""
-
-    first: Any  # int32, the first step that has a token among them, -1 without one
-    last: Any  # the last one
-    part: Any  # of the tokens of the last one
-
-
-class Row(NamedTuple):
+class Results(NamedTuple):
     """A row's values and results."""
 
     tokens: Any  # pointer to the row's first token
     out: Any  # pointers to the numbers of its first step
     kept: Any
     number: Any  # of steps, int32
-
-
-# ---- merging -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def continues(a_last, b_first, b_last):
-    """Whether the open step of tokens is that of the tokens before them."""
-    return (b_last < 0) | ((b_first == b_last) & (a_last == b_last))
-
-
-@triton.jit
-def summed(a_first, a_last, a, b_first, b_last, b):
-    """Associative combine of open steps, and of their sums."""
-    on = continues(a_last, b_first, b_last)
-    return tl.where(a_first < 0, b_first, a_first), tl.where(b_last < 0, a_last, b_last), b + tl.where(on, a, 0.0)
-
-
-@triton.jit
-def added(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
-    """The same with counts."""
-    on = continues(a_last, b_first, b_last)
-    return (
-        tl.where(a_first < 0, b_first, a_first),
-        tl.where(b_last < 0, a_last, b_last),
-        b + tl.where(on, a, 0.0),
-        b_more + tl.where(on, a_more, 0),
-    )
-
-
-@triton.jit
-def multiplied(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
-    """The same of products, and of the numbers of zeros that they leave out."""
-    on = continues(a_last, b_first, b_last)
-    return (
-        tl.where(a_first < 0, b_first, a_first),
-        tl.where(b_last < 0, a_last, b_last),
-        b * tl.where(on, a, 1.0),
-        b_more + tl.where(on, a_more, 0),
-    )
-
-
-@triton.jit
-def least(a_first, a_last, a, a_more, b_first, b_last, b, b_more):
-    """The same of the least values, and their positions: a NaN is the least, and of equal ones the earliest."""
-    on = continues(a_last, b_first, b_last)
-    tie = (a == b) | ((a != a) & (b != b))
-    b_less = (b < a) | ((b != b) & (a == a)) | (tie & (b_more < a_more))
-    take = b_less | (on == 0)
-    return (
-        tl.where(a_first < 0, b_first, a_first),
-        tl.where(b_last < 0, a_last, b_last),
-        tl.where(take, b, a),
-        tl.where(take, b_more, a_more),
-    )
-
-
-@triton.jit
-def merged(a, b, OP: tl.constexpr):
-    """The open steps of tokens, and of those after them."""
-    if OP == SUM or OP == ANY:
-        first, last, value = summed(a.first, a.last, a.part.value, b.first, b.last, b.part.value)
-        more = b.part.more
-    elif OP == MEAN:
-        first, last, value, more = added(
-            a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
-        )
-    elif OP == PROD:
-        first, last, value, more = multiplied(
-            a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
-        )
-    else:
-        first, last, value, more = least(
-            a.first, a.last, a.part.value, a.part.more, b.first, b.last, b.part.value, b.part.more
-        )
-    return Open(first, last, Part(value, more))
-
-
-@triton.jit
-def scanned(x, OP: tl.constexpr):
-    """The open steps of all elements up to each."""
-    along = (x.first, x.last, x.part.value, x.part.more)
-    if OP == SUM or OP == ANY:
-        first, last, value = tl.associative_scan((x.first, x.last, x.part.value), 0, summed)
-        more = x.part.more
-    elif OP == MEAN:
-        first, last, value, more = tl.associative_scan(along, 0, added)
-    elif OP == PROD:
-        first, last, value, more = tl.associative_scan(along, 0, multiplied)
-    else:
-        first, last, value, more = tl.associative_scan(along, 0, least)
-    return Open(first, last, Part(value, more))
-
-
-@triton.jit
-def where_open(flag, a, b):
-    return Open(
-        tl.where(flag, a.first, b.first),
-        tl.where(flag, a.last, b.last),
-        Part(tl.where(flag, a.part.value, b.part.value), tl.where(flag, a.part.more, b.part.more)),
-    )
-
-
-@triton.jit
-def nothing(SIZE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr):
-    """The open steps of no tokens."""
-    none = tl.full([SIZE], -1, tl.int32)
-    value = tl.zeros([SIZE], WIDE)
-    more = tl.zeros([SIZE], tl.int64)
-    if OP == PROD:
-        value += 1.0
-    elif OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
-        value += float("inf")
-        more += NOWHERE
-    return Open(none, none, Part(value, more))
 
 
 # ---- the tokens of a thread ----------------------------------------------------------------------------------
@@ -178,7 +57,7 @@ def nothing(SIZE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr):
 def with_token(part, x, k, some, fresh, OP: tl.constexpr, ACC: tl.constexpr):
     """The reduction with token k where ``some``; ``fresh`` where it is the first of its step."""
     if OP == SUM or OP == MEAN or OP == ANY:
-        if OP == ANY:
+        if OP == ANY:  # noqa: SIM108 (the compiler knows it)
             term = (some & (x != 0.0)).to(ACC)
         else:
             term = tl.where(some, x, 0.0).to(ACC)
@@ -293,7 +172,7 @@ def clear_steps(row, c, chunks, T: tl.constexpr, OP: tl.constexpr):
 
 
 class Carry(NamedTuple):
-    """What is carried from a tile to the next. With steps it is in the first thread, else every thread has its own."""
+    """What is carried from a tile to the next: in the first thread, or, where a row is one step, that of each."""
 
     open: Any
     flags: Any  # int32, the number of step ends by flags
@@ -314,9 +193,7 @@ def reduce_part(
         tile = tile_of(part.begin, part.end, turn, PER, T, False)
         valid = load_flags(mask, tile, HAS_MASK, PER, ALIGNED)
         x = load_tokens(row.tokens, tile, PER, ALIGNED)
-        numbers, flags = load_step_numbers(
-            steps, valid, carry.flags, row.number, tile, KIND, PER, ALIGNED
-        )
+        numbers, flags = load_step_numbers(steps, valid, carry.flags, row.number, tile, KIND, PER, ALIGNED)
         first = no_step
         last = no_step
         if OP == MIN or OP == MAX or OP == FIRST or OP == LAST:
@@ -364,46 +241,6 @@ def reduce_part(
     return carry
 
 
-@triton.jit
-def start_of_part(
-    state, part, c, chunks,
-    OP: tl.constexpr, WIDE: tl.constexpr, STAGE: tl.constexpr, MAX_CHUNKS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """What the chunks before chunk c leave open, in the first thread, and their number of flags."""
-    start = nothing(T, OP, WIDE)
-    flags = tl.zeros([T], tl.int32)
-    if STAGE == RESUMED:
-        lane = tl.arange(0, MAX_CHUNKS)
-        before = lane < c
-        record = state + (part.number * chunks + lane) * FIELDS
-        count = tl.load(record + 4, mask=before, other=0.0).to(tl.int32)
-        shift = tl.cumsum(count, 0) - count
-        first = tl.load(record, mask=before, other=-1.0).to(tl.int32)
-        last = tl.load(record + 1, mask=before, other=-1.0).to(tl.int32)
-        none = nothing(MAX_CHUNKS, OP, WIDE)
-        value = tl.load(record + 2, mask=before, other=0.0).to(WIDE)
-        more = tl.load(record + 3, mask=before, other=0.0).to(tl.int64)
-        opened = where_open(
-            before,
-            Open(tl.where(first < 0, first, first + shift), tl.where(last < 0, last, last + shift), Part(value, more)),
-            none,
-        )
-        opened = of_lane(scanned(opened, OP), MAX_CHUNKS - 1)
-        start = where_open(tl.arange(0, T) == 0, opened, start)
-        flags += tl.sum(count, 0)
-    return start, flags
-
-
-@triton.jit
-def of_lane(x, lane):
-    """The open steps of one element."""
-    here = tl.arange(0, x.first.shape[0]) == lane
-    return Open(
-        tl.sum(tl.where(here, x.first, 0), 0), tl.sum(tl.where(here, x.last, 0), 0),
-        Part(tl.sum(tl.where(here, x.part.value, 0.0), 0), tl.sum(tl.where(here, x.part.more, 0), 0)),
-    )  # fmt: skip
-
-
 @triton.jit(
     do_not_specialize=[
         "width", "total", "chunks", "chunk", "segments", "values_stride", "steps_stride", "mask_stride",
@@ -415,9 +252,9 @@ def segment_reduce_kernel(
     OP: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, STAGE: tl.constexpr,
     ALIGNED: tl.constexpr, MAX_CHUNKS: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, c): the steps of row b, or those that end in its chunk c. STAGE as in ``scans``, KIND as in ``steps``.
+    """Program (b, c): the steps of row b, or those that end in its chunk c.
 
-    ``kept`` is for the backward pass (see the specification).
+    STAGE is one of ``scans``, and KIND of ``steps``. ``kept`` is for the backward pass (see the specification).
     """
     REAL: tl.constexpr = values.dtype.element_ty
     LEAST: tl.constexpr = OP == MIN or OP == MAX
@@ -428,7 +265,7 @@ def segment_reduce_kernel(
     c = tl.program_id(1)
     part = row_part(cu, b, c, width, total, chunk, STAGE, PACKED)
     to_steps = part.number * segments
-    row = Row(at_row(values, part, values_stride), out + to_steps, kept + to_steps, segments)
+    row = Results(at_row(values, part, values_stride), out + to_steps, kept + to_steps, segments)
     if KIND != ROW and STAGE != RESUMED:
         clear_steps(row, c, chunks, T, OP)
     steps = at_row(steps, part, steps_stride)
@@ -436,31 +273,29 @@ def segment_reduce_kernel(
     upto = c
     if KIND == ROW and STAGE == RESUMED:  # a long row is merged by one program
         upto = tl.cdiv(part.length, chunk).to(tl.int32)
-        part = part._replace(end=tl.where(upto > 1, part.begin, part.end))
+        end = tl.where(upto > 1, part.begin, part.end)
+        part = Row(part.number, part.offset, part.length, part.begin, end)
         upto = tl.where(upto > 1, upto, 0)
     start, flags = start_of_part(state, part, upto, chunks, OP, WIDE, STAGE, MAX_CHUNKS, T)
     carry = reduce_part(
         part, row, steps, mask, start, flags, OP, KIND, HAS_MASK, STAGE, ALIGNED, WIDE, ACC, PER, T
     )
-    if (OP == SUM or OP == MEAN) and ACC != tl.float64:
+    if (OP == SUM or OP == MEAN) and tl.float64 != ACC:  # noqa: SIM102
         if tl.sum(carry.odd, 0) != 0.0:
             again = reduce_part(
-                part, row, steps, mask, start, flags, OP, KIND, HAS_MASK, STAGE, ALIGNED, WIDE, tl.float64, PER, T
-            )
+                part, row, steps, mask, start, flags,
+                OP, KIND, HAS_MASK, STAGE, ALIGNED, WIDE, tl.float64, PER, T,
+            )  # fmt: skip
             carry = Carry(again.open, again.flags, carry.odd)
     opened = carry.open
-    if KIND == ROW:
+    if KIND == ROW:  # noqa: SIM108
         opened = of_lane(scanned(opened, OP), T - 1)
     else:
         opened = of_lane(opened, 0)
     first_lane = tl.arange(0, T) == 0
     if STAGE == AGGREGATES:
-        record = state + (part.number * chunks + c) * FIELDS
-        tl.store(record, opened.first.to(tl.float64))
-        tl.store(record + 1, opened.last.to(tl.float64))
-        tl.store(record + 2, opened.part.value.to(tl.float64))
-        tl.store(record + 3, opened.part.more.to(tl.float64))
-        tl.store(record + 4, tl.sum(tl.where(first_lane, carry.flags, 0), 0).to(tl.float64))
+        flags = tl.sum(tl.where(first_lane, carry.flags, 0), 0)
+        store_record(state + (part.number * chunks + c) * FIELDS, opened, flags)
     elif KIND == ROW:
         if opened.last < 0:
             clear_steps(row, 0, 1, T, OP)

@@ -1,4 +1,4 @@
-"""Values of steps at the tokens of rows on the GPU: broadcasts, values at step ends, and gradients of reductions."""
+"""Values of steps at the tokens of rows on the GPU: broadcasts, values at step ends, gradients of reductions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from .scans import AGGREGATES, RESUMED, WHOLE, at_row, row_part
-from .segments_reduce import MEAN, PROD, SUM, quotient
+from .segments_open import MEAN, PROD, SUM
+from .segments_reduce import quotient
 from .steps import FLAGS, IDS, NO_STEP, load_step_ends, load_step_numbers, step_id_after
 from .tiles import load_flags, load_tokens, store_tokens, tile_of, write_gaps
 
@@ -80,14 +81,17 @@ def steps_to_tokens_kernel(
     mask = at_row(mask, part, mask_stride)
     if STAGE == AGGREGATES:
         tl.store(
-            state + part.number * chunks + c, count_flags(steps, mask, part, HAS_MASK, PER, T, ALIGNED).to(tl.float64)
+            state + part.number * chunks + c,
+            count_flags(steps, mask, part, HAS_MASK, PER, T, ALIGNED).to(tl.float64),
         )
     else:
         if c == 0:
             write_gaps(out, cu, b, batch, total, T, PACKED)
             if AT_ENDS:
                 write_gaps(ends_out, cu, b, batch, total, T, PACKED)
-        row = Steps(up + part.number * segments, reduced + part.number * segments, kept + part.number * segments)
+        row = Steps(
+            up + part.number * segments, reduced + part.number * segments, kept + part.number * segments
+        )
         values = at_row(values, part, values_stride)
         out = at_row(out, part, out_stride)
         ends_out = at_row(ends_out, part, width * (PACKED == 0))
@@ -117,7 +121,7 @@ def steps_to_tokens_kernel(
             if AT_ENDS:
                 ends, next_id = load_step_ends(steps, valid, next_id, tile, KIND, PER, ALIGNED)
             numbers, flags = load_step_numbers(steps, valid, flags, segments, tile, KIND, PER, ALIGNED)
-            if OP == PROD:
+            if OP == PROD:  # noqa: SIM108 (the compiler knows it)
                 x = load_tokens(values, tile, PER, ALIGNED)
             else:
                 x = numbers

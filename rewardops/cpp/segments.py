@@ -28,7 +28,12 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
 
 
 def _call(
-    a: SegmentsArgs, like: Tensor, values: Tensor | None, out: Tensor | None, kept: Tensor | None, to_tokens: tuple
+    a: SegmentsArgs,
+    like: Tensor,
+    values: Tensor | None,
+    out: Tensor | None,
+    kept: Tensor | None,
+    to_tokens: tuple,
 ) -> None:
     rows, mask, steps = RowShape(a.values.shape, a.cu_seqlens), as_bytes(a.mask), a.steps
     by_flags = steps is not None and steps.dtype is torch.bool

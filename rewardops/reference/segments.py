@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.kinds import Flags, Markers, Offsets, RealTokens
-from ..core.rows import Layout, from_rows, to_rows
+from ..core.rows import from_rows, to_rows
 from .returns import step_ends
 
 REDUCTIONS = ("sum", "mean", "min", "max", "prod", "first", "last", "any")
@@ -23,8 +23,8 @@ class SegmentsArgs(NamedTuple):
     values: RealTokens
     """``[B, T]`` or ``[N]``, float32 or float64."""
     steps: Markers | None
-    """The shape of ``values``: int64 step ids, non-decreasing along a row, negative ones of no step; or bool flags, of
-    which the k-th ends step k, and tokens after the last are of no step. None: a row is one step."""
+    """The shape of ``values``: int64 step ids, non-decreasing along a row, negative ones of no step; or bool flags,
+    of which the k-th ends step k, and tokens after the last are of no step. None: a row is one step."""
     mask: Flags | None
     """bool, the shape of ``values``; None: every token counts."""
     cu_seqlens: Offsets | None

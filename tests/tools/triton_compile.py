@@ -219,7 +219,7 @@ def of_segments() -> None:
     from rewardops.reference.segments import REDUCTIONS, SegmentsArgs
     from rewardops.reference.selection import LargestArgs
 
-    groups, rewards = per_row()
+    groups, _ = per_row()
     for values, mask, cu in layouts():
         segments.row_counts(values > 0, cu)
         for numbers in (values, values.double()):
