@@ -117,7 +117,7 @@ def running_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tenso
         [1.0, 3.0, 4.0, 12.0]
     """
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
-    return tokens.running_sums(tokens.values).to(tokens.values.dtype)
+    return prefix_scan(tokens.values, None, tokens.rows.mask, tokens.rows.cu_seqlens)
 
 
 def running_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -299,8 +299,7 @@ class TokenValues:
 
     def running_sums(self, x: Tensor) -> Tensor:
         """float64, per token: the sum of ``x`` over the row's valid tokens up to it; 0 where masked."""
-        x = wide(x)
-        return prefix_scan(x, torch.ones_like(x), self.rows.mask, self.rows.cu_seqlens)
+        return prefix_scan(wide(x), None, self.rows.mask, self.rows.cu_seqlens)
 
 
 def defined(x: Tensor) -> Tensor:

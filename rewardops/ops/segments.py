@@ -28,9 +28,10 @@ def _setup_sums(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
+    values, up = grad.new_empty(()).expand(ctx.shape), grad[:, None]
+    kept = grad.new_empty((grad.shape[0], 0), dtype=widest(grad.device))
     mask, cu_seqlens = ctx.saved_tensors
-    on_tokens = Layout(grad.shape[0], tuple(ctx.shape), mask, cu_seqlens).expand(grad)
-    return {"values": on_tokens if mask is None else torch.where(mask, on_tokens, 0)}
+    return {"values": segment_reduce_backward(up, up, kept, values, None, mask, cu_seqlens, 1, "sum")}
 
 
 _row_sums = define(
