@@ -137,8 +137,6 @@ def store_step(row, step, value, more, some, OP: tl.constexpr):
         tl.store(row.kept + step, more.to(tl.float64), mask=some)
         if OP == MAX:
             value = -value
-        elif OP == FIRST or OP == LAST:
-            value = tl.load(row.tokens + more, mask=some, other=0.0)
     tl.store(row.out + step, value.to(row.out.dtype.element_ty), mask=some)
 
 
@@ -152,6 +150,15 @@ def store_own(row, step, part, tile, some, OP: tl.constexpr, KIND: tl.constexpr)
         store_step(row, step, value, part.more, some, OP)
     else:
         store_step(row, step, part.value.sum, tile.low + (tile.start + part.more), some, OP)
+
+
+@triton.jit
+def store_open(row, step, part, some, OP: tl.constexpr):
+    """Store the reduction of a step that was open at the ends of threads."""
+    value = part.value
+    if OP == FIRST or OP == LAST:  # which was a position
+        value = tl.load(row.tokens + part.more, mask=some, other=0.0)
+    store_step(row, step, value, part.more, some, OP)
 
 
 @triton.jit
@@ -234,9 +241,9 @@ def reduce_part(
                 head_open = Open(first, first, in_row(head, first, tile, OP, WIDE))
                 joined = merged(before, head_open, OP)
                 ended = is_step(row, before.last) & (first >= 0) & (before.last != first)
-                store_step(row, before.last, before.part.value, before.part.more, ended, OP)
+                store_open(row, before.last, before.part, ended, OP)
                 ended = is_step(row, first) & (first != last)
-                store_step(row, first, joined.part.value, joined.part.more, ended, OP)
+                store_open(row, first, joined.part, ended, OP)
             carry = Carry(behind, flags, odd)
     return carry
 
@@ -299,9 +306,9 @@ def segment_reduce_kernel(
     elif KIND == ROW:
         if opened.last < 0:
             clear_steps(row, 0, 1, T, OP)
-        store_step(row, opened.last, opened.part.value, opened.part.more, opened.last == 0, OP)
+        store_open(row, opened.last, opened.part, opened.last == 0, OP)
     elif (part.end == part.length) & (part.begin < part.length):
         ended = is_step(row, opened.last)
         if KIND == FLAGS:  # tokens after the last flag are of no step
             ended = ended & (opened.last < tl.sum(tl.where(first_lane, carry.flags, 0), 0))
-        store_step(row, opened.last, opened.part.value, opened.part.more, ended, OP)
+        store_open(row, opened.last, opened.part, ended, OP)

@@ -98,9 +98,7 @@ _differences = define(
 )
 
 
-def prefix_scan(
-    x: Tensor, factors: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+def prefix_scan(x: Tensor, factors: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """``u[t] = x[t] + factors[t-] u[t-]`` with ``t-`` the valid token before; factors are float64, None for 1."""
     out: Tensor = _prefix_scan(x, factors, mask, cu_seqlens)
     return out

@@ -66,9 +66,8 @@ def test_no_thread_waits_in_a_loop_over_logits(compiled):
 def test_scans_load_sixteen_bytes_and_meet_once_a_tile(compiled):
     """A scan of threads and an exchange with the thread before, for what is scanned and for what comes after it.
 
-    The tiles of td, and of sums of steps, are in two loops, of which one is for rows with infinities. Float64 is for
-    the maps of threads, and for the log-sums of soft minima, which are stored in it. Tokens that only look up the
-    numbers of their steps do not meet.
+    The tiles of td, and of sums of steps, are in two loops, of which one is for rows with infinities. Float64 is
+    for the maps of threads, and for the log-sums of soft minima, which are stored in it.
     """
     scans = {row["kernel"] for row in compiled if row.get("per_thread")}
     assert len(scans) == 7
