@@ -252,11 +252,13 @@ def test_launches_of_segments(monkeypatch, layout):
     if layout == "packed":
         cu = torch.arange(0, rows * width + 1, width)
         x, mask, flags, ids = (t.flatten() for t in (x, mask, flags, ids))
+    launched = Launches(monkeypatch, segments)
     cut = ["segment_reduce"] * (2 if layout == "long" else 1)
     for steps in (ids, flags, None):
         a = SegmentsArgs(x, steps, mask, cu, 1 if steps is None else 40, "mean")
         counted = 2 if layout == "long" and steps is flags else 1
-        with Launches(monkeypatch, segments) as launched:
+        with launched:
+            launched.names.clear()
             out, kept = segments.segment_reduce(a)
             assert launched.names == cut
             launched.names.clear()
@@ -266,7 +268,8 @@ def test_launches_of_segments(monkeypatch, layout):
                 launched.names.clear()
                 segments.steps_to_tokens(out, steps, mask, cu, at_ends)
                 assert launched.names == ["steps_to_tokens"] * counted
-    with Launches(monkeypatch, segments) as launched:
+    with launched:
+        launched.names.clear()
         segments.row_counts(mask, cu)
         segments.row_sums(x, mask, cu)
         assert launched.names == ["row_counts", *cut]
@@ -277,7 +280,7 @@ def test_public_calls_of_segments_add_nothing(monkeypatch):
     pytest.importorskip("triton")
     from rewardops.triton_kernels import segments
 
-    x, mask = torch.rand(6, 32), torch.rand(6, 32) > 0.1
+    x, of_steps, mask = torch.rand(6, 32), torch.rand(6, 9), torch.rand(6, 32) > 0.1
     flags = torch.rand(6, 32) > 0.7
     launched, run = Launches(monkeypatch, segments), dispatch._run
 
@@ -287,14 +290,16 @@ def test_public_calls_of_segments_add_nothing(monkeypatch):
 
     monkeypatch.setattr(dispatch, "_run", counted)
     for steps in (flags, flags.long().cumsum(1)):
-        for fn in (
-            lambda v, s: rewardops.segment_reduce(v, s, "max", num_steps=9, mask=mask),
-            lambda v, s: rewardops.segment_broadcast(v[:, :9], s, mask=mask),
-            lambda v, s: rewardops.place_at_step_end(v[:, :9], s, mask=mask),
-            lambda v, s: rewardops.row_mean(v, mask=mask),
+        for fn, given in (
+            (lambda v, s: rewardops.segment_reduce(v, s, "max", num_steps=9, mask=mask), x),
+            (lambda v, s: rewardops.segment_broadcast(v, s, mask=mask), of_steps),
+            (lambda v, s: rewardops.place_at_step_end(v, s, mask=mask), of_steps),
+            (lambda v, s: rewardops.row_mean(v, mask=mask), x),
+            (lambda v, s: rewardops.row_sum(v, mask=mask), x),
         ):
             launched.names.clear()
-            leaf = x.clone().requires_grad_()
+            leaf = given.clone().requires_grad_()
             with dispatch.use_backend("triton"):
-                torch.autograd.grad(fn(leaf, steps).sum(), leaf)
-            assert sorted(n for n in launched.names if n != "clone") == ["segment_reduce", "steps_to_tokens"]
+                out = fn(leaf, steps)
+                torch.autograd.grad(out, leaf, torch.ones_like(out))
+            assert sorted(launched.names) == ["segment_reduce", "steps_to_tokens"]
