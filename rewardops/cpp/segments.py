@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def _call(
     values: Tensor | None,
     out: Tensor | None,
     kept: Tensor | None,
-    to_tokens: tuple,
+    to_tokens: tuple[Any, ...],
 ) -> None:
     rows, mask, steps = RowShape(a.values.shape, a.cu_seqlens), as_bytes(a.mask), a.steps
     by_flags = steps is not None and steps.dtype is torch.bool

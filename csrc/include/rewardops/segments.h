@@ -26,12 +26,12 @@ struct SegmentsArgs {
   Rows rows;
   int64_t num_steps;  // per row; steps from here on are left out
   Reduce op;
-  T* out;        // [B, num_steps]; 0 for a step without a token; forward out, backward in
-  double* kept;  // [B, num_steps]; forward out, backward in: a mean's count, an extreme's position, or the product of
-                 // the values other than a single zero; not for sums and `any`
-  const T* grad;           // to tokens: [B, num_steps], gradients, or values of steps, as the gradient of a sum is
-  Tokens<T> on_tokens;     // [tokens]; null in a reduction
-  Tokens<uint8_t> ends;    // [tokens]; not null: on_tokens is 0 but at the ends of steps, and flags of these are written
+  T* out;         // [B, num_steps]; 0 for a step without a token; forward out, backward in
+  double* kept;   // [B, num_steps]; forward out, backward in: a mean's count, an extreme's position, or the product of
+                  // the values other than a single zero; not for sums and `any`
+  const T* grad;  // to tokens: [B, num_steps], gradients, or values of steps, as the gradient of a sum is
+  Tokens<T> on_tokens;   // [tokens]; null in a reduction
+  Tokens<uint8_t> ends;  // [tokens]; not null: on_tokens is 0 but at the ends of steps, and flags of these are written
 };
 
 }  // namespace rewardops
