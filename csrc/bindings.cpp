@@ -302,24 +302,30 @@ void row_sums(const py::tuple& shape, const py::tuple& mask, const py::tuple& va
                [&](int64_t begin, int64_t end) { kernels().of<T>().row_sums(a, begin, end); });
 }
 
-// Backward where grad_values is not null.
+// steps: (flags, ids); to tokens: (values or gradients of steps, on_tokens, ends), or () for a reduction
 template <typename T>
-void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tuple& ids, const py::tuple& values,
-                    int64_t num_steps, int op, Address out, Address kept, Address grad, const py::tuple& grad_values,
-                    int threads) {
-  const SegmentsArgs<T> a{tokens<const T>(values),
-                          tokens<const int64_t>(ids),
-                          tokens<const uint8_t>(mask),
-                          rows(shape),
-                          num_steps,
-                          static_cast<Reduce>(op),
-                          at<T>(out),
-                          at<double>(kept),
-                          at<const T>(grad),
-                          tokens<T>(grad_values)};
+void segment_reduce(const py::tuple& shape, const py::tuple& mask, const py::tuple& steps, const py::tuple& values,
+                    int64_t num_steps, int op, Address out, Address kept, const py::tuple& to_tokens, int threads) {
+  SegmentsArgs<T> a{};
+  a.values = tokens<const T>(values);
+  Reader s(steps);
+  a.flags = s.tokens<const uint8_t>();
+  a.ids = s.tokens<const int64_t>();
+  a.mask = tokens<const uint8_t>(mask);
+  a.rows = rows(shape);
+  a.num_steps = num_steps;
+  a.op = static_cast<Reduce>(op);
+  a.out = at<T>(out);
+  a.kept = at<double>(kept);
+  if (!to_tokens.empty()) {
+    Reader t(to_tokens);
+    a.grad = t.pointer<const T>();
+    a.on_tokens = t.tokens<T>();
+    a.ends = t.tokens<uint8_t>();
+  }
   const py::gil_scoped_release release;
-  if (a.grad_values.data) rewardops::cpu::segment_reduce_backward(a, threads);
-  else rewardops::cpu::segment_reduce(a, threads);
+  if (to_tokens.empty()) rewardops::cpu::segment_reduce(a, threads);
+  else rewardops::cpu::steps_to_tokens(a, threads);
 }
 
 // ---- selection ----------------------------------------------------------------------------------------------

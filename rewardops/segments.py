@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .core.precision import wide
 from .core.rows import Layout
 from .core.settings import may_read
 from .ops import segments as ops
-from .ops.td import prefix_scan, step_ends
+from .ops.td import prefix_scan
 from .reference.segments import REDUCTIONS
 
 __all__ = [
@@ -76,7 +76,7 @@ def row_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor |
     """
     tokens, weight = _weighed(values, mask, cu_seqlens)
     if weight is None:
-        return tokens.means(tokens.values, tokens.counts())
+        return ops.of_rows(tokens.values, tokens.rows, "mean")
     total = ops.row_sums(weight, tokens.rows)
     return ops.row_sums(tokens.values * weight, tokens.rows) / torch.where(total > 0, total, 1)
 
@@ -117,7 +117,7 @@ def running_sum(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tenso
         [1.0, 3.0, 4.0, 12.0]
     """
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
-    return tokens.running_sums(tokens.values).to(tokens.values.dtype)
+    return prefix_scan(tokens.values, None, tokens.rows.mask, tokens.rows.cu_seqlens)
 
 
 def running_mean(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -196,14 +196,12 @@ def segment_reduce(
     rows, markers = _prepare("values", values, steps, mask, cu_seqlens)
     if num_steps is not None:
         checks.check_whole("num_steps", num_steps, 0)
-    ids = _step_ids(markers, rows)
     if num_steps is None:
-        if not may_read(ids):
+        if not may_read(markers):
             raise ValueError("num_steps: got None, want the number of steps of the longest row")
-        valid_ids = ids if rows.mask is None else ids[rows.mask]
-        num_steps = max(int(valid_ids.max()) + 1, 0) if valid_ids.numel() else 0
+        num_steps = _number_of_steps(markers, rows)
     (wide,) = checks.promote(values)
-    out: Tensor = ops.segment_reduce(wide, ids, rows.mask, rows.cu_seqlens, num_steps, op)[0]
+    out: Tensor = ops.segment_reduce(wide, markers, rows.mask, rows.cu_seqlens, num_steps, op)[0]
     return out
 
 
@@ -233,7 +231,7 @@ def segment_broadcast(
         >>> ro.segment_broadcast(torch.tensor([[0.5, 2.0]]), step_ids).tolist()
         [[0.5, 0.5, 2.0, 0.0]]
     """
-    return _broadcast(step_values, steps, mask, cu_seqlens)[2]
+    return _to_tokens(step_values, steps, mask, cu_seqlens, at_ends=False)
 
 
 def place_at_step_end(
@@ -262,9 +260,7 @@ def place_at_step_end(
         >>> ro.place_at_step_end(torch.tensor([[0.5, 2.0]]), step_ids).tolist()
         [[0.0, 0.5, 2.0, 0.0]]
     """
-    rows, ids, out = _broadcast(step_values, steps, mask, cu_seqlens)
-    ends = step_ends(ids, rows)
-    return torch.where(ends, out, 0)
+    return _to_tokens(step_values, steps, mask, cu_seqlens, at_ends=True)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -303,8 +299,7 @@ class TokenValues:
 
     def running_sums(self, x: Tensor) -> Tensor:
         """float64, per token: the sum of ``x`` over the row's valid tokens up to it; 0 where masked."""
-        x = wide(x)
-        return prefix_scan(x, torch.ones_like(x), self.rows.mask, self.rows.cu_seqlens)
+        return prefix_scan(wide(x), None, self.rows.mask, self.rows.cu_seqlens)
 
 
 def defined(x: Tensor) -> Tensor:
@@ -315,22 +310,7 @@ def defined(x: Tensor) -> Tensor:
 
 def row_tops(x: Tensor, rows: Layout) -> Tensor:
     """``[B]``, the largest valid ``x`` of each row, NaN if there is one; 0 for a row without a valid token."""
-    one_step = torch.zeros(rows.shape, dtype=torch.int64, device=x.device)
-    return ops.segment_reduce(x, one_step, rows.mask, rows.cu_seqlens, 1, "max")[0][:, 0]
-
-
-def _step_ids(markers: Tensor, rows: Layout) -> Tensor:
-    """Step ids from ids, or from flags: the k-th flag ends step k, and tokens after the last are of no step."""
-    if markers.dtype is not torch.bool:
-        return markers
-    flags = (markers if rows.mask is None else markers & rows.mask).to(torch.int64)
-    if rows.cu_seqlens is None:
-        before, total = flags.cumsum(1) - flags, flags.sum(1)
-    else:
-        through = torch.nn.functional.pad(flags.cumsum(0), (1, 0))  # flags before each place
-        bounds = through[rows.cu_seqlens.to(torch.int64)]
-        before, total = through[:-1] - rows.expand(bounds[:-1]), bounds[1:] - bounds[:-1]
-    return torch.where(before < rows.expand(total), before, -1)
+    return ops.of_rows(x, rows, "max")
 
 
 def _prepare(
@@ -344,10 +324,20 @@ def _prepare(
     return rows, markers
 
 
-def _broadcast(
-    step_values: Tensor, steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Layout, Tensor, Tensor]:
-    """The layout, the step ids, and each token's value."""
+def _number_of_steps(markers: Tensor, rows: Layout) -> int:
+    """The number of steps of the longest row; reads the markers."""
+    if markers.dtype is torch.bool:
+        flags = markers if rows.mask is None else markers & rows.mask
+        counts = ops.row_counts(replace(rows, mask=flags), markers.device)
+        return int(counts.max()) if rows.batch else 0
+    valid_ids = markers if rows.mask is None else markers[rows.mask]
+    return max(int(valid_ids.max()) + 1, 0) if valid_ids.numel() else 0
+
+
+def _to_tokens(
+    step_values: Tensor, steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, at_ends: bool
+) -> Tensor:
+    """The values of steps at their tokens, or at their ends."""
     checks.check_float("step_values", step_values)
     if not isinstance(steps, Tensor):
         raise TypeError(f"steps: got {type(steps).__name__}, want a tensor")
@@ -357,5 +347,4 @@ def _broadcast(
         raise ValueError(f"step_values: got shape {checks.show(step_values.shape)}, want {want}")
     checks.check_device("step_values", step_values, steps.device, "steps")
     (wide,) = checks.promote(step_values)
-    ids = _step_ids(markers, rows)
-    return rows, ids, ops.segment_broadcast(wide, ids, rows.mask, rows.cu_seqlens)
+    return ops.segment_broadcast(wide, markers, rows.mask, rows.cu_seqlens, at_ends)

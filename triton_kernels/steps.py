@@ -10,12 +10,13 @@ from torch import Tensor
 from .launch import Constant
 from .rows import as_bytes, dense, load_valid
 from .scans import handed_on
-from .tiles import load_flags, load_tokens
+from .tiles import from_before, load_flags, load_tokens
 
 # Representations of steps.
 TOKENS = Constant(0)  # every valid token ends a step
 FLAGS = Constant(1)
 IDS = Constant(2)  # a step ends at the last valid token before another id
+ROW = Constant(3)  # a row is one step
 
 # Step id of tokens outside steps (like any id below 0), and of the end of a row.
 NO_STEP = Constant(-1)
@@ -67,6 +68,44 @@ def step_id_after(steps, mask, end, length, HAS_MASK: tl.constexpr, BLOCK: tl.co
             start = length
         start += BLOCK
     return next_id
+
+
+@triton.jit
+def load_step_numbers(
+    steps, valid, flags, number, tile,
+    KIND: tl.constexpr, PER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The steps of the tokens of a tile, int32, -1 for tokens of none; and the number of flags up to the next tile.
+
+    Ids from ``number`` on are of no step. Flags are counted from the left: ``flags`` before the tile, in its first
+    thread; and tokens after a row's last flag are those of one step more.
+    """
+    numbers = ()
+    if KIND == ROW:
+        for k in tl.static_range(PER):
+            numbers = numbers + (tl.where(valid[k], 0, -1),)  # noqa: RUF005 (the compiler knows no stars)
+    elif KIND == FLAGS:
+        marked = load_flags(steps, tile, True, PER, ALIGNED)
+        count = tl.zeros(tile.start.shape, tl.int32)
+        for k in tl.static_range(PER):
+            count += (valid[k] & marked[k]).to(tl.int32)
+        through = from_before(tl.associative_scan(tl.where(tile.first, flags, 0) + count, 0, total), tile)
+        count = tl.where(tile.first, flags, through)
+        flags = through
+        for k in tl.static_range(PER):
+            numbers = numbers + (tl.where(valid[k], count, -1),)  # noqa: RUF005
+            count += (valid[k] & marked[k]).to(tl.int32)
+    else:
+        ids = load_tokens(steps, tile, PER, ALIGNED)
+        for k in tl.static_range(PER):
+            inside = valid[k] & (ids[k].to(tl.uint64) < tl.full([], number, tl.uint64))
+            numbers = numbers + (tl.where(inside, ids[k], -1).to(tl.int32),)  # noqa: RUF005
+    return numbers, flags
+
+
+@triton.jit
+def total(a, b):
+    return a + b
 
 
 def kind_of(steps: Tensor | None) -> int:

@@ -7,7 +7,8 @@ namespace rewardops::cpu {
 
 template <typename T>
 void segment_reduce(const SegmentsArgs<T>& a, int threads);
+// Values of steps, or gradients through a reduction, to the tokens of the steps.
 template <typename T>
-void segment_reduce_backward(const SegmentsArgs<T>& a, int threads);
+void steps_to_tokens(const SegmentsArgs<T>& a, int threads);
 
 }  // namespace rewardops::cpu

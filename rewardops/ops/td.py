@@ -81,7 +81,7 @@ _ALONG_ROWS = {"x": RealTokens, "factors": WideTokens, "mask": Flags, "cu_seqlen
 
 _prefix_scan = define(
     "td",
-    "prefix_scan(Tensor x, Tensor factors, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    "prefix_scan(Tensor x, Tensor? factors, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
     tensors=_ALONG_ROWS,
     fake=lambda x, *_: x.new_empty(x.shape),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
@@ -98,8 +98,8 @@ _differences = define(
 )
 
 
-def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """``u[t] = x[t] + factors[t-] u[t-]`` with ``t-`` the valid token before; factors float64, as ``x``."""
+def prefix_scan(x: Tensor, factors: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``u[t] = x[t] + factors[t-] u[t-]`` with ``t-`` the valid token before; factors are float64, None for 1."""
     out: Tensor = _prefix_scan(x, factors, mask, cu_seqlens)
     return out
 

@@ -7,10 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.kinds import Flags, IdTokens, Offsets, RealTokens
-from ..core.rows import Layout, from_rows, to_rows
+from ..core.kinds import Flags, Markers, Offsets, RealTokens
+from ..core.rows import from_rows, to_rows
+from .returns import step_ends
 
 REDUCTIONS = ("sum", "mean", "min", "max", "prod", "first", "last", "any")
+# Those whose backward pass needs a number per step: a mean's count; the product of all values, or of the others if
+# one is 0; the position of the value that is the result. 0 for a step without a token, a position -1.
+KEEPING = ("mean", "prod", "min", "max", "first", "last")
 
 
 class SegmentsArgs(NamedTuple):
@@ -18,8 +22,9 @@ class SegmentsArgs(NamedTuple):
 
     values: RealTokens
     """``[B, T]`` or ``[N]``, float32 or float64."""
-    ids: IdTokens
-    """int64, the shape of ``values``: step ids, non-decreasing along a row; negative ids belong to no step."""
+    steps: Markers | None
+    """The shape of ``values``: int64 step ids, non-decreasing along a row, negative ones of no step; or bool flags,
+    of which the k-th ends step k, and tokens after the last are of no step. None: a row is one step."""
     mask: Flags | None
     """bool, the shape of ``values``; None: every token counts."""
     cu_seqlens: Offsets | None
@@ -38,10 +43,22 @@ def row_sums(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> 
     return to_rows(values, mask, cu_seqlens)[0].double().sum(1).to(values.dtype)
 
 
+def step_ids(steps: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``[B, T]`` int64: the step of every token, below 0 for tokens of none."""
+    if steps is None:
+        return torch.zeros_like(valid, dtype=torch.int64)
+    by_row = to_rows(steps, None, cu_seqlens)[0]
+    if steps.dtype is not torch.bool:
+        return by_row
+    flags = (by_row & valid).to(torch.int64)
+    before = flags.cumsum(1) - flags
+    return torch.where(before < flags.sum(1, keepdim=True), before, -1)
+
+
 def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
-    """Reductions ``[B, num_steps]``, and a number per step for the backward pass: a count, position or product."""
+    """Reductions ``[B, num_steps]``, and a number per step for the backward pass (see ``KEEPING``)."""
     x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
-    x, step_of = x.double(), to_rows(a.ids, None, a.cu_seqlens)[0]
+    x, step_of = x.double(), step_ids(a.steps, valid, a.cu_seqlens)
     shape, size = (x.shape[0], a.num_steps), x.shape[0] * a.num_steps
     inside = valid & (step_of >= 0) & (step_of < a.num_steps)
     row = torch.arange(x.shape[0], device=x.device)[:, None]
@@ -59,11 +76,11 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
 
     count = total(inside.double())
     some = count > 0
-    where = torch.full_like(count, -1.0)
-    if a.op in ("sum", "mean"):
+    kept = x.new_empty((len(x), 0))
+    if a.op == "sum":
         value = total(x)
-        if a.op == "mean":
-            value, where = value / count.clamp(min=1), torch.where(some, count, where)
+    elif a.op == "mean":
+        value, kept = total(x) / count.clamp(min=1), count
     elif a.op == "any":
         value = (total((inside & (x != 0)).double()) > 0).double()
     elif a.op == "prod":
@@ -71,7 +88,7 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
         factors = torch.where(inside & (x != 0), x, 1)
         steps = [torch.where(step_of == step, factors, 1).prod(1) for step in range(a.num_steps)]
         value = torch.stack(steps, 1) if steps else x.new_zeros(shape)
-        where = torch.where(some, torch.where(zeros > 1, 0, value), where)
+        kept = torch.where(some & (zeros <= 1), value, 0)
         value = torch.where(zeros > 0, 0, value)
     else:
         candidates = inside
@@ -87,9 +104,9 @@ def segment_reduce(a: SegmentsArgs) -> tuple[Tensor, Tensor]:
             at = extreme(torch.where(candidates, position, -torch.inf), "amax")
         else:
             at = extreme(torch.where(candidates, position, torch.inf), "amin")
-        where = torch.where(some, at, where)
-        value = x.gather(1, where.clamp(min=0).to(torch.int64)) if x.shape[1] else x.new_zeros(shape)
-    return torch.where(some, value, 0).to(a.values.dtype), where
+        kept = torch.where(some, at, -1)
+        value = x.gather(1, kept.clamp(min=0).to(torch.int64)) if x.shape[1] else x.new_zeros(shape)
+    return torch.where(some, value, 0).to(a.values.dtype), kept
 
 
 def _at(of_steps: Tensor, place: Tensor, like: Tensor) -> Tensor:
@@ -97,37 +114,46 @@ def _at(of_steps: Tensor, place: Tensor, like: Tensor) -> Tensor:
     return torch.cat([of_steps.flatten(), of_steps.new_zeros(1)])[place].view(like.shape)
 
 
-def segment_reduce_backward(grad: Tensor, out: Tensor, saved: Tensor, a: SegmentsArgs) -> Tensor:
+def segment_reduce_backward(grad: Tensor, out: Tensor, kept: Tensor, a: SegmentsArgs) -> Tensor:
     x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
-    step = to_rows(a.ids, None, a.cu_seqlens)[0]
-    inside = valid & (step >= 0) & (step < grad.shape[1])
-    if not grad.shape[1]:
+    step = step_ids(a.steps, valid, a.cu_seqlens)
+    inside = valid & (step >= 0) & (step < a.num_steps)
+    if not a.num_steps:
         return torch.zeros_like(a.values)
     step = torch.where(inside, step, 0)
-    up, saved_here, value = (t.double().gather(1, step) for t in (grad, saved, out))
+    if a.op not in KEEPING:
+        kept = out  # not read
+    up, kept_here, value = (t.double().gather(1, step) for t in (grad, kept, out))
     if a.op == "sum":
         grad_values = up
-    elif a.op == "mean":
-        grad_values = up / saved_here
-    elif a.op == "prod":
-        others = torch.where(value == 0, 0, saved_here / torch.where(x == 0, 1, x.double()))
-        grad_values = up * torch.where(x == 0, saved_here, others)
     elif a.op == "any":
         grad_values = torch.zeros_like(up)
+    elif a.op == "mean":
+        grad_values = up / kept_here
+    elif a.op == "prod":
+        others = torch.where(value == 0, 0, kept_here / torch.where(x == 0, 1, x.double()))
+        grad_values = up * torch.where(x == 0, kept_here, others)
     else:
         position = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
-        grad_values = torch.where(position == saved_here, up, 0)
+        grad_values = torch.where(position == kept_here, up, 0)
     return from_rows(torch.where(inside, grad_values, 0).to(a.values.dtype), a.values.shape, a.cu_seqlens)
 
 
-def segment_broadcast(steps: Tensor, ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """A gather, shared by all backends: torch's is as good as any kernel."""
-    rows = Layout(steps.shape[0], tuple(ids.shape), mask, cu_seqlens)
-    inside = (ids >= 0) & (ids < steps.shape[1])
-    if mask is not None:
-        inside = inside & mask
-    if not steps.numel():
-        return steps.new_zeros(ids.shape)
-    row = rows.expand(torch.arange(rows.batch, dtype=torch.int64, device=ids.device))
-    index = torch.where(inside, row * steps.shape[1] + ids, 0)
-    return torch.where(inside, steps.reshape(-1)[index], 0)
+def steps_to_tokens(
+    step_values: Tensor, steps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, at_ends: bool
+) -> tuple[Tensor, Tensor]:
+    """The value of its step at every token, or at those alone that end a step; and flags of these tokens.
+
+    The flags serve the backward pass; without ``at_ends`` they are empty.
+    """
+    valid = to_rows(steps, mask, cu_seqlens)[1]
+    step = step_ids(steps, valid, cu_seqlens)
+    inside = valid & (step >= 0) & (step < step_values.shape[1])
+    ends = steps.new_empty(0, dtype=torch.bool)
+    if at_ends:
+        inside &= step_ends(steps, valid, cu_seqlens)
+        ends = from_rows(inside, steps.shape, cu_seqlens)
+    if not step_values.numel():
+        return step_values.new_zeros(steps.shape), ends
+    out = torch.where(inside, step_values.gather(1, torch.where(inside, step, 0)), 0)
+    return from_rows(out, steps.shape, cu_seqlens), ends

@@ -127,14 +127,16 @@ def td_scan_backward(
 
 Scan = Callable[[TdArgs], tuple[Tensor, Tensor]]
 ScanBackward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-PrefixScan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+PrefixScan = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 Differences = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def of_scan(scan_backward: ScanBackward) -> tuple[PrefixScan, Differences]:
     """A backend's ``prefix_scan`` and ``differences``, from its ``td_scan_backward``."""
 
-    def prefix_scan(x: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def prefix_scan(
+        x: Tensor, factors: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         """The adjoint of a discounted sum."""
         a = TdArgs(x, gammas=factors, mask=mask, cu_seqlens=cu_seqlens)
         return scan_backward(x, None, a, False, False)[0]
@@ -151,7 +153,7 @@ prefix_scan, differences = of_scan(td_scan_backward)
 
 
 def adjoint_of_prefix_scan(
-    grad: Tensor, factors: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    grad: Tensor, factors: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> TdArgs:
     """Arguments of the scan whose advantages are the gradient of ``prefix_scan``'s ``x``."""
     return TdArgs(grad, gammas=factors, mask=mask, cu_seqlens=cu_seqlens)

@@ -73,6 +73,13 @@ def step_ids(batch, width, generator):
     return torch.where(torch.rand(batch, 1, generator=generator) > 0.5, ids - 2, ids)  # some start at -2
 
 
+def ids_of(flags, mask, trailing=False):
+    """The ids of steps that end at the flags of valid tokens; of tokens after a row's last flag -1, or one more."""
+    ends = (flags & mask).long()
+    before = ends.cumsum(1) - ends
+    return before if trailing else torch.where(before < ends.sum(1, keepdim=True), before, -1)
+
+
 def reduce(op, ids, mask=None, cu=None, num=None):
     def fn(x):
         i, m, c = (None if t is None else t.to(x.device) for t in (ids, mask, cu))
@@ -155,6 +162,117 @@ class Test_segment_reduce:
             )
         assert grad.tolist() == [[0.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.5, 4.0]]
 
+    @pytest.mark.parametrize("op", REDUCTIONS)
+    def test_flags_are_ids(self, target, generator, op):
+        """In values and gradients; masked flags end nothing, and tokens after the last are of no step."""
+        x = torch.randn(4, 70, generator=generator).mul(2).round()
+        mask = random_mask(4, 70, generator)
+        flags = torch.rand(4, 70, generator=generator) > 0.8
+        flags[1] = False
+        ids, num = ids_of(flags, mask), int((flags & mask).sum(1).max())
+        where = {"backend": target.backend, "device": target.device}
+        for steps in (num - 1, num + 2):
+            want = check_backend(reduce(op, ids, mask, num=steps), [x], **where)
+            got = check_backend(reduce(op, flags, mask, num=steps), [x], **where)
+            assert torch.equal(got.outputs[0], want.outputs[0])
+            assert not got.outputs[0][1].any()
+            for ours, theirs in zip(got.gradients, want.gradients, strict=True):
+                assert torch.equal(ours, theirs)
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        packed = check_backend(reduce(op, flags[mask], None, cu, num + 2), [x[mask]], **where).outputs[0]
+        torch.testing.assert_close(packed, got.outputs[0], rtol=1e-6, atol=1e-6)
+
+    def test_flags_are_counted(self, target, generator):
+        """The number of steps is that of the longest row, where it may be read."""
+        flags, mask = torch.rand(3, 40, generator=generator) > 0.7, random_mask(3, 40, generator)
+        x, steps = torch.ones(3, 40), int((flags & mask).sum(1).max())
+        assert rewardops.segment_reduce(x, flags, mask=mask).shape == (3, steps)
+        assert rewardops.segment_reduce(x, flags & False).shape == (3, 0)
+        assert rewardops.segment_reduce(x[:0], flags[:0]).shape == (0, 0)
+        cu = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        packed = rewardops.segment_reduce(x[mask], flags[mask], cu_seqlens=cu)
+        assert torch.equal(packed, rewardops.segment_reduce(x, flags, mask=mask))
+
+    @pytest.mark.parametrize("op", ["sum", "mean", "min", "last", "prod"])
+    @pytest.mark.parametrize("by", ["ids", "flags"])
+    def test_few_long_rows(self, target, generator, op, by):
+        """Steps of any length, within a thread or over chunks; tokens of none between those of a step."""
+        width = 700 if target.interpreted or target.backend == "reference" else 70_000
+        ends = torch.rand(2, width, generator=generator) < 0.3
+        ends[:, width // 5 : width // 2] = False
+        x = torch.rand(2, width, generator=generator) + 0.5
+        mask = random_mask(2, width, generator)
+        ids = ids_of(ends, mask, trailing=True)
+        if by == "ids":
+            ids = torch.where(ids > 5, ids + 3, ids)  # three steps without a token
+            ids[torch.rand(2, width, generator=generator) < 0.1] = -1
+        num = int(ids[mask].max()) + 1
+        steps = ids if by == "ids" else ends
+        with dispatch.use_backend(target.backend):
+            ours = reduce(op, steps, mask, num=num)(x.to(target.device)).cpu()
+        for row in range(2):
+            valid = mask[row] & (ids[row] >= 0)
+            if by == "flags":
+                valid &= ids[row] < (ends & mask)[row].sum()
+            step, terms = ids[row][valid], x[row][valid].double()
+            if op == "last":
+                terms = torch.arange(width)[valid].double()
+            how = {"min": "amin", "last": "amax"}.get(op, op)
+            want = torch.zeros(num).double().scatter_reduce(0, step, terms, how, include_self=False)
+            if op == "last":
+                want = x[row].double()[want.long()].where(torch.bincount(step, minlength=num) > 0, 0)
+            torch.testing.assert_close(ours[row].double(), want, rtol=1e-5, atol=1e-30)
+
+    @pytest.mark.parametrize("op", ["sum", "mean"])
+    def test_sums_of_infinities_and_beyond_float32(self, target, op):
+        """What is not finite shows in its own step alone, and a sum that returns from beyond float32 is right."""
+        inf = torch.inf
+        x = torch.tensor([[1.0, 2.0, inf, 1.0, inf, -inf, 3e38, 3e38, -3e38, -2e38, 1.0, 2.0]])
+        ids = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4]])
+        with dispatch.use_backend(target.backend):
+            got = rewardops.segment_reduce(x.to(target.device), ids.to(target.device), op, num_steps=5)
+        want = torch.tensor([[3.0, inf, torch.nan, 1e38, 3.0]])
+        if op == "mean":
+            want = want / torch.tensor([2.0, 2.0, 2.0, 4.0, 2.0])
+        torch.testing.assert_close(got.cpu(), want, equal_nan=True)
+
+    def test_ids_that_fall_stay_in_bounds(self, target, generator):
+        """On a device ids are not looked at: what is made of wrong ones is of no meaning, but has its place."""
+        ids = torch.randint(-(2**62), 2**62, (3, 90), generator=generator)
+        ids[:, ::2] = torch.randint(-2, 9, (3, 45), generator=generator)
+        x = torch.randn(3, 90, generator=generator).to(target.device)
+        room = torch.zeros(3, 6, device=target.device)
+        with dispatch.use_backend(target.backend):
+            for op in REDUCTIONS:
+                args = x, ids.to(target.device), None, None, 6, op
+                out, kept = ops.segment_reduce(*args)
+                grads = ops.segment_reduce_backward(room + 1, out, kept, *args)
+                assert out.shape == (3, 6)
+                assert grads.shape == (3, 90)
+            for at_ends in (False, True):
+                ops.segment_broadcast(room, ids.to(target.device), None, None, at_ends)
+
+    def test_second_derivatives(self, target, generator):
+        """Of what is linear in the values."""
+        x = torch.randn(2, 7, generator=generator, dtype=torch.float64).to(target.device).requires_grad_()
+        ids, mask = (t.to(target.device) for t in (step_ids(2, 7, generator), random_mask(2, 7, generator)))
+        fns = [lambda x, fn=fn: fn(x.sin(), mask=mask) for fn in (rewardops.row_sum, rewardops.row_mean)]
+        fns += [lambda x, op=op: reduce(op, ids, mask, num=4)(x.sin()) for op in ("sum", "mean")]
+        for place in (rewardops.segment_broadcast, rewardops.place_at_step_end):
+            fns.append(lambda s, place=place: place(s.sin(), ids, mask=mask))
+
+        def second(fn, backend):
+            with dispatch.use_backend(backend):
+                (grad,) = torch.autograd.grad((fn(x) ** 2).sum(), x, create_graph=True)
+                return torch.autograd.grad((grad**2).sum(), x)[0]
+
+        for fn in fns:
+            torch.testing.assert_close(second(fn, target.backend), second(fn, "reference"))
+            if target.backend == "reference":
+                assert torch.autograd.gradgradcheck(fn, x)
+        with pytest.raises(RuntimeError, match="segment_reduce: a second derivative"):
+            second(reduce("max", ids, mask, num=4), target.backend)
+
 
 class Test_segment_broadcast_place_at_step_end:
     def test_steps_to_tokens(self, target, generator):
@@ -166,10 +284,7 @@ class Test_segment_broadcast_place_at_step_end:
         for markers in (ids, flags):
             expected_ids = ids
             if markers is flags:
-                seen = (flags & mask).long()
-                expected_ids = torch.where(
-                    seen.cumsum(1) - seen < seen.sum(1, keepdim=True), seen.cumsum(1) - seen, -1
-                )
+                expected_ids = ids_of(flags, mask)
             for fn, place in ((rewardops.segment_broadcast, False), (rewardops.place_at_step_end, True)):
                 call = lambda s, fn=fn, m=markers: fn(s, m.to(s.device), mask=mask.to(s.device))  # noqa: E731
                 got = (

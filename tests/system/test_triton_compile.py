@@ -66,15 +66,15 @@ def test_no_thread_waits_in_a_loop_over_logits(compiled):
 def test_scans_load_sixteen_bytes_and_meet_once_a_tile(compiled):
     """A scan of threads and an exchange with the thread before, for what is scanned and for what comes after it.
 
-    The tiles of td are in two loops, of which one is for rows with infinities. Float64 is for the maps of
-    threads, and for the log-sums of soft minima, which are stored in it.
+    The tiles of td, and of sums of steps, are in two loops, of which one is for rows with infinities. Float64 is
+    for the maps of threads, and for the log-sums of soft minima, which are stored in it.
     """
     scans = {row["kernel"] for row in compiled if row.get("per_thread")}
-    assert len(scans) == 5
+    assert len(scans) == 7
     for kernel in scans:
         rows = [r for r in compiled if r["kernel"] == kernel and "barriers" in r]
         assert {r["align"] for r in rows} == {0, 16}
-        loops = 2 if "td" in kernel else 1
+        loops = 2 if "td" in kernel or kernel == "segment_reduce_kernel" else 1
         assert min(r["barriers"] for r in rows) <= 10 * loops
         for row in rows:
             if row["align"] == 16:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import rewardops
 from rewardops.core import dispatch
+from rewardops.reference.segments import SegmentsArgs
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "triton_kernels").glob("*.py"))
 
@@ -101,7 +102,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace != "rewardops" and not name.startswith(
-            ("empty", "new_empty", "view", "detach", "slice", "select", "item")
+            ("empty", "new_empty", "view", "detach", "slice", "select", "expand", "item")
         ):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
@@ -234,3 +235,71 @@ def test_a_scan_is_one_launch(monkeypatch, layout):
         for soft in (rewards for name, rewards in vars(rewardops).items() if name.startswith("softmin_re")):
             soft(x, **where)
     assert len(launched.names) == 2
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "long"])
+def test_launches_of_segments(monkeypatch, layout):
+    """One in either direction, two where a few long rows are cut, whatever the steps are given by."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import segments
+
+    if layout == "long" and torch.cuda.is_available():
+        pytest.skip("chunks are longer there")
+    rows, width = (1, 600) if layout == "long" else (6, 32)
+    x = torch.rand(rows, width)
+    mask, flags, cu = x > 0.1, x > 0.7, None
+    ids = flags.long().cumsum(1)
+    if layout == "packed":
+        cu = torch.arange(0, rows * width + 1, width)
+        x, mask, flags, ids = (t.flatten() for t in (x, mask, flags, ids))
+    launched = Launches(monkeypatch, segments)
+    cut = ["segment_reduce"] * (2 if layout == "long" else 1)
+    for steps in (ids, flags, None):
+        a = SegmentsArgs(x, steps, mask, cu, 1 if steps is None else 40, "mean")
+        counted = 2 if layout == "long" and steps is flags else 1
+        with launched:
+            launched.names.clear()
+            out, kept = segments.segment_reduce(a)
+            assert launched.names == cut
+            launched.names.clear()
+            segments.segment_reduce_backward(out, out, kept, a)
+            assert launched.names == ["steps_to_tokens"] * counted
+            for at_ends in (False, True) if steps is not None else ():
+                launched.names.clear()
+                segments.steps_to_tokens(out, steps, mask, cu, at_ends)
+                assert launched.names == ["steps_to_tokens"] * counted
+    with launched:
+        launched.names.clear()
+        segments.row_counts(mask, cu)
+        segments.row_sums(x, mask, cu)
+        assert launched.names == ["row_counts", *cut]
+
+
+def test_public_calls_of_segments_add_nothing(monkeypatch):
+    """No operations of torch on tokens beside the kernels, forward and backward, with flags and with ids."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import segments
+
+    x, of_steps, mask = torch.rand(6, 32), torch.rand(6, 9), torch.rand(6, 32) > 0.1
+    flags = torch.rand(6, 32) > 0.7
+    launched, run = Launches(monkeypatch, segments), dispatch._run
+
+    def counted(*args):
+        with launched:
+            return run(*args)
+
+    monkeypatch.setattr(dispatch, "_run", counted)
+    for steps in (flags, flags.long().cumsum(1)):
+        for fn, given in (
+            (lambda v, s: rewardops.segment_reduce(v, s, "max", num_steps=9, mask=mask), x),
+            (lambda v, s: rewardops.segment_broadcast(v, s, mask=mask), of_steps),
+            (lambda v, s: rewardops.place_at_step_end(v, s, mask=mask), of_steps),
+            (lambda v, s: rewardops.row_mean(v, mask=mask), x),
+            (lambda v, s: rewardops.row_sum(v, mask=mask), x),
+        ):
+            launched.names.clear()
+            leaf = given.clone().requires_grad_()
+            with dispatch.use_backend("triton"):
+                out = fn(leaf, steps)
+                torch.autograd.grad(out, leaf, torch.ones_like(out))
+            assert sorted(launched.names) == ["segment_reduce", "steps_to_tokens"]

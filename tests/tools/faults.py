@@ -51,9 +51,9 @@ FAULTS = [
         "tests/system/test_layout.py", "expand_spreads",
     ),
     Fault(
-        "flags of masked tokens end steps", "dropped mask", "rewardops/segments.py",
-        "(markers if rows.mask is None else markers & rows.mask)",
-        "markers",
+        "flags of masked tokens end steps", "dropped mask", "rewardops/reference/segments.py",
+        "(by_row & valid)",
+        "by_row",
         "tests/ops/test_segments.py", "steps_to_tokens and reference",
     ),
     Fault(
@@ -216,9 +216,9 @@ FAULTS = [
         "tests/ops/test_td.py", "few_long_rows and triton",
     ),
     Fault(
-        "the last of equal extremes takes the gradient", "tie", "triton_kernels/segments.py",
-        "(least < value)",
-        "(least <= value)",
+        "the last of equal extremes takes the gradient", "tie", "triton_kernels/segments_open.py",
+        "tie & (b_more < a_more)",
+        "tie",
         "tests/ops/test_segments.py", "equal_extremes and triton",
     ),
     Fault(

@@ -219,7 +219,7 @@ def of_segments() -> None:
     from rewardops.reference.segments import REDUCTIONS, SegmentsArgs
     from rewardops.reference.selection import LargestArgs
 
-    groups, rewards = per_row()
+    groups, _ = per_row()
     for values, mask, cu in layouts():
         segments.row_counts(values > 0, cu)
         for numbers in (values, values.double()):
@@ -227,9 +227,15 @@ def of_segments() -> None:
             for band, scopes in ((None, None), (numbers, groups)):
                 args = LargestArgs(numbers, mask, band, cu, scopes, 0.2, band is None, 0.0, 1.0)
                 selection.largest(args)
-        for op in REDUCTIONS if cu is None else ("max", "last"):
-            a = SegmentsArgs(values, values.long(), mask, cu, 20, op)
-            segments.segment_reduce_backward(rewards[:, None], *segments.segment_reduce(a), a)
+        for steps in (values.long(), values > 0, None):
+            for op in REDUCTIONS if steps is not None and cu is None else ("sum", "max"):
+                a = SegmentsArgs(values, steps, mask, cu, 20, op)
+                for chunks in (1, 2) if op in ("sum", "max") else (1,):
+                    with mock.patch.object(segments, "chunk_of", return_value=values.shape[-1] // chunks):
+                        out, kept = segments.segment_reduce(a)
+                        segments.segment_reduce_backward(out, out, kept, a)
+                        if steps is not None and op == "sum":
+                            segments.steps_to_tokens(out, steps, mask, cu, True)
 
 
 def of_returns() -> None:
