@@ -12,6 +12,7 @@ from .core.precision import wide
 from .core.scalars import filled, larger
 from .ops import advantages as group_ops
 from .ops import entropy as ops
+from .ops import scopes
 from .ops.segments import row_sums
 from .reference.advantages import AdvantagesArgs
 from .segments import TokenValues, defined, row_tops
@@ -263,36 +264,21 @@ def signed_group_normalize(
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
-    rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
+    rows, x = tokens.rows, tokens.values
     checks.check_rows("rewards", rewards, rows.batch, values.device, "values")
     eps = checks.check_eps_ddof(eps, ddof)
     checks.check_choice("eps_at", eps_at, ("variance", "std"))
     checks.check_flag("joint", joint)
+    threshold = _threshold(positive)
     ids = group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
-    place = scope_ids("group", ids, rows.batch, ids.device)
-    right = rewards.detach() > _threshold(positive)
-    counts = tokens.counts()
-    live = counts > 0
-    total = wide(x)
-    if not joint:  # the class of a row whose reward is NaN is not known
-        outcome = wide(rewards.detach())
-        total = total * rows.expand(torch.where(outcome.isnan(), outcome, 1))
-    out = torch.zeros_like(total)
-    # Relative rounding errors of the values, and of their mean.
-    noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(total.dtype).eps
-    for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(tokens.means(total, counts), counts, place, members)
-        centred = torch.where(valid & rows.expand(members), total - rows.expand(mean), 0)
-        var = _group_means(tokens.means(centred.square(), counts), counts, place, members)
-        if ddof:
-            number = wide(scope_counts(torch.where(members, counts, 0), place)[place])
-            var = var * (number / (number - ddof).clamp(min=1))
-        # The variance of equal values is of rounding size, or 0, where the square root has no gradient.
-        same = var <= (noise * mean).square()
-        var = torch.where(same, 1, var)
-        scale = (var + eps).rsqrt() if eps_at == "variance" else 1 / (var.sqrt() + eps)
-        out = out + centred * rows.expand(torch.where(same, 0, scale))
-    return torch.where(valid, out, 0).to(x.dtype)
+    outcomes = None if joint else rewards.detach()
+    if outcomes is not None and outcomes.dtype is not x.dtype:  # compared in its own precision
+        right = (outcomes > threshold).to(x.dtype)
+        outcomes, threshold = torch.where(outcomes.isnan(), torch.nan, right), 0.5
+    out: Tensor = scopes.standardized(
+        x, None, rows.mask, rows.cu_seqlens, ids, outcomes, threshold, eps, ddof, eps_at == "variance", True, True
+    )[0]
+    return out
 
 
 def advantage_logprob_cov(

@@ -1,0 +1,48 @@
+"""Ops that reduce the tokens of a scope and map them by what was found."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..core.dispatch import define
+from ..core.kinds import RealTokens
+from ..core.precision import widest
+from ..core.records import save_record, saved_record, schema_of
+from ..core.rows import batch_of
+from ..reference.scopes import STATISTICS, StandardizedArgs, Statistics, scope_count
+
+_ARGS = schema_of(StandardizedArgs)
+
+
+def _fake(args: StandardizedArgs) -> tuple[Tensor, Tensor]:
+    x = args.values
+    scopes = scope_count(args.groups, batch_of(x.shape, args.cu_seqlens))
+    return x.new_empty(x.shape), x.new_empty((scopes, STATISTICS), dtype=widest(x.device))
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(output[1])
+    save_record(ctx, *inputs, output[1])
+
+
+def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
+    args, (statistics,) = saved_record(ctx)
+    return {"values": standardized_backward(grad, statistics, *args)}
+
+
+standardized_backward = define(
+    "scopes",
+    f"standardized_backward(Tensor grad, Tensor statistics, {_ARGS}) -> Tensor",
+    record=StandardizedArgs,
+    tensors={"grad": RealTokens, "statistics": Statistics},
+    fake=lambda grad, statistics, args: args.values.new_empty(args.values.shape),
+)
+
+standardized = define(
+    "scopes",
+    f"standardized({_ARGS}) -> (Tensor, Tensor)",
+    record=StandardizedArgs,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_gradient,
+)
