@@ -276,7 +276,18 @@ def signed_group_normalize(
         right = (outcomes > threshold).to(x.dtype)
         outcomes, threshold = torch.where(outcomes.isnan(), torch.nan, right), 0.5
     out: Tensor = scopes.standardized(
-        x, None, rows.mask, rows.cu_seqlens, ids, outcomes, threshold, eps, ddof, eps_at == "variance", True, True
+        x,
+        None,
+        rows.mask,
+        rows.cu_seqlens,
+        ids,
+        outcomes,
+        threshold,
+        eps,
+        ddof,
+        eps_at == "variance",
+        True,
+        True,
     )[0]
     return out
 

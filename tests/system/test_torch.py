@@ -32,7 +32,6 @@ TWICE = (
     "running_mean",
     "running_sum",
     "unlikeliness_rewards",
-    "whiten",
 )
 LAYOUTS = pytest.mark.parametrize("layout", calls.LAYOUTS)
 

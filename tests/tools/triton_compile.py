@@ -213,6 +213,25 @@ def of_entropy() -> None:
         entropy.gtpo_rewards_backward(values, a)
 
 
+def of_scopes() -> None:
+    from rewardops.triton_kernels import scopes
+
+    from rewardops.reference.scopes import StandardizedArgs
+
+    groups, rewards = per_row()
+    for values, mask, cu in layouts():
+        for of_tokens, of_rows, outcomes, flag in (
+            (None, None, None, True),
+            (values, None, None, False),
+            (None, groups, rewards, True),
+        ):
+            a = StandardizedArgs(
+                values, of_tokens, mask, cu, of_rows, outcomes, 0.0, 1e-8, 1, flag, flag, flag
+            )
+            _, statistics = scopes.standardized(a)
+            scopes.standardized_backward(values, statistics, a)
+
+
 def of_segments() -> None:
     from rewardops.triton_kernels import segments, selection
 
@@ -306,7 +325,7 @@ def of_trees() -> None:
         tree.tree_values(TreeArgs(groups - 1, rewards.double(), visits, reduce, 0.5, 1))
 
 
-TABLES = (of_logits, of_kl, of_advantages, of_entropy, of_segments, of_returns, of_td, of_trees)
+TABLES = (of_logits, of_kl, of_advantages, of_entropy, of_scopes, of_segments, of_returns, of_td, of_trees)
 
 
 def specialise(kernel, args, kwargs):
