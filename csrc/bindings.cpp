@@ -295,32 +295,10 @@ void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards
 
 // ---- scopes -------------------------------------------------------------------------------------------------
 
-// inputs: (values, weights, grad); scope: (number of scopes, groups, outcomes, threshold)
-// options: (eps, ddof, of_variance, rounded, shifted)
 template <typename T>
 void scopes(int op, const py::tuple& shape, const py::tuple& mask, const py::tuple& inputs, const py::tuple& scope,
             const py::tuple& options, Address statistics, const py::tuple& out, int threads) {
-  ScopesArgs<T> a{};
-  a.op = static_cast<Scoped>(op);
-  a.rows = rows(shape);
-  a.mask = tokens<const uint8_t>(mask);
-  Reader i(inputs);
-  a.values = i.tokens<const T>();
-  a.weights = i.tokens<const T>();
-  a.grad = i.tokens<const T>();
-  Reader s(scope);
-  a.scopes = s.next<int64_t>();
-  a.groups = s.pointer<const int64_t>();
-  a.outcomes = s.pointer<const T>();
-  a.threshold = s.next<double>();
-  Reader o(options);
-  a.eps = o.next<double>();
-  a.ddof = o.next<int64_t>();
-  a.of_variance = o.next<bool>();
-  a.rounded = o.next<bool>();
-  a.shifted = o.next<bool>();
-  a.statistics = at<double>(statistics);
-  a.out = tokens<T>(out);
+  const ScopesArgs<T> a = scopes_args<T>(op, shape, mask, inputs, scope, options, statistics, out);
   const py::gil_scoped_release release;
   rewardops::cpu::launch_scopes(a, threads);
 }

@@ -1,9 +1,4 @@
-"""Tokens relative to a scope on the GPU: sums over parts of rows, in the precision of the tokens.
-
-Every thread sums its own tokens, sixteen at a time, and these sums in two parts. Values are taken less the first
-valid one of the part, so that equal ones give exactly 0. A part that overflows or loses its digits this way, as one
-whose first value is far from all others does, is summed once more in float64.
-"""
+"""Parts of rows, whose tokens are reduced and mapped relative to a scope."""
 
 from __future__ import annotations
 
@@ -12,62 +7,28 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import Pair, fused, sum_pairs
-from .groups import place_rows
 from .launch import Constant
 from .rows import load_valid, row_bounds
-from .scans import paired, plus
-from .tiles import load_flags, load_tokens, store_tokens, tile_of, write_gaps
+from .tiles import load_tokens
 
 # What is found of the parts of rows, and done with their tokens.
-STANDARD, STANDARD_BACKWARD = Constant(0), Constant(1)
+STANDARD, STANDARD_BACKWARD, WEIGHTS, WEIGHTS_BACKWARD, COVARIANCE = (Constant(k) for k in range(5))
 
 FIELDS = Constant(4)  # numbers of a part's record; a plane for each
-COUNT, ORIGIN, MEAN, SQUARES = (Constant(k) for k in range(4))
+COUNT, ORIGIN, MEAN, SQUARES = (Constant(k) for k in range(4))  # of moments
+TOP, TOTAL = Constant(1), Constant(2)  # of weights, behind the count
 COLUMNS = Constant(5)  # of the statistics of a scope
-CANCELLED = Constant(
-    64
-)  # squares about the first value over squares about the mean, beyond which digits are lost
-LEAST = Constant(2.0**-40)  # values whose squares have their digits in float32
 
 
 class Part(NamedTuple):
     """A part of a row; pointers to the row's first token."""
 
     numbers: Any
-    other: Any  # weights
+    other: Any  # weights, or other values
     grad: Any
     mask: Any
     begin: Any
     end: Any
-
-
-class Moments(NamedTuple):
-    """Of the values of a part less its origin, float64."""
-
-    count: Any
-    mean: Any
-    squares: Any  # about the mean
-    raw: Any  # squares about the origin
-    top: Any  # the largest of the absolute values
-
-
-class Standard(NamedTuple):
-    """What standardises a token: two pairs in its precision."""
-
-    centre: Any
-    rest: Any
-    scale: Any
-    low: Any  # what the scale loses by rounding
-
-
-class Through(NamedTuple):
-    """What the gradient of a token gets through the mean, and through the scale per z-score: pairs."""
-
-    mean: Any
-    mean_low: Any
-    slope: Any
-    slope_low: Any
 
 
 @triton.jit
@@ -108,220 +69,3 @@ def first_valid(part, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
             first = tl.min(tl.where(valid, at, part.end), 0)
             start += BLOCK
     return first
-
-
-@triton.jit
-def part_moments(
-    part, origin, HAS_MASK: tl.constexpr, HAS_OTHER: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    PER: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    zero = tl.zeros([T], ACC)
-    count = tl.zeros([T], tl.int32)
-    mass = Pair(zero, zero)
-    total = Pair(zero, zero)
-    squares = Pair(zero, zero)
-    top = zero
-    for turn in range(0, tl.cdiv(part.end - part.begin, T * PER)):
-        tile = tile_of(part.begin, part.end, turn, PER, T, False)
-        valid = load_flags(part.mask, tile, HAS_MASK, PER, ALIGNED)
-        x = load_tokens(part.numbers, tile, PER, ALIGNED)
-        w = load_factors(part.other, tile, HAS_OTHER, PER, ALIGNED)
-        weight = zero
-        term = zero
-        square = zero
-        for k in tl.static_range(PER):
-            above = tl.where(valid[k], x[k].to(ACC) - origin, 0.0)
-            top = tl.maximum(top, tl.abs(above))
-            weighed = above
-            if HAS_OTHER:
-                factor = tl.where(valid[k], w[k].to(ACC), 0.0)
-                weight += factor
-                weighed = factor * above
-            else:
-                count += valid[k].to(tl.int32)
-            term += weighed
-            square += weighed * above
-        total = plus(total, term)
-        squares = plus(squares, square)
-        if HAS_OTHER:
-            mass = plus(mass, weight)
-    size = tl.sum(count, 0).to(tl.float64)
-    if HAS_OTHER:
-        size = sum_pairs(mass)
-    summed = sum_pairs(total)
-    mean = summed / tl.where(size > 0.0, size, 1.0)
-    raw = sum_pairs(squares)
-    about = raw - summed * mean
-    return Moments(size, mean, tl.where(about < 0.0, 0.0, about), raw, tl.max(top, 0).to(tl.float64))
-
-
-@triton.jit
-def store_moments(
-    record, plane, part, outcome, HAS_MASK: tl.constexpr, HAS_OTHER: tl.constexpr, HAS_OUTCOMES: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    first = first_valid(part, HAS_MASK, T * 4)
-    origin = tl.load(part.numbers + first, mask=first < part.end, other=0.0)
-    m = part_moments(part, origin, HAS_MASK, HAS_OTHER, ALIGNED, DTYPE, PER, T)
-    if origin.dtype == tl.float32:
-        lost = (m.raw > CANCELLED * m.squares) | ((m.top > 0.0) & (m.top < LEAST))
-        if lost | ((m.raw < float("inf")) == 0):
-            m = part_moments(part, origin.to(tl.float64), HAS_MASK, HAS_OTHER, False, tl.float64, 1, T)
-    squares = m.squares
-    if HAS_OUTCOMES:
-        known = tl.load(outcome)  # the class of a NaN is not known
-        squares = tl.where((known != known) & (m.count > 0.0), float("nan"), squares)
-    tl.store(record + COUNT * plane, m.count)
-    tl.store(record + ORIGIN * plane, origin.to(tl.float64))
-    tl.store(record + MEAN * plane, m.mean)
-    tl.store(record + SQUARES * plane, squares)
-
-
-@triton.jit
-def standard_of(statistics, scope, KIND: tl.constexpr):
-    """What standardises the tokens of a scope."""
-    s = statistics + scope * COLUMNS
-    scale = paired(tl.load(s + 2), KIND)
-    return Standard(tl.load(s).to(KIND), tl.load(s + 1).to(KIND), scale.sum, scale.rest)
-
-
-@triton.jit
-def through_of(found, scope, KIND: tl.constexpr):
-    """What the gradients of a scope's tokens get through its mean and scale."""
-    mean = paired(tl.load(found + scope * 2), KIND)
-    slope = paired(tl.load(found + scope * 2 + 1), KIND)
-    return Through(mean.sum, mean.rest, slope.sum, slope.rest)
-
-
-@triton.jit
-def z_score(x, s):
-    """``(x - mean) * scale``, rounded once or twice."""
-    above = x - s.centre
-    # What the difference loses (Knuth), less the rest of the mean.
-    part = above - x
-    rest = ((x - (above - part)) - (s.centre + part)) - s.rest
-    return fused(above, s.scale, fused(above, s.low, rest * s.scale))
-
-
-@triton.jit
-def gradient(up, z, s, weight, through, HAS_OTHER: tl.constexpr):
-    """``scale * up + weight * (mean + slope * z)``, from pairs."""
-    high = fused(through.slope, z, through.mean)
-    low = fused(through.slope_low, z, through.mean_low)
-    if HAS_OTHER:
-        return fused(s.scale, up, fused(weight, high, fused(s.low, up, weight * low)))
-    else:
-        return fused(s.scale, up, high + fused(s.low, up, low))
-
-
-@triton.jit
-def part_gradients(
-    part, standard, HAS_MASK: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PER: tl.constexpr,
-    T: tl.constexpr,
-):  # fmt: skip
-    """The sums of gradients, and of gradients times z-scores, float64."""
-    zero = tl.zeros([T], ACC)
-    total = Pair(zero, zero)
-    product = Pair(zero, zero)
-    for turn in range(0, tl.cdiv(part.end - part.begin, T * PER)):
-        tile = tile_of(part.begin, part.end, turn, PER, T, False)
-        valid = load_flags(part.mask, tile, HAS_MASK, PER, ALIGNED)
-        x = load_tokens(part.numbers, tile, PER, ALIGNED)
-        up = load_tokens(part.grad, tile, PER, ALIGNED)
-        term = zero
-        times = zero
-        for k in tl.static_range(PER):
-            g = up[k].to(ACC)
-            term += tl.where(valid[k], g, 0.0)
-            times += tl.where(valid[k], g * z_score(x[k].to(ACC), standard), 0.0)
-        total = plus(total, term)
-        product = plus(product, times)
-    return sum_pairs(total), sum_pairs(product)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "batch", "ranked", "width", "total", "parts", "values_stride", "other_stride", "grad_stride", "mask_stride",
-    ]
-)  # fmt: skip
-def parts_kernel(
-    values, other, grad, mask, cu, outcomes, statistics, labels, order, sorted_labels, records,
-    batch, ranked, width, total, parts, values_stride, other_stride, grad_stride, mask_stride,
-    KIND: tl.constexpr, BY_ROW: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OTHER: tl.constexpr,
-    HAS_OUTCOMES: tl.constexpr, ALIGNED: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """The first ``ranked`` programs sort rows by label; program (ranked + b, k) sums part k of row b."""
-    b = tl.program_id(0) - ranked
-    k = tl.program_id(1)
-    if BY_ROW:  # noqa: SIM102 (known when compiled; the number of the program is not)
-        if (b < 0) & (k == 0):
-            place_rows(b + ranked, labels, order, sorted_labels, batch)
-    if b >= 0:
-        DTYPE: tl.constexpr = values.dtype.element_ty
-        part = part_of(
-            values, other, grad, mask, cu, b, k, parts, width, total, values_stride, other_stride, grad_stride,
-            mask_stride, PER * T, PACKED,
-        )  # fmt: skip
-        plane = batch.to(tl.int64) * parts
-        record = records + (b.to(tl.int64) * parts + k)
-        if KIND == STANDARD:
-            store_moments(
-                record, plane, part, outcomes + b, HAS_MASK, HAS_OTHER, HAS_OUTCOMES, ALIGNED, DTYPE, PER, T
-            )
-        else:
-            scope = tl.where(BY_ROW, b, 0).to(tl.int64)
-            sums = part_gradients(
-                part, standard_of(statistics, scope, DTYPE), HAS_MASK, ALIGNED, DTYPE, PER, T
-            )
-            if values.dtype.element_ty == tl.float32:  # noqa: SIM102 (known when compiled; the sums are not)
-                if not tl.abs(sums[0]) + tl.abs(sums[1]) < float("inf"):
-                    wide = standard_of(statistics, scope, tl.float64)
-                    sums = part_gradients(part, wide, HAS_MASK, False, tl.float64, 1, T)
-            tl.store(record, sums[0])
-            tl.store(record + plane, sums[1])
-
-
-@triton.jit(
-    do_not_specialize=[
-        "batch", "width", "total", "parts", "values_stride", "other_stride", "grad_stride", "mask_stride",
-        "out_stride",
-    ]
-)  # fmt: skip
-def map_kernel(
-    values, other, grad, mask, cu, statistics, found, out,
-    batch, width, total, parts, values_stride, other_stride, grad_stride, mask_stride, out_stride,
-    KIND: tl.constexpr, SHIFTED: tl.constexpr, BY_ROW: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_OTHER: tl.constexpr, ALIGNED: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Program (b, k): the tokens of part k of row b, by what was found of its scope."""
-    b = tl.program_id(0)
-    k = tl.program_id(1)
-    DTYPE: tl.constexpr = values.dtype.element_ty
-    part = part_of(
-        values, other, grad, mask, cu, b, k, parts, width, total, values_stride, other_stride, grad_stride,
-        mask_stride, PER * T, PACKED,
-    )  # fmt: skip
-    base, _ = row_bounds(cu, b, width, total, PACKED)
-    to = out + base + b.to(tl.int64) * out_stride
-    if k == 0:
-        write_gaps(out, cu, b, batch, total, T, PACKED)
-    scope = tl.where(BY_ROW, b, 0).to(tl.int64)
-    standard = standard_of(statistics, scope, DTYPE)
-    if KIND == STANDARD_BACKWARD:
-        through = through_of(found, scope, DTYPE)
-    for turn in range(0, tl.cdiv(part.end - part.begin, T * PER)):
-        tile = tile_of(part.begin, part.end, turn, PER, T, False)
-        valid = load_flags(part.mask, tile, HAS_MASK, PER, ALIGNED)
-        x = load_tokens(part.numbers, tile, PER, ALIGNED)
-        w = load_factors(part.other, tile, HAS_OTHER and KIND == STANDARD_BACKWARD, PER, ALIGNED)
-        up = load_factors(part.grad, tile, KIND == STANDARD_BACKWARD, PER, ALIGNED)
-        results = ()
-        for j in tl.static_range(PER):
-            y = z_score(x[j], standard)
-            if KIND == STANDARD_BACKWARD:
-                weight = w[j] if HAS_OTHER else y
-                y = gradient(up[j], y, standard, weight, through, HAS_OTHER)
-            elif not SHIFTED:
-                y = y + standard.rest + standard.centre
-            results = results + (tl.where(valid[j], y + 0.0, 0.0),)  # noqa: RUF005 (the compiler knows no stars)
-        store_tokens(to, tile, results, PER, ALIGNED)

@@ -62,6 +62,37 @@ void reduce_scope(const ScopesArgs<T>& a, const std::vector<int64_t>& members) {
     each_part([&](const double* p) { all = merged(all, {p[0], p[1], p[2], p[3]}); });
     write_statistics(a, all, a.statistics + first * 5);
     copy(a.statistics, 5);
+  } else if (a.op == Scoped::weigh) {
+    double count = 0, top = 0, total = 0;
+    each_part([&](const double* p) {
+      if (p[0] > 0 && !(a.rate * p[1] <= a.rate * top && count > 0)) top = top == top ? p[1] : top;
+      count += p[0];
+    });
+    const bool relative = a.form == Form::exponential;
+    each_part([&](const double* p) {
+      if (p[0] > 0) total += relative ? p[2] * std::exp(a.rate * (p[1] - top)) : p[2];
+    });
+    const double size = count > 0 ? count : 1, mean = total / size;
+    double* to = a.statistics + first * 5;
+    const bool none = mean <= 0;
+    to[0] = none ? 0 : 1 / mean, to[1] = none, to[2] = top, to[3] = a.rate, to[4] = 1 / size;
+    copy(a.statistics, 5);
+  } else if (a.op == Scoped::weigh_backward) {
+    double total = 0;
+    each_part([&](const double* p) { total += p[0]; });
+    const double* s = a.statistics + first * 5;
+    a.found[first * 2] = total * s[0] * s[4];
+    copy(a.found, 2);
+  } else if (a.op == Scoped::covary) {
+    double count = 0, sums[2] = {0, 0};
+    each_part([&](const double* p) { count += p[0], sums[0] += p[1], sums[1] += p[2]; });
+    double* to = a.statistics;
+    const double size = count > 0 ? count : 1;
+    for (int k = 0; k < 2; ++k) {
+      const double mean = sums[k] / size;
+      to[2 * k] = static_cast<double>(static_cast<T>(mean)), to[2 * k + 1] = std::isfinite(mean) ? mean - to[2 * k] : 0;
+    }
+    to[4] = 1 / size;
   } else {
     double grad = 0, grad_z = 0;
     each_part([&](const double* p) { grad += p[0], grad_z += p[1]; });

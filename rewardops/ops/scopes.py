@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core.dispatch import define
-from ..core.kinds import RealTokens
+from ..core.kinds import Flags, Offsets, RealTokens
 from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.rows import batch_of
-from ..reference.scopes import STATISTICS, StandardizedArgs, Statistics, scope_count
+from ..reference.scopes import STATISTICS, StandardizedArgs, Statistics, WeightsArgs, scope_count
 
-_ARGS = schema_of(StandardizedArgs)
+_ARGS, _WEIGHTS = schema_of(StandardizedArgs), schema_of(WeightsArgs)
 
 
-def _fake(args: StandardizedArgs) -> tuple[Tensor, Tensor]:
+def _fake(args: StandardizedArgs | WeightsArgs) -> tuple[Tensor, Tensor]:
     x = args.values
     scopes = scope_count(args.groups, batch_of(x.shape, args.cu_seqlens))
     return x.new_empty(x.shape), x.new_empty((scopes, STATISTICS), dtype=widest(x.device))
@@ -45,4 +45,34 @@ standardized = define(
     fake=_fake,
     setup_context=_setup,
     backward=_gradient,
+)
+
+
+def _gradient_weights(ctx, grad, _):  # type: ignore[no-untyped-def]
+    args, (statistics,) = saved_record(ctx)
+    return {"values": scope_weights_backward(grad, statistics, *args)}
+
+
+scope_weights_backward = define(
+    "scopes",
+    f"scope_weights_backward(Tensor grad, Tensor statistics, {_WEIGHTS}) -> Tensor",
+    record=WeightsArgs,
+    tensors={"grad": RealTokens, "statistics": Statistics},
+    fake=lambda grad, statistics, args: args.values.new_empty(args.values.shape),
+)
+
+scope_weights = define(
+    "scopes",
+    f"scope_weights({_WEIGHTS}) -> (Tensor, Tensor)",
+    record=WeightsArgs,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_gradient_weights,
+)
+
+covariance_terms = define(
+    "scopes",
+    "covariance_terms(Tensor values, Tensor others, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
+    tensors={"values": RealTokens, "others": RealTokens, "mask": Flags, "cu_seqlens": Offsets},
+    fake=lambda values, others, mask, cu_seqlens: values.new_empty(values.shape),
 )

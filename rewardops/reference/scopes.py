@@ -124,12 +124,12 @@ def standardized(a: StandardizedArgs) -> tuple[Tensor, Tensor]:
     if not a.shifted:
         out = out + centre + rest
     out = torch.where(t.valid, out, 0).to(a.values.dtype)
-    return from_rows(out, a.values.shape, a.cu_seqlens), _table(s, a)
+    return from_rows(out, a.values.shape, a.cu_seqlens), _table(s, a.groups)
 
 
-def _table(s: Tensor, a: StandardizedArgs) -> Tensor:
+def _table(s: Tensor, groups: Tensor | None) -> Tensor:
     """The statistics of rows as the backward pass takes them: one row for the batch."""
-    if a.groups is not None:
+    if groups is not None:
         return s
     return s[:1].contiguous() if len(s) else s.new_zeros(1, s.shape[1])
 
@@ -144,3 +144,94 @@ def standardized_backward(grad: Tensor, statistics: Tensor, a: StandardizedArgs)
     on_values = scale * up + t.weight * (through_mean + through_scale * z)
     on_values = torch.where(t.valid, on_values, 0).to(a.values.dtype)
     return from_rows(on_values, a.values.shape, a.cu_seqlens)
+
+
+# ---- weights with mean 1 -----------------------------------------------------------------------------------
+
+FORMS = ("linear", "inverse", "exponential")
+
+
+class WeightsArgs(NamedTuple):
+    """Arguments of ``scope_weights`` and its backward pass."""
+
+    values: RealTokens
+    """``[B, T]`` or ``[N]``, float32 or float64."""
+    mask: Flags | None
+    """bool, the shape of ``values``; None: every token counts."""
+    cu_seqlens: Offsets | None
+    """``[B + 1]``, int32 or int64, offsets of packed rows."""
+    groups: IdRows | None
+    """``[B]`` int64 labels, in any order: a scope is a group; None: the batch."""
+    form: str
+    """Raw weight of a token x, of ``FORMS``: x; ``1 / max(x, floor)``; ``exp(rate x)``."""
+    rate: float
+    floor: float
+
+
+class _Raw(NamedTuple):
+    """Raw weights, and what they are divided by."""
+
+    weight: Tensor  # [B, T] float64, 0 where masked
+    slope: Tensor  # their derivatives
+    valid: Tensor
+    mean: Tensor  # [B], over the scope
+    count: Tensor
+    top: Tensor  # the value of the largest weight, to which exponential ones are relative
+    scope: Tensor
+
+
+def _raw(a: WeightsArgs) -> _Raw:
+    x, valid = to_rows(a.values, a.mask, a.cu_seqlens)
+    x = torch.where(x.isfinite(), x.double(), torch.nan)
+    scope = scopes_of(x.shape[0], x, a.groups, None, 0.0)
+    top = x.new_zeros(x.shape[0])
+    if a.form == "linear":
+        weight, slope = x, torch.ones_like(x)
+    elif a.form == "inverse":
+        weight = 1 / torch.where(x < a.floor, a.floor, x)
+        slope = torch.where(x <= a.floor, 0, -weight.square())
+    else:
+        score = torch.where(valid, a.rate * x, -torch.inf)
+        # Relative to the scope's largest, so that nothing overflows, or vanishes beside a larger scope.
+        of_rows = score.amax(1) if x.shape[1] else torch.full_like(top, -torch.inf)
+        largest = torch.full_like(top, -torch.inf).scatter_reduce(0, scope, of_rows, "amax")[scope]
+        top = torch.where(largest == -torch.inf, 0, largest / a.rate)
+        weight = (a.rate * (x - top[:, None])).exp()
+        slope = a.rate * weight
+    weight, slope = (torch.where(valid, t, 0) for t in (weight, slope))
+    count = group_sums(valid.sum(1), scope).clamp(min=1)
+    return _Raw(weight, slope, valid, group_sums(weight.sum(1), scope) / count, count, top, scope)
+
+
+def scope_weights(a: WeightsArgs) -> tuple[Tensor, Tensor]:
+    """Raw weights over their mean in the scope, 1 where that is 0; and what the backward pass reads, ``[S, 5]``."""
+    raw = _raw(a)
+    none = raw.mean <= 0
+    inverse = torch.where(none, 0, 1 / torch.where(none, 1, raw.mean))
+    out = raw.weight * inverse[:, None] + none.double()[:, None]
+    out = torch.where(raw.valid, out, 0).to(a.values.dtype)
+    table = torch.stack([inverse, none.double(), raw.top, torch.full_like(inverse, a.rate), 1 / raw.count], 1)
+    return from_rows(out, a.values.shape, a.cu_seqlens), _table(table, a.groups)
+
+
+def scope_weights_backward(grad: Tensor, statistics: Tensor, a: WeightsArgs) -> Tensor:
+    raw = _raw(a)
+    inverse = statistics[:, 0].expand(raw.mean.shape)
+    up = to_rows(grad, a.mask, a.cu_seqlens)[0].double()
+    through = group_sums((up * raw.weight).sum(1), raw.scope) * inverse / raw.count
+    on_values = raw.slope * inverse[:, None] * (up - through[:, None])
+    on_values = torch.where(raw.valid, on_values, 0).to(a.values.dtype)
+    return from_rows(on_values, a.values.shape, a.cu_seqlens)
+
+
+# ---- products of differences from the mean -----------------------------------------------------------------
+
+
+def covariance_terms(
+    values: Tensor, others: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """``(value - mean) * (other - mean)`` of each token, with the means of the batch; 0 where masked."""
+    rows = [to_rows(t, mask, cu_seqlens) for t in (values, others)]
+    valid = rows[0][1]
+    a, b = (t.double() - t.double().sum() / valid.sum().clamp(min=1) for t, _ in rows)
+    return from_rows(torch.where(valid, a * b, 0).to(values.dtype), values.shape, cu_seqlens)

@@ -9,7 +9,6 @@ import rewardops
 from rewardops.core import dispatch
 from rewardops.testing import check_backend, random_mask
 
-
 HARD = {
     "plain": lambda x: x,
     "far from 0": lambda x: x + 1000,

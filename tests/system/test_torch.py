@@ -21,7 +21,6 @@ PRODUCTS = ("linear_token_stats", "linear_token_stats_partial", "linear_token_lo
 TWICE = (
     "budget_returns",
     "entropy_bonus",
-    "entropy_weights",
     "step_progress",
     "step_progress discounted",
     "redistribute_outcome",

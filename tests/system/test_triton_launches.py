@@ -211,6 +211,18 @@ SCOPES = {
     "signed_group_normalize": (
         lambda x, r, g, **where: rewardops.signed_group_normalize(x, r, g, **where), THREE, THREE,
     ),
+    "entropy_weights": (
+        lambda x, r, g, **where: rewardops.entropy_weights(x, entropy_grad=True, **where), THREE, THREE,
+    ),
+    "softmax of a group": (
+        lambda x, r, g, **where: rewardops.entropy_weights(
+            x, mode="softmax", normalize="group", groups=g, entropy_grad=True, **where
+        ),
+        THREE, THREE,
+    ),
+    "advantage_logprob_cov": (
+        lambda x, r, g, **where: rewardops.advantage_logprob_cov(x, x, **where), THREE, [],
+    ),
 }  # fmt: skip
 
 

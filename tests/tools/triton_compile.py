@@ -216,7 +216,7 @@ def of_entropy() -> None:
 def of_scopes() -> None:
     from rewardops.triton_kernels import scopes
 
-    from rewardops.reference.scopes import StandardizedArgs
+    from rewardops.reference.scopes import FORMS, StandardizedArgs, WeightsArgs
 
     groups, rewards = per_row()
     for values, mask, cu in layouts():
@@ -230,6 +230,11 @@ def of_scopes() -> None:
             )
             _, statistics = scopes.standardized(a)
             scopes.standardized_backward(values, statistics, a)
+        for form, of_rows in zip(FORMS, (None, groups, None), strict=True):
+            b = WeightsArgs(values, mask, cu, of_rows, form, 1.0, 1e-2)
+            _, statistics = scopes.scope_weights(b)
+            scopes.scope_weights_backward(values, statistics, b)
+        scopes.covariance_terms(values, values, mask, cu)
 
 
 def of_segments() -> None:

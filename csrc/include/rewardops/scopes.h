@@ -7,7 +7,9 @@
 namespace rewardops {
 
 // What is done with the tokens.
-enum class Scoped : int { standardize = 0, standardize_backward = 1 };
+enum class Scoped : int { standardize = 0, standardize_backward = 1, weigh = 2, weigh_backward = 3, covary = 4 };
+// Raw weights of tokens, in the order of rewardops.reference.scopes.FORMS: x, 1 / max(x, floor), exp(rate x).
+enum class Form : int { linear = 0, inverse = 1, exponential = 2 };
 
 // Numbers of a part of a row.
 constexpr int64_t kPartNumbers = 4;
@@ -22,7 +24,7 @@ template <typename T>
 struct ScopesArgs {
   Scoped op;
   Tokens<const T> values;      // [tokens]
-  Tokens<const T> weights;     // [tokens]; null: 1
+  Tokens<const T> weights;     // [tokens]; null: 1. covary: the other values
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Tokens<const T> grad;        // [tokens]; backward
   Rows rows;
@@ -34,7 +36,12 @@ struct ScopesArgs {
   bool of_variance;    // where eps is added
   bool rounded;        // a variance that rounding of equal values explains is 0
   bool shifted;        // false: the mean is added again
-  double* statistics;  // [1 or B, 5]: the mean in two parts, the scale, its derivative over its square, 1 / count
+  Form form;
+  double rate, floor;
+  double* statistics;  // [1 or B, 5], by op:
+                       // the mean in two parts, the scale, its derivative over its square, 1 / count
+                       // 1 / mean weight, the weight where that is 0, the largest x (of rate x), rate, 1 / count
+                       // the mean of values in two parts, that of weights, 1 / count
   Tokens<T> out;       // [tokens]
 
   int64_t scopes;  // 1 or B

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "rewardops/cpu/kernels.h"
+#include "rewardops/cpu/simd.h"
 
 namespace rewardops::cpu {
 namespace REWARDOPS_ISA {
@@ -81,6 +82,55 @@ REWARDOPS_ONCE Moments part_moments(const ScopePart<T>& p, bool unknown) {
   return m;
 }
 
+// Raw weights of the tokens of a part, in `to`; arbitrary where masked, NaN where a value is not finite.
+template <typename T>
+REWARDOPS_ONCE void raw_weights(const ScopesArgs<T>& a, const ScopePart<T>& p, double top, double* to) {
+  const T floor = static_cast<T>(a.floor);
+  if (a.form == Form::linear) {
+#pragma omp simd
+    for (int64_t k = 0; k < p.n; ++k) to[k] = static_cast<double>(p.values[k]) + (p.values[k] - p.values[k]);
+  } else if (a.form == Form::inverse) {
+#pragma omp simd
+    for (int64_t k = 0; k < p.n; ++k) {
+      const T x = p.values[k];
+      to[k] = 1 / static_cast<double>(x < floor ? floor : x) + (x - x);
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    // e^x = e^y (1 + (x - y)), y being x in float.
+    constexpr int64_t kWidth = Lanes<float>::kWidth;
+    float y[kScopeBlock];
+    for (int64_t k = p.n; k % kWidth; ++k) y[k] = 0;
+#pragma omp simd
+    for (int64_t k = 0; k < p.n; ++k) {
+      const double x = a.rate * (static_cast<double>(p.values[k]) - top) + (p.values[k] - p.values[k]);
+      const double e = x > 0 ? 0 : x < -1e4 ? -1e4 : x;  // masked tokens may be larger
+      y[k] = static_cast<float>(e);
+      to[k] = e - y[k];
+    }
+    for (int64_t k = 0; k < p.n; k += kWidth) exp(Lanes<float>::load(y + k)).store(y + k);
+#pragma omp simd
+    for (int64_t k = 0; k < p.n; ++k) to[k] = y[k] + y[k] * to[k];
+  } else {
+    for (int64_t k = 0; k < p.n; ++k)
+      to[k] = std::exp(a.rate * (static_cast<double>(p.values[k]) - top)) + (p.values[k] - p.values[k]);
+  }
+}
+
+// The valid token of a part whose rate x is the largest; NaN if one is not finite.
+template <typename T>
+REWARDOPS_ONCE double part_top(const ScopePart<T>& p, double rate) {
+  const double sign = rate < 0 ? -1 : 1;
+  double top = -INFINITY, doubt = 0;
+#pragma omp simd reduction(max : top) reduction(+ : doubt)
+  for (int64_t k = 0; k < p.n; ++k) {
+    const bool valid = !p.mask || p.mask[k];
+    const double x = sign * static_cast<double>(p.values[k]);
+    top = valid && x > top ? x : top;
+    doubt += valid ? x - x : 0.0;
+  }
+  return sign * top + doubt;
+}
+
 // The mean, in two parts, and the scale of a row's scope.
 template <typename T>
 struct Standard {
@@ -91,6 +141,39 @@ struct Standard {
   }
   double operator()(T x) const { return ((static_cast<double>(x) - centre) - rest) * scale; }
 };
+
+template <typename T>
+REWARDOPS_ONCE void weigh_part(const ScopesArgs<T>& a, const ScopePart<T>& p, double* to) {
+  double f[kScopeBlock];
+  to[0] = part_sum(p, [](int64_t) { return 1.0; });
+  to[1] = a.form == Form::exponential && to[0] > 0 ? part_top(p, a.rate) : 0;
+  raw_weights(a, p, to[1], f);
+  to[2] = part_sum(p, [&](int64_t k) { return f[k]; });
+}
+
+template <typename T>
+REWARDOPS_ONCE void map_weights(const ScopesArgs<T>& a, const ScopePart<T>& p) {
+  double f[kScopeBlock];
+  const int64_t scope = a.scopes > 1 ? p.row : 0;
+  const double* s = a.statistics + scope * 5;
+  const double inverse = s[0], base = s[1];
+  raw_weights(a, p, s[2], f);
+  if (a.op == Scoped::weigh) {
+    write_part(p, [&](int64_t k) { return f[k] * inverse + base; });
+    return;
+  }
+  const double through = a.found[scope * 2];
+  const T floor = static_cast<T>(a.floor);
+  const auto up = [&](int64_t k) { return static_cast<double>(p.grad[k]) - through; };
+  if (a.form == Form::linear) {
+    write_part(p, [&](int64_t k) { return inverse * up(k); });
+  } else if (a.form == Form::inverse) {
+    write_part(p, [&](int64_t k) { return p.values[k] <= floor ? inverse * 0.0 : -f[k] * f[k] * inverse * up(k); });
+  } else {
+    const double slope = a.rate * inverse;
+    write_part(p, [&](int64_t k) { return slope * f[k] * up(k); });
+  }
+}
 
 }  // namespace
 
@@ -104,6 +187,16 @@ void scope_parts(const ScopesArgs<T>& a, int64_t begin, int64_t end) {
       const bool unknown = a.outcomes && a.outcomes[p.row] != a.outcomes[p.row];
       const Moments m = part_moments(p, unknown);
       to[0] = m.count, to[1] = m.origin, to[2] = m.mean, to[3] = m.squares;
+    } else if (a.op == Scoped::weigh) {
+      weigh_part(a, p, to);
+    } else if (a.op == Scoped::weigh_backward) {
+      double f[kScopeBlock];
+      raw_weights(a, p, a.statistics[(a.scopes > 1 ? p.row : 0) * 5 + 2], f);
+      to[0] = part_sum(p, [&](int64_t k) { return static_cast<double>(p.grad[k]) * f[k]; });
+    } else if (a.op == Scoped::covary) {
+      to[0] = part_sum(p, [](int64_t) { return 1.0; });
+      to[1] = part_sum(p, [&](int64_t k) { return static_cast<double>(p.values[k]); });
+      to[2] = part_sum(p, [&](int64_t k) { return static_cast<double>(p.weights[k]); });
     } else {
       const Standard<T> z(a, p.row);
       to[0] = part_sum(p, [&](int64_t k) { return static_cast<double>(p.grad[k]); });
@@ -117,8 +210,17 @@ template <typename T>
 void scope_map(const ScopesArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const ScopePart<T> p(a, item);
+    if (a.op == Scoped::weigh || a.op == Scoped::weigh_backward) {
+      map_weights(a, p);
+      continue;
+    }
     const Standard<T> z(a, p.row);
-    if (a.op == Scoped::standardize) {
+    if (a.op == Scoped::covary) {
+      const double* s = a.statistics;
+      write_part(p, [&](int64_t k) {
+        return ((p.values[k] - s[0]) - s[1]) * ((static_cast<double>(p.weights[k]) - s[2]) - s[3]);
+      });
+    } else if (a.op == Scoped::standardize) {
       const double centre = a.shifted ? 0.0 : z.centre, rest = a.shifted ? 0.0 : z.rest;
       write_part(p, [&](int64_t k) { return z(p.values[k]) + rest + centre; });
     } else {
