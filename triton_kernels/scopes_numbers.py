@@ -10,10 +10,10 @@ import triton.language as tl
 from .groups import begins_group, end_of_group
 from .launch import unpair
 from .scopes_parts import (
+    ABOVE,
     COLUMNS,
     COUNT,
     COVARIANCE,
-    MEAN,
     ORIGIN,
     SQUARES,
     STANDARD,
@@ -89,7 +89,8 @@ def scope_moments(
         start += TILE
     known = first >= 0
     origin = tl.load(records + ORIGIN * plane + first, mask=known, other=0.0)
-    base = tl.load(records + MEAN * plane + first, mask=known, other=0.0)
+    base = tl.load(records + ABOVE * plane + first, mask=known, other=0.0)
+    base = base / tl.load(records + COUNT * plane + first, mask=known, other=1.0)
     size = tl.zeros([TILE], tl.float64)
     moved = tl.zeros([TILE], tl.float64)
     apart = tl.zeros([TILE], tl.float64)
@@ -97,18 +98,20 @@ def scope_moments(
     for begin in range(0, count, TILE):
         at, inside = load_records(scope, begin, RIGHT, ORDERED, CLASSES, TILE)
         n = tl.load(records + COUNT * plane + at, mask=inside, other=0.0)
-        away = tl.load(records + ORIGIN * plane + at, mask=inside, other=0.0) - origin
-        away += tl.load(records + MEAN * plane + at, mask=inside, other=0.0) - base
+        total = tl.load(records + ABOVE * plane + at, mask=inside, other=0.0)
+        mean = total / tl.where(n > 0.0, n, 1.0)
+        away = (tl.load(records + ORIGIN * plane + at, mask=inside, other=0.0) - origin) + (mean - base)
         away = tl.where(n > 0.0, away, 0.0)
+        squares = tl.load(records + SQUARES * plane + at, mask=inside, other=0.0) - total * mean
         size += n
         moved += n * away
         apart += n * away * away
-        within += tl.load(records + SQUARES * plane + at, mask=inside, other=0.0)
+        within += tl.where(squares < 0.0, 0.0, squares)
     size = tl.sum(size, 0)
     shift = tl.sum(moved, 0)
-    mean = shift / tl.where(size > 0.0, size, 1.0)
-    between = tl.sum(apart, 0) - shift * mean
-    return size, origin, base + mean, tl.sum(within, 0) + tl.where(between < 0.0, 0.0, between)
+    moved_by = shift / tl.where(size > 0.0, size, 1.0)
+    between = tl.sum(apart, 0) - shift * moved_by
+    return size, origin, base + moved_by, tl.sum(within, 0) + tl.where(between < 0.0, 0.0, between)
 
 
 @triton.jit
@@ -196,7 +199,7 @@ def write_weights(
     records, plane, statistics, scope, rate, FORM: tl.constexpr, BY_ROW: tl.constexpr, ORDERED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The inverse mean weight of a scope, and the value of its largest weight, to which exponentials are relative."""
+    """The inverse mean weight of a scope, and the value to which exponential weights are relative, the largest."""
     count = (scope.end - scope.begin) * scope.parts
     lanes = tl.full([TILE], -float("inf"), tl.float64)
     sign = tl.where(rate < 0.0, -1.0, 1.0).to(tl.float64)

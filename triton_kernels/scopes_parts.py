@@ -15,7 +15,7 @@ from .tiles import load_tokens
 STANDARD, STANDARD_BACKWARD, WEIGHTS, WEIGHTS_BACKWARD, COVARIANCE = (Constant(k) for k in range(5))
 
 FIELDS = Constant(4)  # numbers of a part's record; a plane for each
-COUNT, ORIGIN, MEAN, SQUARES = (Constant(k) for k in range(4))  # of moments
+COUNT, ORIGIN, ABOVE, SQUARES = (Constant(k) for k in range(4))  # of moments, those of values less the origin
 TOP, TOTAL = Constant(1), Constant(2)  # of weights, behind the count
 COLUMNS = Constant(5)  # of the statistics of a scope
 

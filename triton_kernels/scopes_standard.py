@@ -15,12 +15,10 @@ import triton.language as tl
 from .arithmetic import Pair, difference, fused, sum_pairs
 from .launch import Constant
 from .scans import paired, plus
-from .scopes_parts import COLUMNS, COUNT, MEAN, ORIGIN, SQUARES, first_valid, load_factors
+from .scopes_parts import ABOVE, COLUMNS, COUNT, ORIGIN, SQUARES, first_valid, load_factors
 from .tiles import load_flags, load_tokens, tile_of
 
-CANCELLED = Constant(
-    64
-)  # squares about the first value over squares about the mean, beyond which digits are lost
+CANCELLED = Constant(64)  # squares about the origin over those about the mean, beyond which digits are lost
 LEAST = Constant(2.0**-40)  # values whose squares have their digits in float32
 
 
@@ -28,9 +26,8 @@ class Moments(NamedTuple):
     """Of the values of a part less its origin, float64."""
 
     count: Any
-    mean: Any
-    squares: Any  # about the mean
-    raw: Any  # squares about the origin
+    total: Any
+    squares: Any
     top: Any  # the largest of the absolute values
 
 
@@ -90,11 +87,7 @@ def part_moments(
     size = tl.sum(count, 0).to(tl.float64)
     if HAS_OTHER:
         size = sum_pairs(mass)
-    summed = sum_pairs(total)
-    mean = summed / tl.where(size > 0.0, size, 1.0)
-    raw = sum_pairs(squares)
-    about = raw - summed * mean
-    return Moments(size, mean, tl.where(about < 0.0, 0.0, about), raw, tl.max(top, 0).to(tl.float64))
+    return Moments(size, sum_pairs(total), sum_pairs(squares), tl.max(top, 0).to(tl.float64))
 
 
 @triton.jit
@@ -106,8 +99,10 @@ def store_moments(
     origin = tl.load(part.numbers + first, mask=first < part.end, other=0.0)
     m = part_moments(part, origin, HAS_MASK, HAS_OTHER, ALIGNED, DTYPE, PER, T)
     if origin.dtype == tl.float32:
-        lost = (m.raw > CANCELLED * m.squares) | ((m.top > 0.0) & (m.top < LEAST))
-        if lost | ((m.raw < float("inf")) == 0):
+        # The squares about the origin, over those about the mean.
+        lost = m.total * m.total * CANCELLED > m.squares * m.count * (CANCELLED - 1.0)
+        lost = (lost | (m.top < LEAST)) & (m.top > 0.0)
+        if lost | ((m.squares < float("inf")) == 0):
             m = part_moments(part, origin.to(tl.float64), HAS_MASK, HAS_OTHER, False, tl.float64, 1, T)
     squares = m.squares
     if HAS_OUTCOMES:
@@ -115,7 +110,7 @@ def store_moments(
         squares = tl.where((known != known) & (m.count > 0.0), float("nan"), squares)
     tl.store(record + COUNT * plane, m.count)
     tl.store(record + ORIGIN * plane, origin.to(tl.float64))
-    tl.store(record + MEAN * plane, m.mean)
+    tl.store(record + ABOVE * plane, m.total)
     tl.store(record + SQUARES * plane, squares)
 
 

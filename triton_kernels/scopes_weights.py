@@ -47,10 +47,8 @@ def raw_weight(x, form, FORM: tl.constexpr):
     weight = x
     if FORM == INVERSE:
         raised = tl.where(x < form.floor, form.floor, x)
-        if x.dtype == tl.float32:
-            weight = tl.div_rn(raised * 0.0 + 1.0, raised)
-        else:
-            weight = 1.0 / raised
+        one = raised * 0.0 + 1.0
+        weight = tl.div_rn(one, raised) if x.dtype == tl.float32 else one / raised
     elif FORM == EXPONENTIAL:
         below, rest = difference(x, form.top)
         power = below * form.rate
