@@ -25,7 +25,7 @@ from .ops.group_spec import (
     GtpoOptions,
     ReinforceOptions,
 )
-from .ops.scopes import standardized
+from .ops.scopes import as_rows, standardized
 from .ops.segments import row_counts, row_sums
 from .ops.td import last_tokens, step_ends, sums_between
 from .returns import softmin_rewards
@@ -247,9 +247,6 @@ def whiten(
     if process_group is not None:
         return _whiten_over_ranks(values, valid, weight, ddof, eps, shift_mean, process_group)
     x, *weights = checks.promote(*([values] if weight is None else [values, weight]))
-
-    def as_rows(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1)
 
     out = x
     if x.numel():

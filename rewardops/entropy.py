@@ -8,7 +8,6 @@ from torch import Tensor
 from .core import checks
 from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
-from .core.scalars import filled
 from .ops import entropy as ops
 from .ops import scopes
 from .ops.segments import row_sums
@@ -346,10 +345,10 @@ def entropy_bonus(
     alpha = checks.check_non_negative("alpha", alpha)
     valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
     a, h = checks.promote(advantages, entropy.detach())
-    if valid is not None:
-        a, h = torch.where(valid, a, 0), torch.where(valid, h, 0)
-    sound = defined(h)  # the minimum would hide an infinity
-    return a + torch.minimum(alpha * (h * sound), a.abs() / kappa) * sound
+    if not a.numel():
+        return a
+    tokens = [scopes.as_rows(t) for t in (a, h, valid)]
+    return scopes.capped_bonus(*tokens, alpha, kappa).view(a.shape)
 
 
 def unlikeliness_rewards(
@@ -688,18 +687,7 @@ def steer_weights(
         raise ValueError(f"high: got {high}, want at least low ({low})")
     valid = checks.as_mask(mask, metric.shape, metric.device, "metric")
     (x,) = checks.promote(metric.detach())
-    valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
     if not x.numel():
         return x
-    top = torch.where(valid, x, -torch.inf).amax()
-    if mode == "exp":
-        least = filled(x, low)
-        out = torch.maximum((least.log() / top.clamp(min=0.02) * x).exp(), least).clamp(max=1)
-    else:
-        least = torch.where(valid, x, torch.inf).amin()
-        span = top - least
-        equal = span == 0
-        bottom, most = filled(x, low), filled(x, high)
-        out = most - (x - least) * ((most - bottom) / torch.where(equal, 1, span))
-        out = torch.where(equal, (bottom + most) / 2, out)
-    return torch.where(valid, out, 0)
+    form = "exponential" if mode == "exp" else "linear"
+    return scopes.steered(scopes.as_rows(x), scopes.as_rows(valid), form, low, high).view(x.shape)

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from ..core.rows import batch_of
-from ..reference.scopes import FORMS, STATISTICS, StandardizedArgs, WeightsArgs, scope_count
+from ..reference.scopes import FORMS, STATISTICS, BonusArgs, StandardizedArgs, WeightsArgs, scope_count
 from .advantages import SORTED
 from .groups import ROWS
 from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, stride
 from .scopes_numbers import scopes_kernel
 from .scopes_parts import (
+    BONUS,
+    BONUS_BACKWARD,
     COVARIANCE,
     FIELDS,
     STANDARD,
     STANDARD_BACKWARD,
+    STEER,
     WEIGHTS,
     WEIGHTS_BACKWARD,
 )
@@ -56,8 +59,8 @@ class _Call:
     rounded: bool = False
     shifted: bool = True
     form: str = "linear"
-    rate: float = 0.0
-    floor: float = 0.0
+    rate: float = 0.0  # of powers of 2; a factor; the smallest weight
+    floor: float = 0.0  # or the inverse of what caps; the largest weight
 
 
 class _Tokens(NamedTuple):
@@ -107,23 +110,24 @@ def _launch(a: _Call, statistics: Tensor) -> Tensor:
     outcomes = values if a.outcomes is None else a.outcomes.contiguous()
     inputs = (values, pointer(t.other, values), pointer(t.grad, values), pointer(t.mask, values), rows.cu)
     sizes = (rows.width, rows.total, parts, stride(values), stride(t.other), stride(t.grad), stride(t.mask))
-    rate, floor = pair(a.rate / math.log(2)), pair(a.floor)
+    rate, floor = pair(a.rate), pair(a.floor)
     chosen = {"KIND": a.kind, "FORM": FORMS.index(a.form), "BY_ROW": by_row}
     flags = {
         "PACKED": rows.packed, "HAS_MASK": t.mask is not None, "HAS_OTHER": t.other is not None,
         "ALIGNED": is_aligned(rows, values, t.other, t.grad, t.mask, out), "PER": EACH, "T": THREADS,
         "num_warps": WARPS,
     }  # fmt: skip
-    parts_kernel[(ranked + rows.batch, parts)](
-        *inputs, outcomes, statistics, labels, order, sorted_labels, records, rows.batch, ranked, *sizes,
-        *rate, *floor, HAS_OUTCOMES=a.outcomes is not None, **chosen, **flags, **BITS,
-    )  # fmt: skip
-    scopes_kernel[(rows.batch if by_row else 1,)](
-        records, sorted_labels, order, outcomes, statistics, found, rows.batch, parts,
-        *pair(a.threshold), *pair(a.eps), a.ddof, *rate, OF_VARIANCE=a.of_variance, ROUNDED=a.rounded,
-        SHIFTED=a.shifted, ORDERED=by_row, CLASSES=1 if a.outcomes is None else 2,
-        TILE=FEW if by_row else MANY, num_warps=1 if by_row else 8, **chosen, **BITS,
-    )  # fmt: skip
+    if a.kind not in (BONUS.value, BONUS_BACKWARD.value):
+        parts_kernel[(ranked + rows.batch, parts)](
+            *inputs, outcomes, statistics, labels, order, sorted_labels, records, rows.batch, ranked, *sizes,
+            *rate, *floor, HAS_OUTCOMES=a.outcomes is not None, **chosen, **flags, **BITS,
+        )  # fmt: skip
+        scopes_kernel[(rows.batch if by_row else 1,)](
+            records, sorted_labels, order, outcomes, statistics, found, rows.batch, parts,
+            *pair(a.threshold), *pair(a.eps), a.ddof, *rate, *floor, OF_VARIANCE=a.of_variance, ROUNDED=a.rounded,
+            SHIFTED=a.shifted, ORDERED=by_row, CLASSES=1 if a.outcomes is None else 2,
+            TILE=FEW if by_row else MANY, num_warps=1 if by_row else 8, **chosen, **BITS,
+        )  # fmt: skip
     map_kernel[(rows.batch, parts)](
         *inputs, statistics, found, out, rows.batch, *sizes, stride(out), *rate, *floor, SHIFTED=a.shifted,
         **chosen, **flags, **BITS,
@@ -149,16 +153,9 @@ def standardized_backward(grad: Tensor, statistics: Tensor, a: StandardizedArgs)
 
 def _weights(kind: int, a: WeightsArgs, grad: Tensor | None) -> _Call:
     return _Call(
-        kind,
-        a.values,
-        a.mask,
-        a.cu_seqlens,
-        grad=grad,
-        groups=a.groups,
-        form=a.form,
-        rate=a.rate,
-        floor=a.floor,
-    )
+        kind, a.values, a.mask, a.cu_seqlens, grad=grad, groups=a.groups, form=a.form,
+        rate=a.rate / math.log(2), floor=a.floor,
+    )  # fmt: skip
 
 
 def scope_weights(a: WeightsArgs) -> tuple[Tensor, Tensor]:
@@ -175,3 +172,21 @@ def covariance_terms(
 ) -> Tensor:
     call = _Call(COVARIANCE.value, values, mask, cu_seqlens, others)
     return _launch(call, _table(values, None, cu_seqlens))
+
+
+def _bonus(kind: int, a: BonusArgs, grad: Tensor | None) -> Tensor:
+    call = _Call(kind, a.values, a.mask, None, a.others, grad, rate=a.alpha, floor=1 / a.kappa)
+    return _launch(call, _table(a.values, None, None))
+
+
+def capped_bonus(a: BonusArgs) -> Tensor:
+    return _bonus(BONUS.value, a, None)
+
+
+def capped_bonus_backward(grad: Tensor, a: BonusArgs) -> Tensor:
+    return _bonus(BONUS_BACKWARD.value, a, grad)
+
+
+def steered(values: Tensor, mask: Tensor | None, form: str, low: float, high: float) -> Tensor:
+    call = _Call(STEER.value, values, mask, None, form=form, rate=low, floor=high)
+    return _launch(call, _table(values, None, None))

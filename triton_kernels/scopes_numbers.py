@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .groups import begins_group, end_of_group
 from .launch import unpair
+from .scopes_bonus import steering
 from .scopes_parts import (
     ABOVE,
     COLUMNS,
@@ -18,6 +19,7 @@ from .scopes_parts import (
     SQUARES,
     STANDARD,
     STANDARD_BACKWARD,
+    STEER,
     TOP,
     TOTAL,
     WEIGHTS,
@@ -253,7 +255,8 @@ def write_means(records, plane, statistics, scope, DTYPE: tl.constexpr, TILE: tl
 @triton.jit(do_not_specialize=["batch", "parts", "ddof"])
 def scopes_kernel(
     records, labels, order, outcomes, statistics, found, batch, parts,
-    threshold_high, threshold_low, eps_high, eps_low, ddof, rate_high, rate_low,
+    threshold_high, threshold_low, eps_high, eps_low, ddof, rate_high, rate_low, floor_high,
+    floor_low,
     KIND: tl.constexpr, FORM: tl.constexpr, OF_VARIANCE: tl.constexpr, ROUNDED: tl.constexpr, SHIFTED: tl.constexpr,
     BY_ROW: tl.constexpr, ORDERED: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -280,6 +283,12 @@ def scopes_kernel(
             elif KIND == WEIGHTS:
                 rate = unpair(rate_high, rate_low, tl.float64) * LN2
                 write_weights(records, plane, statistics, scope, rate, FORM, BY_ROW, ORDERED, TILE)
+            elif KIND == STEER:
+                low = unpair(rate_high, rate_low, tl.float64)
+                high = unpair(floor_high, floor_low, tl.float64)
+                least, slope, base = steering(records, batch * parts, low, high, FORM == EXPONENTIAL, TILE)
+                columns = (least, slope, base, low, high)
+                store_columns(statistics, scope, columns, 0, BY_ROW, ORDERED, 1, TILE)
             elif KIND == COVARIANCE:
                 write_means(records, plane, statistics, scope, DTYPE, TILE)
             else:

@@ -13,6 +13,7 @@ from .tiles import load_tokens
 
 # What is found of the parts of rows, and done with their tokens.
 STANDARD, STANDARD_BACKWARD, WEIGHTS, WEIGHTS_BACKWARD, COVARIANCE = (Constant(k) for k in range(5))
+STEER, BONUS, BONUS_BACKWARD = (Constant(k) for k in range(5, 8))
 
 FIELDS = Constant(4)  # numbers of a part's record; a plane for each
 COUNT, ORIGIN, ABOVE, SQUARES = (Constant(k) for k in range(4))  # of moments, those of values less the origin

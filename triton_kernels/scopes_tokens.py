@@ -7,13 +7,18 @@ import triton.language as tl
 
 from .arithmetic import Pair, fused
 from .groups import place_rows
+from .launch import unpair
 from .rows import row_bounds
 from .scans import paired
+from .scopes_bonus import capped_bonus, factor_of, steered, store_range
 from .scopes_parts import (
+    BONUS,
+    BONUS_BACKWARD,
     COLUMNS,
     COVARIANCE,
     STANDARD,
     STANDARD_BACKWARD,
+    STEER,
     WEIGHTS,
     WEIGHTS_BACKWARD,
     load_factors,
@@ -28,6 +33,7 @@ from .scopes_standard import (
     z_score,
 )
 from .scopes_weights import (
+    EXPONENTIAL,
     form_of,
     from_mean,
     raw_weight,
@@ -79,6 +85,8 @@ def parts_kernel(
             top = tl.load(statistics + tl.where(BY_ROW, b, 0).to(tl.int64) * COLUMNS + 2)
             form = form_of(top, rate_high, rate_low, floor_high, floor_low, DTYPE)
             tl.store(record, weight_gradients(part, form, FORM, HAS_MASK, ALIGNED, DTYPE, PER, T))
+        elif KIND == STEER:
+            store_range(record, plane, part, HAS_MASK, ALIGNED, DTYPE, PER, T)
         elif KIND == COVARIANCE:
             store_means(record, plane, part, HAS_MASK, ALIGNED, DTYPE, PER, T)
         else:
@@ -111,7 +119,7 @@ def map_kernel(
     b = tl.program_id(0)
     k = tl.program_id(1)
     DTYPE: tl.constexpr = values.dtype.element_ty
-    BACKWARD: tl.constexpr = KIND == STANDARD_BACKWARD or KIND == WEIGHTS_BACKWARD
+    BACKWARD: tl.constexpr = KIND == STANDARD_BACKWARD or KIND == WEIGHTS_BACKWARD or KIND == BONUS_BACKWARD
     part = part_of(
         values, other, grad, mask, cu, b, k, parts, width, total, values_stride, other_stride, grad_stride,
         mask_stride, PER * T, PACKED,
@@ -128,6 +136,14 @@ def map_kernel(
         through = Pair(scale.base, scale.base)
         if BACKWARD:
             through = paired(tl.load(found + scope * 2), DTYPE)
+    elif KIND == STEER:
+        least = tl.load(s).to(DTYPE)
+        slope = paired(tl.load(s + 1), DTYPE)
+        weight = paired(tl.load(s + 2), DTYPE)
+        low = unpair(rate_high, rate_low, DTYPE)
+    elif KIND == BONUS or KIND == BONUS_BACKWARD:
+        alpha = factor_of(rate_high, rate_low, DTYPE)
+        inverse_kappa = factor_of(floor_high, floor_low, DTYPE)
     elif KIND == COVARIANCE:
         mean = Pair(tl.load(s).to(DTYPE), tl.load(s + 1).to(DTYPE))
         other_mean = Pair(tl.load(s + 2).to(DTYPE), tl.load(s + 3).to(DTYPE))
@@ -148,6 +164,11 @@ def map_kernel(
                 y = fused(y, scale.inverse, fused(y, scale.low, scale.base))
             elif KIND == WEIGHTS_BACKWARD:
                 y = weight_gradient(x[j], up[j], form, scale, through, FORM)
+            elif KIND == STEER:
+                y = steered(x[j], least, slope, weight, low, FORM == EXPONENTIAL)
+            elif KIND == BONUS or KIND == BONUS_BACKWARD:
+                g = up[j] if BACKWARD else x[j]
+                y = capped_bonus(x[j], w[j], alpha, inverse_kappa, BACKWARD, g)
             elif KIND == COVARIANCE:
                 y = from_mean(x[j], mean) * from_mean(w[j], other_mean)
             else:

@@ -83,6 +83,21 @@ void reduce_scope(const ScopesArgs<T>& a, const std::vector<int64_t>& members) {
     const double* s = a.statistics + first * 5;
     a.found[first * 2] = total * s[0] * s[4];
     copy(a.found, 2);
+  } else if (a.op == Scoped::steer) {
+    double least = INFINITY, top = -INFINITY;
+    each_part([&](const double* p) {
+      if (p[0] > 0 && !(p[1] >= least)) least = least == least ? p[1] : least;
+      if (p[0] > 0 && !(p[2] <= top)) top = top == top ? p[2] : top;
+    });
+    double* to = a.statistics;
+    const double span = top - least;
+    to[0] = least;
+    if (a.form == Form::exponential) {
+      to[1] = std::log(a.rate) / (top < 0.02 ? 0.02 : top);
+    } else {
+      to[1] = span == 0 ? 0 : (a.floor - a.rate) / span;
+      to[2] = span == 0 ? (a.rate + a.floor) / 2 : a.floor;
+    }
   } else if (a.op == Scoped::covary) {
     double count = 0, sums[2] = {0, 0};
     each_part([&](const double* p) { count += p[0], sums[0] += p[1], sums[1] += p[2]; });
@@ -139,8 +154,10 @@ void launch_scopes(ScopesArgs<T> a, int threads) {
   const int64_t items = first.back(), grain = 16;
   std::vector<double> parts(items * kPartNumbers), found(a.scopes * 2);
   a.first = first.data(), a.rows_of_parts = rows.data(), a.parts = parts.data(), a.found = found.data();
-  parallel_for(items, grain, threads, [&](int64_t begin, int64_t end) { k.scope_parts(a, begin, end); });
-  reduce_scopes(a, threads);
+  if (a.op != Scoped::bonus && a.op != Scoped::bonus_backward) {
+    parallel_for(items, grain, threads, [&](int64_t begin, int64_t end) { k.scope_parts(a, begin, end); });
+    reduce_scopes(a, threads);
+  }
   parallel_for(items, grain, threads, [&](int64_t begin, int64_t end) { k.scope_map(a, begin, end); });
 }
 

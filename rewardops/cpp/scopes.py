@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core.rows import batch_of
-from ..reference.scopes import FORMS, STATISTICS, StandardizedArgs, WeightsArgs, scope_count
+from ..reference.scopes import FORMS, STATISTICS, BonusArgs, StandardizedArgs, WeightsArgs, scope_count
 from .memory import RowShape, address, allocate, as_bytes, dense, function, rows_dense, strided, threads
 
 # In the order of the C++ enum.
-STANDARDIZE, STANDARDIZE_BACKWARD, WEIGH, WEIGH_BACKWARD, COVARY = range(5)
+STANDARDIZE, STANDARDIZE_BACKWARD, WEIGH, WEIGH_BACKWARD, COVARY, BONUS, BONUS_BACKWARD, STEER = range(8)
 
 
 def _table(values: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -90,3 +90,21 @@ def covariance_terms(
     values: Tensor, others: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     return _launch(COVARY, values, others, None, mask, cu_seqlens, _table(values, None, cu_seqlens))
+
+
+def _bonus(op: int, grad: Tensor | None, a: BonusArgs) -> Tensor:
+    table, options = _table(a.values, None, None), (0, a.alpha, a.kappa)
+    return _launch(op, a.values, a.others, grad, a.mask, None, table, options)
+
+
+def capped_bonus(a: BonusArgs) -> Tensor:
+    return _bonus(BONUS, None, a)
+
+
+def capped_bonus_backward(grad: Tensor, a: BonusArgs) -> Tensor:
+    return _bonus(BONUS_BACKWARD, grad, a)
+
+
+def steered(values: Tensor, mask: Tensor | None, form: str, low: float, high: float) -> Tensor:
+    table, options = _table(values, None, None), (FORMS.index(form), low, high)
+    return _launch(STEER, values, None, None, mask, None, table, options)

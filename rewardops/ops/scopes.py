@@ -9,7 +9,7 @@ from ..core.kinds import Flags, Offsets, RealTokens
 from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.rows import batch_of
-from ..reference.scopes import STATISTICS, StandardizedArgs, Statistics, WeightsArgs, scope_count
+from ..reference.scopes import STATISTICS, BonusArgs, StandardizedArgs, Statistics, WeightsArgs, scope_count
 
 _ARGS, _WEIGHTS = schema_of(StandardizedArgs), schema_of(WeightsArgs)
 
@@ -76,3 +76,44 @@ covariance_terms = define(
     tensors={"values": RealTokens, "others": RealTokens, "mask": Flags, "cu_seqlens": Offsets},
     fake=lambda values, others, mask, cu_seqlens: values.new_empty(values.shape),
 )
+
+
+def _setup_bonus(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    save_record(ctx, *inputs)
+
+
+def _gradient_bonus(ctx, grad):  # type: ignore[no-untyped-def]
+    args, _ = saved_record(ctx)
+    return {"values": capped_bonus_backward(grad, *args)}
+
+
+capped_bonus_backward = define(
+    "scopes",
+    f"capped_bonus_backward(Tensor grad, {schema_of(BonusArgs)}) -> Tensor",
+    record=BonusArgs,
+    tensors={"grad": RealTokens},
+    fake=lambda grad, args: args.values.new_empty(args.values.shape),
+)
+
+capped_bonus = define(
+    "scopes",
+    f"capped_bonus({schema_of(BonusArgs)}) -> Tensor",
+    record=BonusArgs,
+    fake=lambda args: args.values.new_empty(args.values.shape),
+    setup_context=_setup_bonus,
+    backward=_gradient_bonus,
+)
+
+steered = define(
+    "scopes",
+    "steered(Tensor values, Tensor? mask, str form, float low, float high) -> Tensor",
+    tensors={"values": RealTokens, "mask": Flags},
+    fake=lambda values, *_: values.new_empty(values.shape),
+)
+
+
+def as_rows(tokens: Tensor | None) -> Tensor | None:
+    """A tensor of any shape as ``[B, T]``."""
+    if tokens is None or tokens.dim() == 2:
+        return tokens
+    return tokens.reshape(-1, tokens.shape[-1]) if tokens.dim() > 1 else tokens.reshape(1, -1)

@@ -5,6 +5,7 @@ Each op reduces the tokens of a scope to a few numbers, and maps the tokens by t
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, NamedTuple
 
 import torch
@@ -235,3 +236,53 @@ def covariance_terms(
     valid = rows[0][1]
     a, b = (t.double() - t.double().sum() / valid.sum().clamp(min=1) for t, _ in rows)
     return from_rows(torch.where(valid, a * b, 0).to(values.dtype), values.shape, cu_seqlens)
+
+
+# ---- bonuses, and weights by a range -----------------------------------------------------------------------
+
+
+class BonusArgs(NamedTuple):
+    """Arguments of ``capped_bonus`` and its backward pass."""
+
+    values: RealTokens
+    """``[B, T]``"""
+    others: RealTokens
+    """``[B, T]``, what is added, times alpha."""
+    mask: Flags | None
+    """bool, ``[B, T]``; None: every token counts."""
+    alpha: float
+    kappa: float
+    """No more is added than ``abs(value) / kappa``."""
+
+
+def capped_bonus(a: BonusArgs) -> Tensor:
+    """``x + min(alpha y, abs(x) / kappa)``; NaN where y is not finite, 0 where masked."""
+    x, y = a.values.double(), a.others.double()
+    bonus = torch.where(y.isfinite(), torch.minimum(a.alpha * y, x.abs() / a.kappa), torch.nan)
+    out = x + bonus
+    return (out if a.mask is None else torch.where(a.mask, out, 0)).to(a.values.dtype)
+
+
+def capped_bonus_backward(grad: Tensor, a: BonusArgs) -> Tensor:
+    x, y = a.values.double(), a.others.double()
+    bonus, most = a.alpha * y, x.abs() / a.kappa
+    share = torch.where(bonus < most, 0, torch.where(bonus == most, 0.5, 1))
+    on_values = grad * (1 + torch.where(y.isfinite(), share * x.sign() / a.kappa, torch.nan))
+    return (on_values if a.mask is None else torch.where(a.mask, on_values, 0)).to(a.values.dtype)
+
+
+def steered(values: Tensor, mask: Tensor | None, form: str, low: float, high: float) -> Tensor:
+    """Weights by the range of the batch: from ``high`` at its smallest value to ``low``; or exponential, to 1."""
+    x = values.double()
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if not x.numel():
+        return values.clone()
+    top = torch.where(valid, x, -torch.inf).amax()
+    if form == "exponential":
+        out = torch.exp(math.log(low) / top.clamp(min=0.02) * x).clamp(min=low).clamp(max=1)
+    else:
+        least = torch.where(valid, x, torch.inf).amin()
+        span = top - least
+        out = high - (x - least) * ((high - low) / torch.where(span == 0, 1, span))
+        out = torch.where(span == 0, (low + high) / 2, out)
+    return torch.where(valid, out, 0).to(values.dtype)

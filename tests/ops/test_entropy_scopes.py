@@ -83,3 +83,58 @@ class Test_advantage_logprob_cov:
             got = rewardops.advantage_logprob_cov(*(t.to(target.device) for t in (a, lp, mask)))
         assert got.isfinite().tolist() == [[False, False, False, True]]
         assert got[0, 2].isnan()
+
+
+class Test_entropy_bonus:
+    @pytest.mark.parametrize("width", [5, 80])
+    def test_every_backend(self, target, generator, width):
+        a = torch.randn(7, width, generator=generator) * 3
+        h, mask = torch.rand(7, width, generator=generator) * 4, random_mask(7, width, generator)
+        a[0, 0], h[1, 1] = 0.0, 0.0
+
+        def fn(a):
+            return rewardops.entropy_bonus(a, h.to(a), mask.to(a.device), alpha=0.3, kappa=1.7)
+
+        ours = check_backend(fn, [a], backend=target.backend, device=target.device, poison=mask)
+        want = torch.where(mask, a + torch.minimum(0.3 * h, a.abs() / 1.7), 0)
+        torch.testing.assert_close(ours.outputs[0].cpu(), want, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_what_is_not_finite_shows(self, target, bad):
+        leaf = torch.tensor([1.0, -1.0, 0.5, 0.2]).to(target.device).requires_grad_()
+        h, mask = torch.tensor([bad, 1.0, 1.0, bad]), torch.tensor([1, 1, 1, 0])
+        with dispatch.use_backend(target.backend):
+            got = rewardops.entropy_bonus(leaf, h.to(target.device), mask.to(target.device))
+            (grad,) = torch.autograd.grad(got.sum(), leaf)
+        assert got.isnan().tolist() == grad.isnan().tolist() == [True, False, False, False]
+
+
+class Test_steer_weights:
+    @pytest.mark.parametrize("mode", ["linear", "exp"])
+    @pytest.mark.parametrize("hard", ["plain", "zeros", "equal", "sparse", "small"])
+    def test_every_backend(self, target, generator, mode, hard):
+        x, mask = torch.rand(7, 80, generator=generator), random_mask(7, 80, generator)
+        x = {
+            "plain": x, "zeros": x * 0, "equal": x * 0 + 0.3, "small": x * 1e-3,
+            "sparse": torch.where(torch.arange(80) % 40 == 9, x * 50, 0),
+        }[hard]  # fmt: skip
+
+        def fn(x):
+            return rewardops.steer_weights(x, mask.to(x.device), mode=mode, low=0.7, high=1.3)
+
+        ours = check_backend(fn, [x], backend=target.backend, device=target.device).outputs[0].cpu()
+        top, least = x[mask].max().double(), x[mask].min().double()
+        if mode == "exp":
+            want = (x * (torch.tensor(0.7).double().log() / top.clamp(min=0.02))).exp().clamp(0.7, 1)
+        else:
+            want = 1.3 - (x - least) * (0.6 / (top - least)) if top > least else torch.ones_like(x)
+        torch.testing.assert_close(ours.double(), torch.where(mask, want.double(), 0), rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("mode", ["linear", "exp"])
+    def test_a_nan_shows(self, target, mode):
+        x, mask = torch.tensor([1.0, torch.nan, 2.0, torch.nan]), torch.tensor([1, 1, 1, 0])
+        with dispatch.use_backend(target.backend):
+            got = rewardops.steer_weights(x.to(target.device), mask.to(target.device), mode=mode)
+            assert got.isnan().tolist() == [True, True, True, False]
+            none = rewardops.steer_weights(x.to(target.device), (mask * 0).to(target.device), mode=mode)
+        assert not none.any()

@@ -220,6 +220,10 @@ SCOPES = {
         ),
         THREE, THREE,
     ),
+    "entropy_bonus": (
+        lambda x, r, g, **where: rewardops.entropy_bonus(x, x, where["mask"]), ["map"], ["map"],
+    ),
+    "steer_weights": (lambda x, r, g, **where: rewardops.steer_weights(x, where["mask"]), THREE, []),
     "advantage_logprob_cov": (
         lambda x, r, g, **where: rewardops.advantage_logprob_cov(x, x, **where), THREE, [],
     ),

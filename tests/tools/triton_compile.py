@@ -28,6 +28,7 @@ from unittest import mock
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 LOGITS_KERNELS = ("token_stats_kernel", "token_stats_mixture_kernel", "token_stats_backward_kernel")
+SCOPES_KERNELS = ("parts_kernel", "map_kernel")
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 if THOROUGH:
     TARGETS |= {f"sm_{code}": ("cuda", code, 32) for code in (80, 100, 103, 120)}
@@ -216,7 +217,7 @@ def of_entropy() -> None:
 def of_scopes() -> None:
     from rewardops.triton_kernels import scopes
 
-    from rewardops.reference.scopes import FORMS, StandardizedArgs, WeightsArgs
+    from rewardops.reference.scopes import FORMS, BonusArgs, StandardizedArgs, WeightsArgs
 
     groups, rewards = per_row()
     for values, mask, cu in layouts():
@@ -235,6 +236,13 @@ def of_scopes() -> None:
             _, statistics = scopes.scope_weights(b)
             scopes.scope_weights_backward(values, statistics, b)
         scopes.covariance_terms(values, values, mask, cu)
+    for values, mask, cu in layouts():
+        if cu is None:
+            bonus = BonusArgs(values, values, mask, 0.4, 2.0)
+            scopes.capped_bonus(bonus)
+            scopes.capped_bonus_backward(values, bonus)
+            for form in ("linear", "exponential"):
+                scopes.steered(values, mask, form, 0.8, 1.2)
 
 
 def of_segments() -> None:

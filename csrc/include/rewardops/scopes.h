@@ -7,7 +7,8 @@
 namespace rewardops {
 
 // What is done with the tokens.
-enum class Scoped : int { standardize = 0, standardize_backward = 1, weigh = 2, weigh_backward = 3, covary = 4 };
+enum class Scoped : int { standardize = 0, standardize_backward = 1, weigh = 2, weigh_backward = 3, covary = 4,
+                          bonus = 5, bonus_backward = 6, steer = 7 };
 // Raw weights of tokens, in the order of rewardops.reference.scopes.FORMS: x, 1 / max(x, floor), exp(rate x).
 enum class Form : int { linear = 0, inverse = 1, exponential = 2 };
 
@@ -24,7 +25,7 @@ template <typename T>
 struct ScopesArgs {
   Scoped op;
   Tokens<const T> values;      // [tokens]
-  Tokens<const T> weights;     // [tokens]; null: 1. covary: the other values
+  Tokens<const T> weights;     // [tokens]; null: 1. covary: the other values; bonus: entropies
   Tokens<const uint8_t> mask;  // [tokens]; null: every token is valid
   Tokens<const T> grad;        // [tokens]; backward
   Rows rows;
@@ -37,11 +38,12 @@ struct ScopesArgs {
   bool rounded;        // a variance that rounding of equal values explains is 0
   bool shifted;        // false: the mean is added again
   Form form;
-  double rate, floor;
+  double rate, floor;  // of the form; bonus: the entropy's factor, and kappa; steer: the smallest and the largest weight
   double* statistics;  // [1 or B, 5], by op:
                        // the mean in two parts, the scale, its derivative over its square, 1 / count
                        // 1 / mean weight, the weight where that is 0, the largest x (of rate x), rate, 1 / count
                        // the mean of values in two parts, that of weights, 1 / count
+                       // steer: the smallest value, a slope, a base
   Tokens<T> out;       // [tokens]
 
   int64_t scopes;  // 1 or B

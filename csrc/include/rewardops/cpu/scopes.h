@@ -82,6 +82,28 @@ REWARDOPS_ONCE Moments part_moments(const ScopePart<T>& p, bool unknown) {
   return m;
 }
 
+// Exponentials of numbers of at most 0, in place.
+template <typename T>
+REWARDOPS_ONCE void exponentials(double* x, int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    // e^x = e^y (1 + (x - y)), y being x in float.
+    constexpr int64_t kWidth = Lanes<float>::kWidth;
+    float y[kScopeBlock];
+    for (int64_t k = n; k % kWidth; ++k) y[k] = 0;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const double e = x[k] < -1e4 ? -1e4 : x[k];
+      y[k] = static_cast<float>(e);
+      x[k] = e - y[k];
+    }
+    for (int64_t k = 0; k < n; k += kWidth) exp(Lanes<float>::load(y + k)).store(y + k);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) x[k] = y[k] + y[k] * x[k];
+  } else {
+    for (int64_t k = 0; k < n; ++k) x[k] = std::exp(x[k]);
+  }
+}
+
 // Raw weights of the tokens of a part, in `to`; arbitrary where masked, NaN where a value is not finite.
 template <typename T>
 REWARDOPS_ONCE void raw_weights(const ScopesArgs<T>& a, const ScopePart<T>& p, double top, double* to) {
@@ -95,24 +117,13 @@ REWARDOPS_ONCE void raw_weights(const ScopesArgs<T>& a, const ScopePart<T>& p, d
       const T x = p.values[k];
       to[k] = 1 / static_cast<double>(x < floor ? floor : x) + (x - x);
     }
-  } else if constexpr (sizeof(T) == 4) {
-    // e^x = e^y (1 + (x - y)), y being x in float.
-    constexpr int64_t kWidth = Lanes<float>::kWidth;
-    float y[kScopeBlock];
-    for (int64_t k = p.n; k % kWidth; ++k) y[k] = 0;
+  } else {
 #pragma omp simd
     for (int64_t k = 0; k < p.n; ++k) {
       const double x = a.rate * (static_cast<double>(p.values[k]) - top) + (p.values[k] - p.values[k]);
-      const double e = x > 0 ? 0 : x < -1e4 ? -1e4 : x;  // masked tokens may be larger
-      y[k] = static_cast<float>(e);
-      to[k] = e - y[k];
+      to[k] = x > 0 ? 0 : x;  // masked tokens may be larger
     }
-    for (int64_t k = 0; k < p.n; k += kWidth) exp(Lanes<float>::load(y + k)).store(y + k);
-#pragma omp simd
-    for (int64_t k = 0; k < p.n; ++k) to[k] = y[k] + y[k] * to[k];
-  } else {
-    for (int64_t k = 0; k < p.n; ++k)
-      to[k] = std::exp(a.rate * (static_cast<double>(p.values[k]) - top)) + (p.values[k] - p.values[k]);
+    exponentials<T>(to, p.n);
   }
 }
 
@@ -175,6 +186,60 @@ REWARDOPS_ONCE void map_weights(const ScopesArgs<T>& a, const ScopePart<T>& p) {
   }
 }
 
+// a + min(alpha h, |a| / kappa), or its gradient in a; NaN where h is not finite.
+template <typename T>
+REWARDOPS_ONCE void map_bonus(const ScopesArgs<T>& a, const ScopePart<T>& p) {
+  const double alpha = a.rate, inverse = 1 / a.floor;
+  if (a.op == Scoped::bonus) {
+    write_part(p, [&](int64_t k) {
+      const double x = p.values[k], h = p.weights[k], most = std::fabs(x) * inverse;
+      return x + (alpha * h < most ? alpha * h : most) + (h - h);
+    });
+    return;
+  }
+  write_part(p, [&](int64_t k) {
+    const double x = p.values[k], h = p.weights[k], most = std::fabs(x) * inverse;
+    const double sign = x > 0 ? inverse : x < 0 ? -inverse : 0;
+    const double share = alpha * h < most ? 0.0 : alpha * h == most ? 0.5 : 1.0;
+    return p.grad[k] * (1 + share * sign + (h - h));
+  });
+}
+
+// The number of valid tokens, and the smallest and the largest; NaN if one is.
+template <typename T>
+REWARDOPS_ONCE void part_range(const ScopePart<T>& p, double* to) {
+  double count = 0, low = INFINITY, high = -INFINITY, unordered = 0;
+#pragma omp simd reduction(+ : count, unordered) reduction(min : low) reduction(max : high)
+  for (int64_t k = 0; k < p.n; ++k) {
+    const bool valid = !p.mask || p.mask[k];
+    const double x = p.values[k];
+    count += valid ? 1.0 : 0.0;
+    unordered += valid && x != x ? 1.0 : 0.0;
+    low = valid && x < low ? x : low;
+    high = valid && x > high ? x : high;
+  }
+  const double doubt = unordered > 0 ? NAN : 0;
+  to[0] = count, to[1] = low + doubt, to[2] = high + doubt;
+}
+
+template <typename T>
+REWARDOPS_ONCE void map_steered(const ScopesArgs<T>& a, const ScopePart<T>& p) {
+  const double least = a.statistics[0], slope = a.statistics[1], base = a.statistics[2];
+  if (a.form == Form::linear) {
+    write_part(p, [&](int64_t k) { return base - (p.values[k] - least) * slope; });
+    return;
+  }
+  double f[kScopeBlock];
+#pragma omp simd
+  for (int64_t k = 0; k < p.n; ++k) {
+    const double x = slope * p.values[k];
+    f[k] = x > 0 ? 0 : x;  // at most 1
+  }
+  exponentials<T>(f, p.n);
+  const double low = a.rate < 1 ? a.rate : 1;
+  write_part(p, [&](int64_t k) { return f[k] < low ? low : f[k]; });
+}
+
 }  // namespace
 
 // Items: parts of rows.
@@ -189,6 +254,8 @@ void scope_parts(const ScopesArgs<T>& a, int64_t begin, int64_t end) {
       to[0] = m.count, to[1] = m.origin, to[2] = m.mean, to[3] = m.squares;
     } else if (a.op == Scoped::weigh) {
       weigh_part(a, p, to);
+    } else if (a.op == Scoped::steer) {
+      part_range(p, to);
     } else if (a.op == Scoped::weigh_backward) {
       double f[kScopeBlock];
       raw_weights(a, p, a.statistics[(a.scopes > 1 ? p.row : 0) * 5 + 2], f);
@@ -212,6 +279,14 @@ void scope_map(const ScopesArgs<T>& a, int64_t begin, int64_t end) {
     const ScopePart<T> p(a, item);
     if (a.op == Scoped::weigh || a.op == Scoped::weigh_backward) {
       map_weights(a, p);
+      continue;
+    }
+    if (a.op == Scoped::bonus || a.op == Scoped::bonus_backward) {
+      map_bonus(a, p);
+      continue;
+    }
+    if (a.op == Scoped::steer) {
+      map_steered(a, p);
       continue;
     }
     const Standard<T> z(a, p.row);
