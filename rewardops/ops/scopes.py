@@ -70,11 +70,18 @@ scope_weights = define(
     backward=_gradient_weights,
 )
 
+
+def _setup_without_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(output)
+
+
 covariance_terms = define(
     "scopes",
     "covariance_terms(Tensor values, Tensor others, Tensor? mask, Tensor? cu_seqlens) -> Tensor",
     tensors={"values": RealTokens, "others": RealTokens, "mask": Flags, "cu_seqlens": Offsets},
     fake=lambda values, others, mask, cu_seqlens: values.new_empty(values.shape),
+    setup_context=_setup_without_gradient,
+    backward=lambda ctx, grad: {},
 )
 
 
@@ -109,6 +116,8 @@ steered = define(
     "steered(Tensor values, Tensor? mask, str form, float low, float high) -> Tensor",
     tensors={"values": RealTokens, "mask": Flags},
     fake=lambda values, *_: values.new_empty(values.shape),
+    setup_context=_setup_without_gradient,
+    backward=lambda ctx, grad: {},
 )
 
 

@@ -20,7 +20,6 @@ PRODUCTS = ("linear_token_stats", "linear_token_stats_partial", "linear_token_lo
 # Plain tensor arithmetic, which has derivatives of every order.
 TWICE = (
     "budget_returns",
-    "entropy_bonus",
     "step_progress",
     "step_progress discounted",
     "redistribute_outcome",
