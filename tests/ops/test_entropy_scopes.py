@@ -18,6 +18,21 @@ HARD = {
 }
 
 
+class Test_signed_group_normalize:
+    def test_a_first_value_far_from_all_others(self, target):
+        """The squares about it cancel but for one part in the number of tokens."""
+        x = torch.full((33, 1024), 0.1)
+        x[:, 0] = 3e4
+        rewards = torch.ones(33)
+
+        def fn(x):
+            return rewardops.signed_group_normalize(x, rewards.to(x.device), group_size=33, joint=True)
+
+        ours = check_backend(fn, [x], backend=target.backend, device=target.device).outputs[0].cpu()
+        want = (x.double() - x.double().mean()) / x.double().var(correction=0).sqrt()
+        torch.testing.assert_close(ours.double(), want, rtol=1e-6, atol=1e-6)
+
+
 class Test_entropy_weights:
     @pytest.mark.parametrize("hard", HARD)
     @pytest.mark.parametrize("mode", ["linear", "softmax"])
