@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.rows import batch_of
+from ..reference import scopes as spec
 from ..reference.scopes import FORMS, STATISTICS, BonusArgs, StandardizedArgs, WeightsArgs, scope_count
 from .advantages import SORTED
 from .groups import ROWS
@@ -143,6 +144,8 @@ def _standard(kind: int, a: StandardizedArgs, grad: Tensor | None) -> _Call:
 
 
 def standardized(a: StandardizedArgs) -> tuple[Tensor, Tensor]:
+    if not a.values.numel():
+        return spec.standardized(a)
     statistics = _table(a.values, a.groups, a.cu_seqlens)
     return _launch(_standard(STANDARD.value, a, None), statistics), statistics
 
@@ -159,6 +162,8 @@ def _weights(kind: int, a: WeightsArgs, grad: Tensor | None) -> _Call:
 
 
 def scope_weights(a: WeightsArgs) -> tuple[Tensor, Tensor]:
+    if not a.values.numel():
+        return spec.scope_weights(a)
     statistics = _table(a.values, a.groups, a.cu_seqlens)
     return _launch(_weights(WEIGHTS.value, a, None), statistics), statistics
 

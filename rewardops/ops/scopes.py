@@ -9,7 +9,16 @@ from ..core.kinds import Flags, Offsets, RealTokens
 from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..core.rows import batch_of
-from ..reference.scopes import STATISTICS, BonusArgs, StandardizedArgs, Statistics, WeightsArgs, scope_count
+from ..reference.scopes import (
+    STATISTICS,
+    BonusArgs,
+    FlagGrid,
+    RealGrid,
+    StandardizedArgs,
+    Statistics,
+    WeightsArgs,
+    scope_count,
+)
 
 _ARGS, _WEIGHTS = schema_of(StandardizedArgs), schema_of(WeightsArgs)
 
@@ -98,7 +107,7 @@ capped_bonus_backward = define(
     "scopes",
     f"capped_bonus_backward(Tensor grad, {schema_of(BonusArgs)}) -> Tensor",
     record=BonusArgs,
-    tensors={"grad": RealTokens},
+    tensors={"grad": RealGrid},
     fake=lambda grad, args: args.values.new_empty(args.values.shape),
 )
 
@@ -114,7 +123,7 @@ capped_bonus = define(
 steered = define(
     "scopes",
     "steered(Tensor values, Tensor? mask, str form, float low, float high) -> Tensor",
-    tensors={"values": RealTokens, "mask": Flags},
+    tensors={"values": RealGrid, "mask": FlagGrid},
     fake=lambda values, *_: values.new_empty(values.shape),
     setup_context=_setup_without_gradient,
     backward=lambda ctx, grad: {},

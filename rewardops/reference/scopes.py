@@ -17,6 +17,8 @@ from ..core.rows import from_rows, to_rows
 
 STATISTICS = 5  # columns of what `standardized` finds of a scope
 Statistics = Annotated[Tensor, "float64", "S", "5"]
+RealGrid = Annotated[Tensor, "real", "B", "T"]
+FlagGrid = Annotated[Tensor, "bool", "B", "T"]
 
 
 class StandardizedArgs(NamedTuple):
@@ -244,11 +246,11 @@ def covariance_terms(
 class BonusArgs(NamedTuple):
     """Arguments of ``capped_bonus`` and its backward pass."""
 
-    values: RealTokens
+    values: RealGrid
     """``[B, T]``"""
-    others: RealTokens
+    others: RealGrid
     """``[B, T]``, what is added, times alpha."""
-    mask: Flags | None
+    mask: FlagGrid | None
     """bool, ``[B, T]``; None: every token counts."""
     alpha: float
     kappa: float
