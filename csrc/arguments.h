@@ -15,6 +15,7 @@
 #include "rewardops/prefix_tree.h"
 #include "rewardops/returns.h"
 #include "rewardops/rows.h"
+#include "rewardops/scopes.h"
 #include "rewardops/td.h"
 
 namespace rewardops {
@@ -235,6 +236,43 @@ ReturnsArgs<T> returns_args(const py::tuple& shape, const py::tuple& mask, const
   a.temperature = temperature;
   a.through_weights = a.mean = flag;
   a.log_sums = tokens<double>(log_sums);
+  a.out = tokens<T>(out);
+  return a;
+}
+
+// ---- scopes -------------------------------------------------------------------------------------------------
+
+// inputs: (values, weights, grad); scope: (number of scopes, groups, outcomes, threshold)
+// options: (eps, ddof, of_variance, rounded, shifted), or (form, rate, floor), or ()
+template <typename T>
+ScopesArgs<T> scopes_args(int op, const py::tuple& shape, const py::tuple& mask, const py::tuple& inputs,
+                          const py::tuple& scope, const py::tuple& options, Address statistics, const py::tuple& out) {
+  ScopesArgs<T> a{};
+  a.op = static_cast<Scoped>(op);
+  a.rows = rows(shape);
+  a.mask = tokens<const uint8_t>(mask);
+  Reader i(inputs);
+  a.values = i.tokens<const T>();
+  a.weights = i.tokens<const T>();
+  a.grad = i.tokens<const T>();
+  Reader s(scope);
+  a.scopes = s.next<int64_t>();
+  a.groups = s.pointer<const int64_t>();
+  a.outcomes = s.pointer<const T>();
+  a.threshold = s.next<double>();
+  Reader o(options);
+  if (a.op == Scoped::standardize || a.op == Scoped::standardize_backward) {
+    a.eps = o.next<double>();
+    a.ddof = o.next<int64_t>();
+    a.of_variance = o.next<bool>();
+    a.rounded = o.next<bool>();
+    a.shifted = o.next<bool>();
+  } else if (a.op != Scoped::covary) {
+    a.form = o.next<Form>();
+    a.rate = o.next<double>();
+    a.floor = o.next<double>();
+  }
+  a.statistics = at<double>(statistics);
   a.out = tokens<T>(out);
   return a;
 }

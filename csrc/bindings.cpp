@@ -10,6 +10,7 @@
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/prefix_tree.h"
+#include "cpu/scopes.h"
 #include "cpu/segments.h"
 #include "cpu/selection.h"
 #include "cpu/tree.h"
@@ -292,6 +293,16 @@ void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards
   rewardops::cpu::launch_gtpo(a, labels, longest, threads);
 }
 
+// ---- scopes -------------------------------------------------------------------------------------------------
+
+template <typename T>
+void scopes(int op, const py::tuple& shape, const py::tuple& mask, const py::tuple& inputs, const py::tuple& scope,
+            const py::tuple& options, Address statistics, const py::tuple& out, int threads) {
+  const ScopesArgs<T> a = scopes_args<T>(op, shape, mask, inputs, scope, options, statistics, out);
+  const py::gil_scoped_release release;
+  rewardops::cpu::launch_scopes(a, threads);
+}
+
 // ---- segments -----------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -351,6 +362,7 @@ void define_typed(py::module_& m, const char* suffix) {
   m.def(name("returns").c_str(), call<returns<T>>);
   m.def(name("td_scan").c_str(), call<td_scan<T>>);
   m.def(name("row_sums").c_str(), call<row_sums<T>>);
+  m.def(name("scopes").c_str(), call<scopes<T>>);
   m.def(name("segment_reduce").c_str(), call<segment_reduce<T>>);
   m.def(name("largest").c_str(), call<largest<T>>);
   m.def(name("nodes_to_tokens").c_str(), call<nodes_to_tokens<T>>);

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from . import entropy as entropy_family
 from .core import checks, distributed
+from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
 from .core.precision import wide, widest
 from .core.scalars import listed
@@ -24,6 +25,7 @@ from .ops.group_spec import (
     GtpoOptions,
     ReinforceOptions,
 )
+from .ops.scopes import as_rows, standardized
 from .ops.segments import row_counts, row_sums
 from .ops.td import last_tokens, step_ends, sums_between
 from .returns import softmin_rewards
@@ -242,10 +244,29 @@ def whiten(
     if process_group is not None:
         distributed.check(process_group)
     valid, weight = checks.as_weights(mask, values.shape, values.device, "values")
+    if process_group is not None:
+        return _whiten_over_ranks(values, valid, weight, ddof, eps, shift_mean, process_group)
+    x, *weights = checks.promote(*([values] if weight is None else [values, weight]))
+
+    out = x
+    if x.numel():
+        tokens = [as_rows(t) for t in (x, weights[0] if weights else None, valid)]
+        out = standardized(*tokens, None, None, None, 0.0, eps, ddof, True, False, shift_mean)[0]
+    return out.reshape(values.shape).to(checks.promote(values)[0].dtype)
+
+
+def _whiten_over_ranks(
+    values: Tensor,
+    valid: Tensor | None,
+    weight: Tensor | None,
+    ddof: int,
+    eps: Number,
+    shift_mean: bool,
+    process_group: ProcessGroup,
+) -> Tensor:
+    """:func:`whiten` over the elements of all ranks: their moments are merged."""
     (x,) = checks.promote(values)
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
-    if not x.numel() and process_group is None:
-        return x
     x = torch.where(valid, x, 0)
     weight = None if weight is None else wide(weight)
 
@@ -259,17 +280,14 @@ def whiten(
     first = torch.where(first.isfinite(), first, 0)
     above = torch.where(valid, x - first, 0)
     mean = summed(above) / torch.where(count > 0, count, 1)
-    centred = torch.where(valid, above - mean, 0)
-    squares = summed(wide(centred).square())
-    if process_group is not None:
-        base, total, mean, squares = _merged_moments(process_group, count, first, mean, squares)
-        centred = torch.where(valid, above + ((first - base) - mean), 0)
-        count, first = total, base
+    squares = summed(wide(torch.where(valid, above - mean, 0)).square())
+    base, count, mean, squares = _merged_moments(process_group, count, first, mean, squares)
+    centred = torch.where(valid, above + ((first - base) - mean), 0)
     var = squares / torch.where(count > ddof, count - ddof, torch.where(count > 0, count, 1))
     varies = var + eps > 0
     out = centred * torch.where(varies, torch.where(varies, var + eps, 1).rsqrt(), 0)
     if not shift_mean:
-        out = out + mean + first
+        out = out + mean + base
     # Masked last, so that the backward pass drops the gradients of masked tokens first.
     return torch.where(valid, out, 0).to(x.dtype)
 

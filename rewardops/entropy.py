@@ -8,13 +8,10 @@ from torch import Tensor
 from .core import checks
 from .core.checks import Number
 from .core.groups import GroupSize, Labels, group_ids
-from .core.precision import wide
-from .core.scalars import filled, larger
-from .ops import advantages as group_ops
 from .ops import entropy as ops
+from .ops import scopes
 from .ops.segments import row_sums
-from .reference.advantages import AdvantagesArgs
-from .segments import TokenValues, defined, row_tops
+from .segments import TokenValues, defined
 from .selection import largest, scope_counts, scope_ids, scope_of_rows
 
 __all__ = [
@@ -190,22 +187,6 @@ def grpo_s_rewards(
     )[:, 0]  # fmt: skip
 
 
-def _group_means(means: Tensor, counts: Tensor, ids: Tensor, live: Tensor) -> Tensor:
-    """Token-weighted group mean from per-row means and token counts, for every live row.
-
-    ``ids``: the group of each row, from 0 to B - 1. NaN where the mean of a row of the group is not finite.
-    """
-    finite = means.detach().isfinite()
-    broken = scope_counts(live & ~finite, ids)[ids] > 0
-    means = torch.where(finite, means, 0)
-    args = AdvantagesArgs(
-        means, ids, None, counts.to(means.dtype), live[:, None], None, -1, baseline="length_weighted",
-        quantile=0.0, scale="none", eps=0.0, ddof=1, raw=False, contiguous=False,
-    )  # fmt: skip
-    above, _, _ = group_ops.group_advantages(*args)
-    return torch.where(broken & live, torch.nan, means - above[:, 0])
-
-
 def signed_group_normalize(
     values: Tensor,
     rewards: Tensor,
@@ -263,36 +244,32 @@ def signed_group_normalize(
     """
     checks.check_rewards(rewards)
     tokens = TokenValues.of("values", values, mask, cu_seqlens, grad=True)
-    rows, x, valid = tokens.rows, tokens.zeroed(), tokens.valid()
+    rows, x = tokens.rows, tokens.values
     checks.check_rows("rewards", rewards, rows.batch, values.device, "values")
     eps = checks.check_eps_ddof(eps, ddof)
     checks.check_choice("eps_at", eps_at, ("variance", "std"))
     checks.check_flag("joint", joint)
+    threshold = _threshold(positive)
     ids = group_ids(groups, group_size, rows.batch, rewards.device, "rewards")
-    place = scope_ids("group", ids, rows.batch, ids.device)
-    right = rewards.detach() > _threshold(positive)
-    counts = tokens.counts()
-    live = counts > 0
-    total = wide(x)
-    if not joint:  # the class of a row whose reward is NaN is not known
-        outcome = wide(rewards.detach())
-        total = total * rows.expand(torch.where(outcome.isnan(), outcome, 1))
-    out = torch.zeros_like(total)
-    # Relative rounding errors of the values, and of their mean.
-    noise = torch.finfo(x.dtype).eps + counts.sum() * torch.finfo(total.dtype).eps
-    for members in (live,) if joint else (live & right, live & ~right):
-        mean = _group_means(tokens.means(total, counts), counts, place, members)
-        centred = torch.where(valid & rows.expand(members), total - rows.expand(mean), 0)
-        var = _group_means(tokens.means(centred.square(), counts), counts, place, members)
-        if ddof:
-            number = wide(scope_counts(torch.where(members, counts, 0), place)[place])
-            var = var * (number / (number - ddof).clamp(min=1))
-        # The variance of equal values is of rounding size, or 0, where the square root has no gradient.
-        same = var <= (noise * mean).square()
-        var = torch.where(same, 1, var)
-        scale = (var + eps).rsqrt() if eps_at == "variance" else 1 / (var.sqrt() + eps)
-        out = out + centred * rows.expand(torch.where(same, 0, scale))
-    return torch.where(valid, out, 0).to(x.dtype)
+    outcomes = None if joint else rewards.detach()
+    if outcomes is not None and outcomes.dtype is not x.dtype:  # compared in its own precision
+        right = (outcomes > threshold).to(x.dtype)
+        outcomes, threshold = torch.where(outcomes.isnan(), torch.nan, right), 0.5
+    out: Tensor = scopes.standardized(
+        x,
+        None,
+        rows.mask,
+        rows.cu_seqlens,
+        ids,
+        outcomes,
+        threshold,
+        eps,
+        ddof,
+        eps_at == "variance",
+        True,
+        True,
+    )[0]
+    return out
 
 
 def advantage_logprob_cov(
@@ -322,11 +299,9 @@ def advantage_logprob_cov(
     """
     tokens = TokenValues.of("advantages", advantages, mask, cu_seqlens)
     checks.check_like("logprob", logprob, advantages, "advantages")
-    valid, a = tokens.valid(), tokens.zeroed()
-    lp = torch.where(valid, logprob.detach().to(a.dtype), 0)
-    count = tokens.counts().sum().clamp(min=1)
-    parts = [wide(x) - x.sum(dtype=count.dtype) / count for x in (a, lp)]
-    return torch.where(valid, parts[0] * parts[1], 0).to(lp.dtype)
+    a, lp = tokens.values, logprob.detach().to(tokens.values.dtype)
+    out: Tensor = scopes.covariance_terms(a, lp, tokens.rows.mask, tokens.rows.cu_seqlens)
+    return out
 
 
 # ---- on advantages and rewards -------------------------------------------------------------------------------
@@ -370,10 +345,10 @@ def entropy_bonus(
     alpha = checks.check_non_negative("alpha", alpha)
     valid = checks.as_mask(mask, advantages.shape, advantages.device, "advantages")
     a, h = checks.promote(advantages, entropy.detach())
-    if valid is not None:
-        a, h = torch.where(valid, a, 0), torch.where(valid, h, 0)
-    sound = defined(h)  # the minimum would hide an infinity
-    return a + torch.minimum(alpha * (h * sound), a.abs() / kappa) * sound
+    if not a.numel():
+        return a
+    tokens = [scopes.as_rows(t) for t in (a, h, valid)]
+    return scopes.capped_bonus(*tokens, alpha, kappa).view(a.shape)
 
 
 def unlikeliness_rewards(
@@ -534,36 +509,27 @@ def entropy_weights(
     checks.check_flag("inverse", inverse)
     checks.check_flag("entropy_grad", entropy_grad)
     tokens = TokenValues.of("entropy", entropy, mask, cu_seqlens, grad=entropy_grad)
-    rows, h, valid = tokens.rows, tokens.zeroed(), tokens.valid()
-    sound = defined(h)
-    h = h * sound
-    ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
-    counts = tokens.counts()
-    if mode == "linear":
-        raw = 1 / larger(wide(h), entropy_floor) if inverse else h
-    elif mode == "softmax":
-        sign = -1.0 if inverse else 1.0
-        score = torch.where(valid, sign * h / temperature, -torch.inf)
-        # Relative to the scope's largest, so that nothing overflows, or vanishes beside a larger scope.
-        of_rows = torch.where(counts > 0, row_tops(score.detach(), rows), -torch.inf)
-        top = torch.full_like(of_rows, -torch.inf).scatter_reduce(0, ids, of_rows, "amax")
-        raw = (score - rows.expand(torch.where(top.isfinite(), top, 0)[ids])).exp()
-    elif mode == "rank":
-        score = torch.where(valid, -h if inverse else h, torch.inf)
-        raw = _ranks(score, rows.expand(ids)).to(h.dtype)
+    rows, h = tokens.rows, tokens.values
+    ids = None  # of one scope
+    if normalize != "batch" or groups is not None or group_size is not None:
+        ids = scope_of_rows(normalize, groups, group_size, rows.batch, entropy.device, "normalize")
+    rate: Number = 1.0
+    form = "linear"
+    if mode == "softmax":
+        form, rate = "exponential", (-1 if inverse else 1) / temperature
+    elif mode == "linear":
+        form = "inverse" if inverse else "linear"
     else:
-        raw = largest(-h if inverse else h, rows, ids, fraction).to(h.dtype)
-    raw = wide(torch.where(valid, raw * sound, 0))
-    if normalize == "row":
-        mean = tokens.means(raw, counts)
-    elif normalize == "batch":
-        mean = (raw.sum() / counts.sum().clamp(min=1)).expand(rows.batch)
-    else:
-        mean = _group_means(tokens.means(raw, counts), counts, ids, counts > 0)
-    mean = rows.expand(mean)
-    none = mean <= 0
-    out = torch.where(none, 1, raw / torch.where(none, 1, mean))
-    return torch.where(valid, out, 0).to(h.dtype)
+        score = -h.detach() if inverse else h.detach()
+        if mode == "rank":
+            place = scope_of_rows("batch", None, None, rows.batch, h.device) if ids is None else ids
+            score = torch.where(tokens.valid(), score, torch.inf)
+            raw = _ranks(score, rows.expand(place)).to(h.dtype)
+        else:
+            raw = largest(score, rows, ids, fraction).to(h.dtype)
+        h = raw * defined(h)
+    out: Tensor = scopes.scope_weights(h, rows.mask, rows.cu_seqlens, ids, form, rate, entropy_floor)[0]
+    return out
 
 
 def _ranks(x: Tensor, scopes: Tensor, descending: bool = False) -> Tensor:
@@ -721,18 +687,7 @@ def steer_weights(
         raise ValueError(f"high: got {high}, want at least low ({low})")
     valid = checks.as_mask(mask, metric.shape, metric.device, "metric")
     (x,) = checks.promote(metric.detach())
-    valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
     if not x.numel():
         return x
-    top = torch.where(valid, x, -torch.inf).amax()
-    if mode == "exp":
-        least = filled(x, low)
-        out = torch.maximum((least.log() / top.clamp(min=0.02) * x).exp(), least).clamp(max=1)
-    else:
-        least = torch.where(valid, x, torch.inf).amin()
-        span = top - least
-        equal = span == 0
-        bottom, most = filled(x, low), filled(x, high)
-        out = most - (x - least) * ((most - bottom) / torch.where(equal, 1, span))
-        out = torch.where(equal, (bottom + most) / 2, out)
-    return torch.where(valid, out, 0)
+    form = "exponential" if mode == "exp" else "linear"
+    return scopes.steered(scopes.as_rows(x), scopes.as_rows(valid), form, low, high).view(x.shape)

@@ -46,6 +46,14 @@ def add_pairs(a, a_rest, b, b_rest):
 
 
 @triton.jit
+def difference(a, b):
+    """a - b, and what the rounding has lost (Knuth)."""
+    total = a - b
+    part = total - a
+    return total, (a - (total - part)) - (b + part)
+
+
+@triton.jit
 def sum_pairs(pair):
     """The sum over all lanes, float64."""
     total, rest = tl.reduce((pair.sum, pair.rest), 0, add_pairs)

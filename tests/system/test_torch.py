@@ -24,8 +24,6 @@ PRODUCTS = ("linear_token_stats", "linear_token_stats_partial", "linear_token_lo
 # Plain tensor arithmetic, which has derivatives of every order.
 TWICE = (
     "budget_returns",
-    "entropy_bonus",
-    "entropy_weights",
     "step_progress",
     "step_progress discounted",
     "redistribute_outcome",
@@ -36,7 +34,6 @@ TWICE = (
     "running_mean",
     "running_sum",
     "unlikeliness_rewards",
-    "whiten",
 )
 LAYOUTS = pytest.mark.parametrize("layout", calls.LAYOUTS)
 

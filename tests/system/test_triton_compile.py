@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from once import once
-from triton_compile import LOGITS_KERNELS, TARGETS
+from triton_compile import LOGITS_KERNELS, SCOPES_KERNELS, TARGETS
 from triton_compile import __file__ as PROGRAM
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_scans_load_sixteen_bytes_and_meet_once_a_tile(compiled):
     The tiles of td, and of sums of steps, are in two loops, of which one is for rows with infinities. Float64 is
     for the maps of threads, and for the log-sums of soft minima, which are stored in it.
     """
-    scans = {row["kernel"] for row in compiled if row.get("per_thread")}
+    scans = {row["kernel"] for row in compiled if row.get("per_thread")} - set(SCOPES_KERNELS)
     assert len(scans) == 7
     for kernel in scans:
         rows = [r for r in compiled if r["kernel"] == kernel and "barriers" in r]
@@ -82,6 +82,19 @@ def test_scans_load_sixteen_bytes_and_meet_once_a_tile(compiled):
             assert row["barriers"] <= 24 * loops, row
             if row["types"].count("*fp64") <= 1 and "*fp32" in row["types"]:
                 assert row["float64"] <= {"extremes_kernel": 0}.get(kernel, 6 * row["per_thread"]), row
+
+
+@pytest.mark.parametrize("kernel", SCOPES_KERNELS)
+def test_tokens_relative_to_a_scope_move_sixteen_bytes(compiled, kernel):
+    """Threads do not wait for each other on the way, but where a part's first valid token is sought."""
+    rows = [r for r in compiled if r["kernel"] == kernel and "barriers" in r and "*fp32" in r["types"]]
+    assert {r["align"] for r in rows} == {0, 16}
+    for row in rows:
+        if row["align"] == 16:
+            assert ".v4.b32" in row["loads"], row
+            assert ".v4.b32" in row["stores"] or kernel == "parts_kernel", row
+        if kernel == "map_kernel":
+            assert row["barriers"] == row["float64"] == 0, row
 
 
 @pytest.mark.parametrize("kernel", LOGITS_KERNELS)

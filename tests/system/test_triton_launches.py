@@ -206,6 +206,65 @@ def test_launches_of_masks(monkeypatch, name, packed):
         assert [n for n in launched.names if n not in kernels] == others
 
 
+THREE = ["parts", "scopes", "map"]
+SCOPES = {
+    "whiten": (lambda x, r, g, **where: rewardops.whiten(x, where["mask"]), THREE, THREE),
+    "signed_group_normalize": (
+        lambda x, r, g, **where: rewardops.signed_group_normalize(x, r, g, **where), THREE, THREE,
+    ),
+    "entropy_weights": (
+        lambda x, r, g, **where: rewardops.entropy_weights(x, entropy_grad=True, **where), THREE, THREE,
+    ),
+    "softmax of a group": (
+        lambda x, r, g, **where: rewardops.entropy_weights(
+            x, mode="softmax", normalize="group", groups=g, entropy_grad=True, **where
+        ),
+        THREE, THREE,
+    ),
+    "entropy_bonus": (
+        lambda x, r, g, **where: rewardops.entropy_bonus(x, x, where["mask"]), ["map"], ["map"],
+    ),
+    "steer_weights": (lambda x, r, g, **where: rewardops.steer_weights(x, where["mask"]), THREE, []),
+    "advantage_logprob_cov": (
+        lambda x, r, g, **where: rewardops.advantage_logprob_cov(x, x, **where), THREE, [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_launches_of_what_is_relative_to_a_scope(monkeypatch, name, packed):
+    """One to three in either direction, and nothing else on the device but a sort of many rows."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import scopes
+
+    fn, forward, backward = SCOPES[name]
+    x, mask = torch.rand(6, 40), torch.ones(6, 40).bool()
+    rewards, groups = torch.tensor([1.0, 0.0] * 3), torch.tensor([3, 3, 3, 3, -1, -1])
+    cu = torch.arange(0, 241, 40) if packed else None
+    x, mask = (x.flatten(), mask.flatten()) if packed else (x, mask)
+    x.requires_grad_()
+    run = dispatch._run
+    with Launches(monkeypatch, scopes) as launched, rewardops.use_backend("triton"):
+
+        def counted(*args):
+            with launched:
+                return run(*args)
+
+        monkeypatch.setattr(dispatch, "_run", counted)
+        with _disable_current_modes():
+            out = fn(x, rewards, groups, mask=mask, cu_seqlens=cu)
+            assert launched.names == forward
+            launched.names.clear()
+            if backward:
+                torch.autograd.grad(out, x, torch.ones_like(out))
+                assert launched.names == backward
+            launched.names.clear()
+            monkeypatch.setattr(scopes, "SORTED", 5)
+            fn(x, rewards, groups, mask=mask, cu_seqlens=cu)
+            assert [n for n in launched.names if n != "sort"] == forward
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed", "long"])
 def test_a_scan_is_one_launch(monkeypatch, layout):
     """Two where a few long rows are cut; and its gradient as many."""

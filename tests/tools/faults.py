@@ -197,6 +197,12 @@ FAULTS = [
         "tests/ops/test_entropy.py", "matches_the_loop and triton",
     ),
     Fault(
+        "sums that cancel are not taken again in float64", "cancellation", "triton_kernels/scopes_standard.py",
+        "lost = (lost | (m.top < LEAST)) & (m.top > 0.0)",
+        "lost = (m.top < LEAST) & (m.top > 0.0)",
+        "tests/ops/test_entropy_scopes.py", "far_from_all_others and triton",
+    ),
+    Fault(
         "a NaN does not stay in the smallest return", "wrong comparison", "triton_kernels/scans.py",
         "tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)",
         "tl.minimum(a, b)",
@@ -301,6 +307,12 @@ FAULTS = [
         "block.count[c][k] = block.total[c][k] = block.through[c][k] = 0;",
         "block.count[c][k] = block.total[c][k] = 0;",
         "tests/ops/test_entropy.py", "test_matches_float64 and cpp",
+    ),
+    Fault(
+        "moments are merged as if their means were equal", "lost term", "csrc/cpu/scopes.cpp",
+        "a.squares + b.squares + apart * apart * (a.count * (b.count / count))",
+        "a.squares + b.squares",
+        "tests/ops/test_advantages_whiten.py", "hard_inputs and cpp and plain",
     ),
     Fault(
         "the id behind a block is that of a masked token", "dropped mask", f"{CPU}returns_steps.h",

@@ -28,6 +28,7 @@ from unittest import mock
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 LOGITS_KERNELS = ("token_stats_kernel", "token_stats_mixture_kernel", "token_stats_backward_kernel")
+SCOPES_KERNELS = ("parts_kernel", "map_kernel")
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 if THOROUGH:
     TARGETS |= {f"sm_{code}": ("cuda", code, 32) for code in (80, 100, 103, 120)}
@@ -213,6 +214,37 @@ def of_entropy() -> None:
         entropy.gtpo_rewards_backward(values, a)
 
 
+def of_scopes() -> None:
+    from rewardops.triton_kernels import scopes
+
+    from rewardops.reference.scopes import FORMS, BonusArgs, StandardizedArgs, WeightsArgs
+
+    groups, rewards = per_row()
+    for values, mask, cu in layouts():
+        for of_tokens, of_rows, outcomes, flag in (
+            (None, None, None, True),
+            (values, None, None, False),
+            (None, groups, rewards, True),
+        ):
+            a = StandardizedArgs(
+                values, of_tokens, mask, cu, of_rows, outcomes, 0.0, 1e-8, 1, flag, flag, flag
+            )
+            _, statistics = scopes.standardized(a)
+            scopes.standardized_backward(values, statistics, a)
+        for form, of_rows in zip(FORMS, (None, groups, None), strict=True):
+            b = WeightsArgs(values, mask, cu, of_rows, form, 1.0, 1e-2)
+            _, statistics = scopes.scope_weights(b)
+            scopes.scope_weights_backward(values, statistics, b)
+        scopes.covariance_terms(values, values, mask, cu)
+    for values, mask, cu in layouts():
+        if cu is None:
+            bonus = BonusArgs(values, values, mask, 0.4, 2.0)
+            scopes.capped_bonus(bonus)
+            scopes.capped_bonus_backward(values, bonus)
+            for form in ("linear", "exponential"):
+                scopes.steered(values, mask, form, 0.8, 1.2)
+
+
 def of_segments() -> None:
     from rewardops.triton_kernels import segments, selection
 
@@ -312,7 +344,7 @@ def of_trees() -> None:
         tree.tree_values(TreeArgs(groups - 1, rewards.double(), visits, reduce, 0.5, 1))
 
 
-TABLES = (of_logits, of_kl, of_advantages, of_entropy, of_segments, of_returns, of_td, of_trees)
+TABLES = (of_logits, of_kl, of_advantages, of_entropy, of_scopes, of_segments, of_returns, of_td, of_trees)
 
 
 def specialise(kernel, args, kwargs):

@@ -12,6 +12,7 @@
 #include "rewardops/logits.h"
 #include "rewardops/returns.h"
 #include "rewardops/rows.h"
+#include "rewardops/scopes.h"
 #include "rewardops/segments.h"
 #include "rewardops/td.h"
 
@@ -19,6 +20,8 @@ namespace rewardops::cpu {
 
 // Tokens per chunk, where a few long rows are scanned in chunks; independent of the number of threads.
 constexpr int64_t kScanChunk = 1 << 15;
+// Tokens per part of a row in the sums of a scope.
+constexpr int64_t kScopeBlock = 4096;
 // Positions per item of gtpo.
 constexpr int64_t kGtpoBlock = 512;
 
@@ -40,6 +43,7 @@ struct Scan {
 #define REWARDOPS_SEGMENTS_KERNELS(X) X(row_sums, RowSumsArgs)
 #define REWARDOPS_ENTROPY_KERNELS(X)  /* items: groups x blocks of kGtpoBlock positions */ \
   X(gtpo, GtpoArgs) X(gtpo_backward, GtpoArgs)
+#define REWARDOPS_SCOPES_KERNELS(X) X(scope_parts, ScopesArgs) X(scope_map, ScopesArgs)  /* items: parts of rows */
 #define REWARDOPS_TD_KERNELS(X)  /* the parts of a scan */ \
   X(td_rows, TdArgs) X(td_aggregates, TdArgs) X(td_carries, TdArgs) X(td_chunks, TdArgs) X(td_joins, TdArgs)
 #define REWARDOPS_RETURNS_KERNELS(X)  /* the parts of two scans, then rows */                                       \
@@ -51,7 +55,7 @@ struct Scan {
   X(softmin_rewards, ReturnsArgs) X(softmin_rewards_backward, ReturnsArgs)
 #define REWARDOPS_TYPED_KERNELS(X)                                                                                  \
   REWARDOPS_KL_KERNELS(X) REWARDOPS_ADVANTAGES_KERNELS(X) REWARDOPS_SEGMENTS_KERNELS(X) REWARDOPS_ENTROPY_KERNELS(X) \
-  REWARDOPS_TD_KERNELS(X) REWARDOPS_RETURNS_KERNELS(X)
+  REWARDOPS_SCOPES_KERNELS(X) REWARDOPS_TD_KERNELS(X) REWARDOPS_RETURNS_KERNELS(X)
 // clang-format on
 
 // The kernels of one precision.
