@@ -144,7 +144,7 @@ COUNTS = {
 def test_launches_of_group_advantages(monkeypatch, name):
     """One to three in either direction, whatever the number of rows and groups, and nothing else on the device."""
     pytest.importorskip("triton")
-    from rewardops.triton_kernels import advantages
+    from rewardops.triton_kernels import advantages, advantages_tokens
 
     from rewardops.reference.advantages import AdvantagesArgs
 
@@ -159,7 +159,7 @@ def test_launches_of_group_advantages(monkeypatch, name):
     }
     rows, width = 8, options["width"]
     if "sort" in options:
-        monkeypatch.setattr(advantages, "SORTED", rows - 1)
+        monkeypatch.setattr(advantages_tokens, "SORTED", rows - 1)
     rewards, groups = torch.randn(rows), torch.arange(rows) // 4
     mask, cu, tokens = None, None, rewards
     if width:
@@ -171,7 +171,7 @@ def test_launches_of_group_advantages(monkeypatch, name):
         rewards, groups, None, None, mask, cu, count, options["baseline"], 0.0, options["scale"], 1e-6, 1, False,
         options["contiguous"],
     )  # fmt: skip
-    with Launches(monkeypatch, advantages) as launched:
+    with Launches(monkeypatch, advantages, advantages_tokens) as launched:
         _, inv_scale, numerator = advantages.group_advantages(args)
         assert launched.names == forward
         launched.names.clear()

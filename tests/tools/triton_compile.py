@@ -208,9 +208,10 @@ def of_entropy() -> None:
 
     groups, rewards = per_row()
     for values, mask, cu in layouts():
-        a = GtpoArgs(rewards, values, groups, mask, cu, 1.0, 0.1, 0.0, 1e-2)
-        entropy.gtpo_rewards(a)
-        entropy.gtpo_rewards_backward(values, a)
+        for contiguous in (False, True):
+            a = GtpoArgs(rewards, values, groups, mask, cu, 1.0, 0.1, 0.0, 1e-2, contiguous)
+            entropy.gtpo_rewards(a)
+            entropy.gtpo_rewards_backward(values, a)
 
 
 def of_segments() -> None:
