@@ -1,8 +1,8 @@
 """Entropy weighting on the GPU: sums over the rows of a group at each position.
 
 Memory traffic, forward: entropies and mask once, one write. Backward: gradients too, and once more with the mask
-for the sums of rows. In groups of more rows than a thread holds, the rows beyond are read twice, the second time
-from the cache.
+for the sums of rows. All rows of a group but a few are read twice, the
+second time from the cache.
 
 Every row has a program; the programs of a group share the tiles of its positions, and read all of its rows there.
 """
@@ -26,8 +26,9 @@ from .tiles import empty_tokens, is_aligned, write_gaps
 
 WARPS = 2
 BLOCK = 64 if INTERPRETED else 4 * 32 * WARPS  # positions that a program takes at once, four a thread
-HELD = Constant(2 if INTERPRETED else 8)  # rows of a group that stay in registers
-AT_ONCE = Constant(2 if INTERPRETED else 4)  # rows that are loaded together beyond
+AT_ONCE = Constant(
+    2 if INTERPRETED else 4
+)  # rows of a group that are loaded together; the first stay in registers
 FEW = Constant(16 if INTERPRETED else 64)  # labels read at once to find a group
 # What stands for the entropy of a token that is not valid; one that is not finite counts as NaN.
 MASKED = Constant(float("-inf"))
@@ -89,6 +90,7 @@ class Scale(NamedTuple):
     base: Any
     gain: Any
     mass: Any  # 1 where all weights are 0
+    slope: Any  # gain / mass
     mean: Any  # of the upstream gradients, weighted; a pair
 
 
@@ -169,7 +171,7 @@ def scale_of(sums, sign, settings):
     mean = (sums.through.sum + sums.through.rest) / safe
     left = fused(-mean, sums.mass.sum, sums.through.sum) + (sums.through.rest - mean * sums.mass.rest)
     gain = tl.where(even, 0.0, sign * settings.share * sums.count)
-    return Scale(tl.where(even, sign * settings.share, 0.0), gain, safe, Pair(mean, left / safe))
+    return Scale(tl.where(even, sign * settings.share, 0.0), gain, safe, gain / safe, Pair(mean, left / safe))
 
 
 @triton.jit
@@ -179,13 +181,12 @@ def write_row(
     """The results of a row of a class."""
     weight = weight_of(held.entropy, RIGHT, settings.floor)
     if BACKWARD:
-        value = scale.gain * ((held.up - scale.mean.sum) - scale.mean.rest)
+        value = scale.slope * ((held.up - scale.mean.sum) - scale.mean.rest)
         if RIGHT:
-            value = value / scale.mass
             constant = held.entropy < 0.0
         else:
             # The derivative of a weight is -1 / H^2.
-            value = -value * (weight / scale.mass) * weight
+            value = -value * weight * weight
             constant = held.entropy <= settings.floor
         value = tl.where(constant, 0.0, value)
     else:
@@ -302,7 +303,7 @@ def gtpo_kernel(
         rights = Sums(zero, Pair(zero, zero), Pair(zero, zero))
         wrongs = Sums(zero, Pair(zero, zero), Pair(zero, zero))
         held = load_rows(
-            group.begin, at, group, tokens, settings, HELD, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
+            group.begin, at, group, tokens, settings, AT_ONCE, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
         )
         rights, wrongs = add_rows(
             rights,
@@ -318,7 +319,7 @@ def gtpo_kernel(
             BACKWARD,
             ALIGNED,
         )
-        for place in range(group.begin + HELD, group.end, AT_ONCE):
+        for place in range(group.begin + AT_ONCE, group.end, AT_ONCE):
             more = load_rows(
                 place, at, group, tokens, settings, AT_ONCE, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
             )
@@ -353,7 +354,7 @@ def gtpo_kernel(
             BACKWARD,
             ALIGNED,
         )
-        for place in range(group.begin + HELD, group.end, AT_ONCE):
+        for place in range(group.begin + AT_ONCE, group.end, AT_ONCE):
             more = load_rows(
                 place, at, group, tokens, settings, AT_ONCE, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
             )
