@@ -26,9 +26,6 @@ from .tiles import empty_tokens, is_aligned, write_gaps
 
 WARPS = 2
 BLOCK = 64 if INTERPRETED else 4 * 32 * WARPS  # positions that a program takes at once, four a thread
-AT_ONCE = Constant(
-    2 if INTERPRETED else 4
-)  # rows of a group that are loaded together; the first stay in registers
 FEW = Constant(16 if INTERPRETED else 64)  # labels read at once to find a group
 # What stands for the entropy of a token that is not valid; one that is not finite counts as NaN.
 MASKED = Constant(float("-inf"))
@@ -119,14 +116,23 @@ def row_at(
 
 
 @triton.jit
+def first_token(x, stride, row, PACKED: tl.constexpr):
+    """Pointer to a row's first token."""
+    if PACKED:
+        return x + row.offset
+    else:
+        return x + row.number * stride
+
+
+@triton.jit
 def load_row(
     row, at, tokens,
-    BACKWARD: tl.constexpr, HAS_MASK: tl.constexpr, ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BACKWARD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     inside = at < row.length
-    entropy = tokens.entropy + row.offset + row.number * tokens.entropy_stride
-    mask = tokens.mask + row.offset + row.number * tokens.mask_stride
-    grad = tokens.grad + row.offset + row.number * tokens.grad_stride
+    entropy = first_token(tokens.entropy, tokens.entropy_stride, row, PACKED)
+    mask = first_token(tokens.mask, tokens.mask_stride, row, PACKED)
+    grad = first_token(tokens.grad, tokens.grad_stride, row, PACKED)
     if ALIGNED:
         entropy, mask, grad = tl.multiple_of(entropy, 16), tl.multiple_of(mask, 16), tl.multiple_of(grad, 16)
     h = tl.load(entropy + at, mask=inside, other=0.0)
@@ -176,8 +182,9 @@ def scale_of(sums, sign, settings):
 
 @triton.jit
 def write_row(
-    row, held, scale, at, tokens, settings, RIGHT: tl.constexpr, BACKWARD: tl.constexpr, ALIGNED: tl.constexpr
-):
+    row, held, scale, at, tokens, settings,
+    RIGHT: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """The results of a row of a class."""
     weight = weight_of(held.entropy, RIGHT, settings.floor)
     if BACKWARD:
@@ -194,7 +201,7 @@ def write_row(
         if RIGHT:
             base = settings.outcome * row.reward
         value = (base + scale.base) + scale.gain * (weight / scale.mass)
-    out = tokens.out + row.offset + row.number * tokens.out_stride
+    out = first_token(tokens.out, tokens.out_stride, row, PACKED)
     if ALIGNED:
         out = tl.multiple_of(out, 16)
     tl.store(out + at, tl.where(held.entropy == MASKED, 0.0, value), mask=at < row.length)
@@ -210,7 +217,7 @@ def load_rows(
     every = ()
     for i in tl.static_range(COUNT):
         row = row_at(place + i, group, tokens, settings, ORDERED, PACKED, ALIGNED)
-        every = every + (load_row(row, at, tokens, BACKWARD, HAS_MASK, ALIGNED),)  # noqa: RUF005 (no stars)
+        every = every + (load_row(row, at, tokens, PACKED, HAS_MASK, BACKWARD, ALIGNED),)  # noqa: RUF005 (no stars)
     return every
 
 
@@ -235,9 +242,9 @@ def write_rows(
     for i in tl.static_range(len(held)):
         row = row_at(place + i, group, tokens, settings, ORDERED, PACKED, ALIGNED)
         if row.right:
-            write_row(row, held[i], of_right, at, tokens, settings, True, BACKWARD, ALIGNED)
+            write_row(row, held[i], of_right, at, tokens, settings, True, PACKED, BACKWARD, ALIGNED)
         else:
-            write_row(row, held[i], of_wrong, at, tokens, settings, False, BACKWARD, ALIGNED)
+            write_row(row, held[i], of_wrong, at, tokens, settings, False, PACKED, BACKWARD, ALIGNED)
 
 
 @triton.jit
@@ -272,6 +279,8 @@ def gtpo_kernel(
 ):  # fmt: skip
     """Program (p, k): of the group at place p those tiles that fall to its row, and of these k, k + parts, ..."""
     ACC: tl.constexpr = entropy.dtype.element_ty
+    # Rows that are loaded together; the first stay in registers.
+    AT_ONCE: tl.constexpr = 2 if BACKWARD else 4
     p = tl.program_id(0)
     k = tl.program_id(1)
     settings = Settings(

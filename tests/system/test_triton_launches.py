@@ -179,6 +179,26 @@ def test_launches_of_group_advantages(monkeypatch, name):
         assert launched.names == backward
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_launches_of_gtpo(monkeypatch, contiguous, packed):
+    """One, or two where rows are sorted; and two backward."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import advantages_tokens, entropy
+
+    from rewardops.reference.entropy import GtpoArgs
+
+    x, cu = torch.rand(8, 5), torch.arange(0, 41, 5) if packed else None
+    x = x.flatten() if packed else x
+    args = GtpoArgs(torch.rand(8), x, torch.arange(8) // 4, x > 0.1, cu, 1.0, 0.1, 0.5, 0.01, contiguous)
+    with Launches(monkeypatch, advantages_tokens, entropy) as launched:
+        entropy.gtpo_rewards(args)
+        assert launched.names == ([] if contiguous else ["prepare"]) + ["gtpo"]
+        launched.names.clear()
+        entropy.gtpo_rewards_backward(x, args)
+        assert launched.names == ["prepare", "gtpo"]
+
+
 @pytest.mark.parametrize("name", ["high_entropy_mask", "clip_cov_mask", "kl_cov_mask"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_launches_of_masks(monkeypatch, name, packed):
