@@ -229,11 +229,13 @@ def test_launches_of_masks(monkeypatch, name, packed):
 def test_a_scan_is_one_launch(monkeypatch, layout):
     """Two where a few long rows are cut; and its gradient as many."""
     pytest.importorskip("triton")
-    from rewardops.triton_kernels import returns, softmin, td
+    from rewardops.triton_kernels import returns, returns_backward, softmin, td
 
     if layout == "long" and torch.cuda.is_available():
         pytest.skip("chunks are longer there")
-    launched = Launches(monkeypatch, td, returns, softmin)  # of kernels alone, as it is not opened
+    launched = Launches(
+        monkeypatch, td, returns, returns_backward, softmin
+    )  # of kernels alone, as it is not opened
     rows, width = (1, 600) if layout == "long" else (6, 32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.rand(rows, width, device=device)
@@ -245,10 +247,15 @@ def test_a_scan_is_one_launch(monkeypatch, layout):
     with dispatch.use_backend("triton"):
         out = rewardops.gae(x, x, gamma=0.9, lam=0.9, **where)
         torch.autograd.grad(out.advantages.sum() + out.returns.sum(), x)
-        with torch.no_grad():
-            rewardops.min_returns(x, **where)
+        torch.autograd.grad(rewardops.min_returns(x, **where).sum(), x)
     cut = 2 if layout == "long" else 1
-    assert Counter(launched.names) == {"td": cut, "td_backward": cut, "extremes": cut}
+    assert Counter(launched.names) == {
+        "td": cut, "td_backward": cut, "extremes": cut, "returns_backward": cut,
+    }  # fmt: skip
+    launched.names.clear()
+    with dispatch.use_backend("triton"):
+        torch.autograd.grad(rewardops.softmin_returns(x, **where).sum(), x)
+    assert launched.names == ["softmin_returns"] + ["returns_backward"] * cut
     launched.names.clear()
     with dispatch.use_backend("triton"), torch.no_grad():
         for soft in (rewards for name, rewards in vars(rewardops).items() if name.startswith("softmin_re")):

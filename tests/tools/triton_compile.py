@@ -235,7 +235,7 @@ def of_segments() -> None:
 
 def of_returns() -> None:
     import torch
-    from rewardops.triton_kernels import returns
+    from rewardops.triton_kernels import returns, returns_backward
 
     from rewardops.reference.returns import ReturnsArgs
 
@@ -243,8 +243,14 @@ def of_returns() -> None:
         for steps in (None, values > 0, values.long()):
             a = ReturnsArgs(values, mask, cu, steps)
             for chunks in (1, 2) if steps is not None and steps.dtype is torch.int64 else (1,):
-                with mock.patch.object(returns, "chunk_of", return_value=values.shape[-1] // chunks):
+                chunk = mock.Mock(return_value=values.shape[-1] // chunks)
+                with (
+                    mock.patch.multiple(returns, chunk_of=chunk),
+                    mock.patch.multiple(returns_backward, chunk_of=chunk),
+                ):
                     returns.extreme_returns(a, False)
+                    returns.extreme_returns_backward(values, values, a, False)
+                    returns.softmin_returns_backward(values, values.double(), a, 0.1)
             returns.softmin_returns(a, 0.1, True)
             returns.softmin_rewards(a, 0.1, True)
             returns.softmin_rewards_backward(values, a, 0.1, True)
