@@ -132,7 +132,8 @@ def scan_row(
         result = load_tokens(p.result, tile, PER, ALIGNED)
         ends = load_step_ends_ahead(p.steps, p.mask, valid, tile, row.length, KIND, HAS_MASK, PER, ALIGNED, T)
         falls = ()
-        takes = ends
+        takes = ()  # tokens that have a gradient
+        weights = ()
         slope = wide + 1.0
         if SOFT:
             some = tl.zeros([T], tl.int32)
@@ -145,12 +146,15 @@ def scan_row(
             for k in tl.static_range(PER):
                 falls = falls + (fall_of(result[k] - here, ACC),)  # noqa: RUF005 (the compiler knows no stars)
                 here = tl.where(valid[k], result[k], here)
+                counts = ends[k] & (tl.abs(result[k]) != float("inf"))
+                weight = tl.exp((-r[k].to(tl.float64) * inverse - result[k]).to(ACC))
+                takes = takes + (counts,)  # noqa: RUF005
+                weights = weights + (weight,)  # noqa: RUF005
             log_sum = following
             change = here - before
             # Of all tokens at once, so that rounding does not add up over threads.
             slope = tl.where(change == change, tl.exp(tl.where(change > 0.0, 0.0, change)), 0.0)
         else:
-            takes = ()
             for k in tl.static_range(PER):
                 same = (r[k] == result[k]) | ((r[k] != r[k]) & (result[k] != result[k]))
                 takes = takes + (ends[k] & same,)  # noqa: RUF005
@@ -169,10 +173,7 @@ def scan_row(
             odd = tl.where(valid[k], odd + s.sum * 0.0, odd)
             value = s.sum + s.rest
             if SOFT:
-                finite = ends[k] & (tl.abs(result[k].to(ACC)) < float("inf"))
-                finite = finite | (ends[k] & (result[k] != result[k]))
-                weight = tl.exp((-r[k].to(tl.float64) * inverse - result[k]).to(ACC))
-                value = tl.where(finite, weight * tl.where(finite, value, 0.0), 0.0)
+                value = tl.where(takes[k], weights[k] * tl.where(takes[k], value, 0.0), 0.0)
             else:
                 value = tl.where(takes[k], value, 0.0)
                 s = where_pair(takes[k], Pair(zero, zero), s)
