@@ -89,7 +89,7 @@ def gtpo_rewards(
     tokens = checks.token_layout("entropy", entropy, mask, cu_seqlens)
     checks.check_shape("rewards", rewards, (tokens.batch,), "one per row of entropy")
     checks.check_device("entropy", entropy, rewards.device, "rewards")
-    groups = group_ids(groups, group_size, tokens.batch, rewards.device, "rewards")
+    ids = group_ids(groups, group_size, tokens.batch, rewards.device, "rewards")
     alpha1 = checks.check_finite("alpha1", alpha1)
     alpha2 = checks.check_finite("alpha2", alpha2)
     threshold = _threshold(positive)
@@ -99,13 +99,14 @@ def gtpo_rewards(
     out: Tensor = ops.gtpo_rewards(
         rewards,
         entropy,
-        groups,
+        ids,
         tokens.mask,
         tokens.cu_seqlens,
         alpha1,
         alpha2,
         threshold,
         entropy_floor,
+        groups is None,
     )
     return out
 

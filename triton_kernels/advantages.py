@@ -19,10 +19,11 @@ from .advantages_tokens import (
     BLOCK,
     LIVES,
     NOTHING,
-    ROWS_AT_ONCE,
     SUMS,
-    prepare_kernel,
+    Prepared,
+    prepare_rows,
     spread_kernel,
+    whole_lines,
 )
 from .group_statistics import (
     BATCH_RECORD,
@@ -36,7 +37,7 @@ from .group_statistics import (
     first_with_reward,
     group_statistics,
 )
-from .groups import ROWS, SortedRows, begins_group, group_from, load_members
+from .groups import SortedRows, begins_group, group_from, load_members
 from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits, unpair
 from .rows import Rows, as_bytes, dense, stride
 
@@ -44,8 +45,6 @@ from .rows import Rows, as_bytes, dense, stride
 FEW = 16 if INTERPRETED else 64
 TILE = 64 if INTERPRETED else 256
 BATCH_TILE = 64 if INTERPRETED else 1024  # rows that the program of the batch reads at once
-# Rows from which on a sort costs less than placing each among all.
-SORTED = 100 if INTERPRETED else 8192
 
 
 class Outputs(NamedTuple):
@@ -141,16 +140,6 @@ def group_advantages_kernel(
 # ---- launch ------------------------------------------------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """What the programs of groups read: sorted rows, rows with a token, sums of the gradients of tokens."""
-
-    labels: Tensor
-    order: Tensor | None  # None: rows are sorted
-    live: Tensor | None  # None: all rows are members
-    sums: Tensor | None
-    parts: int
-
-
 def _is_relative(a: AdvantagesArgs) -> bool:
     """Whether advantages depend on the group."""
     return a.raw or a.scale != "none" or a.baseline not in ("none", "values")
@@ -163,42 +152,11 @@ def _rows(a: AdvantagesArgs) -> Rows:
     return Rows.of(a.token_shape, a.cu_seqlens, a.rewards)
 
 
-def _aligned(rows: Rows, numbers: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether rows of numbers begin and end at multiples of 16 bytes, and rows of the mask at multiples of 4."""
-    if rows.packed or numbers is None:
-        return False
-    size = numbers.element_size()
-    places = numbers.data_ptr() | stride(numbers) * size | rows.width * size
-    return places % 16 == 0 and (mask is None or (mask.data_ptr() | stride(mask)) % 4 == 0)
-
-
 def _prepare(a: AdvantagesArgs, rows: Rows, grad: Tensor | None, mask: Tensor | None) -> Prepared:
-    """One launch, where anything is to do; a sort before it for many rows in any order."""
-    labels, order, ranked, batch = a.groups.contiguous(), None, 0, rows.batch
-    sorted_labels = labels
-    if not a.contiguous and _is_relative(a):
-        if batch > SORTED:
-            sorted_labels, order = labels.sort(stable=True)
-        else:
-            sorted_labels, order = torch.empty_like(labels), torch.empty_like(labels)
-            ranked = cdiv(batch, ROWS.value)
-    kind, parts, programs, live, sums = NOTHING, 1, 0, None, None
-    if a.token_shape is not None and grad is not None:
-        kind, programs = SUMS, batch
-        parts = splits(a.rewards, batch, max(1, cdiv(rows.width, BLOCK)))
-        live, sums = (a.rewards.new_empty((parts, batch), dtype=d) for d in (torch.uint8, torch.float64))
-    elif a.token_shape is not None:
-        kind, programs = LIVES, cdiv(batch, ROWS_AT_ONCE)
-        live = a.rewards.new_empty((1, batch), dtype=torch.uint8)
-    if ranked or programs:
-        prepare_kernel[(ranked + programs, parts)](
-            labels, pointer(order, labels), sorted_labels, pointer(grad, a.rewards), pointer(mask, labels), rows.cu,
-            pointer(live, labels), pointer(sums, a.rewards), batch, ranked, stride(mask), stride(grad), rows.width,
-            rows.total, parts,
-            KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None,
-            ALIGNED=_aligned(rows, grad, mask), BLOCK=BLOCK, **BITS,
-        )  # fmt: skip
-    return Prepared(sorted_labels, order, live, sums, parts)
+    kind = NOTHING if a.token_shape is None else LIVES if grad is None else SUMS
+    return prepare_rows(
+        a.groups, a.rewards, rows, grad, mask, sort=_is_relative(a) and not a.contiguous, kind=kind
+    )
 
 
 def _options(a: AdvantagesArgs, p: Prepared) -> dict[str, Any]:
@@ -249,7 +207,7 @@ def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
             rewards if alone else per_row, pointer(values, rewards), pointer(mask, rewards), rows.cu, out,
             inv_scale, numerators, rows.batch, stride(mask), rows.width, rows.total, stride(out), parts,
             ALONE=alone, HAS_VALUES=values is not None, PACKED=rows.packed, HAS_MASK=mask is not None,
-            ALIGNED=_aligned(rows, out, mask), BLOCK=BLOCK, **BITS,
+            ALIGNED=whole_lines(rows, out, mask), BLOCK=BLOCK, **BITS,
         )  # fmt: skip
     return out, inv_scale, numerators
 

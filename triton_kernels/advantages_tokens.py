@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .arithmetic import Pair, add_pairs, sum_pairs
-from .groups import LOOK, RowTokens, have_token, place_rows
-from .launch import INTERPRETED, Constant
-from .rows import load_valid, row_bounds, to_boundary
+from .groups import LOOK, ROWS, RowTokens, have_token, place_rows
+from .launch import BITS, INTERPRETED, Constant, cdiv, pointer, splits
+from .rows import Rows, load_valid, row_bounds, stride, to_boundary
 
 BLOCK = 64 if INTERPRETED else 1024
+# Rows from which on a sort costs less than placing each among all.
+SORTED = 100 if INTERPRETED else 8192
 ROWS_AT_ONCE = 4  # rows whose first valid tokens one program seeks
 AT_ONCE = Constant(ROWS_AT_ONCE)
 # What is found of tokens.
@@ -186,3 +190,62 @@ def spread_kernel(
             live = have_token(row, row < batch, tokens, LOOK, PACKED, HAS_MASK)
             tl.store(inv_scales + row, live.to(inv_scales.dtype.element_ty))
             tl.store(numerators + row, tl.where(live, value, 0.0))
+
+
+# ---- launch ------------------------------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """What the programs of groups read: sorted rows, rows with a token, sums of the gradients of tokens."""
+
+    labels: Tensor
+    order: Tensor | None  # None: rows are sorted
+    live: Tensor | None  # None: all rows are members
+    sums: Tensor | None
+    parts: int
+
+
+def whole_lines(rows: Rows, numbers: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether rows of numbers begin and end at multiples of 16 bytes, and rows of the mask at multiples of 4."""
+    if rows.packed or numbers is None:
+        return False
+    size = numbers.element_size()
+    places = numbers.data_ptr() | stride(numbers) * size | rows.width * size
+    return places % 16 == 0 and (mask is None or (mask.data_ptr() | stride(mask)) % 4 == 0)
+
+
+def prepare_rows(
+    groups: Tensor,
+    rewards: Tensor,
+    rows: Rows,
+    grad: Tensor | None,
+    mask: Tensor | None,
+    *,
+    sort: bool,
+    kind: int,
+) -> Prepared:
+    """Sort the rows, and find of their tokens what ``kind`` says: one launch, after a sort of many rows."""
+    labels, order, ranked, batch = groups.contiguous(), None, 0, rows.batch
+    sorted_labels = labels
+    if sort and batch > SORTED:
+        sorted_labels, order = labels.sort(stable=True)
+    elif sort:
+        sorted_labels, order = torch.empty_like(labels), torch.empty_like(labels)
+        ranked = cdiv(batch, ROWS.value)
+    parts, programs, live, sums = 1, 0, None, None
+    if kind == SUMS:
+        programs = batch
+        parts = splits(rewards, batch, max(1, cdiv(rows.width, BLOCK)))
+        live, sums = (rewards.new_empty((parts, batch), dtype=d) for d in (torch.uint8, torch.float64))
+    elif kind == LIVES:
+        programs = cdiv(batch, ROWS_AT_ONCE)
+        live = rewards.new_empty((1, batch), dtype=torch.uint8)
+    if ranked or programs:
+        prepare_kernel[(ranked + programs, parts)](
+            labels, pointer(order, labels), sorted_labels, pointer(grad, rewards), pointer(mask, labels), rows.cu,
+            pointer(live, labels), pointer(sums, rewards), batch, ranked, stride(mask), stride(grad), rows.width,
+            rows.total, parts,
+            KIND=kind, PACKED=rows.packed, HAS_MASK=mask is not None,
+            ALIGNED=whole_lines(rows, grad, mask), BLOCK=BLOCK, **BITS,
+        )  # fmt: skip
+    return Prepared(sorted_labels, order, live, sums, parts)

@@ -14,7 +14,6 @@ import triton.language as tl
 from .launch import INTERPRETED, Constant
 from .rows import row_bounds
 
-LABELS = 64 if INTERPRETED else 1024  # labels read at once by `next_member`
 ROWS = Constant(8 if INTERPRETED else 16)  # rows that one program places
 COUNTED = Constant(32 if INTERPRETED else 256)  # labels that it compares them with at once
 LOOK = Constant(16 if INTERPRETED else 1024)  # tokens of a mask read at once
@@ -56,20 +55,6 @@ class RowTokens(NamedTuple):
     mask_stride: Any  # between padded rows; 0 for packed ones
     width: Any  # of a padded row
     total: Any  # tokens of all rows
-
-
-@triton.jit
-def next_member(groups, label, after, batch, BLOCK: tl.constexpr):
-    """The first row after row ``after`` with that label; ``batch`` where there is none."""
-    start = (after + 1) // BLOCK * BLOCK
-    member = start * 0 + batch
-    while (start < batch) & (member == batch):
-        rows = start + tl.arange(0, BLOCK)
-        labels = tl.load(groups + rows, mask=rows < batch, other=0)
-        hit = (rows < batch) & (rows > after) & (labels == label)
-        member = tl.min(tl.where(hit, rows, batch), 0)
-        start += BLOCK
-    return member
 
 
 @triton.jit
@@ -156,15 +141,30 @@ def over_members(
 
 
 @triton.jit
-def end_of_group(labels, begin, label, batch, FIRST: tl.constexpr, TILE: tl.constexpr):
-    """One past the last place of the group that begins at place ``begin``; most groups end within FIRST places."""
-    end = begin + count_same(labels, begin, label, batch, FIRST)
-    more = end == begin + FIRST
+def end_of_group(
+    labels, begin, label, batch, FIRST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr = 1
+):
+    """One past the last place of the group of place ``begin``; most groups end within FIRST places.
+
+    With a STEP of -1 one before its first place.
+    """
+    count = count_same(labels, begin, label, batch, STEP, FIRST)
+    end = begin + count * STEP
+    more = count == FIRST
     while more:
-        count = count_same(labels, end, label, batch, TILE)
-        end += count
+        count = count_same(labels, end, label, batch, STEP, TILE)
+        end += count * STEP
         more = count == TILE
     return end
+
+
+@triton.jit
+def count_same(labels, begin, label, batch, STEP: tl.constexpr, TILE: tl.constexpr):
+    """The places of a group among TILE places from ``begin`` on."""
+    place = begin + tl.arange(0, TILE) * STEP
+    exists = (place >= 0) & (place < batch)
+    same = (tl.load(labels + place, mask=exists, other=0) == label) & exists
+    return tl.sum(same.to(tl.int32), 0)
 
 
 @triton.jit
@@ -180,7 +180,8 @@ def group_from(rows, begin, label, FIRST: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def count_same(labels, begin, label, batch, TILE: tl.constexpr):
-    place = begin + tl.arange(0, TILE)
-    same = (tl.load(labels + place, mask=place < batch, other=0) == label) & (place < batch)
-    return tl.sum(same.to(tl.int32), 0)
+def group_around(rows, place, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """The group of a place of the sorted rows."""
+    label = tl.load(rows.labels + place)
+    before = end_of_group(rows.labels, place, label, rows.batch, FIRST, TILE, -1)
+    return Group(rows, before + 1, end_of_group(rows.labels, place, label, rows.batch, FIRST, TILE))

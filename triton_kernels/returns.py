@@ -1,4 +1,4 @@
-"""Returns on the GPU: the smallest or largest step reward to come, and gradients that are compositions of scans.
+"""Returns on the GPU: the smallest or largest step reward to come.
 
 Memory traffic, forward: rewards, mask and steps once, one write. Blocks are read from the right, in decreasing
 time, so that every reverse scan is a forward one.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.rows import Layout, batch_of
 from ..reference.returns import ReturnsArgs
-from ..reference.td import TdArgs, sums_between
-from ..reference.td import step_ends as step_ends_of
 from .launch import BITS, Constant, cdiv, pointer
+from .returns_backward import extreme_returns_backward, softmin_returns_backward
 from .rows import Rows, as_bytes, dense, stride
 from .scans import (
     AGGREGATES,
@@ -34,7 +31,6 @@ from .scans import (
 )
 from .softmin import softmin_returns, softmin_rewards, softmin_rewards_backward
 from .steps import IDS, NO_STEP, as_pointer, kind_of, load_step_ends, step_id_after
-from .td import prefix_scan, td_scan
 from .tiles import (
     EACH,
     THREADS,
@@ -185,32 +181,3 @@ def extreme_returns(a: ReturnsArgs, largest: bool) -> Tensor:
 
     scan_in_stages(launch, chunks)
     return out
-
-
-def _ends(a: ReturnsArgs) -> tuple[Layout, Tensor]:
-    """The layout, and flags of the tokens that end a step."""
-    rows = Layout(batch_of(a.rewards.shape, a.cu_seqlens), tuple(a.rewards.shape), a.mask, a.cu_seqlens)
-    if a.steps is None:
-        return rows, rows.valid(a.rewards.device)
-    return rows, step_ends_of(td_scan, a.steps, rows)
-
-
-def extreme_returns_backward(grad: Tensor, returns: Tensor, a: ReturnsArgs, largest: bool) -> Tensor:
-    """At a step end that attains the extreme: the sum of upstream gradients since the previous such end."""
-    rows, ends = _ends(a)
-    attains = ends & ((a.rewards == returns) | (a.rewards.isnan() & returns.isnan()))
-    return sums_between(prefix_scan, grad, attains, rows)
-
-
-def softmin_returns_backward(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, temperature: float) -> Tensor:
-    """At step ends ``exp(-r / T - log_sum) S``, with ``S[t] = grad[t] + exp(log_sum[t] - log_sum[t-]) S[t-]``."""
-    rows, ends = _ends(a)
-    zeros, beyond = torch.zeros_like(log_sums), log_sums.new_zeros(rows.batch)
-    change, _ = td_scan(
-        TdArgs(zeros, log_sums, beyond, None, None, None, None, a.mask, a.cu_seqlens, 1.0, 0.0, False)
-    )
-    decay = torch.where(change.isnan(), 0, change.clamp(max=0).exp())
-    sums = prefix_scan(grad.double(), decay, a.mask, a.cu_seqlens)
-    weight = (-torch.where(ends, a.rewards, 0).double() / temperature - log_sums).exp()
-    finite_ends = ends & ~log_sums.isinf()
-    return torch.where(finite_ends, weight * torch.where(finite_ends, sums, 0), 0).to(a.rewards.dtype)

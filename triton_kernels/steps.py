@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .launch import Constant
 from .rows import as_bytes, dense, load_valid
-from .scans import handed_on
+from .scans import handed_on, latest
 from .tiles import from_before, load_flags, load_tokens
 
 # Representations of steps.
@@ -51,6 +51,35 @@ def load_step_ends(
                 ends = (valid[k] & (ids[k] >= 0) & (ids[k] != following),) + ends  # noqa: RUF005
                 following = tl.where(valid[k], ids[k], following)
         return ends, next_id
+
+
+@triton.jit
+def load_step_ends_ahead(
+    steps, mask, valid, tile, length,
+    KIND: tl.constexpr, HAS_MASK: tl.constexpr, PER: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The same flags where tiles and threads are in increasing time: with ids, tokens behind the tile are read."""
+    if KIND == IDS:
+        ids = load_tokens(steps, tile, PER, ALIGNED)
+        beyond = step_id_after(steps, mask, tile.low + tile.left, length, HAS_MASK, T)
+        last = tl.arange(0, T) == T - 1
+        some = tl.zeros(tile.start.shape, tl.int32)
+        following = tl.zeros(tile.start.shape, tl.int64)
+        for k in tl.static_range(PER - 1, -1, -1):
+            some |= valid[k].to(tl.int32)
+            following = tl.where(valid[k], ids[k], following)
+        following = tl.where(last & (some == 0), beyond, following)
+        following, some = tl.associative_scan((following, tl.where(last, 1, some)), 0, latest, reverse=True)
+        following = tl.gather(following, tl.minimum(tl.arange(0, T) + 1, T - 1), 0)
+        following = tl.where(last, beyond, following)
+        ends = ()
+        for k in tl.static_range(PER - 1, -1, -1):
+            ends = (valid[k] & (ids[k] >= 0) & (ids[k] != following),) + ends  # noqa: RUF005
+            following = tl.where(valid[k], ids[k], following)
+        return ends
+    else:
+        ends, _ = load_step_ends(steps, valid, 0, tile, KIND, PER, ALIGNED)
+        return ends
 
 
 @triton.jit

@@ -33,6 +33,8 @@ class GtpoArgs(NamedTuple):
     """Rows with a reward above it are right, the others wrong."""
     floor: float
     """Entropies of wrong rows below it are raised to it, since their inverse is the weight; above 0."""
+    contiguous: bool
+    """Whether the rows of each group follow one another; kernels may then find groups without a sort."""
 
 
 class _Shares(NamedTuple):

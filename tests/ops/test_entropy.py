@@ -204,6 +204,24 @@ class Test_gtpo_rewards:
             device=target.device,
         )
 
+    @pytest.mark.parametrize("contiguous", [True, False])
+    def test_large_groups(self, target, generator, contiguous):
+        """More rows than are loaded at once, and more labels than are read at once."""
+        rewards, entropy, _ = draw(40, 70, generator)
+        mask, groups = random_mask(40, 70, generator), torch.arange(40) % 3 // 2
+
+        def by_size(rewards, entropy):
+            return rewardops.gtpo_rewards(
+                rewards, entropy, group_size=[1, 36, 3], mask=mask.to(entropy.device), entropy_grad=True
+            )
+
+        check_backend(
+            by_size if contiguous else gtpo(groups, mask),
+            [rewards, entropy],
+            backend=target.backend,
+            device=target.device,
+        )
+
     @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
     def test_empty(self, target, shape):
         ours = check_backend(

@@ -389,6 +389,33 @@ class Test_min_returns_softmin_returns:
         cu = pack(wide[:, :n], lengths)[1]
         check_backend(make(packed[1], cu, packed[2]), packed[:1], ulps=32, **where)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gradients_of_a_long_row(self, target, generator, kind):
+        """A row that is cut, and begins with a run of masked tokens longer than a part of it."""
+        rewards, mask = (
+            torch.rand(1, 700, generator=generator) * 2,
+            torch.rand(1, 700, generator=generator) > 0.2,
+        )
+        mask[0, :290] = False
+        where = {"backend": target.backend, "device": target.device}
+        check_backend(soft_minimum(mask, None, markers(kind, 1, 700, generator)), [rewards], ulps=32, **where)
+
+    @pytest.mark.parametrize("make", [minimum, soft_minimum])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_upstream_gradients_that_are_not_finite(self, target, generator, make, kind):
+        """They reach what the specification says, and nothing else."""
+        rewards = torch.rand(4, 90, generator=generator).mul(8).round() * 20
+        mask, steps = random_mask(4, 90, generator), markers(kind, 4, 90, generator)
+        up = torch.randn(4, 90, generator=generator)
+        up[0, 10], up[1, 30], up[2, 50], up[3, 5], up[3, 40] = torch.inf, -torch.inf, torch.nan, 3e38, 3e38
+        grads = []
+        for backend, device in (("reference", "cpu"), (target.backend, target.device)):
+            leaf = rewards.to(device).requires_grad_()
+            with dispatch.use_backend(backend):
+                out = make(mask, None, steps)(leaf)
+                grads.append(torch.autograd.grad(out, leaf, up.to(device))[0].cpu())
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+
 
 class Test_softmin_returns_min_returns:
     def test_bits_do_not_depend_on_where_rows_lie(self, target, generator):

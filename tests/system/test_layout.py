@@ -165,7 +165,7 @@ def test_bad_offsets_never_become_a_read_out_of_bounds(target):
         groups = F(2, dtype=torch.int64, device=target.device)
         torch.ops.rewardops.extreme_returns(x, None, cu, None, False)
         torch.ops.rewardops.softmin_rewards(x, None, cu, None, 0.1, True)
-        torch.ops.rewardops.gtpo_rewards(x[:2], x, groups, None, cu, 1.0, 0.1, 0.0, 1e-2)
+        torch.ops.rewardops.gtpo_rewards(x[:2], x, groups, None, cu, 1.0, 0.1, 0.0, 1e-2, False)
         tree = torch.ops.rewardops.prefix_tree((x * 3).long(), groups, None, cu, False)
         nodes = torch.ones(4, 1, dtype=torch.float64, device=target.device)
         on = (nodes, None, None, None, *tree, None, cu, False, 5, "before", 0.9)

@@ -145,7 +145,7 @@ COUNTS = {
 def test_launches_of_group_advantages(monkeypatch, name):
     """One to three in either direction, whatever the number of rows and groups, and nothing else on the device."""
     pytest.importorskip("triton")
-    from rewardops.triton_kernels import advantages
+    from rewardops.triton_kernels import advantages, advantages_tokens
 
     from rewardops.reference.advantages import AdvantagesArgs
 
@@ -160,7 +160,7 @@ def test_launches_of_group_advantages(monkeypatch, name):
     }
     rows, width = 8, options["width"]
     if "sort" in options:
-        monkeypatch.setattr(advantages, "SORTED", rows - 1)
+        monkeypatch.setattr(advantages_tokens, "SORTED", rows - 1)
     rewards, groups = torch.randn(rows), torch.arange(rows) // 4
     mask, cu, tokens = None, None, rewards
     if width:
@@ -172,12 +172,32 @@ def test_launches_of_group_advantages(monkeypatch, name):
         rewards, groups, None, None, mask, cu, count, options["baseline"], 0.0, options["scale"], 1e-6, 1, False,
         options["contiguous"],
     )  # fmt: skip
-    with Launches(monkeypatch, advantages) as launched:
+    with Launches(monkeypatch, advantages, advantages_tokens) as launched:
         _, inv_scale, numerator = advantages.group_advantages(args)
         assert launched.names == forward
         launched.names.clear()
         advantages.group_advantages_backward(tokens, None, inv_scale, numerator, args)
         assert launched.names == backward
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_launches_of_gtpo(monkeypatch, contiguous, packed):
+    """One, or two where rows are sorted; and two backward."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import advantages_tokens, entropy
+
+    from rewardops.reference.entropy import GtpoArgs
+
+    x, cu = torch.rand(8, 5), torch.arange(0, 41, 5) if packed else None
+    x = x.flatten() if packed else x
+    args = GtpoArgs(torch.rand(8), x, torch.arange(8) // 4, x > 0.1, cu, 1.0, 0.1, 0.5, 0.01, contiguous)
+    with Launches(monkeypatch, advantages_tokens, entropy) as launched:
+        entropy.gtpo_rewards(args)
+        assert launched.names == ([] if contiguous else ["prepare"]) + ["gtpo"]
+        launched.names.clear()
+        entropy.gtpo_rewards_backward(x, args)
+        assert launched.names == ["prepare", "gtpo"]
 
 
 @pytest.mark.parametrize("name", ["high_entropy_mask", "clip_cov_mask", "kl_cov_mask"])
@@ -269,11 +289,13 @@ def test_launches_of_what_is_relative_to_a_scope(monkeypatch, name, packed):
 def test_a_scan_is_one_launch(monkeypatch, layout):
     """Two where a few long rows are cut; and its gradient as many."""
     pytest.importorskip("triton")
-    from rewardops.triton_kernels import returns, softmin, td
+    from rewardops.triton_kernels import returns, returns_backward, softmin, td
 
     if layout == "long" and torch.cuda.is_available():
         pytest.skip("chunks are longer there")
-    launched = Launches(monkeypatch, td, returns, softmin)  # of kernels alone, as it is not opened
+    launched = Launches(
+        monkeypatch, td, returns, returns_backward, softmin
+    )  # of kernels alone, as it is not opened
     rows, width = (1, 600) if layout == "long" else (6, 32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.rand(rows, width, device=device)
@@ -285,10 +307,15 @@ def test_a_scan_is_one_launch(monkeypatch, layout):
     with dispatch.use_backend("triton"):
         out = rewardops.gae(x, x, gamma=0.9, lam=0.9, **where)
         torch.autograd.grad(out.advantages.sum() + out.returns.sum(), x)
-        with torch.no_grad():
-            rewardops.min_returns(x, **where)
+        torch.autograd.grad(rewardops.min_returns(x, **where).sum(), x)
     cut = 2 if layout == "long" else 1
-    assert Counter(launched.names) == {"td": cut, "td_backward": cut, "extremes": cut}
+    assert Counter(launched.names) == {
+        "td": cut, "td_backward": cut, "extremes": cut, "returns_backward": cut,
+    }  # fmt: skip
+    launched.names.clear()
+    with dispatch.use_backend("triton"):
+        torch.autograd.grad(rewardops.softmin_returns(x, **where).sum(), x)
+    assert launched.names == ["softmin_returns"] + ["returns_backward"] * cut
     launched.names.clear()
     with dispatch.use_backend("triton"), torch.no_grad():
         for soft in (rewards for name, rewards in vars(rewardops).items() if name.startswith("softmin_re")):

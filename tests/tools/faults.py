@@ -192,8 +192,8 @@ FAULTS = [
     ),
     Fault(
         "masked tokens are counted among a position's", "dropped mask", "triton_kernels/entropy.py",
-        "one = valid.to(ACC)",
-        "one = (at < length).to(ACC)",
+        "return Sums(sums.count + valid.to(weight.dtype),",
+        "return Sums(sums.count + 1.0,",
         "tests/ops/test_entropy.py", "matches_the_loop and triton",
     ),
     Fault(

@@ -209,9 +209,10 @@ def of_entropy() -> None:
 
     groups, rewards = per_row()
     for values, mask, cu in layouts():
-        a = GtpoArgs(rewards, values, groups, mask, cu, 1.0, 0.1, 0.0, 1e-2)
-        entropy.gtpo_rewards(a)
-        entropy.gtpo_rewards_backward(values, a)
+        for contiguous in (False, True):
+            a = GtpoArgs(rewards, values, groups, mask, cu, 1.0, 0.1, 0.0, 1e-2, contiguous)
+            entropy.gtpo_rewards(a)
+            entropy.gtpo_rewards_backward(values, a)
 
 
 def of_scopes() -> None:
@@ -272,7 +273,7 @@ def of_segments() -> None:
 
 def of_returns() -> None:
     import torch
-    from rewardops.triton_kernels import returns
+    from rewardops.triton_kernels import returns, returns_backward
 
     from rewardops.reference.returns import ReturnsArgs
 
@@ -280,8 +281,14 @@ def of_returns() -> None:
         for steps in (None, values > 0, values.long()):
             a = ReturnsArgs(values, mask, cu, steps)
             for chunks in (1, 2) if steps is not None and steps.dtype is torch.int64 else (1,):
-                with mock.patch.object(returns, "chunk_of", return_value=values.shape[-1] // chunks):
+                chunk = mock.Mock(return_value=values.shape[-1] // chunks)
+                with (
+                    mock.patch.multiple(returns, chunk_of=chunk),
+                    mock.patch.multiple(returns_backward, chunk_of=chunk),
+                ):
                     returns.extreme_returns(a, False)
+                    returns.extreme_returns_backward(values, values, a, False)
+                    returns.softmin_returns_backward(values, values.double(), a, 0.1)
             returns.softmin_returns(a, 0.1, True)
             returns.softmin_rewards(a, 0.1, True)
             returns.softmin_rewards_backward(values, a, 0.1, True)
