@@ -76,7 +76,7 @@ def next_member(groups, label, after, batch, BLOCK: tl.constexpr):
 def place_rows(block, labels, order, sorted_labels, batch):
     """Sort: write the labels of a block of rows, and their numbers, to their places in the order of the labels.
 
-    The place of a row is the number of smaller labels, and of equal ones of earlier rows.
+    The place of a row, which is returned, is the number of smaller labels, and of equal ones of earlier rows.
     """
     LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -96,6 +96,7 @@ def place_rows(block, labels, order, sorted_labels, batch):
     place = tl.sum(counts, 1)
     tl.store(order + place, rows.to(tl.int64), mask=rows < batch)
     tl.store(sorted_labels + place, own, mask=rows < batch)
+    return place
 
 
 @triton.jit
@@ -168,6 +169,18 @@ def end_of_group(labels, begin, label, batch, FIRST: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
+def begin_of_group(labels, place, label, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """The first place of the group that ``place`` lies in; most groups begin within FIRST places before it."""
+    begin = place - count_before(labels, place, label, FIRST)
+    more = begin == place - FIRST
+    while more:
+        count = count_before(labels, begin, label, TILE)
+        begin -= count
+        more = count == TILE
+    return begin
+
+
+@triton.jit
 def begins_group(labels, place, label):
     """Whether the group of that label begins at the place."""
     return label != tl.load(labels + place - 1, mask=place > 0, other=~label)
@@ -183,4 +196,11 @@ def group_from(rows, begin, label, FIRST: tl.constexpr, TILE: tl.constexpr):
 def count_same(labels, begin, label, batch, TILE: tl.constexpr):
     place = begin + tl.arange(0, TILE)
     same = (tl.load(labels + place, mask=place < batch, other=0) == label) & (place < batch)
+    return tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit
+def count_before(labels, end, label, TILE: tl.constexpr):
+    place = end - 1 - tl.arange(0, TILE)
+    same = (tl.load(labels + place, mask=place >= 0, other=0) == label) & (place >= 0)
     return tl.sum(same.to(tl.int32), 0)
