@@ -20,7 +20,8 @@ from .launch import BITS, INTERPRETED, cdiv, pointer, splits, unpair
 from .rows import Rows, as_bytes, dense, stride
 from .tree_places import CODES, SPANS, WARPS, WHOLE, places_kernel, rows_kernel
 from .tree_records import PLACES, TreeNodes, TreeRows, log2_pair, power
-from .tree_tokens import nodes_to_tokens, nodes_to_tokens_backward
+from .tree_tokens import nodes_to_tokens
+from .tree_tokens_backward import nodes_to_tokens_backward
 
 __all__ = [
     "nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree", "subtree_sums",

@@ -277,7 +277,7 @@ def of_td() -> None:
 
 def of_trees() -> None:
     import torch
-    from rewardops.triton_kernels import prefix_tree, tree, tree_tokens
+    from rewardops.triton_kernels import prefix_tree, tree
 
     from rewardops.reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
     from rewardops.reference.tree import REDUCES, TreeArgs
@@ -300,8 +300,8 @@ def of_trees() -> None:
         ):
             b = NodeTokensArgs(*terms, *forest, mask, cu, False, values.shape[-1], at, gamma)
             for dtype in (torch.float32, torch.float64, torch.int32) if at == "after" else (torch.float32,):
-                tree_tokens.nodes_to_tokens(b, dtype)
-            tree_tokens.nodes_to_tokens_backward(values[None], b)
+                prefix_tree.nodes_to_tokens(b, dtype)
+            prefix_tree.nodes_to_tokens_backward(values[None], b)
     for reduce, visits in itertools.product(REDUCES, (None, rewards.double())):
         tree.tree_values(TreeArgs(groups - 1, rewards.double(), visits, reduce, 0.5, 1))
 
