@@ -143,11 +143,12 @@ def prefix_values(
         assert leaf is not None
         before, after = (_leave_one_out(forest, x, w, gamma, leaf, at, dtype) for at in ("before", "after"))
     else:
-        value = forest.means(x, w, gamma)
+        found = forest.statistics(x, w, "mean", gamma)
         before, after = (
-            forest.tokens(value, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
+            forest.tokens(found.out, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
         )
-    count = forest.tokens(wide(forest.count)[:, None], torch.int32)[0]
+    unweighted = w is None and not leave_one_out
+    count = forest.tokens(found.total if unweighted else wide(forest.count)[:, None], torch.int32)[0]
     return PrefixValues(_shaped(before, channels), _shaped(after, channels), count)
 
 
@@ -377,7 +378,7 @@ def tempo_advantages(
     x, dtype, _ = checked_rewards(rewards, rows)
     forest = rows.forest()
     args = AdvantagesArgs(
-        rewards=rewards.to(dtype),
+        rewards=x[:, 0],
         groups=rows.labels,
         baseline_values=None,
         lengths=None,
@@ -393,11 +394,11 @@ def tempo_advantages(
         contiguous=groups is None,
     )
     centred, inv_scale, _ = advantages.group_advantages(*args)
-    value, bias = forest.means(x), wide(centred)
+    value = forest.means(x)
     if td_scale == "none":
-        return forest.tokens(value, dtype, at="step", row_bias=bias)[0]
-    factor = wide(inv_scale[:, None])
-    return forest.tokens(None, dtype, at="step", row_bias=bias, scaled_values=value, row_factor=factor)[0]
+        return forest.tokens(value, dtype, at="step", row_bias=centred)[0]
+    scaled = {"scaled_values": value, "row_factor": inv_scale[:, None]}
+    return forest.tokens(None, dtype, at="step", row_bias=centred, **scaled)[0]
 
 
 def tree_rl_advantages(
@@ -621,7 +622,8 @@ def _leave_one_out(
     dtype: torch.dtype,
 ) -> Tensor:
     """``[C, *tokens]``: the means of the other rows; 0 where there is none."""
-    sums = forest.sums(x, weights, gamma=gamma)
+    x, weights = wide(x), None if weights is None else wide(weights)
+    sums = forest.sums(x, weights, gamma)
     # The rewards of rows without a token may be anything, NaN included.
     x = torch.where(forest.live[:, None], x, 0)
     if weights is None:

@@ -1,7 +1,6 @@
 """Prefix trees on the GPU.
 
-Rows in lexicographic order (``tree_places``), and the common prefixes of neighbours, determine the tree. Sums over
-subtrees are computed per node, over its rows in order.
+Rows in lexicographic order (``tree_places``), and the common prefixes of neighbours, determine the tree.
 """
 
 from __future__ import annotations
@@ -14,18 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.rows import move, places_without_holes
-from ..reference.prefix_tree import PrefixTreeArgs, SubtreeArgs
+from ..reference.prefix_tree import PrefixTreeArgs
 from .groups import ROWS, begin_of_group, end_of_group, place_rows
-from .launch import BITS, INTERPRETED, cdiv, pointer, splits, unpair
+from .launch import BITS, INTERPRETED, cdiv, pointer, splits
 from .rows import Rows, as_bytes, dense, stride
 from .tree_places import CODES, SPANS, WARPS, WHOLE, places_kernel, rows_kernel
-from .tree_records import PLACES, TreeNodes, TreeRows, log2_pair, power
+from .tree_records import PLACES, TreeNodes, TreeRows
+from .tree_statistics import subtree_statistics, subtree_statistics_backward
 from .tree_tokens import nodes_to_tokens
 from .tree_tokens_backward import nodes_to_tokens_backward
 
 __all__ = [
-    "nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree", "subtree_sums",
-    "subtree_sums_backward",
+    "nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree", "subtree_statistics",
+    "subtree_statistics_backward",
 ]  # fmt: skip
 
 PART = 256 if INTERPRETED else 8192  # tokens of a part of a row, at least
@@ -245,99 +245,3 @@ def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]
             BLOCK=GROUP, num_warps=1, **BITS,
         )  # fmt: skip
     return members, lcp
-
-
-# ---- sums over subtrees ------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
-def subtree_sums_kernel(
-    x, weights, centre, order, lengths, begin_in, end_in, depth_in, out, channels, log_high, log_low,
-    HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (n, c): channel c over the rows of node n."""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1)
-    begin = tl.load(begin_in + n)
-    end = tl.load(end_in + n)
-    log2_gamma = unpair(log_high, log_low, tl.float64)
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < end
-        row = tl.load(order + at, mask=inside, other=0)
-        term = tl.load(x + row * channels + c, mask=inside, other=0.0)
-        if CENTRED:
-            term -= tl.load(centre + n * channels + c)
-            term *= term
-        if DECAY:
-            tokens_left = tl.load(lengths + row, mask=inside, other=0) - tl.load(depth_in + n)
-            term *= power(log2_gamma, tokens_left)
-        if HAS_WEIGHTS:
-            term *= tl.load(weights + row, mask=inside, other=0.0)
-        lanes += tl.where(inside, term, 0.0)
-    tl.store(out + n * channels + c, tl.sum(lanes, 0))
-
-
-@triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
-def subtree_sums_backward_kernel(
-    grad, x, weights, centre, leaf, lengths, depth_in, parent, grad_x, grad_weights, channels, log_high, log_low,
-    HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Program b: the gradient of row b, summed over the nodes on its path."""
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, CHANNELS)
-    inside = c < channels
-    log2_gamma = unpair(log_high, log_low, tl.float64)
-    value = tl.load(x + b * channels + c, mask=inside, other=0.0)
-    node = tl.load(leaf + b)
-    weight = tl.full([], 1.0, tl.float64)
-    if HAS_WEIGHTS:
-        weight = tl.load(weights + b, mask=node >= 0, other=0.0)  # the weight of an empty row is arbitrary
-    by_x = tl.zeros([CHANNELS], tl.float64)
-    by_weight = tl.zeros([CHANNELS], tl.float64)
-    length = tl.load(lengths + b)
-    while node >= 0:
-        up = tl.load(grad + node * channels + c, mask=inside, other=0.0)
-        if DECAY:
-            up *= power(log2_gamma, length - tl.load(depth_in + node))
-        if CENTRED:
-            difference = value - tl.load(centre + node * channels + c, mask=inside, other=0.0)
-            by_x += 2.0 * difference * up
-            by_weight += difference * difference * up
-        else:
-            by_x += up
-            by_weight += value * up
-        node = tl.load(parent + node)
-    tl.store(grad_x + b * channels + c, weight * by_x, mask=inside)
-    if HAS_WEIGHTS:
-        tl.store(grad_weights + b, tl.sum(tl.where(inside, by_weight, 0.0), 0))
-
-
-def subtree_sums(a: SubtreeArgs) -> Tensor:
-    x, number = a.x.contiguous(), a.nodes.shape[1]
-    out = x.new_empty(number, x.shape[1])
-    if out.numel():
-        row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
-        subtree_sums_kernel[(number, x.shape[1])](
-            x, *(x if t is None else t.contiguous() for t in (a.weights, a.centre)), row.order, row.length,
-            node.begin, node.end, node.depth, out, x.shape[1], *log2_pair(a.gamma),
-            HAS_WEIGHTS=a.weights is not None, CENTRED=a.centre is not None,
-            DECAY=a.gamma != 1.0 and a.centre is None, BLOCK=PLACES, **BITS,
-        )  # fmt: skip
-    return out
-
-
-def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
-    x = a.x.contiguous()
-    by_x = x.new_empty(x.shape)
-    by_weight = x.new_zeros(0 if a.weights is None else a.weights.shape)
-    if by_x.numel():
-        row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
-        subtree_sums_backward_kernel[(x.shape[0],)](
-            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (a.weights, a.centre)),
-            row.leaf, row.length, node.depth, node.parent, by_x, by_weight, x.shape[1], *log2_pair(a.gamma),
-            HAS_WEIGHTS=a.weights is not None, CENTRED=a.centre is not None,
-            DECAY=a.gamma != 1.0 and a.centre is None, CHANNELS=triton.next_power_of_2(x.shape[1]), **BITS,
-        )  # fmt: skip
-    return by_x, by_weight

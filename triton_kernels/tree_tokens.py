@@ -60,9 +60,9 @@ class Node(NamedTuple):
 @triton.jit
 def node_at(
     nodes, path, node, depth,
-    KIND: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, DECAY: tl.constexpr,
+    AT: tl.constexpr, KIND: tl.constexpr, HAS_VALUES: tl.constexpr, SCALED: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """A node of the path; without a discount its value includes the bias."""
+    """A node of the path; its value includes the bias, but for a discount, or a difference, which is of float64."""
     exists = node >= 0
     up = tl.load(nodes.parent + node, mask=exists, other=-1)
     above = tl.load(nodes.depth + up, mask=up >= 0, other=-1).to(tl.int32)
@@ -75,9 +75,12 @@ def node_at(
         if DECAY:
             x *= power(unpair(path.log_high, path.log_low, tl.float64), path.length - depth)
         value += x
-    if not DECAY:
-        value += path.bias
-    return Node(up, depth, above, value.to(KIND))
+    if AT == STEP:
+        return Node(up, depth, above, value)
+    elif DECAY:
+        return Node(up, depth, above, value.to(KIND))
+    else:
+        return Node(up, depth, above, (value + path.bias).to(KIND))
 
 
 @triton.jit
@@ -124,11 +127,12 @@ def tile_values(
             x += node.value
         xs = xs + (x,)  # noqa: RUF005 (the compiler knows no stars)
     while (node.up >= 0) & (node.above >= lowest):
-        upper = node_at(nodes, path, node.up, node.above, KIND, HAS_VALUES, SCALED, DECAY)
+        upper = node_at(nodes, path, node.up, node.above, AT, KIND, HAS_VALUES, SCALED, DECAY)
         changed = ()
         for k in tl.static_range(PER):
             if AT == STEP:
-                x = tl.where(state + k == node.above, path.bias.to(KIND) + (node.value - upper.value), xs[k])
+                step = (path.bias + (node.value - upper.value)).to(KIND)
+                x = tl.where(state + k == node.above, step, xs[k])
             elif DECAY:
                 left = tl.maximum(upper.depth - (state + k), 0)
                 x = discounted(upper.value, left, path.log_high, path.log_low) + path.bias.to(KIND)
@@ -186,7 +190,7 @@ def nodes_to_tokens_kernel(
     path = Path(length, factor, bias, log_high, log_low)
     deepest = tl.load(leaf + b)
     depth = tl.load(depth_in + deepest, mask=deepest >= 0, other=-1).to(tl.int32)
-    node = node_at(nodes, path, deepest, depth, KIND, HAS_VALUES, SCALED, DECAY)
+    node = node_at(nodes, path, deepest, depth, AT, KIND, HAS_VALUES, SCALED, DECAY)
     thread = tl.arange(0, T)
     low, high = tiles_of(columns, part, parts, T * PER)
     for turn in range(0, high - low):

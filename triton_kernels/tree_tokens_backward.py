@@ -281,7 +281,7 @@ def sum_row(
     plain = Pair(tl.zeros([T], ACC), tl.zeros([T], ACC))
     scaled = Pair(tl.zeros([T], ACC), tl.zeros([T], ACC))
     depth = tl.load(nodes.depth + leaf, mask=leaf >= 0, other=-1).to(tl.int32)
-    node = node_at(nodes, path, leaf, depth, ACC, False, SCALED, DECAY)
+    node = node_at(nodes, path, leaf, depth, AT, ACC, False, SCALED, DECAY)
     end = tl.minimum(begin + path.length, columns)
     low, high = tiles_of(columns, part, parts, T * PER)
     for turn in range(0, high - low):
@@ -334,9 +334,9 @@ def rows_backward_kernel(
         )  # fmt: skip
     here = (part * tl.num_programs(0) + b).to(tl.int64) * channels + c
     if HAS_BIAS:
-        tl.store(by_bias + here, plain)
+        tl.store(by_bias + here, plain.to(by_bias.dtype.element_ty))
     if SCALED:
-        tl.store(by_factor + here, scaled)
+        tl.store(by_factor + here, scaled.to(by_factor.dtype.element_ty))
 
 
 # ---- launch ------------------------------------------------------------------------------------------------
@@ -373,4 +373,7 @@ def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, .
             row.length, node.depth, node.parent, pointer(mask, a.rows), r.cu, by_bias, by_factor, *sizes,
             HAS_BIAS=a.row_bias is not None, T=THREADS, num_warps=WARPS, **options, **BITS,
         )  # fmt: skip
-    return tuple(g if g.dim() == 1 else g[0] if parts == 1 else g.sum(0) for g in gradients)
+    return tuple(
+        g if t is None else g[0] if parts == 1 else g.sum(0).to(t.dtype)
+        for g, t in zip(gradients, a[:4], strict=True)
+    )

@@ -289,10 +289,10 @@ def of_trees() -> None:
         for ids in (values.long(), values.int()):
             forest = prefix_tree.prefix_tree(PrefixTreeArgs(ids, groups, mask, cu, False))
         prefix_tree.prefix_lcp(forest[0], groups, 4)
-        for of_rows, centre, gamma in ((None, None, 1.0), (weights, None, 0.9), (weights, nodes, 1.0)):
-            a = SubtreeArgs(by_row, of_rows, centre, *forest, gamma)
-            prefix_tree.subtree_sums(a)
-            prefix_tree.subtree_sums_backward(nodes, a)
+        for of_rows, statistic, gamma in ((None, "sum", 1.0), (weights, "mean", 0.9), (weights, "std", 1.0)):
+            a = SubtreeArgs(by_row, of_rows, *forest, gamma, statistic, 1)
+            found = prefix_tree.subtree_statistics(a)
+            prefix_tree.subtree_statistics_backward(nodes, *found, a)
         for at, terms, gamma in (
             ("after", (nodes, None, None, None), 1.0),
             ("before", (nodes, nodes, None, by_row), 0.9),
