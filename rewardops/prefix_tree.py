@@ -25,9 +25,10 @@ from .ops import advantages
 from .ops import prefix_tree as ops
 from .ops.forest import Forest, TokenRows, checked_rewards, checked_weights
 from .ops.group_spec import check_group_scale
-from .ops.tree import at_nodes, sums_at_nodes
+from .ops.tree import at_nodes, sums_at_nodes, tree_rl
 from .reference.advantages import AdvantagesArgs
 from .reference.td import times
+from .reference.tree import FORMS
 
 __all__ = [
     "PrefixLcp",
@@ -143,12 +144,11 @@ def prefix_values(
         assert leaf is not None
         before, after = (_leave_one_out(forest, x, w, gamma, leaf, at, dtype) for at in ("before", "after"))
     else:
-        found = forest.statistics(x, w, "mean", gamma)
+        value = forest.means(x, w, gamma)
         before, after = (
-            forest.tokens(found.out, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
+            forest.tokens(value, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
         )
-    unweighted = w is None and not leave_one_out
-    count = forest.tokens(found.total if unweighted else wide(forest.count)[:, None], torch.int32)[0]
+    count = forest.tokens(forest.statistics(x.detach(), None, "sum").total, torch.int32)[0]
     return PrefixValues(_shaped(before, channels), _shaped(after, channels), count)
 
 
@@ -311,7 +311,7 @@ def shared_prefix_weights(
         [[0.5, 0.5, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0, 1.0]]
     """
     forest = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked).forest()
-    return forest.tokens(1 / wide(forest.count.clamp(min=1))[:, None], torch.float32)[0]
+    return forest.tokens(wide(forest.count.clamp(min=1)).reciprocal()[:, None], torch.float32)[0]
 
 
 # ---- advantages --------------------------------------------------------------------------------------------
@@ -449,11 +449,12 @@ def tree_rl_advantages(
         >>> [[round(x, 3) for x in row] for row in advantages[:2].tolist()]
         [[0.192, -0.118, 1.0], [0.192, -0.118, -1.0]]
     """
-    checks.check_choice("form", form, tree.FORMS)
+    checks.check_choice("form", form, FORMS)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
     forest = rows.forest()
-    value = tree.tree_rl(forest.means(x), forest.parent, forest.count, form)
+    found = forest.statistics(x, None, "mean")
+    value = tree_rl(found.out, forest.parent, found.total[:, 0], form)[0]
     return _shaped(forest.tokens(value, dtype), channels)
 
 

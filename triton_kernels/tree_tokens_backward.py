@@ -32,7 +32,7 @@ from .tiles import (
     load_tokens,
 )
 from .tree_records import TreeNodes, TreeRows, log2_pair, power
-from .tree_tokens import BEFORE, STEP, NodeValues, Path, discounted, node_at, strides, tile_values, tiles_of
+from .tree_tokens import BEFORE, STEP, NodeValues, Path, discounted, node_at, strides, tiles_of
 
 CHUNKS = 8 if INTERPRETED else 128  # threads of a node's program, each with a chunk of EACH tokens
 CHUNK_WARPS = 4
@@ -104,7 +104,7 @@ def load_chunk(row, at, low, end, PER: tl.constexpr, ALIGNED: tl.constexpr):
     """
     every = ()
     if ALIGNED:
-        W: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+        W: tl.constexpr = min(PER, 128 // row.dtype.element_ty.primitive_bitwidth)
         for k in tl.static_range(PER // W):
             here = (row + k * W)[:, None] + tl.arange(0, W)[None, :]
             here = tl.multiple_of(tl.max_contiguous(here, [1, W]), [1, 16])
@@ -271,33 +271,68 @@ def nodes_backward_kernel(
 
 
 @triton.jit
+def tokens_of_node(tokens, state, node, path, CARRIED: tl.constexpr, AT: tl.constexpr, DECAY: tl.constexpr):
+    """The sum of a thread's tokens whose state lies in the node, float64; CARRIED: no token of the tile is deeper.
+
+    Of a difference, that of the token which leaves the node above.
+    """
+    KIND: tl.constexpr = tokens[0].dtype
+    total = Pair(tl.zeros(state.shape, KIND), tl.zeros(state.shape, KIND))
+    for k in tl.static_range(len(tokens)):
+        token = tokens[k]
+        if AT == STEP:
+            token = tl.where(state + k == node.above, token, 0.0)
+        else:
+            inside = state + k > node.above
+            if not CARRIED:
+                inside = inside & (state + k <= node.depth)
+            if DECAY:
+                left = tl.maximum(node.depth - (state + k), 0)
+                token = discounted(token, left, path.log_high, path.log_low)
+            token = tl.where(inside, token, 0.0)
+        total = plus(total, token)
+    return total.sum.to(tl.float64) + total.rest.to(tl.float64)
+
+
+@triton.jit
 def sum_row(
     grads, flags, nodes, path, leaf, begin, columns, part, parts,
     ACC: tl.constexpr, AT: tl.constexpr, SCALED: tl.constexpr, DECAY: tl.constexpr, HAS_MASK: tl.constexpr,
     ALIGNED: tl.constexpr, PER: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a row's tokens, summed; and the same times the derivatives by the factor."""
+    SHIFT: tl.constexpr = 0 if AT == BEFORE or AT == STEP else 1
     thread = tl.arange(0, T)
     plain = Pair(tl.zeros([T], ACC), tl.zeros([T], ACC))
-    scaled = Pair(tl.zeros([T], ACC), tl.zeros([T], ACC))
+    scaled = tl.zeros([T], tl.float64)
     depth = tl.load(nodes.depth + leaf, mask=leaf >= 0, other=-1).to(tl.int32)
-    node = node_at(nodes, path, leaf, depth, AT, ACC, False, SCALED, DECAY)
+    node = node_at(nodes, path, leaf, depth, AT, tl.float64, False, SCALED, DECAY)
     end = tl.minimum(begin + path.length, columns)
     low, high = tiles_of(columns, part, parts, T * PER)
     for turn in range(0, high - low):
         at = (high - 1 - turn) * (T * PER)
         tile = Tile(at, tl.minimum(end - at, T * PER), thread * PER, thread == 0, thread)
         valid = load_flags(flags, tile, HAS_MASK, PER, ALIGNED)
-        tokens = load_tokens(grads, tile, PER, ALIGNED)
-        values = tokens
-        if SCALED:
-            values, node = tile_values(nodes, path, node, tile, -begin, AT, ACC, False, SCALED, DECAY, PER)
+        loaded = load_tokens(grads, tile, PER, ALIGNED)
+        tokens = ()
         for k in tl.static_range(PER):
-            token = tl.where(valid[k], tokens[k], 0.0).to(ACC)
+            token = tl.where(valid[k], loaded[k], 0.0).to(ACC)
+            tokens = tokens + (token,)  # noqa: RUF005 (the compiler knows no stars)
             plain = plus(plain, token)
-            if SCALED:
-                scaled = plus(scaled, tl.where(valid[k], token * values[k], 0.0))
-    return sum_pairs(plain), sum_pairs(scaled)
+        if SCALED:
+            lowest = at - begin + SHIFT
+            state = tile.start + lowest
+            if AT != STEP:
+                scaled += node.value * tokens_of_node(tokens, state, node, path, True, AT, DECAY)
+            while (node.up >= 0) & (node.above >= lowest):
+                upper = node_at(nodes, path, node.up, node.above, AT, tl.float64, False, SCALED, DECAY)
+                if AT == STEP:
+                    step = node.value - upper.value
+                    scaled += step * tokens_of_node(tokens, state, node, path, False, AT, DECAY)
+                else:
+                    scaled += upper.value * tokens_of_node(tokens, state, upper, path, False, AT, DECAY)
+                node = upper
+    return sum_pairs(plain), tl.sum(scaled, 0)
 
 
 @triton.jit(do_not_specialize=[
@@ -353,7 +388,12 @@ def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, .
     r = Rows.of(a.shape, a.cu_seqlens, a.rows)
     row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
     parts = splits(a.rows, batch * channels, max(1, cdiv(r.width, TILE)))
-    gradients = [grad.new_empty((0,) if t is None else (parts, *t.shape), dtype=torch.float64) for t in a[:4]]
+    gradients = [
+        grad.new_empty(0)
+        if t is None
+        else t.new_empty((parts, *t.shape), dtype=t.dtype if parts == 1 else torch.float64)
+        for t in a[:4]
+    ]
     by_value, by_scaled, by_bias, by_factor = gradients
     grad_stride, plane = strides(a.shape)
     sizes = (r.width, r.total, stride(mask), grad_stride, plane, channels, parts, *log2_pair(a.gamma))

@@ -66,6 +66,7 @@ subtree_statistics_backward = define(
 
 
 def _setup_statistics(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     save_record(ctx, *inputs, *output)
 

@@ -469,6 +469,14 @@ class Test_tokens_of_nodes:
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         on_tokens(target, tokens, torch.zeros(n).long(), None, None, generator, at, gamma, False, channels=1)
 
+    @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_rows_of_whole_loads(self, target, generator, at, gamma, dtype):
+        tokens, groups, mask = draw(12, 48, generator)
+        options = (None, generator, at, gamma, False)
+        on_tokens(target, tokens, groups, mask, *options, channels=1, dtype=dtype)
+        on_tokens(target, tokens, groups, None, *options, channels=1, dtype=dtype, given="vb")
+
     @pytest.mark.parametrize("gamma", [0.999, 0.99999])
     def test_powers_of_long_rows(self, target, generator, gamma):
         if target.interpreted and target.backend == "triton":

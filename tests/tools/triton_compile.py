@@ -280,7 +280,7 @@ def of_trees() -> None:
     from rewardops.triton_kernels import prefix_tree, tree
 
     from rewardops.reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
-    from rewardops.reference.tree import REDUCES, TreeArgs
+    from rewardops.reference.tree import FORMS, REDUCES, TreeArgs
 
     groups, rewards = per_row()
     nodes, by_row = torch.zeros(16, 1).double(), torch.zeros(8, 1).double()
@@ -302,6 +302,11 @@ def of_trees() -> None:
             for dtype in (torch.float32, torch.float64, torch.int32) if at == "after" else (torch.float32,):
                 prefix_tree.nodes_to_tokens(b, dtype)
             prefix_tree.nodes_to_tokens_backward(values[None], b)
+    parent, leaves = forest[1][3], nodes[:, 0]
+    tree.sibling_labels(parent)
+    for form in FORMS:
+        _, root = tree.tree_rl(nodes, parent, leaves, form)
+        tree.tree_rl_backward(nodes, parent, leaves, root, form)
     for reduce, visits in itertools.product(REDUCES, (None, rewards.double())):
         tree.tree_values(TreeArgs(groups - 1, rewards.double(), visits, reduce, 0.5, 1))
 
