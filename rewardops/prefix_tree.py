@@ -144,11 +144,13 @@ def prefix_values(
         assert leaf is not None
         before, after = (_leave_one_out(forest, x, w, gamma, leaf, at, dtype) for at in ("before", "after"))
     else:
-        value = forest.means(x, w, gamma)
+        found = forest.statistics(x, w, "mean", gamma)
         before, after = (
-            forest.tokens(value, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
+            forest.tokens(found.out, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
         )
-    count = forest.tokens(forest.statistics(x.detach(), None, "sum").total, torch.int32)[0]
+    if leave_one_out or w is not None:
+        found = forest.statistics(x.detach(), None, "sum")
+    count = forest.tokens(found.total, torch.int32)[0]
     return PrefixValues(_shaped(before, channels), _shaped(after, channels), count)
 
 

@@ -95,11 +95,12 @@ def subtree_statistics_kernel(
     if c == 0:
         tl.store(total_out + n, total)
     divisor = tl.where(total > 0, total, 1.0)
-    if STATISTIC == MEAN or STATISTIC == STD:
-        result /= divisor
+    mean = result / divisor
+    tl.store(centre_out + here, mean)
+    if STATISTIC == MEAN:
+        result = mean
     if STATISTIC == STD:
-        tl.store(centre_out + here, result)
-        squares, _ = sum_rows(values, node, result, HAS_WEIGHTS, True, False, BLOCK)
+        squares, _ = sum_rows(values, node, mean, HAS_WEIGHTS, True, False, BLOCK)
         variance = squares / divisor * corrected(node.end - node.begin, ddof)
         result = tl.where(variance > 0, tl.sqrt(tl.where(variance > 0, variance, 1.0)), 0.0)
     tl.store(out + here, result)
@@ -166,9 +167,7 @@ def subtree_statistics(a: SubtreeArgs) -> SubtreeStatistics:
     x, nodes, channels = a.x.contiguous(), a.nodes.shape[1], a.x.shape[1]
     out = x.new_empty((nodes, channels), dtype=torch.float64)
     total = out.new_empty if channels else out.new_zeros
-    results = SubtreeStatistics(
-        out, total((nodes, 1)), out.new_empty(out.shape if a.statistic == "std" else 0)
-    )
+    results = SubtreeStatistics(out, total((nodes, 1)), torch.empty_like(out))
     if out.numel():
         weights = x if a.weights is None else a.weights.contiguous()
         row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())

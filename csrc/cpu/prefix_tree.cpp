@@ -240,11 +240,13 @@ void subtree_statistics(const SubtreeArgs& a, int threads) {
       over_rows([&](int64_t row, int64_t, double weight, double x) {
         return weight * discount(a.gamma, tree.length[row] - tree.depth[n]) * x;
       });
-      if (a.statistic == Statistic::sum) continue;
-      for (int64_t c = 0; c < channels; ++c) out[c] /= divisor(total);
-      if (a.statistic == Statistic::mean) continue;
       double* centre = a.centre + n * channels;
-      std::copy(out, out + channels, centre);
+      for (int64_t c = 0; c < channels; ++c) centre[c] = out[c] / divisor(total);
+      if (a.statistic == Statistic::sum) continue;
+      if (a.statistic == Statistic::mean) {
+        std::copy(centre, centre + channels, out);
+        continue;
+      }
       over_rows([&](int64_t, int64_t c, double weight, double x) {
         const double off = x - centre[c];
         return weight * off * off;

@@ -77,11 +77,7 @@ def _subtrees(
 
 def subtree_statistics(a: SubtreeArgs) -> SubtreeStatistics:
     out = torch.empty(a.nodes.shape[1], a.x.shape[1], dtype=torch.float64)
-    results = SubtreeStatistics(
-        out,
-        out.new_empty(len(out), 1),
-        torch.empty_like(out) if a.statistic == "std" else out.new_empty(0),
-    )
+    results = SubtreeStatistics(out, out.new_empty(len(out), 1), torch.empty_like(out))
     _subtrees(a, results)
     return results
 

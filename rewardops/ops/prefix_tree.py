@@ -56,7 +56,7 @@ subtree_statistics_backward = define(
         "grad": NodeValues,
         "out": NodeValues,
         "total": Annotated[Tensor, "float64", "2B", "1"],
-        "centre": Annotated[Tensor, "float64", "2B", "C", "or", "0"],
+        "centre": NodeValues,
     },
     fake=lambda grad, out, total, centre, args: (
         args.x.new_empty(args.x.shape),
@@ -80,7 +80,7 @@ def _gradient_statistics(ctx, grad, *_):  # type: ignore[no-untyped-def]
 def _fake_statistics(args: SubtreeArgs) -> tuple[Tensor, Tensor, Tensor]:
     nodes, channels = args.nodes.shape[1], args.x.shape[1]
     make = functools.partial(args.x.new_empty, dtype=widest(args.x.device))
-    return make(nodes, channels), make(nodes, 1), make((nodes, channels) if args.statistic == "std" else 0)
+    return make(nodes, channels), make(nodes, 1), make(nodes, channels)
 
 
 subtree_statistics = define(

@@ -264,7 +264,7 @@ class SubtreeStatistics(NamedTuple):
     total: Tensor
     """``[2 B, 1]``: the total weight of the rows."""
     centre: Tensor
-    """``[2 B, C]``: for the std, the mean; else empty."""
+    """``[2 B, C]``: the mean."""
 
 
 class _Rows(NamedTuple):
@@ -298,11 +298,9 @@ def subtree_statistics(a: SubtreeArgs) -> SubtreeStatistics:
         sums.index_put_((t.node,), t.weight * t.discount * t.x, accumulate=True)
         total.index_put_((t.node,), t.weight, accumulate=True)
     divisor = torch.where(total > 0, total, 1)
-    if a.statistic == "sum":
-        return SubtreeStatistics(sums, total, sums.new_empty(0))
-    if a.statistic == "mean":
-        return SubtreeStatistics(sums / divisor, total, sums.new_empty(0))
     centre, squares = sums / divisor, torch.zeros_like(sums)
+    if a.statistic != "std":
+        return SubtreeStatistics(sums if a.statistic == "sum" else centre.clone(), total, centre)
     for t in _along_paths(a):
         squares.index_put_((t.node,), t.weight * (t.x - centre[t.node]) ** 2, accumulate=True)
     variance = squares / divisor * _corrected(a)

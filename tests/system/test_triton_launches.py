@@ -249,7 +249,7 @@ def test_a_scan_is_one_launch(monkeypatch, layout):
 
 # Of a public function: its options, and launches forward and backward, kernels and operations of torch.
 TREES = {
-    "prefix_values": ({}, 8, 4),
+    "prefix_values": ({}, 7, 4),
     "prefix_values, weighed": ({"weights": torch.ones(8)}, 8, 4),
     "prefix_std": ({}, 5, 2),
     "tvm_targets": ({}, 5, 2),

@@ -65,7 +65,7 @@ struct SubtreeArgs {
   int64_t channels;      // C
   double* out;           // [2B, C]; these three are results of the forward pass, and inputs of the backward pass
   double* total;         // [2B], weights of the rows
-  double* centre;        // [2B, C], for the standard deviation the mean
+  double* centre;        // [2B, C], the mean
   const double* grad;    // backward: [2B, C]; null in the forward pass
   double* grad_x;        // backward: [B, C]
   double* grad_weights;  // backward: [B]; may be null
