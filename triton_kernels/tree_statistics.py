@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.prefix_tree import STATISTICS, SubtreeArgs, SubtreeStatistics
-from .launch import BITS, Constant, pointer, unpair
-from .tree_records import PLACES, TreeNodes, TreeRows, log2_pair, power
+from .launch import BITS, INTERPRETED, Constant, pointer, unpair
+from .tree_records import TreeNodes, TreeRows, log2_pair, power
 
+ROWS = 16 if INTERPRETED else 64  # rows of a node read at once
 # Statistics by their index.
 MEAN = Constant(STATISTICS.index("mean"))
 STD = Constant(STATISTICS.index("std"))
@@ -68,8 +69,12 @@ def sum_rows(
             tokens_left = tl.load(values.lengths + row, mask=inside, other=0) - node.depth
             term *= power(values.log2_gamma, tokens_left)
         lanes += tl.where(inside, term * weight, 0.0)
-        total += weight
-    return tl.sum(lanes, 0), tl.sum(total, 0)
+        if HAS_WEIGHTS and not CENTRED:
+            total += weight
+    if HAS_WEIGHTS:
+        return tl.sum(lanes, 0), tl.sum(total, 0)
+    else:
+        return tl.sum(lanes, 0), (node.end - node.begin).to(tl.float64)
 
 
 @triton.jit
@@ -173,7 +178,7 @@ def subtree_statistics(a: SubtreeArgs) -> SubtreeStatistics:
         row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
         subtree_statistics_kernel[(nodes, channels)](
             x, weights, row.order, row.length, node.begin, node.end, node.depth, *results, channels, a.ddof,
-            *log2_pair(a.gamma), BLOCK=PLACES, **_options(a), **BITS,
+            *log2_pair(a.gamma), BLOCK=ROWS, num_warps=1, **_options(a), **BITS,
         )  # fmt: skip
     return results
 
