@@ -233,8 +233,11 @@ def _less(values: Tensor, ancestor: Tensor) -> Tensor:
 def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float | Tensor, ddof: int) -> Tensor:
     """``[M, C]``: advantages relative to the siblings of a node; 0 at a root."""
     labels = ops.sibling_labels(parent)
-    options = {"scale": scale, "eps": eps, "ddof": ddof}
-    if values.shape[1] == 1:
-        return group_advantages(values.squeeze(1), labels, **options)[:, None]
-    columns = [group_advantages(x, labels, **options) for x in values.unbind(1)]
+    one = values.shape[1] == 1  # a view of it in both directions
+    columns = [
+        group_advantages(x, labels, scale=scale, eps=eps, ddof=ddof)
+        for x in ([values.squeeze(1)] if one else values.unbind(1))
+    ]
+    if one:
+        return columns[0][:, None]
     return torch.stack(columns, 1) if columns else values
