@@ -180,6 +180,18 @@ class Test_prefix_tree_arrays:
         for shift in (0, 3):
             same_arrays(target, tokens[:, shift:], torch.zeros(8).long(), mask[:, shift:])
 
+    @pytest.mark.parametrize("rows", [2, 3])
+    def test_few_long_rows(self, target, generator, rows):
+        """Rows that are searched and compared in parts."""
+        width = 1500
+        tokens = torch.randint(0, 3, (1, width), generator=generator).repeat(rows, 1)
+        tokens[-1, 1200] -= 1
+        column = torch.arange(width)
+        spans = torch.tensor([[0, width], [5, width - 7], [0, 300]])[:rows]
+        mask = (column >= spans[:, :1]) & (column < spans[:, 1:])
+        for m in (None, mask, mask & (torch.arange(rows) > 0)[:, None]):
+            same_arrays(target, tokens, torch.zeros(rows).long(), m)
+
     def test_labels_counted_or_sorted(self, target, generator, monkeypatch):
         tokens, groups, mask = draw(70, 9, generator)
         members = [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
