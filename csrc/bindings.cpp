@@ -211,22 +211,27 @@ void prefix_lcp(int64_t batch, Address tree_rows, Address groups, int64_t most, 
 }
 
 // Backward where grad is not null.
-void subtree_sums(int64_t batch, Address tree_rows, Address nodes, int64_t channels, Address x, Address weights,
-                  Address centre, double gamma, Address out, Address grad, Address grad_x, Address grad_weights,
-                  int threads) {
-  const SubtreeArgs a{at<const double>(x),
-                      at<const double>(weights),
-                      at<const double>(centre),
-                      tree<const int64_t>(batch, tree_rows, nodes),
-                      gamma,
-                      channels,
-                      at<double>(out),
-                      at<const double>(grad),
-                      at<double>(grad_x),
-                      at<double>(grad_weights)};
+void subtree_statistics(int64_t batch, Address tree_rows, Address nodes, int64_t channels, Address x, Address weights,
+                        double gamma, Statistic statistic, int64_t ddof, const py::tuple& results, Address grad,
+                        Address grad_x, Address grad_weights, int threads) {
+  Reader r(results);
+  SubtreeArgs a{};
+  a.x = at<const double>(x);
+  a.weights = at<const double>(weights);
+  a.tree = tree<const int64_t>(batch, tree_rows, nodes);
+  a.gamma = gamma;
+  a.statistic = statistic;
+  a.ddof = ddof;
+  a.channels = channels;
+  a.out = r.pointer<double>();
+  a.total = r.pointer<double>();
+  a.centre = r.pointer<double>();
+  a.grad = at<const double>(grad);
+  a.grad_x = at<double>(grad_x);
+  a.grad_weights = at<double>(grad_weights);
   const py::gil_scoped_release release;
-  if (a.grad) rewardops::cpu::subtree_sums_backward(a, threads);
-  else rewardops::cpu::subtree_sums(a, threads);
+  if (a.grad) rewardops::cpu::subtree_statistics_backward(a, threads);
+  else rewardops::cpu::subtree_statistics(a, threads);
 }
 
 // Backward where there are gradients.
@@ -372,7 +377,7 @@ void define_trees(py::module_& m) {
   m.def("prefix_tree_i32", call<prefix_tree<int32_t>>);
   m.def("prefix_tree_i64", call<prefix_tree<int64_t>>);
   m.def("prefix_lcp", call<prefix_lcp>);
-  m.def("subtree_sums", call<subtree_sums>);
+  m.def("subtree_statistics", call<subtree_statistics>);
   m.def("tree_values", call<tree_values>);
   m.def("tree_values_backward", call<tree_values_backward>);
   m.def("path_ends", path_ends);

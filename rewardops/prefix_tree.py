@@ -25,9 +25,10 @@ from .ops import advantages
 from .ops import prefix_tree as ops
 from .ops.forest import Forest, TokenRows, checked_rewards, checked_weights
 from .ops.group_spec import check_group_scale
-from .ops.tree import at_nodes, sums_at_nodes
+from .ops.tree import at_nodes, sums_at_nodes, tree_rl
 from .reference.advantages import AdvantagesArgs
 from .reference.td import times
+from .reference.tree import FORMS
 
 __all__ = [
     "PrefixLcp",
@@ -143,11 +144,13 @@ def prefix_values(
         assert leaf is not None
         before, after = (_leave_one_out(forest, x, w, gamma, leaf, at, dtype) for at in ("before", "after"))
     else:
-        value = forest.means(x, w, gamma)
+        found = forest.statistics(x, w, "mean", gamma)
         before, after = (
-            forest.tokens(value, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
+            forest.tokens(found.out, dtype, at=at, gamma=gamma, leaf=leaf) for at in ("before", "after")
         )
-    count = forest.tokens(wide(forest.count)[:, None], torch.int32)[0]
+    if leave_one_out or w is not None:
+        found = forest.statistics(x.detach(), None, "sum")
+    count = forest.tokens(found.total, torch.int32)[0]
     return PrefixValues(_shaped(before, channels), _shaped(after, channels), count)
 
 
@@ -310,7 +313,7 @@ def shared_prefix_weights(
         [[0.5, 0.5, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0, 1.0]]
     """
     forest = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked).forest()
-    return forest.tokens(1 / wide(forest.count.clamp(min=1))[:, None], torch.float32)[0]
+    return forest.tokens(wide(forest.count.clamp(min=1)).reciprocal()[:, None], torch.float32)[0]
 
 
 # ---- advantages --------------------------------------------------------------------------------------------
@@ -377,7 +380,7 @@ def tempo_advantages(
     x, dtype, _ = checked_rewards(rewards, rows)
     forest = rows.forest()
     args = AdvantagesArgs(
-        rewards=rewards.to(dtype),
+        rewards=x[:, 0],
         groups=rows.labels,
         baseline_values=None,
         lengths=None,
@@ -393,11 +396,11 @@ def tempo_advantages(
         contiguous=groups is None,
     )
     centred, inv_scale, _ = advantages.group_advantages(*args)
-    value, bias = forest.means(x), wide(centred)
+    value = forest.means(x)
     if td_scale == "none":
-        return forest.tokens(value, dtype, at="step", row_bias=bias)[0]
-    factor = wide(inv_scale[:, None])
-    return forest.tokens(None, dtype, at="step", row_bias=bias, scaled_values=value, row_factor=factor)[0]
+        return forest.tokens(value, dtype, at="step", row_bias=centred)[0]
+    scaled = {"scaled_values": value, "row_factor": inv_scale[:, None]}
+    return forest.tokens(None, dtype, at="step", row_bias=centred, **scaled)[0]
 
 
 def tree_rl_advantages(
@@ -448,11 +451,12 @@ def tree_rl_advantages(
         >>> [[round(x, 3) for x in row] for row in advantages[:2].tolist()]
         [[0.192, -0.118, 1.0], [0.192, -0.118, -1.0]]
     """
-    checks.check_choice("form", form, tree.FORMS)
+    checks.check_choice("form", form, FORMS)
     rows = TokenRows.of(tokens, groups, group_size, mask, cu_seqlens, masked)
     x, dtype, channels = checked_rewards(rewards, rows)
     forest = rows.forest()
-    value = tree.tree_rl(forest.means(x), forest.parent, forest.count, form)
+    found = forest.statistics(x, None, "mean")
+    value = tree_rl(found.out, forest.parent, found.total[:, 0], form)[0]
     return _shaped(forest.tokens(value, dtype), channels)
 
 
@@ -621,7 +625,8 @@ def _leave_one_out(
     dtype: torch.dtype,
 ) -> Tensor:
     """``[C, *tokens]``: the means of the other rows; 0 where there is none."""
-    sums = forest.sums(x, weights, gamma=gamma)
+    x, weights = wide(x), None if weights is None else wide(weights)
+    sums = forest.sums(x, weights, gamma)
     # The rewards of rows without a token may be anything, NaN included.
     x = torch.where(forest.live[:, None], x, 0)
     if weights is None:

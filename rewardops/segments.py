@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -328,7 +328,7 @@ def _number_of_steps(markers: Tensor, rows: Layout) -> int:
     """The number of steps of the longest row; reads the markers."""
     if markers.dtype is torch.bool:
         flags = markers if rows.mask is None else markers & rows.mask
-        counts = ops.row_counts(replace(rows, mask=flags), markers.device)
+        counts = ops.row_counts(rows._replace(mask=flags), markers.device)
         return int(counts.max()) if rows.batch else 0
     valid_ids = markers if rows.mask is None else markers[rows.mask]
     return max(int(valid_ids.max()) + 1, 0) if valid_ids.numel() else 0

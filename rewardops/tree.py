@@ -15,12 +15,11 @@ from .core.precision import wide, widest
 from .core.settings import may_read
 from .ops import tree as ops
 from .ops.group_spec import check_group_scale
-from .reference.tree import REDUCES, TreeArgs
+from .reference.tree import FORMS, REDUCES, TreeArgs, parents_of
 
 __all__ = ["tree_advantages", "tree_values"]
 
 KINDS = ("local", "global", "tree_rl", "siblings")
-FORMS = ("paper", "released")
 
 
 def tree_values(
@@ -152,11 +151,11 @@ def tree_advantages(
     args = TreeArgs(parent, rewards, weight, reduce, softness, depth)
     values = ops.tree_values(*args)[0][:, None]
     if kind == "local":
-        out = _less(values, _up(parent))
+        out = _less(values, parents_of(parent))
     elif kind == "global":
-        out = _less(values, ops.path_ends(_up(parent)))
+        out = _less(values, ops.path_ends(parents_of(parent)))
     elif kind == "tree_rl":
-        out = tree_rl(values, parent, _leaves(parent, depth), form)
+        out = ops.tree_rl(values, parent, _leaves(parent, depth), form)[0]
     else:
         out = among_siblings(values, parent, scale, eps, ddof)
     return out[:, 0].to(dtype)
@@ -181,8 +180,8 @@ def _checked(parent: Tensor, leaf_rewards: Tensor) -> tuple[Tensor, Tensor, torc
             bad = low if low < -1 else high
             raise ValueError(f"parent: got {bad}, want -1 (a root) or a node below {parent.shape[0]}")
         # If every parent precedes its children there is no cycle; the path of a node in a cycle ends at no root.
-        if bool((parent >= _numbers(parent)).any()):
-            end = ops.path_ends(_up(parent))
+        if bool((parent >= torch.arange(len(parent), device=parent.device)).any()):
+            end = ops.path_ends(parents_of(parent))
             if bool((parent[end] != -1).any()):
                 raise ValueError(
                     f"parent: got a cycle through node {int(end[parent[end] != -1][0])}, want a tree"
@@ -226,42 +225,19 @@ def _checked_depth(max_depth: int | None, parent: Tensor) -> int:
 # ---- nodes by their parents --------------------------------------------------------------------------------
 
 
-def _numbers(parent: Tensor) -> Tensor:
-    """``[M]``: the indices of the nodes."""
-    return torch.arange(parent.shape[0], device=parent.device)
-
-
-def _up(parent: Tensor) -> Tensor:
-    """Each node's parent; a root is its own."""
-    inside = (parent >= 0) & (parent < parent.shape[0])
-    return torch.where(inside, parent, _numbers(parent))
-
-
 def _less(values: Tensor, ancestor: Tensor) -> Tensor:
     """``[M, C]``: a node's value less its ancestor's; 0 where that is the node itself."""
     return values - ops.at_nodes(values, ancestor)
 
 
-def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> Tensor:
-    """``[M, C]`` from means over the ``leaves`` below each node (see :func:`rewardops.tree_rl_advantages`)."""
-    up = _up(parent)
-    root = ops.path_ends(up)
-    scale = (wide(leaves.clamp(min=1)) ** 0.5)[:, None]
-    if form == "paper":
-        return (_less(values, up) + _less(values, root)) / scale
-    # reward - mean of the others = (reward - mean of all) * n / (n - 1), for a leaf.
-    number = leaves[root][:, None]
-    factor = number / (number - 1).clamp(min=1)
-    value = torch.where(number > 1, _less(values, root) * factor, values) / scale
-    return value + _less(value, up)
-
-
 def among_siblings(values: Tensor, parent: Tensor, scale: str, eps: float | Tensor, ddof: int) -> Tensor:
     """``[M, C]``: advantages relative to the siblings of a node; 0 at a root."""
-    up = _up(parent)
-    labels = torch.where(up == _numbers(parent), -1 - up, up)
+    labels = ops.sibling_labels(parent)
+    one = values.shape[1] == 1  # a view of it in both directions
     columns = [
-        group_advantages(values[:, c], labels, scale=scale, eps=eps, ddof=ddof)
-        for c in range(values.shape[1])
+        group_advantages(x, labels, scale=scale, eps=eps, ddof=ddof)
+        for x in ([values.squeeze(1)] if one else values.unbind(1))
     ]
+    if one:
+        return columns[0][:, None]
     return torch.stack(columns, 1) if columns else values

@@ -201,7 +201,9 @@ def group_advantages(a: AdvantagesArgs) -> tuple[Tensor, Tensor, Tensor]:
             pointer(lengths, rewards), _batch_record(a, p, None, None, None), per_row, inv_scale, numerators,
             rows.batch, p.parts, *pair(a.quantile), *pair(a.eps), a.ddof, **_options(a, p), **BITS,
         )  # fmt: skip
-    if tokens:
+    if tokens and not alone and not rows.packed and rows.width == 1:
+        out = per_row[:, None]  # a row's only token has its advantage, or is no member
+    elif tokens:
         parts = splits(rewards, rows.batch, max(1, cdiv(rows.width, BLOCK)))
         spread_kernel[(rows.batch, parts)](
             rewards if alone else per_row, pointer(values, rewards), pointer(mask, rewards), rows.cu, out,

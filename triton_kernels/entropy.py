@@ -315,73 +315,31 @@ def gtpo_kernel(
             group.begin, at, group, tokens, settings, AT_ONCE, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
         )
         rights, wrongs = add_rows(
-            rights,
-            wrongs,
-            group.begin,
-            held,
-            group,
-            tokens,
-            settings,
-            ORDERED,
-            PACKED,
-            HAS_MASK,
-            BACKWARD,
+            rights, wrongs, group.begin, held, group, tokens, settings, ORDERED, PACKED, HAS_MASK, BACKWARD,
             ALIGNED,
-        )
+        )  # fmt: skip
         for place in range(group.begin + AT_ONCE, group.end, AT_ONCE):
             more = load_rows(
                 place, at, group, tokens, settings, AT_ONCE, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
             )
             rights, wrongs = add_rows(
-                rights,
-                wrongs,
-                place,
-                more,
-                group,
-                tokens,
-                settings,
-                ORDERED,
-                PACKED,
-                HAS_MASK,
-                BACKWARD,
+                rights, wrongs, place, more, group, tokens, settings, ORDERED, PACKED, HAS_MASK, BACKWARD,
                 ALIGNED,
-            )
+            )  # fmt: skip
         of_right = scale_of(rights, 1.0, settings)
         of_wrong = scale_of(wrongs, -1.0, settings)
         write_rows(
-            group.begin,
-            held,
-            of_right,
-            of_wrong,
-            at,
-            group,
-            tokens,
-            settings,
-            ORDERED,
-            PACKED,
-            HAS_MASK,
-            BACKWARD,
-            ALIGNED,
-        )
+            group.begin, held, of_right, of_wrong, at, group, tokens, settings, ORDERED, PACKED, HAS_MASK,
+            BACKWARD, ALIGNED,
+        )  # fmt: skip
         for place in range(group.begin + AT_ONCE, group.end, AT_ONCE):
             more = load_rows(
                 place, at, group, tokens, settings, AT_ONCE, ORDERED, PACKED, HAS_MASK, BACKWARD, ALIGNED
             )
             write_rows(
-                place,
-                more,
-                of_right,
-                of_wrong,
-                at,
-                group,
-                tokens,
-                settings,
-                ORDERED,
-                PACKED,
-                HAS_MASK,
-                BACKWARD,
-                ALIGNED,
-            )
+                place, more, of_right, of_wrong, at, group, tokens, settings, ORDERED, PACKED, HAS_MASK,
+                BACKWARD, ALIGNED,
+            )  # fmt: skip
 
 
 # ---- launch ------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class RowTokens(NamedTuple):
 def place_rows(block, labels, order, sorted_labels, batch):
     """Sort: write the labels of a block of rows, and their numbers, to their places in the order of the labels.
 
-    The place of a row is the number of smaller labels, and of equal ones of earlier rows.
+    The place of a row, which is returned, is the number of smaller labels, and of equal ones of earlier rows.
     """
     LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -81,6 +81,7 @@ def place_rows(block, labels, order, sorted_labels, batch):
     place = tl.sum(counts, 1)
     tl.store(order + place, rows.to(tl.int64), mask=rows < batch)
     tl.store(sorted_labels + place, own, mask=rows < batch)
+    return place
 
 
 @triton.jit

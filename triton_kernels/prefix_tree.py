@@ -1,8 +1,6 @@
 """Prefix trees on the GPU.
 
-The place of a row among its group's rows comes from comparisons with each of them, up to the first difference.
-The common prefixes of neighbours determine the tree. Memory traffic: the tokens that pairs share, mostly from the
-cache. Sums over subtrees are computed per node, over its rows in order.
+Rows in lexicographic order (``tree_places``), and the common prefixes of neighbours, determine the tree.
 """
 
 from __future__ import annotations
@@ -15,18 +13,41 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.rows import move, places_without_holes
-from ..reference.prefix_tree import PrefixTreeArgs, SubtreeArgs, by_group, members_of
-from .launch import BITS, INTERPRETED, pointer, unpair
-from .rows import Rows, as_bytes, dense, load_valid, row_bounds, stride
-from .tree_records import PLACES, TreeNodes, TreeRows, log2_pair, power
-from .tree_tokens import nodes_to_tokens, nodes_to_tokens_backward
+from ..reference.prefix_tree import PrefixTreeArgs
+from .groups import ROWS, end_of_group, place_rows
+from .launch import BITS, INTERPRETED, cdiv, pointer, splits
+from .rows import Rows, as_bytes, dense, stride
+from .tree_places import CODES, SPANS, WARPS, WHOLE, places_kernel, rows_kernel
+from .tree_records import PLACES, TreeNodes, TreeRows
+from .tree_statistics import subtree_statistics, subtree_statistics_backward
+from .tree_tokens import nodes_to_tokens
+from .tree_tokens_backward import nodes_to_tokens_backward
 
 __all__ = [
-    "nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree", "subtree_sums",
-    "subtree_sums_backward",
+    "nodes_to_tokens", "nodes_to_tokens_backward", "prefix_lcp", "prefix_tree", "subtree_statistics",
+    "subtree_statistics_backward",
 ]  # fmt: skip
 
-BLOCK = 128 if INTERPRETED else 512  # tokens processed at once
+PART = 256 if INTERPRETED else 8192  # tokens of a part of a row, at least
+MAX_PARTS = 64
+GROUP = 16 if INTERPRETED else 64  # members read at once
+# Rows from which on a sort costs less than placing each among all.
+SORTED = 100 if INTERPRETED else 8192
+
+
+class ByLabel(NamedTuple):
+    """Rows in the order of their labels: sorted, or memory that ``place_rows`` fills by so many programs."""
+
+    rows: Tensor
+    labels: Tensor
+    programs: int
+
+
+def by_label(labels: Tensor) -> ByLabel:
+    if len(labels) > SORTED:
+        in_order, rows = labels.sort(stable=True)
+        return ByLabel(rows, in_order, 0)
+    return ByLabel(torch.empty_like(labels), torch.empty_like(labels), cdiv(len(labels), ROWS.value))
 
 
 class Enclosing(NamedTuple):
@@ -37,87 +58,6 @@ class Enclosing(NamedTuple):
 
 
 # ---- the tree ----------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["width", "total", "mask_stride"])
-def spans_kernel(
-    mask, cu, first, length_out, width, total, mask_stride,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program b: the first valid token of row b, and the length up to its last one."""
-    b = tl.program_id(0)
-    base, length = row_bounds(cu, b, width, total, PACKED)
-    begin = tl.zeros([], tl.int64)
-    end = length
-    if HAS_MASK:
-        begin = length
-        end = tl.zeros([], tl.int64)
-        for start in range(0, length, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            valid = load_valid(mask, base + b.to(tl.int64) * mask_stride + at, at < length, True)
-            begin = tl.minimum(begin, tl.min(tl.where(valid, at, length), 0))
-            end = tl.maximum(end, tl.max(tl.where(valid, at + 1, 0), 0).to(tl.int64))
-    tl.store(first + b, tl.where(end > begin, begin, 0))
-    tl.store(length_out + b, tl.maximum(end - begin, 0))
-
-
-@triton.jit
-def first_valid(tokens, cu, first, b, width, total, stride, PACKED: tl.constexpr):
-    """Pointer to row b's first valid token."""
-    base, _ = row_bounds(cu, b, width, total, PACKED)
-    return tokens + base + b.to(tl.int64) * stride + tl.load(first + b)
-
-
-@triton.jit
-def common_prefix(x, y, length, BLOCK: tl.constexpr):
-    """The number of equal tokens at the front of two rows, of which the shorter has ``length``."""
-    same = length
-    start = length * 0
-    while start < same:
-        at = start + tl.arange(0, BLOCK)
-        inside = at < length
-        x_tokens = tl.load(x + at, mask=inside, other=0)
-        y_tokens = tl.load(y + at, mask=inside, other=0)
-        same = tl.minimum(same, tl.min(tl.where(inside & (x_tokens != y_tokens), at, length), 0))
-        start += BLOCK
-    return same
-
-
-@triton.jit(do_not_specialize=["width", "total", "tokens_stride"])
-def places_kernel(
-    tokens, members, group_begin, group_end, cu, first, lengths, order, shared, width, total, tokens_stride,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program b: the place of row b among all rows, and its common prefix with the row before it.
-
-    Among all rows before it in lexicographic order, the last one has the longest common prefix with it.
-    """
-    b = tl.program_id(0)
-    x = first_valid(tokens, cu, first, b, width, total, tokens_stride, PACKED)
-    length = tl.load(lengths + b)
-    begin = tl.load(group_begin + b)
-    place = begin
-    most = tl.full([], -1, tl.int64)
-    for k in range(begin, tl.load(group_end + b)):
-        j = tl.load(members + k)
-        other_length = tl.load(lengths + j)
-        # True if row j is before row b. Empty rows come last, in the order of their numbers.
-        before = (other_length > 0) | (j < b)
-        if length > 0:
-            before = (other_length > 0) & (j < b)
-            shorter = tl.minimum(length, other_length)
-            if shorter > 0:
-                y = first_valid(tokens, cu, first, j, width, total, tokens_stride, PACKED)
-                same = common_prefix(x, y, shorter, BLOCK)
-                differ = same < shorter
-                x_token = tl.load(x + same, mask=differ, other=0)
-                y_token = tl.load(y + same, mask=differ, other=0)
-                ends_first = (other_length < length) | ((other_length == length) & (j < b))
-                before = (differ & (y_token < x_token)) | ((same == shorter) & ends_first)
-                most = tl.where(before, tl.maximum(most, same), most)
-        place += (before & (j != b)).to(tl.int64)
-    tl.store(order + place, b.to(tl.int64))
-    tl.store(shared + place, most)
 
 
 @triton.jit
@@ -203,157 +143,105 @@ def prefix_tree(a: PrefixTreeArgs) -> tuple[Tensor, Tensor]:
     if a.skip and mask is not None:
         places = places_without_holes(mask, a.cu_seqlens)
         tokens, mask = move(tokens, mask, places), move(mask, mask, places)
-    groups, mask, tokens = a.groups.contiguous(), as_bytes(mask), dense(tokens)
-    r = Rows.of(tokens.shape, a.cu_seqlens, groups)
-    rows = groups.new_empty(len(TreeRows._fields), r.batch)
-    nodes = groups.new_empty(len(TreeNodes._fields), 2 * r.batch)
+    labels, mask, tokens = a.groups.contiguous(), as_bytes(mask), dense(tokens)
+    r = Rows.of(tokens.shape, a.cu_seqlens, labels)
+    rows = labels.new_empty(len(TreeRows._fields), r.batch)
+    nodes = labels.new_empty(len(TreeNodes._fields), 2 * r.batch)
     if r.batch == 0:
         return rows, nodes
-    out = TreeRows(*rows)
-    grid = (r.batch,)
-    spans_kernel[grid](
-        pointer(mask, groups), r.cu, out.first, out.length, r.width, r.total, stride(mask),
-        PACKED=r.packed, HAS_MASK=mask is not None, BLOCK=BLOCK, **BITS,
+    out, order = TreeRows(*rows), by_label(labels)
+    parts = splits(labels, r.batch, max(1, min(cdiv(r.width, PART), MAX_PARTS)), 1)
+    spans = labels.new_empty((2, parts if parts > 1 else 0, r.batch), dtype=torch.int32)
+    codes = labels.new_empty(parts, r.batch)
+    for stage in (WHOLE,) if parts == 1 else (SPANS, CODES):
+        ranked = 0 if stage is CODES else order.programs
+        rows_kernel[(ranked + r.batch, parts)](
+            tokens, pointer(mask, labels), r.cu, labels, order.rows, order.labels, spans, codes, out.first,
+            out.length, r.batch, ranked, parts, stride(tokens), stride(mask), r.width, r.total,
+            STAGE=stage.value, SORTED=order.programs == 0, PACKED=r.packed, HAS_MASK=mask is not None,
+            num_warps=WARPS, **BITS,
+        )  # fmt: skip
+    places_kernel[(r.batch,)](
+        tokens, r.cu, order.rows, order.labels, codes, out.first, out.length, out.order, out.shared, r.batch,
+        parts, stride(tokens), r.width, r.total, PACKED=r.packed, num_warps=1, **BITS,
     )  # fmt: skip
-    places_kernel[grid](
-        tokens, *by_group(groups), r.cu, out.first, out.length, out.order, out.shared, r.width, r.total,
-        stride(tokens), PACKED=r.packed, BLOCK=BLOCK, **BITS,
-    )  # fmt: skip
-    nodes_kernel[grid](out.order, out.leaf, out.length, out.shared, *nodes, r.batch, BLOCK=PLACES, **BITS)
+    nodes_kernel[(r.batch,)](
+        out.order, out.leaf, out.length, out.shared, *nodes, r.batch, BLOCK=PLACES, **BITS
+    )
     return rows, nodes
 
 
+# ---- common prefixes ---------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["batch"])
+def order_kernel(labels, rows, sorted_labels, place_of, batch):
+    """Program p: a block of rows sorted by label, and the place of each."""
+    p = tl.program_id(0)
+    place = place_rows(p, labels, rows, sorted_labels, batch)
+    block = p * ROWS + tl.arange(0, ROWS)
+    tl.store(place_of + block, place.to(tl.int64), mask=block < batch)
+
+
+@triton.jit
+def least(a, b):
+    return tl.minimum(a, b)
+
+
 @triton.jit(do_not_specialize=["batch", "most"])
-def prefix_lcp_kernel(order, lengths, shared, rank, lcp, batch, most):
-    """Program p: the common prefixes of the row at p with the rows of its group, from its neighbours outwards."""
-    p = tl.program_id(0).to(tl.int64)
+def prefix_lcp_kernel(
+    order, lengths, shared, by_label, labels, place_of, members, lcp, batch, most, BLOCK: tl.constexpr
+):
+    """Program p: the members of the group of the row at p, and its common prefixes with them.
+
+    Two rows share the least that neighbours between them share.
+    """
+    p = tl.program_id(0)
+    label = tl.load(labels + p)
+    begin = end_of_group(labels, p, label, batch, BLOCK, BLOCK, -1) + 1
+    end = end_of_group(labels, p, label, batch, BLOCK, BLOCK)
     row = tl.load(order + p)
-    target = lcp + row * most
-    place = tl.load(rank + row)
     length = tl.load(lengths + row)
-    tl.store(target + place, tl.where(length > 0, length, -1).to(tl.int32), mask=place < most)
-    least = length
-    q = p
-    common = tl.load(shared + q)
-    while common >= 0:
-        q -= 1
-        least = tl.minimum(least, common)
-        place = tl.load(rank + tl.load(order + q))
-        tl.store(target + place, least.to(tl.int32), mask=place < most)
-        common = tl.load(shared + q)
-    least = length
-    q = p + 1
-    common = tl.load(shared + q, mask=q < batch, other=-1)
-    while common >= 0:
-        least = tl.minimum(least, common)
-        place = tl.load(rank + tl.load(order + q))
-        tl.store(target + place, least.to(tl.int32), mask=place < most)
-        q += 1
-        common = tl.load(shared + q, mask=q < batch, other=-1)
+    target = lcp + row * most
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, most, BLOCK):
+        at = start + lane
+        member = tl.load(by_label + begin + at, mask=at < end - begin, other=-1)
+        tl.store(members + row * most + at, member.to(tl.int32), mask=at < most)
+        tl.store(target + at, at * 0 - 1, mask=(at >= end - begin) & (at < most))
+    own = tl.load(place_of + row) - begin
+    tl.store(target + own, tl.where(length > 0, length, -1).to(tl.int32), mask=own < most)
+    # Upwards, then downwards.
+    for down in tl.static_range(2):
+        common = length
+        for start in range(0, (p - begin) if down else (end - 1 - p), BLOCK):
+            at = p + 1 + start + lane
+            between = at
+            if down:
+                at = p - 1 - start - lane
+                between = at + 1
+            inside = (at >= begin) & (at < end)
+            x = tl.load(shared + between, mask=inside, other=0x7FFFFFFFFFFFFFFF)
+            x = tl.minimum(tl.associative_scan(x, 0, least), common)
+            common = tl.min(x, 0)
+            place = (
+                tl.load(place_of + tl.load(order + at, mask=inside, other=0), mask=inside, other=0) - begin
+            )
+            tl.store(target + place, x.to(tl.int32), mask=inside & (place < most))
 
 
 def prefix_lcp(rows: Tensor, groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    members, rank = members_of(groups, most)
-    tree = TreeRows(*rows.contiguous())
-    lcp = groups.new_full((len(groups), most), -1, dtype=torch.int32)
-    if len(groups):
-        prefix_lcp_kernel[(len(groups),)](
-            tree.order, tree.length, tree.shared, rank, lcp, len(groups), most, **BITS
-        )
-    return members.to(torch.int32), lcp
-
-
-# ---- sums over subtrees ------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
-def subtree_sums_kernel(
-    x, weights, centre, order, lengths, begin_in, end_in, depth_in, out, channels, log_high, log_low,
-    HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (n, c): channel c over the rows of node n."""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1)
-    begin = tl.load(begin_in + n)
-    end = tl.load(end_in + n)
-    log2_gamma = unpair(log_high, log_low, tl.float64)
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < end
-        row = tl.load(order + at, mask=inside, other=0)
-        term = tl.load(x + row * channels + c, mask=inside, other=0.0)
-        if CENTRED:
-            term -= tl.load(centre + n * channels + c)
-            term *= term
-        if DECAY:
-            tokens_left = tl.load(lengths + row, mask=inside, other=0) - tl.load(depth_in + n)
-            term *= power(log2_gamma, tokens_left)
-        if HAS_WEIGHTS:
-            term *= tl.load(weights + row, mask=inside, other=0.0)
-        lanes += tl.where(inside, term, 0.0)
-    tl.store(out + n * channels + c, tl.sum(lanes, 0))
-
-
-@triton.jit(do_not_specialize=["channels", "log_high", "log_low"])
-def subtree_sums_backward_kernel(
-    grad, x, weights, centre, leaf, lengths, depth_in, parent, grad_x, grad_weights, channels, log_high, log_low,
-    HAS_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr, DECAY: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Program b: the gradient of row b, summed over the nodes on its path."""
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, CHANNELS)
-    inside = c < channels
-    log2_gamma = unpair(log_high, log_low, tl.float64)
-    value = tl.load(x + b * channels + c, mask=inside, other=0.0)
-    node = tl.load(leaf + b)
-    weight = tl.full([], 1.0, tl.float64)
-    if HAS_WEIGHTS:
-        weight = tl.load(weights + b, mask=node >= 0, other=0.0)  # the weight of an empty row is arbitrary
-    by_x = tl.zeros([CHANNELS], tl.float64)
-    by_weight = tl.zeros([CHANNELS], tl.float64)
-    length = tl.load(lengths + b)
-    while node >= 0:
-        up = tl.load(grad + node * channels + c, mask=inside, other=0.0)
-        if DECAY:
-            up *= power(log2_gamma, length - tl.load(depth_in + node))
-        if CENTRED:
-            difference = value - tl.load(centre + node * channels + c, mask=inside, other=0.0)
-            by_x += 2.0 * difference * up
-            by_weight += difference * difference * up
+    labels, tree = groups.contiguous(), TreeRows(*rows.contiguous())
+    batch = len(labels)
+    members, lcp = (labels.new_empty((batch, most), dtype=torch.int32) for _ in range(2))
+    if batch:
+        order, place_of = by_label(labels), torch.empty_like(labels)
+        if order.programs:
+            order_kernel[(order.programs,)](labels, order.rows, order.labels, place_of, batch, **BITS)
         else:
-            by_x += up
-            by_weight += value * up
-        node = tl.load(parent + node)
-    tl.store(grad_x + b * channels + c, weight * by_x, mask=inside)
-    if HAS_WEIGHTS:
-        tl.store(grad_weights + b, tl.sum(tl.where(inside, by_weight, 0.0), 0))
-
-
-def subtree_sums(a: SubtreeArgs) -> Tensor:
-    x, number = a.x.contiguous(), a.nodes.shape[1]
-    out = x.new_empty(number, x.shape[1])
-    if out.numel():
-        row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
-        subtree_sums_kernel[(number, x.shape[1])](
-            x, *(x if t is None else t.contiguous() for t in (a.weights, a.centre)), row.order, row.length,
-            node.begin, node.end, node.depth, out, x.shape[1], *log2_pair(a.gamma),
-            HAS_WEIGHTS=a.weights is not None, CENTRED=a.centre is not None,
-            DECAY=a.gamma != 1.0 and a.centre is None, BLOCK=PLACES, **BITS,
+            place_of[order.rows] = torch.arange(batch, device=labels.device)
+        prefix_lcp_kernel[(batch,)](
+            tree.order, tree.length, tree.shared, order.rows, order.labels, place_of, members, lcp, batch, most,
+            BLOCK=GROUP, num_warps=1, **BITS,
         )  # fmt: skip
-    return out
-
-
-def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
-    x = a.x.contiguous()
-    by_x = x.new_empty(x.shape)
-    by_weight = x.new_zeros(0 if a.weights is None else a.weights.shape)
-    if by_x.numel():
-        row, node = TreeRows(*a.rows.contiguous()), TreeNodes(*a.nodes.contiguous())
-        subtree_sums_backward_kernel[(x.shape[0],)](
-            grad.contiguous(), x, *(x if t is None else t.contiguous() for t in (a.weights, a.centre)),
-            row.leaf, row.length, node.depth, node.parent, by_x, by_weight, x.shape[1], *log2_pair(a.gamma),
-            HAS_WEIGHTS=a.weights is not None, CENTRED=a.centre is not None,
-            DECAY=a.gamma != 1.0 and a.centre is None, CHANNELS=triton.next_power_of_2(x.shape[1]), **BITS,
-        )  # fmt: skip
-    return by_x, by_weight
+    return members, lcp

@@ -1,4 +1,4 @@
-"""Values of trees, as arrays of parents, on the GPU: a launch per level, a program per node."""
+"""Trees as arrays of parents, on the GPU: values, by a launch per level and a program per node, and advantages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import tree as spec
 from ..reference.tree import (
+    FORMS,
     REDUCES,
     TreeArgs,
     at_nodes,
@@ -16,11 +18,17 @@ from ..reference.tree import (
     path_ends,
     tree_values_backward,
 )
-from .launch import BITS, Constant, pair, pointer, unpair
+from .launch import BITS, INTERPRETED, Constant, cdiv, pair, pointer, unpair
 
-__all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
+__all__ = [
+    "at_nodes", "at_nodes_backward", "path_ends", "sibling_labels", "tree_rl", "tree_rl_backward", "tree_values",
+    "tree_values_backward",
+]  # fmt: skip
 
 CHILDREN = 16  # children read at once
+NODES = 32 if INTERPRETED else 1024  # nodes read at once
+# Nodes up to which the gradient of each looks for its children among all; beyond, they are sorted.
+SEARCHED = 64 if INTERPRETED else 16384
 
 # Reductions by their index in REDUCES.
 MEAN = Constant(0)
@@ -116,3 +124,135 @@ def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:
             REDUCE=REDUCES.index(a.reduce), HAS_VISITS=visits is not None, BLOCK=CHILDREN, **BITS,
         )  # fmt: skip
     return values, slope
+
+
+# ---- advantages --------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["nodes"])
+def sibling_labels_kernel(parent, out, nodes, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    up = tl.load(parent + n, mask=n < nodes, other=-1)
+    alone = (up < 0) | (up >= nodes) | (up == n)
+    tl.store(out + n, tl.where(alone, -1 - n.to(tl.int64), up), mask=n < nodes)
+
+
+def sibling_labels(parent: Tensor) -> Tensor:
+    parent = parent.contiguous()
+    out, nodes = torch.empty_like(parent), parent.shape[0]
+    if nodes:
+        sibling_labels_kernel[(cdiv(nodes, NODES),)](parent, out, nodes, BLOCK=NODES, **BITS)
+    return out
+
+
+@triton.jit
+def gain_of(leaves, number, RELEASED: tl.constexpr):
+    """What multiplies a value less its root's, for a node above so many leaves in a tree of ``number``."""
+    gain = 1.0 / tl.sqrt(tl.maximum(leaves, 1.0))
+    if RELEASED:
+        gain *= tl.where(number > 1.0, number / tl.maximum(number - 1.0, 1.0), 1.0)
+    return gain
+
+
+@triton.jit
+def parent_of(parent, n, nodes):
+    """The parent of a node; a root is its own."""
+    up = tl.load(parent + n)
+    return tl.where((up >= 0) & (up < nodes), up, n)
+
+
+@triton.jit(do_not_specialize=["nodes", "channels"])
+def tree_rl_kernel(
+    values, parent, leaves, out, root_out, nodes, channels, RELEASED: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Program n: node n, all channels."""
+    n = tl.program_id(0).to(tl.int64)
+    up = parent_of(parent, n, nodes)
+    root = up
+    steps = nodes * 0
+    above = parent_of(parent, root, nodes)
+    while (above != root) & (steps < nodes):  # a cycle has no root
+        root = above
+        above = parent_of(parent, root, nodes)
+        steps += 1
+    c = tl.arange(0, CHANNELS)
+    inside = c < channels
+    here = tl.load(values + n * channels + c, mask=inside, other=0.0)
+    there = tl.load(values + up * channels + c, mask=inside, other=0.0)
+    top = tl.load(values + root * channels + c, mask=inside, other=0.0)
+    number = tl.load(leaves + root)
+    gain = gain_of(tl.load(leaves + n), number, RELEASED)
+    if RELEASED:
+        top = tl.where(number > 1.0, top, 0.0)
+        value = (here - top) * gain
+        result = value + (value - (there - top) * gain_of(tl.load(leaves + up), number, RELEASED))
+    else:
+        result = ((here - there) + (here - top)) * gain
+    tl.store(out + n * channels + c, result, mask=inside)
+    tl.store(root_out + n, root)
+
+
+@triton.jit(do_not_specialize=["nodes", "channels"])
+def tree_rl_backward_kernel(
+    grad, parent, leaves, root_in, out, nodes, channels, RELEASED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (n, c): channel c of the gradient of node n, of its children, for a root of its tree."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1)
+    root = tl.load(root_in + n)
+    number = tl.load(leaves + root)
+    is_root = parent_of(parent, n, nodes) == n
+    children = tl.zeros([BLOCK], tl.float64)
+    tree = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, nodes, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        some = m < nodes
+        up = tl.load(parent + m, mask=some, other=-1)
+        inner = some & (up >= 0) & (up < nodes) & (up != m)
+        child = inner & (up == n)
+        below = child
+        if is_root:
+            below = some & (tl.load(root_in + m, mask=some, other=-1) == n)
+        g = tl.load(grad + m.to(tl.int64) * channels + c, mask=below, other=0.0)
+        gain = gain_of(tl.load(leaves + m, mask=below, other=1.0), number, RELEASED)
+        if RELEASED:
+            children += tl.where(child, g, 0.0)
+            upper = gain_of(tl.load(leaves + up, mask=below & inner, other=1.0), number, RELEASED)
+            tree += tl.where(below, tl.where(inner, (2.0 * gain - upper) * g, gain * g), 0.0)
+        else:
+            children += tl.where(child, g * gain, 0.0)
+            tree += tl.where(below & inner, g * gain, 0.0)
+    g = tl.load(grad + n * channels + c)
+    gain = gain_of(tl.load(leaves + n), number, RELEASED)
+    from_children = tl.sum(children, 0)
+    from_tree = tl.where(is_root, tl.sum(tree, 0), 0.0)
+    if RELEASED:
+        own = tl.where(is_root, g, 2.0 * g)
+        result = (own - from_children) * gain - tl.where(number > 1.0, from_tree, 0.0)
+    else:
+        result = tl.where(is_root, 0.0, 2.0 * g * gain) - from_children - from_tree
+    tl.store(out + n * channels + c, result)
+
+
+def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    nodes, channels = values.shape
+    out, root = values.new_empty(values.shape), torch.empty_like(parent)
+    if nodes:
+        tree_rl_kernel[(nodes,)](
+            values.contiguous(), parent.contiguous(), leaves.contiguous(), out, root, nodes, channels,
+            RELEASED=form == FORMS[1], CHANNELS=triton.next_power_of_2(max(channels, 1)), **BITS,
+        )  # fmt: skip
+    return out, root
+
+
+def tree_rl_backward(grad: Tensor, parent: Tensor, leaves: Tensor, root: Tensor, form: str) -> Tensor:
+    nodes, channels = grad.shape
+    if nodes > SEARCHED:
+        return spec.tree_rl_backward(grad, parent, leaves, root, form)
+    out = grad.new_empty(grad.shape)
+    if out.numel():
+        tree_rl_backward_kernel[(nodes, channels)](
+            *(t.contiguous() for t in (grad, parent, leaves, root)), out, nodes, channels,
+            RELEASED=form == FORMS[1], BLOCK=NODES, **BITS,
+        )  # fmt: skip
+    return out

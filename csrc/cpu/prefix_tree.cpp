@@ -205,34 +205,61 @@ void prefix_lcp(const PrefixLcpArgs& a, int threads) {
   });
 }
 
-// ---- sums over subtrees -------------------------------------------------------------------------------------
+// ---- statistics of subtrees ---------------------------------------------------------------------------------
 
-void subtree_sums(const SubtreeArgs& a, int threads) {
+namespace {
+
+// What the total weight of a node divides.
+double divisor(double total) { return total > 0 ? total : 1.0; }
+
+// n / (n - ddof) for the n rows of a node; 0 for at most ddof.
+double corrected(const SubtreeArgs& a, int64_t n) {
+  const int64_t count = a.tree.end[n] - a.tree.begin[n];
+  return count > a.ddof ? static_cast<double>(count) / static_cast<double>(count - a.ddof) : 0.0;
+}
+
+}  // namespace
+
+void subtree_statistics(const SubtreeArgs& a, int threads) {
   const TreeView& tree = a.tree;
   const int64_t channels = a.channels;
   parallel_for(tree.nodes(), 64, threads, [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       double* out = a.out + n * channels;
-      std::fill(out, out + channels, 0.0);
-      for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) {
-        const int64_t row = tree.order[p];
-        const double weight = a.weights ? a.weights[row] : 1.0;
-        const double factor = a.centre ? weight : weight * discount(a.gamma, tree.length[row] - tree.depth[n]);
-        for (int64_t c = 0; c < channels; ++c) {
-          const double x = a.x[row * channels + c];
-          if (a.centre) {
-            const double off = x - a.centre[n * channels + c];
-            out[c] += factor * off * off;
-          } else {
-            out[c] += factor * x;
-          }
+      const auto over_rows = [&](auto add) {
+        std::fill(out, out + channels, 0.0);
+        for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) {
+          const int64_t row = tree.order[p];
+          const double weight = a.weights ? a.weights[row] : 1.0;
+          for (int64_t c = 0; c < channels; ++c) out[c] += add(row, c, weight, a.x[row * channels + c]);
         }
+      };
+      double total = 0;
+      for (int64_t p = tree.begin[n]; p < tree.end[n]; ++p) total += a.weights ? a.weights[tree.order[p]] : 1.0;
+      a.total[n] = total;
+      over_rows([&](int64_t row, int64_t, double weight, double x) {
+        return weight * discount(a.gamma, tree.length[row] - tree.depth[n]) * x;
+      });
+      double* centre = a.centre + n * channels;
+      for (int64_t c = 0; c < channels; ++c) centre[c] = out[c] / divisor(total);
+      if (a.statistic == Statistic::sum) continue;
+      if (a.statistic == Statistic::mean) {
+        std::copy(centre, centre + channels, out);
+        continue;
+      }
+      over_rows([&](int64_t, int64_t c, double weight, double x) {
+        const double off = x - centre[c];
+        return weight * off * off;
+      });
+      for (int64_t c = 0; c < channels; ++c) {
+        const double variance = out[c] / divisor(total) * corrected(a, n);
+        out[c] = variance > 0 ? std::sqrt(variance) : 0.0;
       }
     }
   });
 }
 
-void subtree_sums_backward(const SubtreeArgs& a, int threads) {
+void subtree_statistics_backward(const SubtreeArgs& a, int threads) {
   const TreeView& tree = a.tree;
   const int64_t channels = a.channels;
   parallel_for(tree.batch, 64, threads, [&](int64_t from, int64_t to) {
@@ -242,16 +269,20 @@ void subtree_sums_backward(const SubtreeArgs& a, int threads) {
       double grad_weight = 0;
       const double weight = a.weights ? a.weights[row] : 1.0;
       for (int64_t n = tree.leaf[row]; n >= 0; n = tree.parent[n]) {
-        const double factor = a.centre ? 1.0 : discount(a.gamma, tree.length[row] - tree.depth[n]);
+        const double factor = discount(a.gamma, tree.length[row] - tree.depth[n]), total = a.total[n];
         for (int64_t c = 0; c < channels; ++c) {
-          const double x = a.x[row * channels + c], up = a.grad[n * channels + c] * factor;
-          if (a.centre) {
-            const double off = x - a.centre[n * channels + c];
-            grad_x[c] += 2 * weight * off * up;
-            grad_weight += off * off * up;
+          const double x = a.x[row * channels + c], up = a.grad[n * channels + c], out = a.out[n * channels + c];
+          if (a.statistic == Statistic::std) {
+            if (!(out > 0)) continue;
+            const double correction = corrected(a, n), off = x - a.centre[n * channels + c];
+            const double per = up / divisor(total) * correction / (2 * out);
+            grad_x[c] += weight * per * 2 * off;
+            grad_weight += per * (off * off - (total > 0 ? out * out / correction : 0.0));
           } else {
-            grad_x[c] += weight * up;
-            grad_weight += x * up;
+            const bool mean = a.statistic == Statistic::mean;
+            const double per = mean ? up / divisor(total) : up;
+            grad_x[c] += weight * per * factor;
+            grad_weight += per * (factor * x - (mean && total > 0 ? out : 0.0));
           }
         }
       }

@@ -15,8 +15,8 @@ void prefix_tree(const PrefixTreeArgs<Token>& a, int threads);
 
 void prefix_lcp(const PrefixLcpArgs& a, int threads);
 
-void subtree_sums(const SubtreeArgs& a, int threads);
-void subtree_sums_backward(const SubtreeArgs& a, int threads);
+void subtree_statistics(const SubtreeArgs& a, int threads);
+void subtree_statistics_backward(const SubtreeArgs& a, int threads);
 
 // ---- tree_tokens.cpp ----------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ Kernels take addresses. A tensor of another dtype would be read as what it is no
 (``rewards: RealTokens``); :func:`.dispatch.define` names those of an op's other tensors.
 
 A kind is ``Annotated[Tensor, dtype, *shape]``. Dtypes are keys of ``DTYPES``; ``"real"`` tensors of a call have one
-dtype. A shape is a list of sizes: numbers, names (equal names are equal sizes, that of an integer argument if one
-has the name; ``"2B"`` and ``"B+1"`` follow from ``"B"``), and ``"..."`` for any sizes, the same wherever it stands.
-An integer argument ``size`` is the last of them.
+dtype, ``"either"`` ones any of the two. A shape is a list of sizes: numbers, names (equal names are equal sizes,
+that of an integer argument if one has the name; ``"2B"`` and ``"B+1"`` follow from ``"B"``), and ``"..."`` for any
+sizes, the same wherever it stands. An integer argument ``size`` is the last of them.
 ``"or"`` separates two shapes. Where an op has ``cu_seqlens``, ``"..."`` is the shape of the tokens, ``[B, T]`` or
 packed ``[N]``, and ``"B"`` the number of rows.
 """
@@ -25,6 +25,7 @@ from .precision import has_float64
 
 DTYPES = {
     "real": (torch.float32, torch.float64),
+    "either": (torch.float32, torch.float64),
     "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "float64": (torch.float64,),
     "bool": (torch.bool,),

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ..core.native import compiled_module
-from ..reference.prefix_tree import AT, NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
+from ..core.precision import wide
+from ..reference.prefix_tree import (
+    AT,
+    STATISTICS,
+    NodeTokensArgs,
+    PrefixTreeArgs,
+    SubtreeArgs,
+    SubtreeStatistics,
+)
 from .memory import CPU, Launcher, RowShape, address, as_bytes, dense, rows_dense, strided, threads
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.int32: "i32"}
@@ -54,31 +62,36 @@ def prefix_lcp(
 
 
 def _subtrees(
-    a: SubtreeArgs, out: Tensor | None, grad: Tensor | None, on_x: Tensor | None, on_weights: Tensor | None
+    a: SubtreeArgs, results: SubtreeStatistics, grad: Tensor | None = None, on: Sequence[Tensor] = ()
 ) -> None:
-    """Launch the sums into ``out``; or, with ``grad``, their backward pass."""
-    inputs = [dense(t) for t in (a.rows, a.nodes, a.x, a.weights, a.centre)]  # alive until the call returns
-    rows, nodes, *values = map(address, inputs)
-    compiled_module().subtree_sums(  # type: ignore[union-attr]
-        a.x.shape[0], rows, nodes, a.x.shape[1], *values, a.gamma, address(out), address(grad), address(on_x),
-        address(on_weights), threads(),
+    """Compute ``results``; or, with ``grad``, the gradients ``on`` from them."""
+    x, weights = (None if t is None else wide(t) for t in (a.x, a.weights))
+    inputs = [dense(t) for t in (a.rows, a.nodes, x, weights)]  # alive until the call returns
+    rows, nodes, *terms = map(address, inputs)
+    gradients = [address(g) if g.numel() else 0 for g in on] or [0, 0]
+    compiled_module().subtree_statistics(  # type: ignore[union-attr]
+        a.x.shape[0], rows, nodes, a.x.shape[1], *terms, a.gamma, STATISTICS.index(a.statistic), a.ddof,
+        tuple(map(address, results)), address(grad), *gradients, threads(),
     )  # fmt: skip
 
 
-def subtree_sums(a: SubtreeArgs) -> Tensor:
-    out = a.x.new_empty(a.nodes.shape[1], a.x.shape[1])
-    _subtrees(a, out, None, None, None)
-    return out
+def subtree_statistics(a: SubtreeArgs) -> SubtreeStatistics:
+    out = torch.empty(a.nodes.shape[1], a.x.shape[1], dtype=torch.float64)
+    results = SubtreeStatistics(out, out.new_empty(len(out), 1), torch.empty_like(out))
+    _subtrees(a, results)
+    return results
 
 
-def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
-    on_x = a.x.new_empty(a.x.shape)
-    if a.weights is None:
-        _subtrees(a, None, grad.contiguous(), on_x, None)
-        return on_x, a.x.new_zeros(0)
-    on_weights = a.x.new_zeros(a.weights.shape)  # zeros: without channels the kernel writes nothing
-    _subtrees(a, None, grad.contiguous(), on_x, on_weights)
-    return on_x, on_weights
+def subtree_statistics_backward(
+    grad: Tensor, out: Tensor, total: Tensor, centre: Tensor, a: SubtreeArgs
+) -> tuple[Tensor, Tensor]:
+    results = SubtreeStatistics(*(t.contiguous() for t in (out, total, centre)))
+    on_x = grad.new_empty(a.x.shape)
+    # Zeros: without channels the kernel writes nothing.
+    on_weights = grad.new_zeros(0 if a.weights is None else a.weights.shape)
+    if grad.numel():
+        _subtrees(a, results, grad.contiguous(), (on_x, on_weights))
+    return on_x.to(a.x.dtype), on_weights if a.weights is None else on_weights.to(a.weights.dtype)
 
 
 def _node_tokens(
@@ -86,7 +99,8 @@ def _node_tokens(
 ) -> None:
     """Write ``tokens``, ``[C, *tokens]``, from node values; or, if any, ``gradients`` from their gradient."""
     shape, mask = RowShape(a.shape, a.cu_seqlens, launcher), as_bytes(a.mask)
-    inputs = [dense(t) for t in (a.rows, a.nodes, *a[:4])]  # alive until the call returns
+    terms_given = (None if t is None else wide(t) for t in a[:4])
+    inputs = [dense(t) for t in (a.rows, a.nodes, *terms_given)]  # alive until the call returns
     tree_rows, nodes, *terms = map(address, inputs)
     work = scratch(tokens, a.skip and mask is not None and bool(gradients))
     getattr(launcher.module(), f"nodes_to_tokens_{_SUFFIX[tokens.dtype]}")(
@@ -109,5 +123,6 @@ def nodes_to_tokens_backward(
     grad: Tensor, a: NodeTokensArgs, launcher: Launcher = CPU, scratch: Scratch = _no_scratch
 ) -> tuple[Tensor, ...]:
     gradients = a.zero_gradients(grad)
-    _node_tokens(a, grad.contiguous(), gradients, launcher, scratch)
-    return gradients
+    sums = [wide(g) for g in gradients]
+    _node_tokens(a, grad.contiguous(), sums, launcher, scratch)
+    return tuple(x.to(g.dtype) for x, g in zip(sums, gradients, strict=True))

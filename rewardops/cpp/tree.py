@@ -9,10 +9,21 @@ from torch import Tensor
 
 from ..core.native import compiled_module
 from ..reference import tree as spec
-from ..reference.tree import REDUCES, TreeArgs, at_nodes, at_nodes_backward
+from ..reference.tree import (
+    REDUCES,
+    TreeArgs,
+    at_nodes,
+    at_nodes_backward,
+    sibling_labels,
+    tree_rl,
+    tree_rl_backward,
+)
 from .memory import address, dense
 
-__all__ = ["at_nodes", "at_nodes_backward", "path_ends", "tree_values", "tree_values_backward"]
+__all__ = [
+    "at_nodes", "at_nodes_backward", "path_ends", "sibling_labels", "tree_rl", "tree_rl_backward", "tree_values",
+    "tree_values_backward",
+]  # fmt: skip
 
 
 def _module() -> Any:

@@ -10,10 +10,9 @@ from torch import Tensor
 from ..core import checks
 from ..core.checks import Number
 from ..core.groups import GroupSize, Labels, group_ids
-from ..core.precision import wide
 from ..core.rows import Layout
 from ..core.settings import may_read
-from ..reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
+from ..reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs, SubtreeStatistics
 from . import prefix_tree as ops
 from . import tree
 
@@ -83,34 +82,24 @@ class Forest:
     def parent(self) -> Tensor:
         return self.nodes[3]
 
-    def sums(
-        self, x: Tensor, weights: Tensor | None = None, centre: Tensor | None = None, gamma: Number = 1.0
-    ) -> Tensor:
-        """``[2 B, C]``: sums over each node's rows of discounted ``x``, or of squared distances from a centre."""
-        centre = None if centre is None else centre.detach()
-        args = SubtreeArgs(x, weights, centre, self.rows, self.nodes, gamma)
-        out: Tensor = ops.subtree_sums(*args)
-        return out
+    def statistics(
+        self, x: Tensor, weights: Tensor | None, statistic: str, gamma: Number = 1.0, ddof: int = 0
+    ) -> SubtreeStatistics:
+        """A statistic of each node's rows, and their total weight ``[2 B, 1]``; see ``reference.prefix_tree``."""
+        args = SubtreeArgs(x, weights, self.rows, self.nodes, gamma, statistic, ddof)
+        return SubtreeStatistics(*ops.subtree_statistics(*args))
 
-    def totals(self, weights: Tensor | None) -> Tensor:
-        """``[2 B, 1]``: the total weight of each node's rows."""
-        if weights is None:
-            return wide(self.count)[:, None]
-        return self.sums(torch.ones_like(weights)[:, None], weights)
+    def sums(self, x: Tensor, weights: Tensor | None = None, gamma: Number = 1.0) -> Tensor:
+        """``[2 B, C]``: sums over each node's rows of discounted ``x``."""
+        return self.statistics(x, weights, "sum", gamma).out
 
     def means(self, x: Tensor, weights: Tensor | None = None, gamma: Number = 1.0) -> Tensor:
         """``[2 B, C]``: means over each node's rows; 0 where their weights sum to 0."""
-        total = self.totals(weights)
-        return self.sums(x, weights, gamma=gamma) / torch.where(total > 0, total, 1)
+        return self.statistics(x, weights, "mean", gamma).out
 
     def std(self, x: Tensor, weights: Tensor | None, ddof: int) -> Tensor:
         """``[2 B, C]``: standard deviation over each node's rows; 0 for at most ``ddof`` rows."""
-        total, count = self.totals(weights), self.count[:, None]
-        squares = self.sums(x, weights, centre=self.means(x, weights))
-        factor = torch.where(count > ddof, count / (count - ddof).clamp(min=1), 0)
-        variance = squares / torch.where(total > 0, total, 1) * factor
-        positive = variance > 0
-        return torch.where(positive, torch.where(positive, variance, 1).sqrt(), 0)
+        return self.statistics(x, weights, "std", ddof=ddof).out
 
     def supported_by(self, count: int) -> Tensor:
         """``[B]``: the deepest node of each row that ``count`` rows share; the top where there is none."""
@@ -134,7 +123,7 @@ class Forest:
 
         Args:
             values, scaled_values: ``[2 B, C]`` float64, discounted from the node's depth to the state.
-            row_bias, row_factor: ``[B, C]`` float64; the factor is discounted from the row's end.
+            row_bias, row_factor: ``[B, C]`` float32 or float64; the factor is discounted from the row's end.
             at: ``"before"``, ``"after"``, or ``"step"``, the difference of the two.
             leaf: ``[B]``, the node at which a row's path ends; tokens after it have its value.
 
@@ -156,7 +145,7 @@ class Forest:
 
 
 def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dtype, bool]:
-    """Validated rewards ``[B, C]`` in float64, the dtype of the result, and True if the caller's have channels."""
+    """Validated rewards ``[B, C]`` in the dtype of the result, that dtype, and whether the caller has channels."""
     checks.check_float("rewards", rewards)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards: got shape {checks.show(rewards.shape)}, want [B] or [B, R]")
@@ -166,11 +155,11 @@ def checked_rewards(rewards: Tensor, rows: TokenRows) -> tuple[Tensor, torch.dty
     checks.check_values("rewards", rewards)
     (promoted,) = checks.promote(rewards)
     channels = rewards.dim() == 2
-    return wide(rewards if channels else rewards[:, None]), promoted.dtype, channels
+    return promoted if channels else promoted[:, None], promoted.dtype, channels
 
 
 def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
-    """Validated weights ``[B]`` in float64."""
+    """Validated weights ``[B]``, float32 or float64."""
     if weights is None:
         return None
     checks.check_float("weights", weights)
@@ -178,4 +167,4 @@ def checked_weights(weights: Tensor | None, rows: TokenRows) -> Tensor | None:
     checks.check_device("weights", weights, rows.tokens.device, "tokens")
     if may_read(weights) and bool((weights < 0).any()):
         raise ValueError(f"weights: got {float(weights.min())}, want no negative weight")
-    return wide(weights)
+    return checks.promote(weights)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..core.dispatch import define
 from ..core.kinds import IdRows
+from ..core.precision import widest
 from ..core.records import save_record, saved_record, schema_of
 from ..reference.prefix_tree import (
     NodeTokensArgs,
@@ -43,35 +45,51 @@ prefix_lcp = define(
 )
 
 
-# ---- sums over the rows of nodes ---------------------------------------------------------------------------
+# ---- statistics of the rows of nodes -----------------------------------------------------------------------
 
-subtree_sums_backward = define(
+subtree_statistics_backward = define(
     "prefix_tree",
-    f"subtree_sums_backward(Tensor grad, {_SUBTREES}) -> (Tensor, Tensor)",
+    f"subtree_statistics_backward(Tensor grad, Tensor out, Tensor total, Tensor centre, {_SUBTREES})"
+    " -> (Tensor, Tensor)",
     record=SubtreeArgs,
-    tensors={"grad": NodeValues},
-    fake=lambda grad, args: (
+    tensors={
+        "grad": NodeValues,
+        "out": NodeValues,
+        "total": Annotated[Tensor, "float64", "2B", "1"],
+        "centre": NodeValues,
+    },
+    fake=lambda grad, out, total, centre, args: (
         args.x.new_empty(args.x.shape),
-        args.x.new_empty(0 if args.weights is None else args.weights.shape),
+        grad.new_empty(0) if args.weights is None else args.weights.new_empty(args.weights.shape),
     ),
 )
 
 
-def _gradient_sums(ctx, grad):  # type: ignore[no-untyped-def]
-    args, _ = saved_record(ctx)
-    on_x, on_weights = subtree_sums_backward(grad, *args)
+def _setup_statistics(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    save_record(ctx, *inputs, *output)
+
+
+def _gradient_statistics(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    args, results = saved_record(ctx)
+    on_x, on_weights = subtree_statistics_backward(grad, *results, *args)
     return {"x": on_x, "weights": None if args.weights is None else on_weights}
 
 
-# With a centre: sums of squared distances from it. The centre is the mean, where their derivative in it is 0: it
-# gets no gradient.
-subtree_sums = define(
+def _fake_statistics(args: SubtreeArgs) -> tuple[Tensor, Tensor, Tensor]:
+    nodes, channels = args.nodes.shape[1], args.x.shape[1]
+    make = functools.partial(args.x.new_empty, dtype=widest(args.x.device))
+    return make(nodes, channels), make(nodes, 1), make(nodes, channels)
+
+
+subtree_statistics = define(
     "prefix_tree",
-    f"subtree_sums({_SUBTREES}) -> Tensor",
+    f"subtree_statistics({_SUBTREES}) -> (Tensor out, Tensor total, Tensor centre)",
     record=SubtreeArgs,
-    fake=lambda args: args.x.new_empty(args.nodes.shape[1], args.x.shape[1]),
-    setup_context=lambda ctx, inputs, output: save_record(ctx, *inputs),
-    backward=_gradient_sums,
+    fake=_fake_statistics,
+    setup_context=_setup_statistics,
+    backward=_gradient_statistics,
 )
 
 

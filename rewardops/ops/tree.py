@@ -54,6 +54,51 @@ path_ends = define(
 )
 
 
+sibling_labels = define(
+    "tree",
+    "sibling_labels(Tensor parent) -> Tensor",
+    tensors={"parent": Annotated[Tensor, "int64", "M"]},
+    fake=torch.empty_like,
+)
+
+
+# ---- TreeRL ------------------------------------------------------------------------------------------------
+
+_ON_NODES = {"parent": Annotated[Tensor, "int64", "M"], "leaves": Annotated[Tensor, "float64", "M"]}
+
+_tree_rl_backward = define(
+    "tree",
+    "tree_rl_backward(Tensor grad, Tensor parent, Tensor leaves, Tensor root, str form) -> Tensor",
+    tensors={
+        "grad": Annotated[Tensor, "float64", "M", "C"],
+        **_ON_NODES,
+        "root": Annotated[Tensor, "int64", "M"],
+    },
+    fake=lambda grad, parent, leaves, root, form: grad.new_empty(grad.shape),
+)
+
+
+def _setup_tree_rl(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    _, parent, leaves, form = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(parent, leaves, output[1])
+    ctx.form = form
+
+
+tree_rl = define(
+    "tree",
+    "tree_rl(Tensor values, Tensor parent, Tensor leaves, str form) -> (Tensor out, Tensor root)",
+    tensors={"values": Annotated[Tensor, "float64", "M", "C"], **_ON_NODES},
+    fake=lambda values, parent, leaves, form: (
+        values.new_empty(values.shape),
+        parent.new_empty(parent.shape),
+    ),
+    setup_context=_setup_tree_rl,
+    backward=lambda ctx, grad, _: {"values": _tree_rl_backward(grad, *ctx.saved_tensors, ctx.form)},
+)
+
+
 # ---- values from the leaves up -----------------------------------------------------------------------------
 
 _tree_values_backward = define(

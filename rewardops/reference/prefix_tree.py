@@ -21,12 +21,16 @@ from torch import Tensor
 
 from ..core.groups import numbered
 from ..core.kinds import Flags, IdRows, Offsets
+from ..core.precision import wide, widest
 from ..core.rows import from_rows, move, move_back, places_without_holes, to_rows
 
-RowValues = Annotated[Tensor, "float64", "B", "C"]
+RowValues = Annotated[Tensor, "either", "B", "C"]
 NodeValues = Annotated[Tensor, "float64", "2B", "C"]
 TreeRows = Annotated[Tensor, "int64", "5", "B"]
 TreeNodes = Annotated[Tensor, "int64", "4", "2B"]
+
+
+STATISTICS = ("sum", "mean", "std")
 
 
 class PrefixTreeArgs(NamedTuple):
@@ -45,20 +49,22 @@ class PrefixTreeArgs(NamedTuple):
 
 
 class SubtreeArgs(NamedTuple):
-    """Arguments of ``subtree_sums`` and its backward pass: a sum over the rows of every node."""
+    """Arguments of ``subtree_statistics`` and its backward pass: a statistic of the rows of every node."""
 
     x: RowValues
-    """``[B, C]`` float64."""
-    weights: Annotated[Tensor, "float64", "B"] | None
-    """``[B]`` float64, weights of the rows; None for 1."""
-    centre: NodeValues | None
-    """``[2 B, C]`` float64, constant: squared distances from it are summed instead of ``x``."""
+    """``[B, C]`` float32 or float64."""
+    weights: Annotated[Tensor, "either", "B"] | None
+    """``[B]`` float32 or float64, weights of the rows; None for 1."""
     rows: TreeRows
     """``[5, B]`` int64, from ``prefix_tree``."""
     nodes: TreeNodes
     """``[4, 2 B]`` int64, from ``prefix_tree``."""
     gamma: float
-    """Discount per token from a row's end to the node; 1 with a centre."""
+    """Discount of ``x`` per token from a row's end to the node; 1 for the std."""
+    statistic: str
+    """One of ``STATISTICS``."""
+    ddof: int
+    """For the std: a node of at most so many rows has 0."""
 
 
 class _Spans(NamedTuple):
@@ -234,7 +240,7 @@ def members_of(groups: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return members, rank - begin
 
 
-# ---- sums over subtrees ------------------------------------------------------------------------------------
+# ---- statistics of subtrees --------------------------------------------------------------------------------
 
 
 def _paths(rows: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -250,41 +256,82 @@ def _paths(rows: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         node = nodes[3][node]
 
 
-class _Terms(NamedTuple):
-    """Terms of the sums by row and node, ``[K, C]``."""
+class SubtreeStatistics(NamedTuple):
+    """Statistics of every node's rows, float64."""
 
+    out: Tensor
+    """``[2 B, C]``: the statistic; means and stds are 0 where the weights sum to 0."""
+    total: Tensor
+    """``[2 B, 1]``: the total weight of the rows."""
+    centre: Tensor
+    """``[2 B, C]``: the mean."""
+
+
+class _Rows(NamedTuple):
+    """Terms by row and node, ``[K, C]``."""
+
+    row: Tensor
+    node: Tensor
     weight: Tensor
-    value: Tensor  # multiplied by the weight
-    slope: Tensor  # derivative of the value in x
+    x: Tensor
+    discount: Tensor
 
 
-def _terms(a: SubtreeArgs, row: Tensor, node: Tensor) -> _Terms:
-    x = a.x[row]
-    weight = x.new_ones(len(x), 1) if a.weights is None else a.weights[row, None]
-    if a.centre is None:
+def _along_paths(a: SubtreeArgs) -> Iterator[_Rows]:
+    for row, node in _paths(a.rows, a.nodes):
+        x = wide(a.x[row])
+        weight = x.new_ones(len(x), 1) if a.weights is None else wide(a.weights[row, None])
         left = a.rows[3][row] - a.nodes[2][node]
-        slope = (a.gamma ** left.to(x.dtype))[:, None].expand_as(x)
-        return _Terms(weight, slope * x, slope)
-    off = x - a.centre[node]
-    return _Terms(weight, off * off, 2 * off)
+        yield _Rows(row, node, weight, x, (a.gamma ** left.to(x.dtype))[:, None])
 
 
-def subtree_sums(a: SubtreeArgs) -> Tensor:
-    sums = a.x.new_zeros(a.nodes.shape[1], a.x.shape[1])
-    for row, node in _paths(a.rows, a.nodes):
-        t = _terms(a, row, node)
-        sums.index_put_((node,), t.weight * t.value, accumulate=True)
-    return sums
+def _corrected(a: SubtreeArgs) -> Tensor:
+    """``[2 B, 1]``: n / (n - ddof) for the n rows of a node; 0 for at most ddof."""
+    count = wide(a.nodes[1] - a.nodes[0])[:, None]
+    return torch.where(count > a.ddof, count / (count - a.ddof).clamp(min=1), 0)
 
 
-def subtree_sums_backward(grad: Tensor, a: SubtreeArgs) -> tuple[Tensor, Tensor]:
-    on_x, on_weights = torch.zeros_like(a.x), a.x.new_zeros(0 if a.weights is None else len(a.x))
-    for row, node in _paths(a.rows, a.nodes):
-        t, up = _terms(a, row, node), grad[node]
-        on_x[row] += up * t.weight * t.slope
+def subtree_statistics(a: SubtreeArgs) -> SubtreeStatistics:
+    sums = a.x.new_zeros(a.nodes.shape[1], a.x.shape[1], dtype=widest(a.x.device))
+    total = sums.new_zeros(len(sums), 1)
+    for t in _along_paths(a):
+        sums.index_put_((t.node,), t.weight * t.discount * t.x, accumulate=True)
+        total.index_put_((t.node,), t.weight, accumulate=True)
+    divisor = torch.where(total > 0, total, 1)
+    centre, squares = sums / divisor, torch.zeros_like(sums)
+    if a.statistic != "std":
+        return SubtreeStatistics(sums if a.statistic == "sum" else centre.clone(), total, centre)
+    for t in _along_paths(a):
+        squares.index_put_((t.node,), t.weight * (t.x - centre[t.node]) ** 2, accumulate=True)
+    variance = squares / divisor * _corrected(a)
+    positive = variance > 0
+    return SubtreeStatistics(
+        torch.where(positive, torch.where(positive, variance, 1).sqrt(), 0), total, centre
+    )
+
+
+def subtree_statistics_backward(
+    grad: Tensor, out: Tensor, total: Tensor, centre: Tensor, a: SubtreeArgs
+) -> tuple[Tensor, Tensor]:
+    on_x = torch.zeros_like(a.x, dtype=grad.dtype)
+    on_weights = grad.new_zeros(0 if a.weights is None else len(a.x))
+    # The derivative is `per` times that of a weighted sum of terms, less `mean` times that of the weights' sum.
+    per = grad if a.statistic == "sum" else grad / torch.where(total > 0, total, 1)
+    mean = torch.zeros_like(out) if a.statistic == "sum" else torch.where(total > 0, out, 0)
+    if a.statistic == "std":
+        factor, some = _corrected(a), out > 0
+        per = torch.where(some, per * factor / torch.where(some, 2 * out, 1), 0)
+        mean = torch.where(some, mean * out / torch.where(factor > 0, factor, 1), 0)
+    for t in _along_paths(a):
+        term, slope = t.discount * t.x, t.discount
+        if a.statistic == "std":
+            # The mean is a constant here: the derivative in it is 0.
+            off = t.x - centre[t.node]
+            term, slope = off * off, 2 * off
+        on_x[t.row] += per[t.node] * t.weight * slope
         if a.weights is not None:
-            on_weights[row] += (up * t.value).sum(1)
-    return on_x, on_weights
+            on_weights[t.row] += (per[t.node] * (term - mean[t.node])).sum(1)
+    return on_x.to(a.x.dtype), on_weights if a.weights is None else on_weights.to(a.weights.dtype)
 
 
 # ---- nodes and tokens --------------------------------------------------------------------------------------
@@ -304,9 +351,9 @@ class NodeTokensArgs(NamedTuple):
     scaled_values: NodeValues | None
     """``[2 B, C]`` float64, discounted as ``values`` are; None for 0."""
     row_bias: RowValues | None
-    """``[B, C]`` float64; None for 0."""
+    """``[B, C]`` float32 or float64; None for 0."""
     row_factor: RowValues | None
-    """``[B, C]`` float64, discounted from the row's end to the node's depth; None without ``scaled_values``."""
+    """``[B, C]`` float32 or float64, discounted from the row's end to the node; None without ``scaled_values``."""
     rows: TreeRows
     """``[5, B]`` int64, from ``prefix_tree``; ``leaf`` is the node at which a row's path ends."""
     nodes: TreeNodes
@@ -341,7 +388,7 @@ class NodeTokensArgs(NamedTuple):
 
     def zero_gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         """Zeros like values, scaled values, row bias and row factor; empty for a None."""
-        return tuple(grad.new_zeros(0 if t is None else t.shape, dtype=torch.float64) for t in self[:4])
+        return tuple(grad.new_zeros(0) if t is None else torch.zeros_like(t) for t in self[:4])
 
 
 def _states(rows: Tensor, nodes: Tensor, width: int, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,7 +427,7 @@ def nodes_to_tokens(a: NodeTokensArgs, dtype: torch.dtype) -> Tensor:
     if a.skip and a.mask is not None:
         front = nodes_to_tokens(a.without_holes(), dtype)
         return move_back(front, a.mask, places_without_holes(a.mask, a.cu_seqlens))
-    values, scaled_values, row_bias, row_factor = a[:4]
+    values, scaled_values, row_bias, row_factor = (None if t is None else wide(t) for t in a[:4])
     places = _places(a)
     batch, width = places.valid.shape
     if batch == 0 or a.channels == 0:
@@ -402,7 +449,7 @@ def nodes_to_tokens_backward(grad: Tensor, a: NodeTokensArgs) -> tuple[Tensor, .
     if a.skip and a.mask is not None:
         moved = move(grad, a.mask, places_without_holes(a.mask, a.cu_seqlens))
         return nodes_to_tokens_backward(moved, a.without_holes())
-    values, scaled_values, row_bias, row_factor = a[:4]
+    values, scaled_values, row_bias, row_factor = (None if t is None else wide(t) for t in a[:4])
     places = _places(a)
     batch, width = places.valid.shape
     on_values, on_scaled, on_bias, on_factor = gradients = a.zero_gradients(grad)

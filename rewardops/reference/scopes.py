@@ -178,7 +178,7 @@ class _Raw(NamedTuple):
     slope: Tensor  # their derivatives
     valid: Tensor
     mean: Tensor  # [B], over the scope
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     top: Tensor  # the value of the largest weight, to which exponential ones are relative
     scope: Tensor
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 REDUCES = ("mean", "max", "min", "softmax", "sum")
+FORMS = ("paper", "released")
 
 
 class TreeArgs(NamedTuple):
@@ -53,6 +54,56 @@ def depths(parent: Tensor) -> Tensor:
         depth = depth + depth[step]
         step = step[step]
     return depth
+
+
+def parents_of(parent: Tensor) -> Tensor:
+    """Each node's parent; a root is its own."""
+    inside = (parent >= 0) & (parent < parent.shape[0])
+    return torch.where(inside, parent, torch.arange(parent.shape[0], device=parent.device))
+
+
+def sibling_labels(parent: Tensor) -> Tensor:
+    """The same number for the children of a node; each root has its own, below 0."""
+    up = parents_of(parent)
+    return torch.where(up == torch.arange(parent.shape[0], device=parent.device), -1 - up, up)
+
+
+def _gains(parent: Tensor, leaves: Tensor, root: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """``[M, 1]``: what multiplies a value less its root's; and whether the root is taken from it at all."""
+    gain = 1 / leaves.clamp(min=1).sqrt()[:, None]
+    number = leaves[root][:, None]
+    relative = torch.ones_like(number, dtype=torch.bool) if form == "paper" else number > 1
+    if form == "released":
+        # reward - mean of the others = (reward - mean of all) * n / (n - 1), for a leaf.
+        gain = torch.where(relative, number / (number - 1).clamp(min=1), 1) * gain
+    return gain, relative
+
+
+def tree_rl(values: Tensor, parent: Tensor, leaves: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """TreeRL's ``[M, C]`` from means over the leaves below a node (see ``tree_rl_advantages``); and the roots."""
+    up = parents_of(parent)
+    root = path_ends(up)
+    gain, relative = _gains(parent, leaves, root, form)
+    if form == "paper":
+        return ((values - values[up]) + (values - values[root])) * gain, root
+    value = torch.where(relative, values - values[root], values) * gain
+    return value + (value - value[up]), root
+
+
+def tree_rl_backward(grad: Tensor, parent: Tensor, leaves: Tensor, root: Tensor, form: str) -> Tensor:
+    up, node = parents_of(parent), torch.arange(parent.shape[0], device=parent.device)
+    inner = (up != node)[:, None]
+    gain, relative = _gains(parent, leaves, root, form)
+
+    def at(index: Tensor, terms: Tensor) -> Tensor:
+        return torch.zeros_like(grad).index_put_((index,), terms, accumulate=True)
+
+    if form == "paper":
+        sent = torch.where(inner, grad * gain, 0)
+        return 2 * sent - at(up, sent) - at(root, sent)
+    sent = torch.where(inner, grad, 0)
+    on_value = (grad + sent - at(up, sent)) * gain
+    return on_value - at(root, torch.where(relative, on_value, 0))
 
 
 def tree_values(a: TreeArgs) -> tuple[Tensor, Tensor]:

@@ -180,6 +180,18 @@ class Test_prefix_tree_arrays:
         for shift in (0, 3):
             same_arrays(target, tokens[:, shift:], torch.zeros(8).long(), mask[:, shift:])
 
+    @pytest.mark.parametrize("rows", [2, 3])
+    def test_few_long_rows(self, target, generator, rows):
+        """Rows that are searched and compared in parts."""
+        width = 1500
+        tokens = torch.randint(0, 3, (1, width), generator=generator).repeat(rows, 1)
+        tokens[-1, 1200] -= 1
+        column = torch.arange(width)
+        spans = torch.tensor([[0, width], [5, width - 7], [0, 300]])[:rows]
+        mask = (column >= spans[:, :1]) & (column < spans[:, 1:])
+        for m in (None, mask, mask & (torch.arange(rows) > 0)[:, None]):
+            same_arrays(target, tokens, torch.zeros(rows).long(), m)
+
     def test_labels_counted_or_sorted(self, target, generator, monkeypatch):
         tokens, groups, mask = draw(70, 9, generator)
         members = [rewardops.prefix_lcp(*(x.to(target.device) for x in (tokens, groups)), max_group_size=40)]
@@ -196,45 +208,92 @@ class Test_prefix_tree_arrays:
             assert all(torch.equal(a.cpu(), b) for a, b in zip(member_rows, want, strict=True))
 
 
-def sums_of_rows(target, x, weights, centre, rows, nodes, gamma):
-    """``subtree_sums``, and its gradients for an upstream gradient of 1."""
-    tensors = [None if t is None else t.to(target.device) for t in (x, weights, centre, rows, nodes)]
+def statistics_of_rows(target, x, weights, rows, nodes, *options):
+    """``subtree_statistics``, and its gradients for an upstream gradient of 1."""
+    tensors = [None if t is None else t.to(target.device) for t in (x, weights, rows, nodes)]
     ops = torch.ops.rewardops
-    out = ops.subtree_sums(*tensors, gamma)
-    return [t.cpu() for t in (out, *ops.subtree_sums_backward(torch.ones_like(out), *tensors, gamma))]
+    found = ops.subtree_statistics(*tensors, *options)
+    gradients = ops.subtree_statistics_backward(torch.ones_like(found[0]), *found, *tensors, *options)
+    return [t.cpu() for t in (found[0], *gradients)]
 
 
-class Test_subtree_sums:
+class Test_subtree_statistics:
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-    @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-    def test_a_number_that_is_not_finite_stays_in_its_nodes(self, target, generator, gamma, bad):
+    @pytest.mark.parametrize(
+        ("gamma", "statistic"), [(0.0, "sum"), (0.9, "mean"), (1.0, "sum"), (1.0, "std")]
+    )
+    def test_a_number_that_is_not_finite_stays_in_its_nodes(self, target, generator, gamma, statistic, bad):
         """Sums of the rows of a node alone, not differences of sums of more rows: others have the same bits."""
         tokens, groups, mask = draw(20, 8, generator)
         tokens[7], groups[7], mask[7] = tokens[3], groups[3], mask[3]
         rows, nodes = arrays(tokens, groups, mask)
         x = torch.randn(20, 2, generator=generator, dtype=torch.float64)
         weights = torch.rand(20, generator=generator, dtype=torch.float64)
-        centre = torch.randn(40, 2, generator=generator, dtype=torch.float64) if gamma == 1 else None
-        want = sums_of_rows(target, x, weights, centre, rows, nodes, gamma)
+        given = (rows, nodes, gamma, statistic, 1)
+        want = statistics_of_rows(target, x, weights, *given)
         row = int(rows[0, 4])
         spoiled = x.clone()
         spoiled[row, 1] = bad
-        got = sums_of_rows(target, spoiled, weights, centre, rows, nodes, gamma)
+        got = statistics_of_rows(target, spoiled, weights, *given)
         position = torch.arange(20)
         inside = (position >= nodes[0][:, None]) & (position < nodes[1][:, None])
         has_row = inside[:, rows[0] == row].any(1)
         assert bool(has_row.any())
-        assert torch.equal(got[0][:, 1].isfinite(), ~has_row)
+        # A variance that is NaN has no root: the std is 0 there.
+        assert statistic == "std" or torch.equal(got[0][:, 1].isfinite(), ~has_row)
         assert torch.equal(got[0][~has_row], want[0][~has_row])
         assert torch.equal(got[0][:, 0], want[0][:, 0])
-        others = torch.arange(20) != row
-        assert all(torch.equal(a[others], b[others]) for a, b in zip(got[1:], want[1:], strict=True))
+        apart = torch.ones(20, dtype=torch.bool)
+        if statistic == "sum":
+            apart[row] = False
+        else:
+            apart[rows[0][inside[has_row].any(0)]] = False
+        assert bool(apart.any())
+        assert all(torch.equal(a[apart], b[apart]) for a, b in zip(got[1:], want[1:], strict=True))
         left = (rows[3][rows[0]] - nodes[2][:, None]).clamp(min=0).double()
+        weight = torch.where(inside, weights[rows[0]], 0)
+        count, total = inside.sum(1), weight.sum(1).clamp(min=1e-300)
         for c in range(2):
             y = x[rows[0], c]
-            terms = gamma**left * y if centre is None else (y - centre[:, c, None]) ** 2
-            by_hand = torch.where(inside, weights[rows[0]] * terms, 0).sum(1)
-            torch.testing.assert_close(want[0][:, c], by_hand, rtol=1e-12, atol=1e-12)
+            by_hand = (weight * gamma**left * y).sum(1)
+            if statistic != "sum":
+                by_hand = by_hand / total
+            if statistic == "std":
+                squares = (weight * (y - by_hand[:, None]) ** 2).sum(1) / total
+                by_hand = torch.where(count > 1, squares * count / (count - 1), 0)
+            result = want[0][:, c] ** 2 if statistic == "std" else want[0][:, c]
+            torch.testing.assert_close(result, by_hand, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("statistic", ["sum", "mean", "std"])
+    @pytest.mark.parametrize("weighed", [False, True])
+    def test_gradients_are_those_of_the_formula(self, target, generator, statistic, weighed):
+        tokens, groups, mask = draw(16, 8, generator)
+        rows, nodes = arrays(tokens, groups, mask)
+        x = torch.randn(16, 2, generator=generator, dtype=torch.float64)
+        weights = torch.rand(16, generator=generator, dtype=torch.float64) if weighed else None
+        if weighed:
+            weights[::5] = 0
+        position = torch.arange(16)
+        inside = ((position >= nodes[0][:, None]) & (position < nodes[1][:, None])).double()
+        gamma = 1.0 if statistic == "std" else 0.9
+        decay = gamma ** (rows[3][rows[0]] - nodes[2][:, None]).clamp(min=0).double()
+        leaves = [t.requires_grad_() for t in (x, weights) if t is not None]
+        weight = inside * (1.0 if weights is None else weights[rows[0]])
+        total = weight.sum(1, keepdim=True)
+        total = torch.where(total > 0, total, 1)
+        out = (weight * decay) @ x[rows[0]]
+        if statistic != "sum":
+            out = out / total
+        if statistic == "std":
+            count = inside.sum(1, keepdim=True)
+            factor = torch.where(count > 1, count / (count - 1).clamp(min=1), 0)
+            variance = (weight[:, :, None] * (x[rows[0]] - out[:, None]) ** 2).sum(1) / total * factor
+            out = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+        want = [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+        given = [None if t is None else t.detach() for t in (x, weights)]
+        got = statistics_of_rows(target, *given, rows, nodes, gamma, statistic, 1)
+        for ours, theirs in zip(got, want, strict=False):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def on_tokens(
@@ -421,6 +480,14 @@ class Test_tokens_of_nodes:
         n = 20 if target.backend == "triton" and target.interpreted else 150
         tokens = torch.tril(torch.ones(n, n, dtype=torch.int64), -1)
         on_tokens(target, tokens, torch.zeros(n).long(), None, None, generator, at, gamma, False, channels=1)
+
+    @pytest.mark.parametrize(("at", "gamma"), AT_AND_GAMMA)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_rows_of_whole_loads(self, target, generator, at, gamma, dtype):
+        tokens, groups, mask = draw(12, 48, generator)
+        options = (None, generator, at, gamma, False)
+        on_tokens(target, tokens, groups, mask, *options, channels=1, dtype=dtype)
+        on_tokens(target, tokens, groups, None, *options, channels=1, dtype=dtype, given="vb")
 
     @pytest.mark.parametrize("gamma", [0.999, 0.99999])
     def test_powers_of_long_rows(self, target, generator, gamma):

@@ -59,13 +59,14 @@ class Test_prefix_tree_of_thousands_of_rows:
         with Largest() as largest:
             rows, nodes = reference.prefix_tree(reference.PrefixTreeArgs(tokens, groups, mask, cu, False))
             members, lcp = reference.prefix_lcp(rows, groups, 20)
-            sums = {}
-            for centre in (None, torch.zeros(2 * ROWS, 1, dtype=torch.float64)):
-                of_rows = reference.SubtreeArgs(x, x[:, 0], centre, rows, nodes, 1.0)
-                sums[centre is None] = reference.subtree_sums(of_rows)
-                on_x, on_weights = reference.subtree_sums_backward(torch.ones_like(sums[True]), of_rows)
+            statistics = {}
+            for statistic in ("std", "mean", "sum"):
+                of_rows = reference.SubtreeArgs(x, x[:, 0], rows, nodes, 1.0, statistic, 1)
+                statistics[statistic] = found = reference.subtree_statistics(of_rows)
+                up = torch.ones_like(found.out)
+                on_x, on_weights = reference.subtree_statistics_backward(up, *found, of_rows)
             on = reference.NodeTokensArgs(
-                sums[True], sums[True], x, x, rows, nodes, mask, cu, False, tokens.shape[-1], "step", 0.9
+                found.out, found.out, x, x, rows, nodes, mask, cu, False, tokens.shape[-1], "step", 0.9
             )
             grad = reference.nodes_to_tokens(on, torch.float64)
             reference.nodes_to_tokens_backward(grad, on)
@@ -96,14 +97,20 @@ class Test_prefix_tree_of_thousands_of_rows:
         # A node's rows: those that share its tokens, and no row before or after them.
         neighbours = [*rows[4].tolist(), -1]
         begin, end, depth, _ = nodes.tolist()
-        squares, cubes = x[rows[0]] ** 2, x[rows[0]] ** 3
+        ordered = x[rows[0]]
         for n in range(0, 2 * ROWS, 13):
             own = slice(begin[n], end[n])
             assert all(k >= depth[n] for k in neighbours[own][1:])
             assert end[n] == begin[n] or max(neighbours[begin[n]], neighbours[end[n]]) < depth[n]
-            torch.testing.assert_close(sums[True][n], squares[own].sum(0), rtol=1e-12, atol=0)
-            torch.testing.assert_close(sums[False][n], cubes[own].sum(0), rtol=1e-12, atol=0)
-        # A row's gradient: the number of its path's nodes, times the derivative of a square, or the square.
+            weight, y = ordered[own, 0], ordered[own]
+            squares = (y**2).sum(0)
+            torch.testing.assert_close(statistics["sum"].out[n], squares, rtol=1e-12, atol=0)
+            if len(y) > 1:
+                mean = squares / weight.sum()
+                variance = (weight[:, None] * (y - mean) ** 2).sum(0) / weight.sum() * len(y) / (len(y) - 1)
+                torch.testing.assert_close(statistics["mean"].out[n], mean, rtol=1e-12, atol=0)
+                torch.testing.assert_close(statistics["std"].out[n] ** 2, variance, rtol=1e-9, atol=1e-14)
+        # A row's gradient: the number of its path's nodes, times its weight, or its number.
         count = torch.zeros(ROWS, dtype=torch.float64)
         for b in range(0, ROWS, 61):
             node = int(rows[1, b])
@@ -111,5 +118,5 @@ class Test_prefix_tree_of_thousands_of_rows:
                 count[b] += 1
                 node = int(nodes[3, node])
         some = torch.arange(0, ROWS, 61)
-        torch.testing.assert_close(on_x[some, 0], (2 * count * x[:, 0] ** 2)[some], rtol=1e-12, atol=0)
-        torch.testing.assert_close(on_weights[some], (count * x[:, 0] ** 2)[some], rtol=1e-12, atol=0)
+        torch.testing.assert_close(on_x[some, 0], (count * x[:, 0])[some], rtol=1e-12, atol=0)
+        torch.testing.assert_close(on_weights[some], (count * x[:, 0])[some], rtol=1e-12, atol=0)

@@ -102,7 +102,19 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace != "rewardops" and not name.startswith(
-            ("empty", "new_empty", "view", "detach", "slice", "select", "expand", "item")
+            (
+                "empty",
+                "new_empty",
+                "view",
+                "detach",
+                "slice",
+                "select",
+                "expand",
+                "item",
+                "unbind",
+                "squeeze",
+                "unsqueeze",
+            )
         ):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
@@ -389,3 +401,56 @@ def test_public_calls_of_segments_add_nothing(monkeypatch):
                 out = fn(leaf, steps)
                 torch.autograd.grad(out, leaf, torch.ones_like(out))
             assert sorted(launched.names) == ["segment_reduce", "steps_to_tokens"]
+
+
+# Of a public function: its options, and launches forward and backward, kernels and operations of torch.
+TREES = {
+    "prefix_values": ({}, 7, 4),
+    "prefix_values, weighed": ({"weights": torch.ones(8)}, 8, 4),
+    "prefix_std": ({}, 5, 2),
+    "tvm_targets": ({}, 5, 2),
+    "tempo_advantages": ({}, 8, 6),
+    "sibling_advantages": ({}, 8, 4),
+    "tree_rl_advantages": ({}, 6, 3),
+    "shared_prefix_weights": ({}, 8, 0),
+    "prefix_lcp": ({"max_group_size": 4}, 5, 0),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_launches_of_prefix_trees(monkeypatch, name):
+    """At most eight in either direction."""
+    pytest.importorskip("triton")
+    from rewardops.triton_kernels import advantages, prefix_tree, tree, tree_statistics, tree_tokens
+    from rewardops.triton_kernels import tree_tokens_backward as backward
+
+    from rewardops.core import checks, groups
+    from rewardops.ops import forest
+
+    for module in (checks, groups, forest):  # what only looks at values, on a CPU
+        monkeypatch.setattr(module, "may_read", lambda _: False)
+    for module in (prefix_tree, tree_tokens, backward):  # as with many rows
+        monkeypatch.setattr(module, "splits", lambda *_: 1)
+    options, forward, back = TREES[name]
+    tokens, mask, labels = torch.randint(0, 2, (8, 16)), torch.ones(8, 16).bool(), torch.arange(8) // 4
+    rewards = [torch.randn(8, requires_grad=True)] if back else []
+    launched = Launches(monkeypatch, advantages, prefix_tree, tree, tree_statistics, tree_tokens, backward)
+    run = dispatch._run
+
+    def counted(*args):
+        with launched:
+            return run(*args)
+
+    monkeypatch.setattr(dispatch, "_run", counted)
+    function = getattr(rewardops, name.partition(",")[0])
+    with rewardops.use_backend("triton"):
+        with launched:
+            out = function(tokens, *rewards, labels, mask=mask, **options)
+        assert len(launched.names) == forward, str(launched.names)
+        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+        upstream = [torch.ones_like(x) for x in outputs]
+        launched.names.clear()
+        if back:
+            with launched:
+                torch.autograd.grad(outputs, rewards, upstream)
+            assert len(launched.names) == back, str(launched.names)

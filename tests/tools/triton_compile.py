@@ -322,10 +322,10 @@ def of_td() -> None:
 
 def of_trees() -> None:
     import torch
-    from rewardops.triton_kernels import prefix_tree, tree, tree_tokens
+    from rewardops.triton_kernels import prefix_tree, tree
 
     from rewardops.reference.prefix_tree import NodeTokensArgs, PrefixTreeArgs, SubtreeArgs
-    from rewardops.reference.tree import REDUCES, TreeArgs
+    from rewardops.reference.tree import FORMS, REDUCES, TreeArgs
 
     groups, rewards = per_row()
     nodes, by_row = torch.zeros(16, 1).double(), torch.zeros(8, 1).double()
@@ -334,10 +334,10 @@ def of_trees() -> None:
         for ids in (values.long(), values.int()):
             forest = prefix_tree.prefix_tree(PrefixTreeArgs(ids, groups, mask, cu, False))
         prefix_tree.prefix_lcp(forest[0], groups, 4)
-        for of_rows, centre, gamma in ((None, None, 1.0), (weights, None, 0.9), (weights, nodes, 1.0)):
-            a = SubtreeArgs(by_row, of_rows, centre, *forest, gamma)
-            prefix_tree.subtree_sums(a)
-            prefix_tree.subtree_sums_backward(nodes, a)
+        for of_rows, statistic, gamma in ((None, "sum", 1.0), (weights, "mean", 0.9), (weights, "std", 1.0)):
+            a = SubtreeArgs(by_row, of_rows, *forest, gamma, statistic, 1)
+            found = prefix_tree.subtree_statistics(a)
+            prefix_tree.subtree_statistics_backward(nodes, *found, a)
         for at, terms, gamma in (
             ("after", (nodes, None, None, None), 1.0),
             ("before", (nodes, nodes, None, by_row), 0.9),
@@ -345,8 +345,13 @@ def of_trees() -> None:
         ):
             b = NodeTokensArgs(*terms, *forest, mask, cu, False, values.shape[-1], at, gamma)
             for dtype in (torch.float32, torch.float64, torch.int32) if at == "after" else (torch.float32,):
-                tree_tokens.nodes_to_tokens(b, dtype)
-            tree_tokens.nodes_to_tokens_backward(values[None], b)
+                prefix_tree.nodes_to_tokens(b, dtype)
+            prefix_tree.nodes_to_tokens_backward(values[None], b)
+    parent, leaves = forest[1][3], nodes[:, 0]
+    tree.sibling_labels(parent)
+    for form in FORMS:
+        _, root = tree.tree_rl(nodes, parent, leaves, form)
+        tree.tree_rl_backward(nodes, parent, leaves, root, form)
     for reduce, visits in itertools.product(REDUCES, (None, rewards.double())):
         tree.tree_values(TreeArgs(groups - 1, rewards.double(), visits, reduce, 0.5, 1))
 

@@ -51,15 +51,21 @@ struct PrefixLcpArgs {
   int32_t *members, *lcp;  // [B, most], out
 };
 
-// Sums over a node's rows: of weight * gamma^(length - depth) * x, or of weight * (x - centre)^2.
+enum class Statistic : int { sum = 0, mean = 1, std = 2 };
+
+// A statistic of a node's rows: the sum of weight * gamma^(length - depth) * x, that sum over the total weight, or the
+// standard deviation, for which gamma is 1.
 struct SubtreeArgs {
   const double* x;        // [B, C]
   const double* weights;  // [B]; null for ones
-  const double* centre;   // [2B, C]; null for the first of these sums
   TreeView tree;
   double gamma;
+  Statistic statistic;
+  int64_t ddof;
   int64_t channels;      // C
-  double* out;           // forward: [2B, C]
+  double* out;           // [2B, C]; these three are results of the forward pass, and inputs of the backward pass
+  double* total;         // [2B], weights of the rows
+  double* centre;        // [2B, C], the mean
   const double* grad;    // backward: [2B, C]; null in the forward pass
   double* grad_x;        // backward: [B, C]
   double* grad_weights;  // backward: [B]; may be null

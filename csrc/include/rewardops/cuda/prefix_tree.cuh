@@ -8,9 +8,8 @@
 // Tree, labels and orders stay in L2: by_label_kernel reads 8 MB there, nodes_kernel and prefix_lcp_kernel less than 1
 // MB; the time of these is that of a launch.
 //
-// Why not Triton: there a program compares its row with one member after the other, 512 tokens at a time, and reads the
-// common prefix of a group once for each pair: 130 MB here. In CUDA a warp leaves a loop independently of others, and
-// votes distribute the remaining work over threads. A whole block first compares each row with one row of its group,
+// Why not Triton: in CUDA a warp leaves a loop independently of others, and votes distribute the remaining work over
+// threads. A whole block first compares each row with one row of its group,
 // the leader. That decides the order of two rows and their common prefix, except for rows that leave the leader's path
 // at the same token on the same side.
 #pragma once
