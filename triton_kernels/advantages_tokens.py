@@ -10,13 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import Pair, add_pairs, sum_pairs
-from .groups import LOOK, ROWS, RowTokens, have_token, place_rows
+from .groups import LOOK, RowTokens, by_label, have_token, place_rows
 from .launch import BITS, INTERPRETED, Constant, cdiv, pointer, splits
 from .rows import Rows, load_valid, row_bounds, stride, to_boundary
 
 BLOCK = 64 if INTERPRETED else 1024
-# Rows from which on a sort costs less than placing each among all.
-SORTED = 100 if INTERPRETED else 8192
 ROWS_AT_ONCE = 4  # rows whose first valid tokens one program seeks
 AT_ONCE = Constant(ROWS_AT_ONCE)
 # What is found of tokens.
@@ -227,11 +225,8 @@ def prepare_rows(
     """Sort the rows, and find of their tokens what ``kind`` says: one launch, after a sort of many rows."""
     labels, order, ranked, batch = groups.contiguous(), None, 0, rows.batch
     sorted_labels = labels
-    if sort and batch > SORTED:
-        sorted_labels, order = labels.sort(stable=True)
-    elif sort:
-        sorted_labels, order = torch.empty_like(labels), torch.empty_like(labels)
-        ranked = cdiv(batch, ROWS.value)
+    if sort:
+        order, sorted_labels, ranked = by_label(labels)
     parts, programs, live, sums = 1, 0, None, None
     if kind == SUMS:
         programs = batch

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .launch import INTERPRETED, Constant
+from .launch import INTERPRETED, Constant, cdiv
 from .rows import row_bounds
 
 ROWS = Constant(8 if INTERPRETED else 16)  # rows that one program places
@@ -186,3 +188,24 @@ def group_around(rows, place, FIRST: tl.constexpr, TILE: tl.constexpr):
     label = tl.load(rows.labels + place)
     before = end_of_group(rows.labels, place, label, rows.batch, FIRST, TILE, -1)
     return Group(rows, before + 1, end_of_group(rows.labels, place, label, rows.batch, FIRST, TILE))
+
+
+# ---- launch ------------------------------------------------------------------------------------------------
+
+# Rows from which on a sort costs less than placing each among all.
+SORTED = 100 if INTERPRETED else 8192
+
+
+class ByLabel(NamedTuple):
+    """Rows in the order of their labels: sorted, or memory that ``place_rows`` fills by so many programs."""
+
+    rows: Tensor
+    labels: Tensor
+    programs: int
+
+
+def by_label(labels: Tensor) -> ByLabel:
+    if len(labels) > SORTED:
+        in_order, rows = labels.sort(stable=True)
+        return ByLabel(rows, in_order, 0)
+    return ByLabel(torch.empty_like(labels), torch.empty_like(labels), cdiv(len(labels), ROWS.value))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.rows import move, places_without_holes
 from ..reference.prefix_tree import PrefixTreeArgs
-from .groups import ROWS, end_of_group, place_rows
+from .groups import ROWS, by_label, end_of_group, place_rows
 from .launch import BITS, INTERPRETED, cdiv, pointer, splits
 from .rows import Rows, as_bytes, dense, stride
 from .tree_places import CODES, SPANS, WARPS, WHOLE, places_kernel, rows_kernel
@@ -31,23 +31,6 @@ __all__ = [
 PART = 256 if INTERPRETED else 8192  # tokens of a part of a row, at least
 MAX_PARTS = 64
 GROUP = 16 if INTERPRETED else 64  # members read at once
-# Rows from which on a sort costs less than placing each among all.
-SORTED = 100 if INTERPRETED else 8192
-
-
-class ByLabel(NamedTuple):
-    """Rows in the order of their labels: sorted, or memory that ``place_rows`` fills by so many programs."""
-
-    rows: Tensor
-    labels: Tensor
-    programs: int
-
-
-def by_label(labels: Tensor) -> ByLabel:
-    if len(labels) > SORTED:
-        in_order, rows = labels.sort(stable=True)
-        return ByLabel(rows, in_order, 0)
-    return ByLabel(torch.empty_like(labels), torch.empty_like(labels), cdiv(len(labels), ROWS.value))
 
 
 class Enclosing(NamedTuple):

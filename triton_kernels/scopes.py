@@ -16,8 +16,7 @@ from torch import Tensor
 from ..core.rows import batch_of
 from ..reference import scopes as spec
 from ..reference.scopes import FORMS, STATISTICS, BonusArgs, StandardizedArgs, WeightsArgs, scope_count
-from .advantages import SORTED
-from .groups import ROWS
+from .groups import by_label
 from .launch import BITS, INTERPRETED, cdiv, pair, pointer, splits
 from .rows import Rows, as_bytes, dense, stride
 from .scopes_numbers import scopes_kernel
@@ -103,11 +102,7 @@ def _launch(a: _Call, statistics: Tensor) -> Tensor:
     ranked = 0
     if a.groups is not None:
         labels = a.groups.contiguous()
-        if rows.batch > SORTED:
-            sorted_labels, order = labels.sort(stable=True)
-        else:
-            sorted_labels, order = torch.empty_like(labels), torch.empty_like(labels)
-            ranked = cdiv(rows.batch, ROWS.value)
+        order, sorted_labels, ranked = by_label(labels)
     outcomes = values if a.outcomes is None else a.outcomes.contiguous()
     inputs = (values, pointer(t.other, values), pointer(t.grad, values), pointer(t.mask, values), rows.cu)
     sizes = (rows.width, rows.total, parts, stride(values), stride(t.other), stride(t.grad), stride(t.mask))

@@ -158,6 +158,7 @@ def test_launches_of_group_advantages(monkeypatch, name):
     """One to three in either direction, whatever the number of rows and groups, and nothing else on the device."""
     pytest.importorskip("triton")
     from rewardops.triton_kernels import advantages, advantages_tokens
+    from rewardops.triton_kernels import groups as groups_of_rows
 
     from rewardops.reference.advantages import AdvantagesArgs
 
@@ -172,7 +173,7 @@ def test_launches_of_group_advantages(monkeypatch, name):
     }
     rows, width = 8, options["width"]
     if "sort" in options:
-        monkeypatch.setattr(advantages_tokens, "SORTED", rows - 1)
+        monkeypatch.setattr(groups_of_rows, "SORTED", rows - 1)
     rewards, groups = torch.randn(rows), torch.arange(rows) // 4
     mask, cu, tokens = None, None, rewards
     if width:
@@ -268,6 +269,7 @@ SCOPES = {
 def test_launches_of_what_is_relative_to_a_scope(monkeypatch, name, packed):
     """One to three in either direction, and nothing else on the device but a sort of many rows."""
     pytest.importorskip("triton")
+    from rewardops.triton_kernels import groups as groups_of_rows
     from rewardops.triton_kernels import scopes
 
     fn, forward, backward = SCOPES[name]
@@ -292,7 +294,7 @@ def test_launches_of_what_is_relative_to_a_scope(monkeypatch, name, packed):
                 torch.autograd.grad(out, x, torch.ones_like(out))
                 assert launched.names == backward
             launched.names.clear()
-            monkeypatch.setattr(scopes, "SORTED", 5)
+            monkeypatch.setattr(groups_of_rows, "SORTED", 5)
             fn(x, rewards, groups, mask=mask, cu_seqlens=cu)
             assert [n for n in launched.names if n != "sort"] == forward
 
