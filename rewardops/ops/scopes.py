@@ -34,6 +34,13 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     save_record(ctx, *inputs, output[1])
 
 
+def _check_table(grad: Tensor, statistics: Tensor, args: StandardizedArgs | WeightsArgs) -> None:
+    """Raise unless there are the statistics of every scope."""
+    want = scope_count(args.groups, batch_of(args.values.shape, args.cu_seqlens))
+    if statistics.shape[0] != want:
+        raise ValueError(f"statistics: got shape {list(statistics.shape)}, want [{want}, {STATISTICS}]")
+
+
 def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
     args, (statistics,) = saved_record(ctx)
     return {"values": standardized_backward(grad, statistics, *args)}
@@ -44,6 +51,7 @@ standardized_backward = define(
     f"standardized_backward(Tensor grad, Tensor statistics, {_ARGS}) -> Tensor",
     record=StandardizedArgs,
     tensors={"grad": RealTokens, "statistics": Statistics},
+    check=_check_table,
     fake=lambda grad, statistics, args: args.values.new_empty(args.values.shape),
 )
 
@@ -67,6 +75,7 @@ scope_weights_backward = define(
     f"scope_weights_backward(Tensor grad, Tensor statistics, {_WEIGHTS}) -> Tensor",
     record=WeightsArgs,
     tensors={"grad": RealTokens, "statistics": Statistics},
+    check=_check_table,
     fake=lambda grad, statistics, args: args.values.new_empty(args.values.shape),
 )
 
