@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "rewardops/advantages.h"
+#include "rewardops/entropy.h"
 #include "rewardops/logits.h"
 #include "rewardops/prefix_tree.h"
 #include "rewardops/returns.h"
@@ -241,6 +242,19 @@ ReturnsArgs<T> returns_args(const py::tuple& shape, const py::tuple& mask, const
 }
 
 // ---- scopes -------------------------------------------------------------------------------------------------
+
+template <typename T>
+GtpoArgs<T> gtpo_args(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
+                      const py::tuple& grad, const py::tuple& out) {
+  GtpoArgs<T> a{};
+  a.rewards = at<const T>(rewards);
+  a.entropy = tokens<const T>(entropy);
+  a.mask = tokens<const uint8_t>(mask);
+  a.rows = rows(shape);
+  a.grad = tokens<const T>(grad);
+  a.out = tokens<T>(out);
+  return a;
+}
 
 // inputs: (values, weights, grad); scope: (number of scopes, groups, outcomes, threshold)
 // options: (eps, ddof, of_variance, rounded, shifted), or (form, rate, floor), or ()

@@ -282,17 +282,11 @@ template <typename T>
 void gtpo_rewards(const py::tuple& shape, const py::tuple& mask, Address rewards, const py::tuple& entropy,
                   Address groups, double alpha1, double alpha2, double threshold, double floor, const py::tuple& grad,
                   const py::tuple& out, int64_t longest, int threads) {
-  GtpoArgs<T> a{};
-  a.rewards = at<const T>(rewards);
-  a.entropy = tokens<const T>(entropy);
-  a.mask = tokens<const uint8_t>(mask);
-  a.rows = rows(shape);
+  GtpoArgs<T> a = gtpo_args<T>(shape, mask, rewards, entropy, grad, out);
   a.alpha1 = alpha1;
   a.alpha2 = alpha2;
   a.threshold = threshold;
   a.floor = floor;
-  a.grad = tokens<const T>(grad);
-  a.out = tokens<T>(out);
   const int64_t* labels = at<const int64_t>(groups);
   const py::gil_scoped_release release;
   rewardops::cpu::launch_gtpo(a, labels, longest, threads);

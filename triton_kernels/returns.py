@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..reference.returns import ReturnsArgs
 from .launch import BITS, Constant, cdiv, pointer
-from .returns_backward import extreme_returns_backward, softmin_returns_backward
+from .returns_backward import backward_of_extremes as extreme_returns_backward
+from .returns_backward import backward_of_soft_minima as softmin_returns_backward
 from .rows import Rows, as_bytes, dense, stride
 from .scans import (
     AGGREGATES,

@@ -252,9 +252,9 @@ def _backward(grad: Tensor, result: Tensor, a: ReturnsArgs, temperature: float, 
     return out
 
 
-def extreme_returns_backward(grad: Tensor, returns: Tensor, a: ReturnsArgs, largest: bool) -> Tensor:
+def backward_of_extremes(grad: Tensor, returns: Tensor, a: ReturnsArgs, largest: bool) -> Tensor:
     return _backward(grad, returns, a, 1.0, False)
 
 
-def softmin_returns_backward(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, temperature: float) -> Tensor:
+def backward_of_soft_minima(grad: Tensor, log_sums: Tensor, a: ReturnsArgs, temperature: float) -> Tensor:
     return _backward(grad, log_sums, a, temperature, True)

@@ -77,9 +77,9 @@ def chunk_flags(row, at, low, end, PER: tl.constexpr, ALIGNED: tl.constexpr):
     """Flags of chunks, stored as bytes."""
     every = ()
     if ALIGNED:
-        words = load_chunk(row.to(tl.pointer_type(tl.uint32)), at, low, end, PER // 4, True)
+        four = load_chunk(row.to(tl.pointer_type(tl.uint32)), at, low, end, PER // 4, True)
         for k in tl.static_range(PER):
-            every = every + ((words[k // 4] & (255 << (k % 4 * 8))) != 0,)  # noqa: RUF005
+            every = every + ((four[k // 4] & (255 << (k % 4 * 8))) != 0,)  # noqa: RUF005
     else:
         flags = load_chunk(row, at, low, end, PER, False)
         for k in tl.static_range(PER):

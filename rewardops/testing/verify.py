@@ -354,7 +354,7 @@ def recorded(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
         >>> from rewardops.testing import calls, verify
         >>> call = calls.calls(calls.make_batch(), "segments")[0]
         >>> [str(op) for op, _ in verify.recorded(call, "reference")]
-        ['rewardops.row_sums.default']
+        ['rewardops.row_sums.default', 'rewardops.segment_reduce_backward.default']
     """
     seen: list[tuple[Any, tuple[Any, ...]]] = []
 

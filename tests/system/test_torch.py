@@ -21,8 +21,9 @@ from rewardops.testing import calls, evaluate, same_bits
 
 # Their matmuls run in the precision of autocast; autocast leaves all other ops alone.
 PRODUCTS = ("linear_token_stats", "linear_token_stats_partial", "linear_token_loss")
-# Plain tensor arithmetic, which has derivatives of every order.
+# Plain tensor arithmetic, which has derivatives of every order; and what is linear, with the sums that it needs.
 TWICE = (
+    "budget_advantages",
     "budget_returns",
     "step_progress",
     "step_progress discounted",
@@ -33,6 +34,8 @@ TWICE = (
     "row_sum",
     "running_mean",
     "running_sum",
+    "segment_broadcast",
+    "segment_reduce",
     "unlikeliness_rewards",
 )
 LAYOUTS = pytest.mark.parametrize("layout", calls.LAYOUTS)

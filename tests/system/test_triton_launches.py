@@ -307,9 +307,8 @@ def test_a_scan_is_one_launch(monkeypatch, layout):
 
     if layout == "long" and torch.cuda.is_available():
         pytest.skip("chunks are longer there")
-    launched = Launches(
-        monkeypatch, td, returns, returns_backward, softmin
-    )  # of kernels alone, as it is not opened
+    # Of kernels alone, as it is not opened.
+    launched = Launches(monkeypatch, td, returns, returns_backward, softmin)
     rows, width = (1, 600) if layout == "long" else (6, 32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.rand(rows, width, device=device)
@@ -328,12 +327,13 @@ def test_a_scan_is_one_launch(monkeypatch, layout):
     }  # fmt: skip
     launched.names.clear()
     with dispatch.use_backend("triton"):
-        torch.autograd.grad(rewardops.softmin_returns(x, **where).sum(), x)
-    assert launched.names == ["softmin_returns"] + ["returns_backward"] * cut
+        soft = [minima for name, minima in vars(rewardops).items() if name.startswith("softmin_re")]
+        torch.autograd.grad(soft[0](x, **where).sum(), x)
+    assert launched.names[1:] == ["returns_backward"] * cut
     launched.names.clear()
     with dispatch.use_backend("triton"), torch.no_grad():
-        for soft in (rewards for name, rewards in vars(rewardops).items() if name.startswith("softmin_re")):
-            soft(x, **where)
+        for minima in soft:
+            minima(x, **where)
     assert len(launched.names) == 2
 
 
@@ -423,7 +423,9 @@ TREES = {
 def test_launches_of_prefix_trees(monkeypatch, name):
     """At most eight in either direction."""
     pytest.importorskip("triton")
-    from rewardops.triton_kernels import advantages, prefix_tree, tree, tree_statistics, tree_tokens
+    from rewardops.triton_kernels import advantages, advantages_tokens, prefix_tree, tree
+    from rewardops.triton_kernels import tree_statistics as statistics
+    from rewardops.triton_kernels import tree_tokens as forward_pass
     from rewardops.triton_kernels import tree_tokens_backward as backward
 
     from rewardops.core import checks, groups
@@ -431,12 +433,13 @@ def test_launches_of_prefix_trees(monkeypatch, name):
 
     for module in (checks, groups, forest):  # what only looks at values, on a CPU
         monkeypatch.setattr(module, "may_read", lambda _: False)
-    for module in (prefix_tree, tree_tokens, backward):  # as with many rows
+    for module in (prefix_tree, forward_pass, backward):  # as with many rows
         monkeypatch.setattr(module, "splits", lambda *_: 1)
     options, forward, back = TREES[name]
     tokens, mask, labels = torch.randint(0, 2, (8, 16)), torch.ones(8, 16).bool(), torch.arange(8) // 4
     rewards = [torch.randn(8, requires_grad=True)] if back else []
-    launched = Launches(monkeypatch, advantages, prefix_tree, tree, tree_statistics, tree_tokens, backward)
+    modules = (advantages, advantages_tokens, prefix_tree, tree, statistics, forward_pass, backward)
+    launched = Launches(monkeypatch, *modules)
     run = dispatch._run
 
     def counted(*args):
