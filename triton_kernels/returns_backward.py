@@ -38,7 +38,7 @@ from .scans import (
     where_pair,
     widened,
 )
-from .steps import as_pointer, kind_of, load_step_ends_ahead
+from .steps import IDS, as_pointer, kind_of, load_step_ends_ahead
 from .tiles import (
     EACH,
     THREADS,
@@ -231,6 +231,7 @@ def _backward(grad: Tensor, result: Tensor, a: ReturnsArgs, temperature: float, 
     rows = Rows.of(a.rewards.shape, a.cu_seqlens, a.rewards)
     rewards, mask, grad, result = dense(a.rewards), as_bytes(a.mask), dense(grad), dense(result)
     kind, steps = kind_of(a.steps), as_pointer(a.steps)
+    per = min(EACH, 8) if soft and kind == IDS.value else EACH  # with 16 tokens a thread registers spill
     out = empty_tokens(rewards, rows)
     if not out.numel() or not rows.batch:
         return out
@@ -244,7 +245,7 @@ def _backward(grad: Tensor, result: Tensor, a: ReturnsArgs, temperature: float, 
             rows.width, rows.total, chunks, chunk, stride(rewards), stride(result), stride(grad), stride(mask),
             stride(steps), stride(out), *pair(1.0 / temperature), SOFT=soft, PACKED=rows.packed,
             HAS_MASK=mask is not None, KIND=kind, STAGE=stage,
-            ALIGNED=is_aligned(rows, rewards, result, grad, mask, steps, out), MAX_CHUNKS=MAX_CHUNKS, PER=EACH,
+            ALIGNED=is_aligned(rows, rewards, result, grad, mask, steps, out), MAX_CHUNKS=MAX_CHUNKS, PER=per,
             T=THREADS, num_warps=WARPS, **BITS,
         )  # fmt: skip
 

@@ -29,6 +29,7 @@ from unittest import mock
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 LOGITS_KERNELS = ("token_stats_kernel", "token_stats_mixture_kernel", "token_stats_backward_kernel")
 SCOPES_KERNELS = ("parts_kernel", "map_kernel")
+TREES_KERNELS = ("nodes_to_tokens_kernel", "nodes_backward_kernel", "rows_backward_kernel")
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 if THOROUGH:
     TARGETS |= {f"sm_{code}": ("cuda", code, 32) for code in (80, 100, 103, 120)}
@@ -226,7 +227,7 @@ def of_scopes() -> None:
             (None, None, None, True),
             (values, None, None, False),
             (None, groups, rewards, True),
-        ):
+        )[0 if cu is None or THOROUGH else 2 :]:
             a = StandardizedArgs(
                 values, of_tokens, mask, cu, of_rows, outcomes, 0.0, 1e-8, 1, flag, flag, flag
             )
@@ -247,6 +248,7 @@ def of_scopes() -> None:
 
 
 def of_segments() -> None:
+    import torch
     from rewardops.triton_kernels import segments, selection
 
     from rewardops.reference.segments import REDUCTIONS, SegmentsArgs
@@ -261,9 +263,12 @@ def of_segments() -> None:
                 args = LargestArgs(numbers, mask, band, cu, scopes, 0.2, band is None, 0.0, 1.0)
                 selection.largest(args)
         for steps in (values.long(), values > 0, None):
-            for op in REDUCTIONS if steps is not None and cu is None else ("sum", "max"):
+            # Every reduction by ids; what else may differ, by two of them.
+            by_ids = steps is not None and steps.dtype is not torch.bool
+            for op in REDUCTIONS if cu is None and (by_ids or THOROUGH) else ("sum", "max"):
                 a = SegmentsArgs(values, steps, mask, cu, 20, op)
-                for chunks in (1, 2) if op in ("sum", "max") else (1,):
+                cut = op == "sum" and (by_ids or cu is None)
+                for chunks in (1, 2) if cut or (THOROUGH and op in ("sum", "max")) else (1,):
                     with mock.patch.object(segments, "chunk_of", return_value=values.shape[-1] // chunks):
                         out, kept = segments.segment_reduce(a)
                         segments.segment_reduce_backward(out, out, kept, a)
@@ -280,7 +285,8 @@ def of_returns() -> None:
     for values, mask, cu in layouts():
         for steps in (None, values > 0, values.long()):
             a = ReturnsArgs(values, mask, cu, steps)
-            for chunks in (1, 2) if steps is not None and steps.dtype is torch.int64 else (1,):
+            cut = steps is not None and steps.dtype is torch.int64 and (cu is None or THOROUGH)
+            for chunks in (1, 2) if cut else (1,):
                 chunk = mock.Mock(return_value=values.shape[-1] // chunks)
                 with (
                     mock.patch.multiple(returns, chunk_of=chunk),

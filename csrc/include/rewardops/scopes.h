@@ -7,8 +7,16 @@
 namespace rewardops {
 
 // What is done with the tokens.
-enum class Scoped : int { standardize = 0, standardize_backward = 1, weigh = 2, weigh_backward = 3, covary = 4,
-                          bonus = 5, bonus_backward = 6, steer = 7 };
+enum class Scoped : int {
+  standardize = 0,
+  standardize_backward = 1,
+  weigh = 2,
+  weigh_backward = 3,
+  covary = 4,
+  bonus = 5,
+  bonus_backward = 6,
+  steer = 7
+};
 // Raw weights of tokens, in the order of rewardops.reference.scopes.FORMS: x, 1 / max(x, floor), exp(rate x).
 enum class Form : int { linear = 0, inverse = 1, exponential = 2 };
 
@@ -34,11 +42,12 @@ struct ScopesArgs {
   double threshold;       // rows with an outcome above it are a class of their group
   double eps;             // added to the variance, or to the standard deviation
   int64_t ddof;
-  bool of_variance;    // where eps is added
-  bool rounded;        // a variance that rounding of equal values explains is 0
-  bool shifted;        // false: the mean is added again
+  bool of_variance;  // where eps is added
+  bool rounded;      // a variance that rounding of equal values explains is 0
+  bool shifted;      // false: the mean is added again
   Form form;
-  double rate, floor;  // of the form; bonus: the entropy's factor, and kappa; steer: the smallest and the largest weight
+  double rate,
+      floor;  // of the form; bonus: the entropy's factor, and kappa; steer: the smallest and the largest weight
   double* statistics;  // [1 or B, 5], by op:
                        // the mean in two parts, the scale, its derivative over its square, 1 / count
                        // 1 / mean weight, the weight where that is 0, the largest x (of rate x), rate, 1 / count
