@@ -78,7 +78,7 @@ def test_scans_load_sixteen_bytes_and_meet_once_a_tile(compiled):
         assert min(r["barriers"] for r in rows) <= 10 * loops
         for row in rows:
             if row["align"] == 16:
-                assert ".v4.b32" in row["loads"], row
+                assert {".v4.b32", ".v2.b64"} & set(row["loads"]), row
             assert row["barriers"] <= 24 * loops, row
             if row["types"].count("*fp64") <= 1 and "*fp32" in row["types"]:
                 assert row["float64"] <= {"extremes_kernel": 0}.get(kernel, 6 * row["per_thread"]), row

@@ -29,6 +29,11 @@ from unittest import mock
 TARGETS = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 LOGITS_KERNELS = ("token_stats_kernel", "token_stats_mixture_kernel", "token_stats_backward_kernel")
 SCOPES_KERNELS = ("parts_kernel", "map_kernel")
+# Whose combinations of constants are all compiled, in every run; of other kernels every constant, once.
+COMBINED = (
+    *LOGITS_KERNELS, "token_stats_combine", "spread_kernel", "prepare_kernel", "td_kernel", "td_backward_kernel",
+    "extremes_kernel", "softmin_kernel", "softmin_returns_kernel", "returns_backward_kernel",
+)  # fmt: skip
 TREES_KERNELS = ("nodes_to_tokens_kernel", "nodes_backward_kernel", "rows_backward_kernel")
 THOROUGH = os.environ.get("REWARDOPS_THOROUGH", "0") not in ("", "0")
 if THOROUGH:
@@ -562,9 +567,11 @@ def compile_job(index: int) -> dict:
 def compile_all() -> list[dict]:
     """Compile the launches for all targets, by a process of each core."""
     launches = record()
+    combined = [launch for launch in launches if launch[0].__name__ in COMBINED]
+    others = covering([launch for launch in launches if launch[0].__name__ not in COMBINED])
     for target, (kind, *_) in TARGETS.items():
-        chosen = launches if kind == "cuda" or THOROUGH else covering(launches)
-        JOBS.extend((target, launch) for launch in chosen)
+        chosen = combined + others if kind == "cuda" else covering(launches)
+        JOBS.extend((target, launch) for launch in (launches if THOROUGH else chosen))
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         return pool.map(compile_job, range(len(JOBS)), chunksize=1)
 
